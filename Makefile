@@ -1,0 +1,25 @@
+# One task runner: `make help` lists what there is.
+SHELL := bash
+PYTHON ?= python3.11
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the tasks
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+.venv-proto/ready:
+	$(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/pip install -q 'grpcio-tools==1.71.2' 'protobuf>=5.29,<6' 'mypy-protobuf==5.1.0' 'buf-bin>=1.75,<2' 'setuptools<81'
+	touch $@
+
+.PHONY: proto
+proto: .venv-proto/ready ## Regenerate the stubs in agl_grpc/v1 from proto/
+	.venv-proto/bin/buf format -w proto
+	.venv-proto/bin/buf lint proto
+	PATH="$$PWD/.venv-proto/bin:$$PATH" .venv-proto/bin/python -m grpc_tools.protoc -Iproto \
+	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. proto/agl_grpc/v1/*.proto
+
+.PHONY: check-proto
+check-proto: proto ## Fail when the committed stubs differ from a fresh generation
+	git diff --exit-code --stat -- proto agl_grpc/v1
+	@test -z "$$(git status --porcelain -- proto agl_grpc/v1)" || { git status --short -- proto agl_grpc/v1; exit 1; }

@@ -7,19 +7,20 @@ PYTHON ?= python3.11
 help: ## List the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
+# Two environments: the generator wants protobuf 5, the typing plugin protobuf 6.
 .venv-proto/ready:
-	$(PYTHON) -m venv .venv-proto
-	.venv-proto/bin/pip install -q 'grpcio-tools==1.71.2' 'protobuf>=5.29,<6' 'mypy-protobuf==5.1.0' 'buf-bin>=1.75,<2' 'setuptools<81'
+	$(PYTHON) -m venv .venv-proto && $(PYTHON) -m venv .venv-proto/typing
+	.venv-proto/bin/pip install -q 'grpcio-tools==1.71.2' 'protobuf>=5.29,<6' 'setuptools<81'
+	.venv-proto/typing/bin/pip install -q 'mypy-protobuf==5.1.0' 'buf-bin>=1.75,<2'
 	touch $@
 
 .PHONY: proto
 proto: .venv-proto/ready ## Regenerate the stubs in agl_grpc/v1 from proto/
-	.venv-proto/bin/buf format -w proto
-	.venv-proto/bin/buf lint proto
-	PATH="$$PWD/.venv-proto/bin:$$PATH" .venv-proto/bin/python -m grpc_tools.protoc -Iproto \
+	.venv-proto/typing/bin/buf format -w proto
+	.venv-proto/typing/bin/buf lint proto
+	PATH="$$PWD/.venv-proto/typing/bin:$$PATH" .venv-proto/bin/python -m grpc_tools.protoc -Iproto \
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. proto/agl_grpc/v1/*.proto
 
 .PHONY: check-proto
 check-proto: proto ## Fail when the committed stubs differ from a fresh generation
-	git diff --exit-code --stat -- proto agl_grpc/v1
 	@test -z "$$(git status --porcelain -- proto agl_grpc/v1)" || { git status --short -- proto agl_grpc/v1; exit 1; }

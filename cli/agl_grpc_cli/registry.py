@@ -32,9 +32,7 @@ def _installed(table: Mapping[str, CommandEntry]) -> dict[str, CommandEntry]:
 
 COMMANDS: Mapping[str, CommandEntry] = _installed(
     {
-        "store": CommandEntry(
-            "agl_grpc_cli.store", "Serve the store over gRPC."
-        ),
+        "store": CommandEntry("agl_grpc_cli.store", "Serve the store over gRPC."),
         "runner": CommandEntry("agl_grpc_cli.runner", "Start workers that execute rollouts with your agent."),
         "vllm": CommandEntry("agl_grpc_cli.vllm", "Serve a model with vLLM, its exact tokens captured."),
         "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),

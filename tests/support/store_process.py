@@ -18,7 +18,7 @@ from tests.support.waiting import free_port
 class StoreProcess:
     """`agl-grpc store serve` on a random port of the loopback interface.
 
-    Use it as a context manager; ``kill`` and ``start`` may be called any number of times on the same database.
+    Use it as a context manager; ``kill`` and ``start`` may be called again and again on one database.
     """
 
     def __init__(self, database: Path, *options: str) -> None:
@@ -36,7 +36,7 @@ class StoreProcess:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ.copy())
         with grpc.insecure_channel(self.address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]  # generated without types
+            stub = health_pb2_grpc.HealthStub(channel)
             try:
                 answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=within, wait_for_ready=True)
             except grpc.RpcError as error:

@@ -67,3 +67,7 @@ engines: .venv/dev-ready ## Make the engine and learner environments
 .PHONY: test
 test: check-proto check-protoc lint test-fast engines ## Everything: lint, the fast suite, real vLLM and real verl
 	.venv/bin/python -m pytest -m e2e
+
+.PHONY: bench
+bench: .venv/dev-ready ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
+	.venv/bin/python -m benchmarks $(NAMES)

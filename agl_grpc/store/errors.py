@@ -81,9 +81,7 @@ class StoreError(Exception):
             details.append(bad)
         if self.precondition:
             failure = error_details_pb2.PreconditionFailure()
-            failure.violations.add(
-                type=self.reason_name, subject=self.precondition, description=self.message
-            )
+            failure.violations.add(type=self.reason_name, subject=self.precondition, description=self.message)
             details.append(failure)
         retry = self.retry_info()
         if retry is not None:

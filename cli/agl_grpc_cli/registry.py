@@ -1,0 +1,75 @@
+"""The table of commands: name, module, and the line shown by `agl-grpc --help`.
+
+A command is a module of this package with `app: typer.Typer`. It is imported when it is called, so
+that help and completion stay quick however heavy the command is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+
+class CommandEntry(NamedTuple):
+    """One command of `agl-grpc`."""
+
+    module: str
+    """Module with `app: typer.Typer`."""
+    help: str
+    """One line for the list of commands."""
+
+
+def _installed(table: Mapping[str, CommandEntry]) -> dict[str, CommandEntry]:
+    # Some commands come with an extra package or a later release; a name that cannot run is not shown.
+    return {name: entry for name, entry in table.items() if importlib.util.find_spec(entry.module)}
+
+
+COMMANDS: Mapping[str, CommandEntry] = _installed(
+    {
+        "store": CommandEntry("agl_grpc_cli.store", "Serve the store over gRPC."),
+        "runner": CommandEntry("agl_grpc_cli.runner", "Start workers that execute rollouts with your agent."),
+        "vllm": CommandEntry("agl_grpc_cli.vllm", "Serve a model with vLLM, its exact tokens captured."),
+        "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),
+        "train": CommandEntry("agl_grpc_cli.train", "Train an agent."),
+        "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),
+        "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show and cancel rollouts."),
+        "spans": CommandEntry("agl_grpc_cli.spans", "List the spans of a rollout."),
+        "workers": CommandEntry("agl_grpc_cli.workers", "List workers and what they do."),
+    }
+)
+
+
+class LazyGroup(TyperGroup):
+    """A group whose subcommands are imported only when they are called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | TyperGroup | None:
+        """The command called `cmd_name`, imported now; None when there is none."""
+        entry = COMMANDS.get(cmd_name)
+        return load(cmd_name, entry) if entry else None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the list of commands from the table, importing none of them."""
+        if not COMMANDS:
+            return
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+def load(name: str, entry: CommandEntry) -> TyperCommand | TyperGroup:
+    """Imports a command and gives it its name."""
+    app = importlib.import_module(entry.module).app
+    assert isinstance(app, typer.Typer), f"{entry.module}.app is not a typer.Typer"
+    command = get_command(app)
+    command.name = name
+    assert isinstance(command, TyperCommand | TyperGroup)
+    return command

@@ -13,12 +13,13 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from agl_grpc.store import limits
 from agl_grpc.store.call import Authenticator
 from agl_grpc.store.service import Parser, ServiceBinder
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_MESSAGE_BYTES = limits.MESSAGE_BYTES
 """Largest message in either direction."""
 
 _OPTIONS = (

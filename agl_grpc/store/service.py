@@ -88,7 +88,9 @@ class ServiceBinder:
         methods = {method.name: self._method(method, handlers) for method in service.methods}
         return grpc.method_handlers_generic_handler(service.full_name, methods)
 
-    def _method(self, method: MethodDescriptor, handlers: Sequence[object]) -> grpc.RpcMethodHandler[bytes, bytes]:
+    def _method(
+        self, method: MethodDescriptor, handlers: Sequence[object]
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
         request_type = message_factory.GetMessageClass(method.input_type)
         parse = self._parsers.get(method.name, request_type.FromString)
         target = _find(handlers, snake_case(method.name))

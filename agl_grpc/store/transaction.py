@@ -39,7 +39,17 @@ class Tx:
         now: The store's time in microseconds, the same for the whole command.
     """
 
-    __slots__ = ("connection", "due", "events", "execute", "executemany", "now", "on_commit", "on_rollback")
+    __slots__ = (
+        "connection",
+        "due",
+        "events",
+        "execute",
+        "executemany",
+        "finals",
+        "now",
+        "on_commit",
+        "on_rollback",
+    )
 
     def __init__(self, connection: sqlite3.Connection, now: int) -> None:
         self.connection = connection
@@ -49,6 +59,7 @@ class Tx:
         self.events: list[EventRow] = []
         self.on_commit: list[Callable[[], None]] = []
         self.on_rollback: list[Callable[[], None]] = []
+        self.finals: list[Callable[[], None]] = []
         self.due: int | None = None
 
     def event(
@@ -72,6 +83,10 @@ class Tx:
     def after_rollback(self, callback: Callable[[], None]) -> None:
         """Calls back in the writer's thread if this command comes to nothing."""
         self.on_rollback.append(callback)
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Calls back at the end of the command, still inside its transaction."""
+        self.finals.append(callback)
 
     def arm(self, due: int | None) -> None:
         """Makes sure that timers are looked at no later than this moment (microseconds)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
@@ -25,7 +26,7 @@ RETRY_TRAILER = "google.rpc.retryinfo-bin"
 """Trailer in which OpenTelemetry's Python exporters look for RetryInfo."""
 
 _REASON_PREFIX = "ERROR_REASON_"
-Reason = error_reason_pb2.ErrorReason.ValueType
+Reason: TypeAlias = error_reason_pb2.ErrorReason.ValueType
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,12 @@
-"""Applies the rules of `lifecycle` to the rows of attempts and their rollouts. Writer's thread only."""
+"""Signs of life and sealing of attempts (R10, R11, R14). Writer's thread only."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-
 from agl_grpc.store import lifecycle
-from agl_grpc.store.bindings import ResourceCache, latest_key
-from agl_grpc.store.catalog import Catalog
-from agl_grpc.store.commands import CANCEL, Commands
-from agl_grpc.store.credentials import CredentialSigner
-from agl_grpc.store.dispatch import Dispatcher, Waiter
-from agl_grpc.store.encode import set_duration, set_time
-from agl_grpc.store.errors import illegal_transition
-from agl_grpc.store.ids import mint
 from agl_grpc.store.lifecycle import AttemptEvent, Outcome, RolloutEvent
-from agl_grpc.store.names import attempt_status, rollout_status
-from agl_grpc.store.rows import AttemptRow, RolloutRow, attempt_by_key, attempts_where, rollout_by_key
+from agl_grpc.store.rows import AttemptRow, RolloutRow, attempt_by_key, rollout_by_key
 from agl_grpc.store.transaction import Tx
-from agl_grpc.v1 import attempt_pb2, event_pb2, rollout_pb2, runner_service_pb2
+from agl_grpc.v1 import attempt_pb2, event_pb2
 
 ROLLOUT = int(event_pb2.ENTITY_KIND_ROLLOUT)
 ATTEMPT = int(event_pb2.ENTITY_KIND_ATTEMPT)
@@ -27,435 +15,98 @@ UPDATED = int(event_pb2.EVENT_KIND_UPDATED)
 TERMINAL = int(event_pb2.EVENT_KIND_TERMINAL)
 SEALED = int(event_pb2.EVENT_KIND_SEALED)
 
-_INSERT_ATTEMPT = (
-    "INSERT INTO attempts (attempt_id, rollout_key, run_key, sequence_id, status, start_time, worker_key, "
-    "session_id, timeout, unresponsive, leased, lease_token, lease_duration, lease_expire_time, due, resource_key) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
-_DELIVERED = (
-    "UPDATE rollouts SET status = ?, ready = 0, due = NULL, attempt_count = ?, latest_attempt_key = ?, "
-    "resource_key = ? WHERE rollout_key = ?"
-)
-_WORKER_BUSY = (
-    "UPDATE workers SET last_dequeue_time = ?, last_busy_time = ?, last_heartbeat_time = ?, "
-    "current_attempt_key = ? WHERE worker_key = ?"
-)
-_WORKER_IDLE = (
-    "UPDATE workers SET last_idle_time = ?, current_attempt_key = NULL "
-    "WHERE worker_key = ? AND current_attempt_key = ?"
-)
-_END_ATTEMPT = (
-    "UPDATE attempts SET status = ?, end_time = ?, lease_token = NULL, lease_expire_time = NULL, lease_lost = ?, "
-    "sealed = ?, seal_time = ?, seal_due = ?, capture_incomplete = ?, due = ?, failure_kind = ?, failure = ? "
-    "WHERE attempt_key = ?"
-)
-_MOVE_ROLLOUT = (
-    "UPDATE rollouts SET status = ?, ready = ?, ready_time = ?, due = ?, end_time = ?, sealed = ?, "
-    "ended_attempts = ?, redeliveries = ?, failure_kind = ?, failure = ? WHERE rollout_key = ?"
-)
+
+_HEARTBEAT = "UPDATE attempts SET last_heartbeat_time = ? WHERE attempt_key = ? AND status = ?"
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A new attempt."""
+def signal(tx: Tx, attempt_key: int) -> None:
+    """A span (or a duplicate of one) arrived: the agent is at work.
 
-    key: int
-    attempt_id: str
-    sequence_id: int
-    lease_token: bytes | None
-    resource_key: int | None
+    PREPARING becomes RUNNING, and so does the rollout of the newest attempt. A silent attempt
+    without a lease comes back while it can. An attempt that is over stays as it is.
+    """
+    if tx.execute(_HEARTBEAT, (tx.now, attempt_key, lifecycle.A_RUNNING)).rowcount:
+        return
+    attempt = attempt_by_key(tx.connection, attempt_key)
+    if attempt.status not in (lifecycle.A_PREPARING, lifecycle.A_UNRESPONSIVE):
+        return
+    rollout = rollout_by_key(tx.connection, attempt.rollout_key)
+    move = lifecycle.move_attempt(attempt.status, AttemptEvent.SIGNAL, revivable=revivable(attempt, rollout))
+    if move.outcome is not Outcome.CHANGED:
+        return
+    due = lifecycle.next_due(True, attempt._replace(last_heartbeat=tx.now).clocks)
+    tx.execute(
+        "UPDATE attempts SET status = ?, last_heartbeat_time = ?, end_time = NULL, due = ?, "
+        "failure_kind = 0, "
+        "failure = NULL WHERE attempt_key = ?",
+        (move.status, tx.now, due, attempt.key),
+    )
+    tx.arm(due)
+    tx.event(attempt.run_key, ATTEMPT, UPDATED, attempt.key)
+    if rollout.latest_attempt_key == attempt.key:
+        _signal_rollout(tx, rollout, back=attempt.status == lifecycle.A_UNRESPONSIVE)
 
 
-class Attempts:
-    """Begins and ends attempts, and moves rollouts with them."""
-
-    def __init__(
-        self, catalog: Catalog, dispatcher: Dispatcher, commands: Commands, signer: CredentialSigner
-    ) -> None:
-        self.catalog = catalog
-        self.dispatcher = dispatcher
-        self.commands = commands
-        self.signer = signer
-        self._resources = ResourceCache()
-
-    # Beginning
-
-    def begin(
-        self,
-        tx: Tx,
-        rollout: RolloutRow,
-        worker_key: int | None,
-        *,
-        session_id: str | None = None,
-        lease_duration: int | None = None,
-    ) -> Begun:
-        """A new attempt at a rollout.
-
-        Args:
-            tx: The transaction.
-            rollout: Not terminal.
-            worker_key: Who does it; None = unknown.
-            session_id: The worker's session, when leased.
-            lease_duration: Microseconds; None = no lease.
-
-        Raises:
-            StoreError: ILLEGAL_TRANSITION when the rollout is terminal.
-        """
-        move = lifecycle.move_rollout(rollout.status, RolloutEvent.DELIVER)
-        if move.outcome is Outcome.REFUSED:
-            raise illegal_transition(
-                "rollout", rollout.rollout_id, rollout_status(rollout.status), rollout_status(move.status)
-            )
-        if rollout.latest_attempt_key is not None:
-            self._supersede(tx, attempt_by_key(tx.connection, rollout.latest_attempt_key))
-        resource_key = rollout.resource_key
-        if resource_key is None:
-            resource_key = latest_key(tx.connection, rollout.run_key)
-        expire = None if lease_duration is None else tx.now + lease_duration
-        clocks = lifecycle.Clocks(tx.now, None, rollout.timeout, rollout.unresponsive, expire, None)
-        due = lifecycle.next_due(True, clocks)
-        begun_id, token = mint("at"), None if lease_duration is None else os.urandom(16)
-        sequence_id = rollout.attempt_count + 1
-        row = (begun_id, rollout.key, rollout.run_key, sequence_id, lifecycle.A_PREPARING, tx.now, worker_key)
-        row += (session_id, rollout.timeout, rollout.unresponsive, int(token is not None), token)
-        row += (lease_duration, expire, due, resource_key)
-        key = tx.execute(_INSERT_ATTEMPT, row).lastrowid
-        assert key is not None
-        tx.execute(_DELIVERED, (move.status, sequence_id, key, resource_key, rollout.key))
-        tx.arm(due)
-        if worker_key is not None:
-            tx.execute(_WORKER_BUSY, (tx.now, tx.now, tx.now, key, worker_key))
+def _signal_rollout(tx: Tx, rollout: RolloutRow, *, back: bool) -> None:
+    move = lifecycle.move_rollout(rollout.status, RolloutEvent.SIGNAL)
+    if move.outcome is Outcome.CHANGED:
+        tx.execute(
+            "UPDATE rollouts SET status = ?, ready = 0, due = NULL, ended_attempts = ? WHERE rollout_key = ?",
+            (move.status, rollout.ended_attempts - back, rollout.key),
+        )
         tx.event(rollout.run_key, ROLLOUT, UPDATED, rollout.key)
-        tx.event(rollout.run_key, ATTEMPT, CREATED, key)
-        return Begun(key, begun_id, sequence_id, token, resource_key)
-
-    def _supersede(self, tx: Tx, older: AttemptRow) -> None:
-        # A silent attempt could come back until now; from here on it is over.
-        if older.status == lifecycle.A_UNRESPONSIVE and not older.sealed and older.seal_due is None:
-            self._settle(tx, older, older.open_calls)
-
-    def lease(
-        self, tx: Tx, waiter: Waiter, rollout: RolloutRow, message: rollout_pb2.Rollout | None = None
-    ) -> runner_service_pb2.LeasedRollout:
-        """Leases a rollout to a waiter that gave a credit for it; delivered after the commit.
-
-        Args:
-            tx: The transaction.
-            waiter: Who gets it.
-            rollout: Queued.
-            message: The rollout as a message, when the caller has it already; a copy is changed.
-        """
-        begun = self.begin(
-            tx, rollout, waiter.worker_key, session_id=waiter.session_id, lease_duration=waiter.duration
-        )
-        leased = runner_service_pb2.LeasedRollout()
-        if message is None:
-            (body,) = tx.execute(
-                "SELECT body FROM rollout_bodies WHERE rollout_key = ?", (rollout.key,)
-            ).fetchone()
-            leased.rollout.MergeFromString(body)
-        else:
-            leased.rollout.CopyFrom(message)
-        self._describe(tx, leased, rollout, begun, waiter)
-        tx.after_commit(lambda: waiter.deliver(leased))
-        return leased
-
-    def _describe(
-        self,
-        tx: Tx,
-        leased: runner_service_pb2.LeasedRollout,
-        rollout: RolloutRow,
-        begun: Begun,
-        waiter: Waiter,
-    ) -> None:
-        attempt = leased.attempt
-        attempt.rollout_id = rollout.rollout_id
-        attempt.attempt_id = begun.attempt_id
-        attempt.sequence_id = begun.sequence_id
-        attempt.status = attempt_pb2.ATTEMPT_STATUS_PREPARING
-        attempt.worker_id = waiter.worker_id
-        attempt.leased = True
-        set_time(attempt.start_time, tx.now)
-        leased.rollout.status = rollout_pb2.ROLLOUT_STATUS_PREPARING
-        leased.rollout.attempt_count = begun.sequence_id
-        leased.rollout.latest_attempt_id = begun.attempt_id
-        lease = leased.lease
-        lease.rollout_id = rollout.rollout_id
-        lease.attempt_id = begun.attempt_id
-        lease.lease_token = begun.lease_token or b""
-        lease.attempt_credential = self.credential(tx, rollout, begun.attempt_id)
-        set_duration(lease.duration, waiter.duration)
-        if begun.resource_key is not None:
-            resources = self._resources.get(tx, begun.resource_key)
-            leased.resources.CopyFrom(resources)
-            for holder in (attempt, leased.rollout):
-                holder.resources_id = resources.resources_id
-                holder.resources_version = resources.version
-
-    def credential(self, tx: Tx, rollout: RolloutRow, attempt_id: str) -> str:
-        """The agent's credential for an attempt."""
-        run_id = self.catalog.run_by_key(tx, rollout.run_key).run_id
-        return self.signer.mint(run_id, rollout.rollout_id, attempt_id)
-
-    def make_ready(self, tx: Tx, rollout: RolloutRow) -> None:
-        """Leases a queued rollout to whoever waits for it, else leaves it marked as ready."""
-        queue = self.catalog.queue_by_key(tx, rollout.queue_key)
-        waiter = self.dispatcher.pick(tx, queue, rollout.label_set_key)
-        if waiter is not None:
-            self.lease(tx, waiter, rollout)
-            return
-        tx.arm(rollout.expire_time)
-        tx.execute(
-            "UPDATE rollouts SET ready = 1, due = ? WHERE rollout_key = ?", (rollout.expire_time, rollout.key)
-        )
-
-    # Signs of life
-
-    def touch(self, tx: Tx, attempt: AttemptRow) -> None:
-        """A span, a heartbeat or a duplicate of one arrived: the agent is at work (R10, R14)."""
-        if attempt.status == lifecycle.A_RUNNING:
-            tx.execute(
-                "UPDATE attempts SET last_heartbeat_time = ? WHERE attempt_key = ?", (tx.now, attempt.key)
-            )
-            return
-        if attempt.status not in (lifecycle.A_PREPARING, lifecycle.A_UNRESPONSIVE):
-            return
-        self.signal(tx, attempt, rollout_by_key(tx.connection, attempt.rollout_key))
-
-    def signal(self, tx: Tx, attempt: AttemptRow, rollout: RolloutRow) -> None:
-        """The agent is at work: PREPARING becomes RUNNING, a silent attempt may come back."""
-        newest = rollout.latest_attempt_key == attempt.key
-        move = lifecycle.move_attempt(
-            attempt.status, AttemptEvent.SIGNAL, revivable=_revivable(attempt, rollout)
-        )
-        if move.outcome is not Outcome.CHANGED:
-            if attempt.status in lifecycle.ATTEMPT_LIVE:
-                tx.execute(
-                    "UPDATE attempts SET last_heartbeat_time = ? WHERE attempt_key = ?", (tx.now, attempt.key)
-                )
-            return
-        clocks = attempt._replace(last_heartbeat=tx.now, seal_due=None).clocks
-        due = lifecycle.next_due(True, clocks)
-        tx.execute(
-            "UPDATE attempts SET status = ?, last_heartbeat_time = ?, end_time = NULL, due = ?, failure_kind = 0, "
-            "failure = NULL WHERE attempt_key = ?",
-            (move.status, tx.now, due, attempt.key),
-        )
-        tx.arm(due)
-        tx.event(attempt.run_key, ATTEMPT, UPDATED, attempt.key)
-        if newest:
-            self._signal_rollout(tx, rollout)
-
-    def _signal_rollout(self, tx: Tx, rollout: RolloutRow) -> None:
-        move = lifecycle.move_rollout(rollout.status, RolloutEvent.SIGNAL)
-        if move.outcome is Outcome.CHANGED:
-            tx.execute(
-                "UPDATE rollouts SET status = ?, ready = 0, due = NULL WHERE rollout_key = ?",
-                (move.status, rollout.key),
-            )
-            tx.event(rollout.run_key, ROLLOUT, UPDATED, rollout.key)
-
-    # Ending
-
-    def end(
-        self,
-        tx: Tx,
-        attempt: AttemptRow,
-        event: AttemptEvent,
-        failure: attempt_pb2.Failure | None = None,
-        *,
-        order: str = "",
-    ) -> bool:
-        """Ends an attempt and, if it is the newest, moves its rollout (R5).
-
-        Args:
-            tx: The transaction.
-            attempt: The attempt.
-            event: How it ends; not SIGNAL.
-            failure: Why; a kind is filled in when it names none.
-            order: When not empty, its worker is ordered to stop for this reason.
-
-        Returns:
-            Whether anything changed.
-
-        Raises:
-            StoreError: ILLEGAL_TRANSITION.
-        """
-        rollout = rollout_by_key(tx.connection, attempt.rollout_key)
-        move = lifecycle.move_attempt(attempt.status, event, revivable=_revivable(attempt, rollout))
-        if move.outcome is Outcome.REFUSED:
-            wanted = attempt_status(lifecycle.move_attempt(lifecycle.A_RUNNING, event).status)
-            raise illegal_transition("attempt", attempt.attempt_id, attempt_status(attempt.status), wanted)
-        if move.outcome is Outcome.KEPT:
-            return False
-        blame = complete_failure(event, failure)
-        newest = rollout.latest_attempt_key == attempt.key
-        verdict = lifecycle.judge(rollout.rules, event, 0 if blame is None else blame.kind) if newest else None
-        rollout_status_after = rollout.status
-        if verdict is not None:
-            rollout_status_after = lifecycle.move_rollout(rollout.status, verdict.event).status
-        over = not lifecycle.is_revivable(
-            move.status, leased=bool(attempt.leased), newest=newest, rollout_status=rollout_status_after
-        )
-        sealed = self._write_end(tx, attempt, move.status, event, blame, over)
-        if order and attempt.leased and attempt.worker_key is not None:
-            self.commands.add(tx, attempt.worker_key, CANCEL, attempt_key=attempt.key, reason=order)
-        if verdict is not None:
-            self.move(tx, rollout, verdict, sealed, blame)
-        return True
-
-    def _write_end(
-        self,
-        tx: Tx,
-        attempt: AttemptRow,
-        status: int,
-        event: AttemptEvent,
-        blame: attempt_pb2.Failure | None,
-        over: bool,
-    ) -> bool:
-        seal = lifecycle.seal(
-            over=over,
-            open_calls=attempt.open_calls,
-            now=tx.now,
-            seal_due=None,
-            seal_timeout=self.catalog.run_by_key(tx, attempt.run_key).seal_timeout,
-        )
-        lost = int(event is AttemptEvent.LOSE_LEASE)
-        tx.execute(
-            _END_ATTEMPT,
-            (
-                *(status, tx.now, lost, int(seal.now), tx.now if seal.now else None, seal.due),
-                *(int(seal.incomplete), seal.due, 0 if blame is None else blame.kind),
-                *(None if blame is None else blame.SerializeToString(), attempt.key),
-            ),
-        )
-        tx.arm(seal.due)
-        if attempt.worker_key is not None:
-            tx.execute(_WORKER_IDLE, (tx.now, attempt.worker_key, attempt.key))
-        tx.event(attempt.run_key, ATTEMPT, TERMINAL, attempt.key)
-        if seal.now:
-            tx.event(attempt.run_key, ATTEMPT, SEALED, attempt.key)
-        return seal.now
-
-    def move(
-        self,
-        tx: Tx,
-        rollout: RolloutRow,
-        verdict: lifecycle.Verdict,
-        sealed: bool,
-        blame: attempt_pb2.Failure | None,
-    ) -> None:
-        """Moves a rollout after its newest attempt; `sealed` says whether that attempt is."""
-        move = lifecycle.move_rollout(rollout.status, verdict.event)
-        if rollout.status in lifecycle.ROLLOUT_TERMINAL:
-            if sealed and not rollout.sealed:
-                self._seal_rollout(tx, rollout)
-            return
-        terminal = move.status in lifecycle.ROLLOUT_TERMINAL
-        waiting = move.status in lifecycle.ROLLOUT_WAITING
-        ready_time = tx.now + verdict.delay
-        due = None
-        if waiting:
-            due = min(x for x in (ready_time, rollout.expire_time) if x is not None)
-        failed = move.status == lifecycle.FAILED and blame is not None
-        tx.execute(
-            _MOVE_ROLLOUT,
-            (
-                *(move.status, 0, ready_time if waiting else rollout.ready_time, due),
-                *(tx.now if terminal else None, int(terminal and sealed)),
-                *(verdict.ended_attempts, verdict.redeliveries),
-                *(blame.kind if failed and blame else 0, blame.SerializeToString() if failed and blame else None),
-                rollout.key,
-            ),
-        )
-        tx.event(rollout.run_key, ROLLOUT, TERMINAL if terminal else UPDATED, rollout.key)
-        if terminal and sealed:
-            tx.event(rollout.run_key, ROLLOUT, SEALED, rollout.key)
-        if waiting and verdict.delay == 0:
-            self.make_ready(tx, rollout_by_key(tx.connection, rollout.key))
-        else:
-            tx.arm(due)
-
-    # Sealing
-
-    def change_open_calls(self, tx: Tx, attempt_key: int, change: int) -> None:
-        """Model calls were announced (+) or closed (-); the last one to close seals an attempt that is over."""
-        tx.execute(
-            "UPDATE attempts SET open_calls = max(0, open_calls + ?) WHERE attempt_key = ?", (change, attempt_key)
-        )
-        if change < 0:
-            attempt = attempt_by_key(tx.connection, attempt_key)
-            if attempt.open_calls == 0 and attempt.seal_due is not None and not attempt.sealed:
-                self._settle(tx, attempt, 0)
-
-    def _settle(self, tx: Tx, attempt: AttemptRow, open_calls: int) -> None:
-        """Seals an attempt that is over, or sets the moment when it will be."""
-        seal = lifecycle.seal(
-            over=True,
-            open_calls=open_calls,
-            now=tx.now,
-            seal_due=attempt.seal_due,
-            seal_timeout=self.catalog.run_by_key(tx, attempt.run_key).seal_timeout,
-        )
-        tx.execute(
-            "UPDATE attempts SET sealed = ?, seal_time = ?, seal_due = ?, due = ?, capture_incomplete = ? "
-            "WHERE attempt_key = ?",
-            (
-                *(int(seal.now), tx.now if seal.now else None, seal.due, seal.due),
-                *(int(seal.incomplete), attempt.key),
-            ),
-        )
-        tx.arm(seal.due)
-        if not seal.now:
-            return
-        tx.event(attempt.run_key, ATTEMPT, SEALED, attempt.key)
-        rollout = rollout_by_key(tx.connection, attempt.rollout_key)
-        if rollout.latest_attempt_key == attempt.key and rollout.status in lifecycle.ROLLOUT_TERMINAL:
-            self._seal_rollout(tx, rollout)
-
-    def _seal_rollout(self, tx: Tx, rollout: RolloutRow) -> None:
-        tx.execute("UPDATE rollouts SET sealed = 1 WHERE rollout_key = ?", (rollout.key,))
-        tx.event(rollout.run_key, ROLLOUT, SEALED, rollout.key)
-
-    def settle_if_over(self, tx: Tx, attempt: AttemptRow, rollout: RolloutRow) -> None:
-        """Seals a silent attempt that can no longer come back because its rollout is over."""
-        if not attempt.sealed and lifecycle.is_over(attempt.status, revivable=_revivable(attempt, rollout)):
-            self._settle(tx, attempt, attempt.open_calls)
-
-    # Timers
-
-    def sweep(self, tx: Tx, limit: int) -> None:
-        """Does what is due to attempts by itself (R7, R9, R11)."""
-        rows = attempts_where(tx.connection, "WHERE due <= ? ORDER BY due LIMIT ?", tx.now, limit)
-        for attempt in rows:
-            live = attempt.status in lifecycle.ATTEMPT_LIVE
-            event = lifecycle.fire(live, attempt.clocks, tx.now)
-            if event is not None:
-                failure = attempt_pb2.Failure(message=_EXPIRY_MESSAGES[event])
-                self.end(tx, attempt, event, failure, order=_ORDERS.get(event, ""))
-            elif not live and attempt.seal_due is not None and attempt.seal_due <= tx.now:
-                self._settle(tx, attempt, attempt.open_calls)
-            else:
-                due = lifecycle.next_due(live, attempt.clocks)
-                tx.execute("UPDATE attempts SET due = ? WHERE attempt_key = ?", (due, attempt.key))
-        (earliest,) = tx.execute("SELECT min(due) FROM attempts WHERE due IS NOT NULL").fetchone()
-        tx.arm(earliest)
 
 
-_EXPIRY_MESSAGES = {
-    AttemptEvent.TIME_OUT: "the attempt took longer than its timeout",
-    AttemptEvent.FALL_SILENT: "no span and no heartbeat came for longer than allowed",
-    AttemptEvent.LOSE_LEASE: "the lease was not renewed in time",
-}
-_ORDERS = {
-    AttemptEvent.TIME_OUT: "the attempt took longer than its timeout",
-    AttemptEvent.FALL_SILENT: "no span and no heartbeat came for longer than allowed",
-}
+def set_open_calls(tx: Tx, attempt_key: int, count: int) -> None:
+    """Says how many model calls are open; the last one to close seals an attempt that is over."""
+    tx.execute("UPDATE attempts SET open_calls = ? WHERE attempt_key = ?", (count, attempt_key))
+    if count == 0:
+        attempt = attempt_by_key(tx.connection, attempt_key)
+        if attempt.seal_due is not None and not attempt.sealed:
+            settle(tx, attempt)
 
 
-def complete_failure(
-    event: AttemptEvent, failure: attempt_pb2.Failure | None
-) -> attempt_pb2.Failure | None:
+def settle(tx: Tx, attempt: AttemptRow) -> None:
+    """Seals an attempt that is over, or sets the moment when it will be."""
+    seal = lifecycle.seal(
+        over=True,
+        open_calls=attempt.open_calls,
+        now=tx.now,
+        seal_due=attempt.seal_due,
+        seal_timeout=seal_timeout(tx, attempt),
+    )
+    tx.execute(
+        "UPDATE attempts SET sealed = ?, seal_time = ?, seal_due = ?, due = ?, capture_incomplete = ? "
+        "WHERE attempt_key = ?",
+        (
+            *(int(seal.now), tx.now if seal.now else None, seal.due, seal.due),
+            *(int(seal.incomplete), attempt.key),
+        ),
+    )
+    tx.arm(seal.due)
+    if not seal.now:
+        return
+    tx.event(attempt.run_key, ATTEMPT, SEALED, attempt.key)
+    rollout = rollout_by_key(tx.connection, attempt.rollout_key)
+    if rollout.latest_attempt_key == attempt.key and rollout.status in lifecycle.ROLLOUT_TERMINAL:
+        seal_rollout(tx, rollout)
+
+
+def seal_rollout(tx: Tx, rollout: RolloutRow) -> None:
+    """Marks a finished rollout as sealed."""
+    tx.execute("UPDATE rollouts SET sealed = 1 WHERE rollout_key = ?", (rollout.key,))
+    tx.event(rollout.run_key, ROLLOUT, SEALED, rollout.key)
+
+
+def seal_timeout(tx: Tx, attempt: AttemptRow) -> int:
+    """Microseconds that the attempt's open calls are waited for; 0 when it has none."""
+    if attempt.open_calls <= 0:
+        return 0
+    row = tx.execute("SELECT seal_timeout FROM runs WHERE run_key = ?", (attempt.run_key,)).fetchone()
+    return int(row[0])
+
+
+def complete_failure(event: AttemptEvent, failure: attempt_pb2.Failure | None) -> attempt_pb2.Failure | None:
     """The failure as it is stored: limits kept, a kind filled in; None when the attempt succeeded."""
     kind = lifecycle.default_kind(event)
     if not kind:
@@ -479,7 +130,8 @@ def clip(text: str, limit: int, *, keep_end: bool = False) -> str:
     return (raw[-limit:] if keep_end else raw[:limit]).decode(errors="ignore")
 
 
-def _revivable(attempt: AttemptRow, rollout: RolloutRow) -> bool:
+def revivable(attempt: AttemptRow, rollout: RolloutRow) -> bool:
+    """Whether a silent attempt may come back."""
     return not attempt.sealed and lifecycle.is_revivable(
         attempt.status,
         leased=bool(attempt.leased),

@@ -25,7 +25,8 @@ def named_key(db: sqlite3.Connection, run_key: int, resources_id: str, version: 
         StoreError: RESOURCE_MISSING.
     """
     row = db.execute(
-        "SELECT resource_key FROM resources WHERE resources_id = ? AND run_key = ? AND (version = ? OR ? = 0) "
+        "SELECT resource_key FROM resources WHERE resources_id = ? AND run_key = ? AND (version = ? "
+        "OR ? = 0) "
         "ORDER BY version DESC LIMIT 1",
         (resources_id, run_key, version, version),
     ).fetchone()
@@ -47,7 +48,7 @@ class ResourceCache:
             row = tx.execute("SELECT body FROM resources WHERE resource_key = ?", (resource_key,)).fetchone()
             found = resources_pb2.ResourceSet.FromString(row[0])
             self._sets[resource_key] = found
-            tx.after_rollback(lambda: self._sets.pop(resource_key, None) and None)
+            tx.after_rollback(lambda: self._sets.pop(resource_key, None))
             if len(self._sets) > _MOST_CACHED:
                 self._sets.popitem(last=False)
         return found

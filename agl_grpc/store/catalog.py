@@ -49,6 +49,28 @@ class Catalog:
         self._groups: dict[tuple[int, str], int] = {}
         self._workers: dict[str, int] = {}
         self._label_sets: dict[Labels, int] = {}
+        self._next: dict[str, int] = {}
+
+    def next_key(self, tx: Tx, table: str, count: int = 1) -> int:
+        """The first of `count` new integer keys of `rollouts` or `attempts`; keys are never used twice."""
+        key = self._next.get(table)
+        if key is None:
+            (key,) = tx.execute(
+                f"SELECT 1 + max((SELECT coalesce(max({table[:-1]}_key), 0) FROM {table}), "
+                "(SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM meta WHERE name = ?))",
+                (f"{table}_deleted",),
+            ).fetchone()
+        self._next[table] = key + count
+        return int(key)
+
+    def keep_keys(self, tx: Tx) -> None:
+        """Remembers the newest keys in the database; call before rows are deleted."""
+        for table in ("rollouts", "attempts"):
+            newest = self.next_key(tx, table, 0) - 1
+            tx.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                (f"{table}_deleted", str(newest)),
+            )
 
     def run(self, tx: Tx, run_id: str) -> RunRow:
         """The run with this id; empty = `default`.
@@ -102,7 +124,9 @@ class Catalog:
         return self._queues_by_key.get(queue_key) or self._load_queue(tx, "queue_key = ?", queue_key)
 
     def _load_queue(self, tx: Tx, where: str, *values: str | int) -> QueueRow:
-        row = tx.execute(f"SELECT queue_key, run_key, name, paused FROM queues WHERE {where}", values).fetchone()
+        row = tx.execute(
+            f"SELECT queue_key, run_key, name, paused FROM queues WHERE {where}", values
+        ).fetchone()
         queue = QueueRow(row[0], row[1], row[2], bool(row[3]))
         self._queues[queue.run_key, queue.name] = self._queues_by_key[queue.queue_key] = queue
         tx.after_rollback(lambda: self.forget_queue(queue))
@@ -129,7 +153,7 @@ class Catalog:
             if len(self._groups) >= _MAX_CACHED:
                 self._groups.clear()
             self._groups[name] = key
-            tx.after_rollback(lambda: self._groups.pop(name, None) and None)
+            tx.after_rollback(lambda: self._groups.pop(name, None))
         return key
 
     def worker(self, tx: Tx, worker_id: str) -> int | None:
@@ -145,7 +169,7 @@ class Catalog:
             if len(self._workers) >= _MAX_CACHED:
                 self._workers.clear()
             self._workers[worker_id] = key
-            tx.after_rollback(lambda: self._workers.pop(worker_id, None) and None)
+            tx.after_rollback(lambda: self._workers.pop(worker_id, None))
         return key
 
     def label_set(self, tx: Tx, labels: Labels) -> int:
@@ -158,7 +182,7 @@ class Catalog:
             tx.execute("INSERT INTO label_sets (labels) VALUES (?)", (_encode_labels(labels),))
             (key,) = tx.execute("SELECT last_insert_rowid()").fetchone()
             self._label_sets[labels] = key
-            tx.after_rollback(lambda: self._label_sets.pop(labels, None) and None)
+            tx.after_rollback(lambda: self._label_sets.pop(labels, None))
         return key
 
     def label_sets_within(self, tx: Tx, labels: Labels) -> set[int]:
@@ -169,7 +193,7 @@ class Catalog:
     def _load_label_sets(self, tx: Tx) -> None:
         if not self._label_sets:
             for key, blob in tx.execute("SELECT label_set_key, labels FROM label_sets"):
-                self._label_sets[_decode_labels(blob)] = key
+                self._label_sets[decode_labels(blob)] = key
 
 
 def labels_of(labels: Iterable[common_pb2.Label], path: str) -> Labels:
@@ -193,7 +217,8 @@ def _encode_labels(labels: Labels) -> bytes:
     return b"".join(len(data := label.SerializeToString()).to_bytes(4, "big") + data for label in ordered)
 
 
-def _decode_labels(blob: bytes) -> Labels:
+def decode_labels(blob: bytes) -> Labels:
+    """Labels as they are stored in `label_sets`."""
     found = []
     place = 0
     while place < len(blob):

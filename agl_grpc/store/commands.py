@@ -71,7 +71,9 @@ class Commands:
     def announce_resources(self, tx: Tx, resource_key: int, worker_keys: Iterable[int]) -> None:
         """Tells workers of a new publication; an older announcement that nobody acknowledged is replaced."""
         for worker_key in worker_keys:
-            tx.execute("DELETE FROM worker_commands WHERE worker_key = ? AND kind = ?", (worker_key, RESOURCES))
+            tx.execute(
+                "DELETE FROM worker_commands WHERE worker_key = ? AND kind = ?", (worker_key, RESOURCES)
+            )
             self.add(tx, worker_key, RESOURCES, resource_key=resource_key, reason="new resources")
 
 
@@ -92,7 +94,8 @@ def forget_cancels(tx: Tx, worker_key: int, session_id: str) -> None:
     """Forgets orders to stop attempts of a worker's earlier sessions: that process is gone."""
     tx.execute(
         "DELETE FROM worker_commands WHERE worker_key = ? AND kind = ? AND attempt_key IN "
-        "(SELECT attempt_key FROM attempts WHERE attempt_key = worker_commands.attempt_key AND session_id != ?)",
+        "(SELECT attempt_key FROM attempts WHERE attempt_key = worker_commands.attempt_key AND "
+        "session_id != ?)",
         (worker_key, CANCEL, session_id),
     )
 
@@ -101,7 +104,8 @@ def prune(tx: Tx, limit: int = 500) -> int:
     """Forgets commands older than 24 hours; returns how many."""
     return tx.execute(
         "DELETE FROM worker_commands WHERE command_id IN (SELECT command_id FROM "
-        "(SELECT command_id, create_time FROM worker_commands ORDER BY command_id LIMIT ?) WHERE create_time < ?)",
+        "(SELECT command_id, create_time FROM worker_commands ORDER BY command_id LIMIT ?) WHERE "
+        "create_time < ?)",
         (limit, tx.now - KEEP),
     ).rowcount
 

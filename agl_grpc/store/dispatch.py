@@ -107,9 +107,7 @@ class Dispatcher:
             self._take(tx, waiter)
         return ready
 
-    def ready(
-        self, tx: Tx, queue_keys: Iterable[int], labels: Labels | None, limit: int
-    ) -> list[RolloutRow]:
+    def ready(self, tx: Tx, queue_keys: Iterable[int], labels: Labels | None, limit: int) -> list[RolloutRow]:
         """Rollouts that can be delivered now from these queues, most urgent first."""
         found: list[tuple[int, int]] = []
         for queue_key in queue_keys:
@@ -121,7 +119,11 @@ class Dispatcher:
         keys = [key for _, key in found[:limit]]
         if len(keys) == 1:
             return rollouts_where(tx.connection, "WHERE rollout_key = ?", keys[0])
-        by_key = {row.key: row for key in keys for row in rollouts_where(tx.connection, "WHERE rollout_key = ?", key)}
+        by_key = {
+            row.key: row
+            for key in keys
+            for row in rollouts_where(tx.connection, "WHERE rollout_key = ?", key)
+        }
         return [by_key[key] for key in keys]
 
     def _head(self, tx: Tx, queue_key: int, labels: Labels | None, limit: int) -> list[tuple[int, int]]:

@@ -20,7 +20,8 @@ _ROLLOUT = (
 )
 _ATTEMPT = (
     "SELECT a.attempt_key, a.attempt_id, a.sequence_id, a.status, a.start_time, a.end_time, w.worker_id, "
-    "a.last_heartbeat_time, a.metadata, a.failure, s.resources_id, s.version, a.leased, a.sealed, a.seal_time, "
+    "a.last_heartbeat_time, a.metadata, a.failure, s.resources_id, s.version, a.leased, a.sealed, "
+    "a.seal_time, "
     "a.capture_incomplete, a.open_calls, a.lease_lost, r.rollout_id FROM attempts a "
     "JOIN rollouts r ON r.rollout_key = a.rollout_key "
     "LEFT JOIN workers w ON w.worker_key = a.worker_key "
@@ -125,7 +126,9 @@ def load_attempt(db: sqlite3.Connection, key: int) -> attempt_pb2.Attempt:
     return attempt_message(select_attempts(db, "WHERE a.attempt_key = ?", key)[0])
 
 
-def load_attempted(db: sqlite3.Connection, key: int, attempt_key: int | None = None) -> rollout_pb2.AttemptedRollout:
+def load_attempted(
+    db: sqlite3.Connection, key: int, attempt_key: int | None = None
+) -> rollout_pb2.AttemptedRollout:
     """A rollout with one of its attempts, by default the newest."""
     row = select_rollouts(db, "WHERE r.rollout_key = ?", key)[0]
     return attempted_message(db, row, attempt_key)

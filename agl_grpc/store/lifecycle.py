@@ -156,7 +156,7 @@ def assign_rollout(status: int, wanted: int) -> Move:
 
 
 def assign_attempt(wanted: int) -> AttemptEvent | None:
-    """The event that a caller means who sets an attempt's status by hand; None = PREPARING, which begins only."""
+    """The event that a caller means who sets an attempt's status by hand; None = no such event."""
     return {
         A_RUNNING: AttemptEvent.SIGNAL,
         A_SUCCEEDED: AttemptEvent.SUCCEED,

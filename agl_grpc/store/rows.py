@@ -86,8 +86,10 @@ class AttemptRow(NamedTuple):
 
 
 _ROLLOUT = (
-    "SELECT rollout_key, rollout_id, run_key, queue_key, label_set_key, status, sealed, ready, ready_time, due, "
-    "expire_time, timeout, unresponsive, max_attempts, retry_mask, max_redeliveries, backoff, ended_attempts, "
+    "SELECT rollout_key, rollout_id, run_key, queue_key, label_set_key, status, sealed, ready, "
+    "ready_time, due, "
+    "expire_time, timeout, unresponsive, max_attempts, retry_mask, max_redeliveries, backoff, "
+    "ended_attempts, "
     "redeliveries, attempt_count, latest_attempt_key, resource_key FROM rollouts "
 )
 _ATTEMPT = (
@@ -146,9 +148,7 @@ def attempt_by_name(db: sqlite3.Connection, rollout_id: str, attempt_id: str) ->
             raise not_found("attempt", f"{rollout_id}/latest")
         return attempt_by_key(db, key)
     attempt = find_attempt(db, attempt_id)
-    if attempt is None or (
-        rollout_id and rollout_by_id(db, rollout_id).key != attempt.rollout_key
-    ):
+    if attempt is None or (rollout_id and rollout_by_id(db, rollout_id).key != attempt.rollout_key):
         raise not_found("attempt", attempt_id)
     return attempt
 

@@ -57,9 +57,9 @@ class Tx:
         self.executemany = connection.executemany
         self.now = now
         self.events: list[EventRow] = []
-        self.on_commit: list[Callable[[], None]] = []
-        self.on_rollback: list[Callable[[], None]] = []
-        self.finals: list[Callable[[], None]] = []
+        self.on_commit: list[Callable[[], object]] = []
+        self.on_rollback: list[Callable[[], object]] = []
+        self.finals: list[Callable[[], object]] = []
         self.due: int | None = None
 
     def event(
@@ -76,15 +76,15 @@ class Tx:
         """Adds an entry to the event log, in this transaction; the fields are those of EventRow."""
         self.events.append(EventRow(run_key, entity, kind, ref, low, high, self.now, entity_id))
 
-    def after_commit(self, callback: Callable[[], None]) -> None:
+    def after_commit(self, callback: Callable[[], object]) -> None:
         """Calls back on the event loop once the change is on disk, before the command's own answer."""
         self.on_commit.append(callback)
 
-    def after_rollback(self, callback: Callable[[], None]) -> None:
+    def after_rollback(self, callback: Callable[[], object]) -> None:
         """Calls back in the writer's thread if this command comes to nothing."""
         self.on_rollback.append(callback)
 
-    def at_end(self, callback: Callable[[], None]) -> None:
+    def at_end(self, callback: Callable[[], object]) -> None:
         """Calls back at the end of the command, still inside its transaction."""
         self.finals.append(callback)
 

@@ -2,6 +2,7 @@
 SHELL := bash
 PYTHON ?= python3
 .DEFAULT_GOAL := help
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## List the tasks
@@ -40,3 +41,33 @@ check-protoc: .venv-proto/debian/ready ## Compile the contract with Debian's pro
 	  $$root/bin/protoc --version && \
 	  $$root/bin/protoc -Iproto -I$$root/include --cpp_out=$$out --java_out=$$out proto/agl_grpc/v1/*.proto && \
 	  echo "compiled $$(ls proto/agl_grpc/v1/*.proto | wc -l) files"; status=$$?; rm -rf $$out; exit $$status
+
+# The development environment: this package, editable, with what its tests and examples need.
+.venv/dev-ready: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install -q --upgrade 'pip>=25.1'
+	.venv/bin/pip install -q -e '.[train]' --group dev
+	touch $@
+
+.PHONY: lint
+lint: .venv/dev-ready ## Format, lint and types
+	.venv/bin/ruff format --check agl_grpc cli tests benchmarks examples
+	.venv/bin/ruff check agl_grpc cli tests benchmarks examples
+	.venv/bin/mypy
+
+.PHONY: test-fast
+test-fast: .venv/dev-ready ## The fast suite: no vLLM, no verl
+	.venv/bin/python -m pytest -n 2 -m 'not e2e'
+
+.PHONY: engines
+engines: .venv/dev-ready ## Make the engine and learner environments
+	.venv/bin/agl-grpc env create engine --path .venv-engine
+	.venv/bin/agl-grpc env create learner --path .venv-learner
+
+.PHONY: test
+test: check-proto check-protoc lint test-fast engines ## Everything: lint, the fast suite, real vLLM and real verl
+	.venv/bin/python -m pytest -m e2e
+
+.PHONY: bench
+bench: .venv/dev-ready ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
+	.venv/bin/python -m benchmarks $(NAMES)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from tests.support.waiting import free_port
 
@@ -18,7 +18,7 @@ from tests.support.waiting import free_port
 class StoreProcess:
     """`agl-grpc store serve` on a random port of the loopback interface.
 
-    Use it as a context manager; ``kill`` and ``start`` may be called any number of times on the same database.
+    Use it as a context manager; ``kill`` and ``start`` may be called again and again on one database.
     """
 
     def __init__(self, database: Path, *options: str) -> None:
@@ -36,9 +36,13 @@ class StoreProcess:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ.copy())
         with grpc.insecure_channel(self.address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]  # generated without types
+            check = channel.unary_unary(
+                "/grpc.health.v1.Health/Check",
+                request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                response_deserializer=health_pb2.HealthCheckResponse.FromString,
+            )
             try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=within, wait_for_ready=True)
+                answer = check(health_pb2.HealthCheckRequest(), timeout=within, wait_for_ready=True)
             except grpc.RpcError as error:
                 raise AssertionError(f"the store did not start:\n{self.log.read_text()}") from error
         assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -15,7 +15,7 @@ T = TypeVar("T")
 async def eventually(
     probe: Callable[[], T | Awaitable[T]], *, within: float = 10.0, what: str = "condition"
 ) -> T:
-    """Returns the first truthy result of ``probe``; fails after ``within`` seconds, naming ``what`` was awaited."""
+    """Returns the first truthy result of ``probe``; after ``within`` seconds fails, naming ``what``."""
     deadline = time.monotonic() + within
     while True:
         result = probe()

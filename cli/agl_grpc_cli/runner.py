@@ -22,7 +22,9 @@ def group() -> None:
 def start(
     agent: Annotated[
         str,
-        typer.Option(metavar="MODULE:NAME", help="The agent: a LitAgent, its class, or a decorated function."),
+        typer.Option(
+            metavar="MODULE:NAME", help="The agent: a LitAgent, its class, or a decorated function."
+        ),
     ],
     store: StoreOption = DEFAULT_STORE,
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Worker processes.")] = 1,
@@ -31,11 +33,14 @@ def start(
     ] = 1,
     run: RunOption = "default",
     queue: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Queue to serve (repeatable); default: the run's.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Queue to serve (repeatable); default: the run's."),
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Take only rollouts whose labels are among these (repeatable)."),
+        typer.Option(
+            metavar="KEY=VALUE", help="Take only rollouts whose labels are among these (repeatable)."
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Worker ids are NAME-0, NAME-1, …; default: host name and process id.")
@@ -44,7 +49,8 @@ def start(
         list[str] | None, typer.Option(metavar="MODULE:NAME", help="Hook around rollouts (repeatable).")
     ] = None,
     lease: Annotated[
-        float, typer.Option(min=1.0, max=3600.0, metavar="SECONDS", help="Lease duration, renewed at a third.")
+        float,
+        typer.Option(min=1.0, max=3600.0, metavar="SECONDS", help="Lease duration, renewed at a third."),
     ] = 30.0,
     drain: Annotated[
         float,

@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from agl_grpc.model import raw
 from agl_grpc.store.credentials import CredentialSigner
+from agl_grpc.store.handlers.rewards import RewardHandlers
+from agl_grpc.store.handlers.span_reads import SpanReadHandlers
+from agl_grpc.store.handlers.span_writes import SpanWriteHandlers
 from agl_grpc.store.info import InfoHandlers
 from agl_grpc.store.service import Parser
+from agl_grpc.store.span_stream import prune_producers
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import runner_service_pb2, store_service_pb2, trainer_service_pb2
 
@@ -27,9 +32,18 @@ def handlers(
         signer: Mints attempt credentials.
     """
     services: dict[ServiceDescriptor, list[object]] = {
-        _STORE: [InfoHandlers(store)],
+        _STORE: [
+            InfoHandlers(store),
+            SpanWriteHandlers(store),
+            SpanReadHandlers(store),
+            RewardHandlers(store),
+        ],
         _RUNNER: [],
         _TRAINER: [],
     }
-    parsers: dict[str, Parser] = {}
+    parsers: dict[str, Parser] = {
+        "AppendSpans": raw.RawAppendSpansRequest.FromString,
+        "StreamSpans": raw.RawStreamSpansRequest.FromString,
+    }
+    store.maintenance.register(prune_producers)
     return services, parsers

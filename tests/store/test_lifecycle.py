@@ -91,7 +91,9 @@ def test_rollout_cell(state: str, event: str, cell: str) -> None:
 def test_the_tables_are_complete() -> None:
     states = {*ATTEMPTS, "revivable"}
     assert {cell[:2] for cell in cells(ATTEMPT_TABLE)} == {(s, e.name) for s in states for e in AttemptEvent}
-    assert {cell[:2] for cell in cells(ROLLOUT_TABLE)} == {(s, e.name) for s in ROLLOUTS for e in RolloutEvent}
+    assert {cell[:2] for cell in cells(ROLLOUT_TABLE)} == {
+        (s, e.name) for s in ROLLOUTS for e in RolloutEvent
+    }
     assert set(ATTEMPTS.values()) == set(lifecycle.ATTEMPT_STATES)
     assert set(ROLLOUTS.values()) == set(lifecycle.ROLLOUT_STATES)
 
@@ -117,7 +119,13 @@ def test_an_attempt_set_by_hand_means_an_event() -> None:
 
 
 def rules(**changes: int) -> Rules:
-    base = {"max_attempts": 3, "max_redeliveries": 2, "backoff": 1_000_000, "ended_attempts": 0, "redeliveries": 0}
+    base = {
+        "max_attempts": 3,
+        "max_redeliveries": 2,
+        "backoff": 1_000_000,
+        "ended_attempts": 0,
+        "redeliveries": 0,
+    }
     mask = sum(lifecycle.retry_bit(status) for status in lifecycle.RETRYABLE)
     return Rules(**{"retry_mask": mask, **base, **changes})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
@@ -25,7 +26,7 @@ RETRY_TRAILER = "google.rpc.retryinfo-bin"
 """Trailer in which OpenTelemetry's Python exporters look for RetryInfo."""
 
 _REASON_PREFIX = "ERROR_REASON_"
-Reason = error_reason_pb2.ErrorReason.ValueType
+Reason: TypeAlias = error_reason_pb2.ErrorReason.ValueType
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,7 @@ class StoreError(Exception):
             details.append(bad)
         if self.precondition:
             failure = error_details_pb2.PreconditionFailure()
-            failure.violations.add(
-                type=self.reason_name, subject=self.precondition, description=self.message
-            )
+            failure.violations.add(type=self.reason_name, subject=self.precondition, description=self.message)
             details.append(failure)
         retry = self.retry_info()
         if retry is not None:

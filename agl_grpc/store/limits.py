@@ -1,0 +1,36 @@
+"""Sizes and counts that the store accepts; GetServerInfo tells them."""
+
+from __future__ import annotations
+
+MESSAGE_BYTES = 64 << 20
+"""Largest message in either direction."""
+
+PAGE_SIZE = 1000
+"""Most items of a page, spans excepted."""
+
+SPAN_PAGE_SIZE = 10_000
+"""Most spans of a page."""
+
+SPAN_BYTES = 4 << 20
+"""Largest span."""
+
+SPANS_PER_MESSAGE = 10_000
+"""Most spans of one message."""
+
+STREAM_BYTES = 32 << 20
+"""Most unacknowledged bytes of one span stream."""
+
+STREAM_MESSAGES = 1024
+"""Most unacknowledged messages of one span stream."""
+
+QUEUE_BYTES = 256 << 20
+"""Most bytes of spans that wait for the disk, of all callers together (R28)."""
+
+PAYLOAD_BYTES = 1 << 20
+"""Largest inline payload."""
+
+LONG_POLL_SECONDS = 60.0
+"""Longest wait of a long poll."""
+
+BATCH_ITEMS = 10_000
+"""Most items of a batched call."""

@@ -1,0 +1,88 @@
+"""The store of one server: database, writer, reads, hub and timers, put together."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from agl_grpc.store import maintenance
+from agl_grpc.store.clock import Clock, SystemClock
+from agl_grpc.store.database import Database, open_database
+from agl_grpc.store.hub import Hub
+from agl_grpc.store.idempotency import RequestKey, once
+from agl_grpc.store.reads import ReadPool
+from agl_grpc.store.timers import Timers
+from agl_grpc.store.transaction import EventRow, Tx
+from agl_grpc.store.writer import Lane, Writer
+
+T = TypeVar("T")
+
+
+class Store:
+    """Everything that the handlers need. Made by `Store.open`, on the event loop that serves.
+
+    Attributes:
+        database: The file.
+        clock: The store's time.
+        writer: The only thread that writes.
+        reads: Threads that read.
+        hub: Wakes watchers after commits.
+        timers: Fires what is due.
+        maintenance: Prunes in the background.
+        start_time: Microseconds since the epoch.
+    """
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self.database = database
+        self.clock = clock
+        self.start_time = clock.now()
+        self.hub = Hub()
+        self.reads = ReadPool(database)
+        self.writer = Writer(database.connect_writer(), clock, self._committed)
+        self.timers = Timers(self.writer, clock)
+        self.maintenance = maintenance.Maintenance(self.writer)
+
+    @classmethod
+    async def open(cls, path: Path | None, *, clock: Clock | None = None, limit_pages: int = 0) -> Store:
+        """Opens the database and starts the writer.
+
+        Args:
+            path: The file; None = a private throw-away file (`--memory`).
+            clock: The store's time; default the system's.
+            limit_pages: Largest size in pages of 4 KiB; 0 = the disk's.
+
+        Raises:
+            DatabaseError: The database cannot be used; one line says why.
+        """
+        store = cls(open_database(path, limit_pages=limit_pages), clock or SystemClock())
+        store.writer.start()
+        store.maintenance.start()
+        return store
+
+    async def write(self, run: Callable[[Tx], T], lane: Lane = Lane.LIFECYCLE, rows: int = 1) -> T:
+        """Carries a command out; returns when it is on disk. See Writer.submit."""
+        return await self.writer.submit(run, lane, rows)
+
+    async def change(self, key: RequestKey, run: Callable[[Tx], bytes], rows: int = 1) -> bytes:
+        """Carries a change out once for its request id (R13); returns the serialised response."""
+        return await self.writer.submit(lambda tx: once(tx, key, run), Lane.LIFECYCLE, rows)
+
+    async def read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """Reads one page in one transaction. See ReadPool.run."""
+        return await self.reads.run(read)
+
+    def _committed(self, events: Sequence[EventRow], due: int | None) -> None:
+        if events:
+            self.hub.publish(events)
+        self.timers.arm(due)
+
+    async def close(self) -> None:
+        """Ends waits, carries out what was accepted, closes the database."""
+        self.hub.close()
+        await self.maintenance.close()
+        await self.timers.close()
+        await self.writer.stop()
+        self.reads.close()
+        self.database.close()

@@ -1,0 +1,79 @@
+"""What a command sees of the transaction it runs in."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class EventRow(NamedTuple):
+    """An entry of the event log.
+
+    Attributes:
+        run_key: The run.
+        entity: What it is about, an EntityKind.
+        kind: What happened, an EventKind.
+        ref: Integer key of the entity; for SPANS the attempt's.
+        low: For SPANS the first new row's key, else 0.
+        high: For SPANS the last new row's key, else 0.
+        time: Microseconds since the epoch.
+        entity_id: The text id, for DELETED only (its row is gone).
+    """
+
+    run_key: int
+    entity: int
+    kind: int
+    ref: int
+    low: int
+    high: int
+    time: int
+    entity_id: str | None
+
+
+class Tx:
+    """One command's view of the group's transaction. Used in the writer's thread only.
+
+    Attributes:
+        connection: The writing connection; `execute` is its method.
+        now: The store's time in microseconds, the same for the whole command.
+    """
+
+    __slots__ = ("connection", "due", "events", "execute", "executemany", "now", "on_commit", "on_rollback")
+
+    def __init__(self, connection: sqlite3.Connection, now: int) -> None:
+        self.connection = connection
+        self.execute = connection.execute
+        self.executemany = connection.executemany
+        self.now = now
+        self.events: list[EventRow] = []
+        self.on_commit: list[Callable[[], None]] = []
+        self.on_rollback: list[Callable[[], None]] = []
+        self.due: int | None = None
+
+    def event(
+        self,
+        run_key: int,
+        entity: int,
+        kind: int,
+        ref: int,
+        *,
+        low: int = 0,
+        high: int = 0,
+        entity_id: str | None = None,
+    ) -> None:
+        """Adds an entry to the event log, in this transaction; the fields are those of EventRow."""
+        self.events.append(EventRow(run_key, entity, kind, ref, low, high, self.now, entity_id))
+
+    def after_commit(self, callback: Callable[[], None]) -> None:
+        """Calls back on the event loop once the change is on disk, before the command's own answer."""
+        self.on_commit.append(callback)
+
+    def after_rollback(self, callback: Callable[[], None]) -> None:
+        """Calls back in the writer's thread if this command comes to nothing."""
+        self.on_rollback.append(callback)
+
+    def arm(self, due: int | None) -> None:
+        """Makes sure that timers are looked at no later than this moment (microseconds)."""
+        if due is not None and (self.due is None or due < self.due):
+            self.due = due

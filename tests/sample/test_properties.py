@@ -1,0 +1,120 @@
+"""Random attempts against a slow oracle that follows the definition word by word."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agl_grpc.sample import Sample, build_attempt, sample_digest, token_digest
+from agl_grpc.v1.model_call_pb2 import ModelCall
+from agl_grpc.v1.span_pb2 import StoredSpan
+from tests.sample.calls import call, choice, record
+
+Row = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
+token = st.integers(0, 2)
+tokens = st.lists(token, min_size=1, max_size=3)
+
+
+@st.composite
+def attempts(draw: st.DrawFn) -> list[StoredSpan]:
+    """Conversations that grow, branch, are rewritten, retried and sampled several times."""
+    spans: list[StoredSpan] = []
+    sequences: list[list[int]] = []
+    for at in range(1, draw(st.integers(1, 7)) + 1):
+        prompt = draw(tokens)
+        grows: bool = draw(st.booleans())
+        if sequences and grows:
+            prompt = draw(st.sampled_from(sequences)) + draw(st.lists(token, max_size=2))
+        answers = draw(st.lists(st.lists(token, max_size=3), min_size=1, max_size=3))
+        mode = draw(st.sampled_from(["train", "train", "train", "val"]))
+        finish = draw(st.sampled_from(["stop", "stop", "length"]))
+        choices = [choice(ids, i, finish) for i, ids in enumerate(answers)]
+        spans.append(call(prompt, *choices, at=at, mode=mode))
+        sequences += [prompt + ids for ids in answers]
+    return spans
+
+
+def oracle_trained_answers(spans: list[StoredSpan]) -> Counter[tuple[int, ...]]:
+    """Every answer that has to be trained, as its whole sequence, by T9 read literally (lists only)."""
+    flat = [
+        (list(m.prompt.token_ids), list(c.token_ids), m.mode, c.finish_reason)
+        for m in (stored.span.model_call for stored in spans)
+        for c in m.choices
+    ]
+    prompts = [p for p, _, _, _ in flat]
+    trained: Counter[tuple[int, ...]] = Counter()
+    for prompt, ids, mode, finish in flat:
+        if mode == "train" and ids and finish != "length":
+            siblings = [i for p, i, _, _ in flat if p == prompt and i]
+            used = [i for i in siblings if any(q[: len(prompt + i)] == prompt + i for q in prompts)]
+            if not used or ids in used:
+                trained[tuple(prompt + ids)] += 1
+    return trained
+
+
+def trained_answers(row: Sample, calls: dict[bytes, ModelCall]) -> list[tuple[int, ...]]:
+    """Whole sequences of the row's trained answers, from its calls and its mask."""
+    found = []
+    offset = len(row.prompt_ids)
+    whole = tuple(row.prompt_ids.tolist() + row.response_ids.tolist())
+    own = [calls[span_id] for span_id in row.span_ids]
+    starts = [len(c.prompt.token_ids) for c in own] + [len(whole)]
+    for model_call, here, following in zip(own, starts, starts[1:], strict=False):
+        lengths = [
+            len(c.token_ids)
+            for c in model_call.choices
+            if whole[here : here + len(c.token_ids)] == tuple(c.token_ids)
+            and here + len(c.token_ids) <= following
+            and row.response_mask[here - offset : here - offset + len(c.token_ids)].all()
+        ]
+        if max(lengths, default=0):
+            found.append(whole[: here + max(lengths)])
+    return found
+
+
+@given(attempts())
+def test_the_account_balances_and_masks_agree(spans: list[StoredSpan]) -> None:
+    out = build_attempt(record(*spans))
+    out.account.check()
+    captured = sum(
+        len(s.span.model_call.prompt.token_ids) + len(c.token_ids)
+        for s in spans
+        for c in s.span.model_call.choices
+    )
+    assert out.account.captured == captured
+    assert out.account.trained == sum(row.trained_tokens for row in out.rows)
+    for row in out.rows:
+        sampled = row.response_mask == 1
+        assert (row.policy_versions[~sampled] == -1).all()
+        assert (row.logprobs[~sampled] == 0).all()
+        assert (row.policy_versions[sampled] == 3).all()
+        assert abs(row.logprobs[sampled] + 0.01 * row.response_ids[sampled]).max(initial=0) < 1e-6
+
+
+@given(attempts())
+def test_every_selected_answer_is_trained_and_no_other(spans: list[StoredSpan]) -> None:
+    """Sequences of trained answers, as sets: identical siblings may be told apart only by who is used."""
+    out = build_attempt(record(*spans))
+    expected = oracle_trained_answers(spans)
+    calls = {s.span.span_id: s.span.model_call for s in spans}
+    got: Counter[tuple[int, ...]] = Counter()
+    for row in out.rows:
+        got.update(trained_answers(row, calls))
+    assert set(got) == set(expected)
+    assert all(got[key] <= expected[key] for key in got), "an answer was trained twice"
+
+
+@given(attempts(), st.data())
+def test_digests_see_every_swap(spans: list[StoredSpan], data: st.DataObject) -> None:
+    one = build_attempt(record(*spans, rollout="a", group="g", reward=1.0)).rows
+    two = build_attempt(record(*spans, rollout="b", group="h", reward=0.0)).rows
+    if not one:
+        return
+    rows = [*one, *two]
+    i = data.draw(st.integers(0, len(one) - 1))
+    swapped = list(rows)
+    swapped[i], swapped[len(one) + i] = rows[len(one) + i], rows[i]
+    assert sample_digest(swapped) != sample_digest(rows)
+    assert token_digest(rows) == token_digest(list(rows))

@@ -18,7 +18,7 @@ from agl_grpc.model.value import (
     to_labels,
     to_payload,
 )
-from agl_grpc.v1 import rollout_pb2
+from agl_grpc.v1 import attempt_pb2, rollout_pb2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,11 +164,18 @@ class AttemptedRollout(Rollout):
         cls, message: rollout_pb2.AttemptedRollout, attempt_credential: str = ""
     ) -> AttemptedRollout:
         """Read a rollout that has an attempt."""
-        return AttemptedRollout(
-            **_rollout_fields(message.rollout),
-            attempt=Attempt.from_proto(message.attempt),
-            attempt_credential=attempt_credential,
-        )
+        return attempted_rollout(message.rollout, message.attempt, attempt_credential)
+
+
+def attempted_rollout(
+    rollout: rollout_pb2.Rollout, attempt: attempt_pb2.Attempt, attempt_credential: str = ""
+) -> AttemptedRollout:
+    """Join a rollout and one of its attempts."""
+    return AttemptedRollout(
+        **_rollout_fields(rollout),
+        attempt=Attempt.from_proto(attempt),
+        attempt_credential=attempt_credential,
+    )
 
 
 def rollout_from_proto(message: rollout_pb2.AttemptedRollout) -> Rollout:

@@ -69,6 +69,7 @@ def load(name: str, entry: CommandEntry) -> TyperCommand | TyperGroup:
     """Imports a command and gives it its name."""
     app = importlib.import_module(entry.module).app
     assert isinstance(app, typer.Typer), f"{entry.module}.app is not a typer.Typer"
+    app.rich_markup_mode = None
     command = get_command(app)
     command.name = name
     assert isinstance(command, TyperCommand | TyperGroup)

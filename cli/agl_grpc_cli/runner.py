@@ -1,0 +1,100 @@
+"""`agl-grpc runner`: workers that execute rollouts with the user's agent."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from agl_grpc_cli.errors import EXIT_USAGE, CliError
+from agl_grpc_cli.options import DEFAULT_STORE, LogLevelOption, RunOption, StoreOption, parse_labels
+
+app = typer.Typer(help="Start workers that execute rollouts with your agent.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """Start workers that execute rollouts with your agent."""
+
+
+@app.command()
+def start(
+    agent: Annotated[
+        str,
+        typer.Option(
+            metavar="MODULE:NAME", help="The agent: a LitAgent, its class, or a decorated function."
+        ),
+    ],
+    store: StoreOption = DEFAULT_STORE,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Worker processes.")] = 1,
+    concurrency: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rollouts that each worker executes at once.")
+    ] = 1,
+    run: RunOption = "default",
+    queue: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Queue to serve (repeatable); default: the run's."),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Take only rollouts whose labels are among these (repeatable)."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Worker ids are NAME-0, NAME-1, …; default: host name and process id.")
+    ] = None,
+    hook: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE:NAME", help="Hook around rollouts (repeatable).")
+    ] = None,
+    lease: Annotated[
+        float,
+        typer.Option(min=1.0, max=3600.0, metavar="SECONDS", help="Lease duration, renewed at a third."),
+    ] = 30.0,
+    drain: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="SECONDS", help="After SIGTERM or Ctrl-C: time for agents to finish."),
+    ] = 30.0,
+    max_rollouts: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Leave after N rollouts of each worker.")
+    ] = None,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Start workers that take rollouts from a store and execute them with your agent.
+
+    The agent is imported by every worker; modules of the working directory are found. SIGTERM or
+    Ctrl-C drains: nothing new is taken, agents may finish, the rest is handed back; a second one
+    hands everything back at once.
+
+    \b
+    Example: agl-grpc runner start --agent my_agent:agent --workers 4 --concurrency 16
+    """
+    from agl_grpc.runner.config import RunnerConfig, default_name
+    from agl_grpc.runner.logs import configure_logging
+    from agl_grpc.runner.supervisor import Supervisor, WorkerStartError
+
+    try:
+        configure_logging(log_level)
+    except ValueError as error:
+        raise CliError(str(error), exit_code=EXIT_USAGE) from error
+    config = RunnerConfig(
+        agent=agent,
+        store=store,
+        workers=workers,
+        concurrency=concurrency,
+        run_id=run,
+        queues=tuple(queue or ()),
+        labels=parse_labels(label or []),
+        name=name or default_name(),
+        hooks=tuple(hook or ()),
+        lease_seconds=lease,
+        drain_seconds=drain,
+        max_rollouts=max_rollouts,
+        app_dir=os.getcwd(),
+        log_level=log_level,
+    )
+    try:
+        Supervisor(config).run()
+    except WorkerStartError as error:
+        raise CliError(str(error)) from error

@@ -1,0 +1,92 @@
+"""`agl-grpc store`: the store server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agl_grpc_cli.errors import EXIT_USAGE, CliError
+from agl_grpc_cli.options import LogLevelOption
+
+app = typer.Typer(help="Serve the store over gRPC.")
+
+LEVELS = ("debug", "info", "warning", "error")
+
+HostOption = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC door; 0 = any free one.")]
+DatabaseOption = Annotated[
+    Path, typer.Option(metavar="PATH", help="The SQLite file that holds everything; made when missing.")
+]
+MemoryOption = Annotated[
+    bool, typer.Option("--memory", help="Keep nothing: a throw-away database that is gone at exit.")
+]
+GraceOption = Annotated[
+    float, typer.Option(min=0.0, metavar="SECONDS", help="After SIGTERM or Ctrl-C: time for calls under way.")
+]
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 4747
+DEFAULT_DATABASE = Path("agl-grpc.db")
+DEFAULT_GRACE = 10.0
+
+
+@app.callback(invoke_without_command=True)
+def store(
+    context: typer.Context,
+    host: HostOption = DEFAULT_HOST,
+    port: PortOption = DEFAULT_PORT,
+    database: DatabaseOption = DEFAULT_DATABASE,
+    memory: MemoryOption = False,
+    grace: GraceOption = DEFAULT_GRACE,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Serve the store over gRPC. `agl-grpc store --port N` is short for `agl-grpc store serve --port N`."""
+    if context.invoked_subcommand is None:
+        _serve(host, port, database, memory, grace, log_level)
+    elif given := _given_options(context):
+        raise typer.BadParameter(f"write {given} after `{context.invoked_subcommand}`, not before it")
+
+
+@app.command()
+def serve(
+    host: HostOption = DEFAULT_HOST,
+    port: PortOption = DEFAULT_PORT,
+    database: DatabaseOption = DEFAULT_DATABASE,
+    memory: MemoryOption = False,
+    grace: GraceOption = DEFAULT_GRACE,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Serve the store until SIGTERM or Ctrl-C.
+
+    What was acknowledged is on disk, also after kill -9. A port in use, a corrupt database or a
+    full disk: one line says why, exit code 1.
+    """
+    _serve(host, port, database, memory, grace, log_level)
+
+
+def _serve(host: str, port: int, database: Path, memory: bool, grace: float, log_level: str) -> None:
+    if log_level.lower() not in LEVELS:
+        raise CliError(f"log level {log_level!r} is none of {', '.join(LEVELS)}", exit_code=EXIT_USAGE)
+    from agl_grpc.store.app import ServeConfig
+    from agl_grpc.store.serve import serve as serve_store
+
+    config = ServeConfig(
+        host=host,
+        port=port,
+        database=None if memory else database,
+        grace=grace,
+        log_level=log_level.upper(),
+    )
+    raise typer.Exit(serve_store(config))
+
+
+def _given_options(context: typer.Context) -> str:
+    given = (parameter.opts[0] for parameter in context.command.params if _is_given(context, parameter.name))
+    return ", ".join(given)
+
+
+def _is_given(context: typer.Context, name: str | None) -> bool:
+    source = context.get_parameter_source(name) if name else None
+    return source is not None and source.name == "COMMANDLINE"

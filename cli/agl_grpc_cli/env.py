@@ -43,11 +43,9 @@ def create(
     from agl_grpc.trainer import environment
 
     folder = (path or Path(f".venv-{kind.value}")).resolve()
-    chosen = (
-        environment.detect_device()
-        if device is Device.AUTO
-        else environment.recipe(kind.value, device.value).device
-    )
+    chosen: environment.Device = environment.detect_device()
+    if device is not Device.AUTO:
+        chosen = "cuda" if device is Device.CUDA else "cpu"
     try:
         environment.create(kind.value, folder, chosen, typer.echo)
     except environment.EnvironmentFailed as error:

@@ -29,7 +29,9 @@ class Waiter:
         session_id: The worker's session.
         duration: Wanted lease duration in microseconds.
         deliver: Called on the event loop, after the commit, once per leased rollout.
-        once: A long poll: takes from one command only, then is through.
+        once: Set for a long poll, which takes from one command only; called at its first delivery.
+        batch: Where a long poll's deliveries are gathered; None = `deliver` gets each.
+        notice: Called on the event loop with the reason why nothing comes.
         credits: Deliveries that it can still take.
         closed: Gone: takes nothing more.
     """
@@ -43,6 +45,8 @@ class Waiter:
     duration: int
     deliver: Callable[[runner_service_pb2.LeasedRollout], None]
     once: Callable[[Tx], None] | None = None
+    batch: list[runner_service_pb2.LeasedRollout] | None = None
+    notice: Callable[[str], None] | None = None
     credits: int = 0
     closed: bool = False
     lines: set[int] = field(default_factory=set)
@@ -73,6 +77,10 @@ class Dispatcher:
     def close(self, waiter: Waiter) -> None:
         """The waiter takes nothing more; a close is never undone."""
         waiter.closed = True
+        self.leave(waiter)
+
+    def leave(self, waiter: Waiter) -> None:
+        """Takes the waiter out of its lines; it lines up again if the command comes to nothing."""
         for queue_key in waiter.lines:
             self._lines[queue_key].remove(waiter)
             if not self._lines[queue_key]:
@@ -136,6 +144,12 @@ class Dispatcher:
             f"{allowed}ORDER BY priority DESC, rollout_key LIMIT ?",
             (queue_key, limit),
         ).fetchall()
+
+    def idle_reason(self, tx: Tx, waiter: Waiter) -> str:
+        """Why a waiter with credits gets nothing."""
+        queues = [self._catalog.queue_by_key(tx, key) for key in waiter.queue_keys]
+        paused = [queue.paused or self._catalog.run_by_key(tx, queue.run_key).paused for queue in queues]
+        return "paused" if all(paused) else "no work"
 
     def waiting(self, queue_keys: Iterable[int]) -> list[Waiter]:
         """Waiters with credits in these queues, each once."""

@@ -12,14 +12,14 @@ from agl_grpc.store.errors import StoreError, invalid_field, lease_lost
 from agl_grpc.store.lifecycle import AttemptEvent
 from agl_grpc.store.moves import Moves
 from agl_grpc.store.names import attempt_status
-from agl_grpc.store.rows import AttemptRow, attempts_where, find_attempt
+from agl_grpc.store.rows import AttemptRow, attempts_where, find_attempt, rollout_by_key
 from agl_grpc.store.transaction import Tx
-from agl_grpc.v1 import attempt_pb2, reward_pb2, runner_service_pb2
+from agl_grpc.v1 import attempt_pb2, common_pb2, reward_pb2, runner_service_pb2
 
 DEFAULT_DURATION = 30 * SECOND
 _SHORTEST, _LONGEST = SECOND, 3600 * SECOND
 
-PutRewards = Callable[[Tx, AttemptRow, str, Sequence[reward_pb2.Reward]], None]
+PutRewards = Callable[[Tx, AttemptRow, str, Sequence[reward_pb2.Reward]], object]
 """Writes rewards of an attempt, whose rollout's id is given, within the completion's transaction."""
 
 
@@ -81,7 +81,8 @@ class Leases:
                 set_duration(answer.duration, duration)
             answers.append(answer)
         tx.executemany(
-            "UPDATE attempts SET lease_expire_time = ?, last_heartbeat_time = ? WHERE attempt_key = ?", renewed
+            "UPDATE attempts SET lease_expire_time = ?, last_heartbeat_time = ? WHERE attempt_key = ?",
+            renewed,
         )
         tx.execute("UPDATE workers SET last_heartbeat_time = ? WHERE worker_key = ?", (tx.now, worker_key))
         return answers
@@ -94,7 +95,7 @@ class Leases:
         for i, completion in enumerate(completions):
             result = runner_service_pb2.CompletionResult(attempt_id=completion.attempt_id)
             try:
-                key = self._one_by_one(tx, lambda c=completion, i=i: self._complete(tx, c, i))
+                key = self._complete(tx, completion, f"completions[{i}]")
             except StoreError as error:
                 result.error.CopyFrom(error.to_item())
             else:
@@ -102,8 +103,7 @@ class Leases:
             results.append(result)
         return results
 
-    def _complete(self, tx: Tx, completion: runner_service_pb2.Completion, index: int) -> int:
-        path = f"completions[{index}]"
+    def _complete(self, tx: Tx, completion: runner_service_pb2.Completion, path: str) -> int:
         attempt = holder(tx.connection, completion.attempt_id, completion.lease_token)
         if completion.status == attempt_pb2.ATTEMPT_STATUS_SUCCEEDED:
             event = AttemptEvent.SUCCEED
@@ -111,21 +111,31 @@ class Leases:
             event = AttemptEvent.FAIL
         else:
             raise invalid_field(f"{path}.status", "must be SUCCEEDED or FAILED")
-        (rollout_id,) = tx.execute(
-            "SELECT rollout_id FROM rollouts WHERE rollout_key = ?", (attempt.rollout_key,)
-        ).fetchone()
-        if completion.rollout_id not in ("", rollout_id):
-            raise invalid_field(f"{path}.rollout_id", f"is not the attempt's, which is {rollout_id}")
+        rollout = rollout_by_key(tx.connection, attempt.rollout_key)
+        if completion.rollout_id not in ("", rollout.rollout_id):
+            raise invalid_field(f"{path}.rollout_id", f"is not the attempt's, which is {rollout.rollout_id}")
         if completion.rewards:
-            self._put_rewards(tx, attempt, rollout_id, completion.rewards)
-        failure = completion.failure if completion.HasField("failure") else None
-        self._moves.end(tx, attempt, event, failure)
+            self._reward(tx, attempt, rollout.rollout_id, completion.rewards)
         if completion.HasField("output"):
-            tx.execute(
-                "UPDATE attempts SET output = ? WHERE attempt_key = ?",
-                (completion.output.SerializeToString(), attempt.key),
-            )
-        return attempt.rollout_key
+            _keep_output(tx, attempt.key, completion.output)
+        failure = completion.failure if completion.HasField("failure") else None
+        self._moves.end(tx, attempt, event, failure, rollout=rollout)
+        return rollout.key
+
+    def _reward(
+        self, tx: Tx, attempt: AttemptRow, rollout_id: str, rewards: Sequence[reward_pb2.Reward]
+    ) -> None:
+        # One bad reward refuses its whole completion, so the good ones before it must not stay.
+        events = len(tx.events)
+        tx.execute("SAVEPOINT rewards")
+        try:
+            self._put_rewards(tx, attempt, rollout_id, rewards)
+        except StoreError:
+            tx.execute("ROLLBACK TO rewards")
+            del tx.events[events:]
+            raise
+        finally:
+            tx.execute("RELEASE rewards")
 
     def release(
         self, tx: Tx, leases: Sequence[runner_service_pb2.HeldLease], reason: str
@@ -180,24 +190,28 @@ class Leases:
         return opened
 
     def extend_all(self, tx: Tx) -> int:
-        """R9: when a store starts, every live lease gets its full duration anew; returns how many there are."""
+        """R9: when a store starts, every live lease gets its full duration anew; returns how many "
+        "there are."""
         cursor = tx.execute(
-            "UPDATE attempts SET lease_expire_time = ? + lease_duration WHERE lease_token IS NOT NULL", (tx.now,)
+            "UPDATE attempts SET lease_expire_time = ? + lease_duration WHERE lease_token IS NOT NULL",
+            (tx.now,),
         )
         (earliest,) = tx.execute("SELECT min(due) FROM attempts WHERE due IS NOT NULL").fetchone()
         tx.arm(earliest)
         return cursor.rowcount
 
-    def _one_by_one(self, tx: Tx, run: Callable[[], int]) -> int:
-        # A refusal must leave nothing of its own item behind; most refusals come before the first write.
-        events = len(tx.events)
-        tx.execute("SAVEPOINT item")
-        try:
-            result = run()
-        except StoreError:
-            tx.execute("ROLLBACK TO item")
-            tx.execute("RELEASE item")
-            del tx.events[events:]
-            raise
-        tx.execute("RELEASE item")
-        return result
+
+def _keep_output(tx: Tx, attempt_key: int, output: common_pb2.Payload) -> None:
+    """Notes an agent's output in the attempt's metadata: JSON and other text as text."""
+    (before,) = tx.execute("SELECT metadata FROM attempts WHERE attempt_key = ?", (attempt_key,)).fetchone()
+    notes = common_pb2.KeyValueList.FromString(before or b"")
+    note = notes.values.add(key="output")
+    if output.blob_digest:
+        note.value.string_value = output.blob_digest
+    elif output.media_type in ("", "application/json") or output.media_type.startswith("text/"):
+        note.value.string_value = output.data.decode(errors="replace")
+    else:
+        note.value.bytes_value = output.data
+    tx.execute(
+        "UPDATE attempts SET metadata = ? WHERE attempt_key = ?", (notes.SerializeToString(), attempt_key)
+    )

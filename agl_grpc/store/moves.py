@@ -170,8 +170,19 @@ class Moves:
         else:
             leased.rollout.CopyFrom(message)
         self._describe(tx, leased, rollout, begun, waiter)
-        tx.after_commit(lambda: waiter.deliver(leased))
+        if waiter.batch is None:
+            tx.after_commit(lambda: waiter.deliver(leased))
+        else:
+            waiter.batch.append(leased)
+            tx.after_rollback(waiter.batch.clear)
         return leased
+
+    def serve(self, tx: Tx, waiter: Waiter) -> int:
+        """Leases to a waiter what is ready for it; returns how much."""
+        rows = self.dispatcher.serve(tx, waiter)
+        for row in rows:
+            self.lease(tx, waiter, row)
+        return len(rows)
 
     def _describe(
         self,
@@ -238,6 +249,7 @@ class Moves:
         failure: attempt_pb2.Failure | None = None,
         *,
         order: str = "",
+        rollout: RolloutRow | None = None,
     ) -> bool:
         """Ends an attempt and, if it is the newest, moves its rollout (R5).
 
@@ -247,6 +259,7 @@ class Moves:
             event: How it ends; not SIGNAL.
             failure: Why; a kind is filled in when it names none.
             order: When not empty, its worker is ordered to stop for this reason.
+            rollout: Its rollout, when the caller has just read it.
 
         Returns:
             Whether anything changed.
@@ -254,7 +267,7 @@ class Moves:
         Raises:
             StoreError: ILLEGAL_TRANSITION.
         """
-        rollout = rollout_by_key(tx.connection, attempt.rollout_key)
+        rollout = rollout or rollout_by_key(tx.connection, attempt.rollout_key)
         move = lifecycle.move_attempt(attempt.status, event, revivable=revivable(attempt, rollout))
         if move.outcome is Outcome.REFUSED:
             wanted = attempt_status(lifecycle.move_attempt(lifecycle.A_RUNNING, event).status)

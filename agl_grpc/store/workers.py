@@ -85,7 +85,8 @@ def serves(tx: Tx, worker_key: int, work: runner_service_pb2.WorkRequest) -> Non
     """Notes which queues and labels a worker serves."""
     notes = worker_pb2.Worker(queues=work.queues, labels=work.labels).SerializeToString()
     tx.execute(
-        "UPDATE workers SET queues = ?, last_heartbeat_time = ?, status = CASE WHEN status = 0 THEN ? ELSE status END "
+        "UPDATE workers SET queues = ?, last_heartbeat_time = ?, "
+        "status = CASE WHEN status = 0 THEN ? ELSE status END "
         "WHERE worker_key = ?",
         (notes or None, tx.now, IDLE, worker_key),
     )
@@ -96,14 +97,19 @@ def lease_infos(db: sqlite3.Connection, keys: list[int]) -> list[worker_pb2.Leas
     infos = []
     for key in keys:
         row = db.execute(
-            "SELECT r.rollout_id, a.attempt_id, w.worker_id, a.session_id, a.start_time, a.lease_expire_time, "
+            "SELECT r.rollout_id, a.attempt_id, w.worker_id, a.session_id, a.start_time, "
+            "a.lease_expire_time, "
             "a.lease_duration, u.run_id FROM attempts a JOIN rollouts r ON r.rollout_key = a.rollout_key "
             "JOIN runs u ON u.run_key = a.run_key LEFT JOIN workers w ON w.worker_key = a.worker_key "
             "WHERE a.attempt_key = ?",
             (key,),
         ).fetchone()
         info = worker_pb2.LeaseInfo(
-            rollout_id=row[0], attempt_id=row[1], worker_id=row[2] or "", session_id=row[3] or "", run_id=row[7]
+            rollout_id=row[0],
+            attempt_id=row[1],
+            worker_id=row[2] or "",
+            session_id=row[3] or "",
+            run_id=row[7],
         )
         set_time(info.grant_time, row[4])
         set_time(info.expire_time, row[5])

@@ -31,9 +31,21 @@ class SchemaTooNew(Exception):
 
 def families() -> tuple[Family, ...]:
     """All families in the order in which they are created."""
-    from agl_grpc.store import schema_core, schema_lifecycle, schema_resources
+    from agl_grpc.store import (
+        schema_core,
+        schema_lifecycle,
+        schema_resources,
+        schema_rewards,
+        schema_spans,
+    )
 
-    return (schema_core.FAMILY, schema_resources.FAMILY, schema_lifecycle.FAMILY)
+    return (
+        schema_core.FAMILY,
+        schema_resources.FAMILY,
+        schema_lifecycle.FAMILY,
+        schema_spans.FAMILY,
+        schema_rewards.FAMILY,
+    )
 
 
 def migrate(connection: sqlite3.Connection, chosen: Sequence[Family]) -> int:

@@ -7,9 +7,16 @@ from collections.abc import Mapping, Sequence
 from google.protobuf.descriptor import ServiceDescriptor
 
 from agl_grpc.store.credentials import CredentialSigner
+from agl_grpc.store.handlers.attempts import AttemptHandlers
+from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
+from agl_grpc.store.handlers.rollouts import RolloutHandlers
+from agl_grpc.store.handlers.runner import RunnerHandlers
+from agl_grpc.store.handlers.runs import RunHandlers
+from agl_grpc.store.handlers.watches import WatchHandlers
+from agl_grpc.store.handlers.workers import WorkerHandlers
 from agl_grpc.store.info import InfoHandlers
 from agl_grpc.store.service import Parser
-from agl_grpc.store.store import Store
+from agl_grpc.store.write_side import WriteSide
 from agl_grpc.v1 import runner_service_pb2, store_service_pb2, trainer_service_pb2
 
 _STORE = store_service_pb2.DESCRIPTOR.services_by_name["StoreService"]
@@ -18,17 +25,24 @@ _TRAINER = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"]
 
 
 def handlers(
-    store: Store, signer: CredentialSigner
+    side: WriteSide, signer: CredentialSigner
 ) -> tuple[Mapping[ServiceDescriptor, Sequence[object]], Mapping[str, Parser]]:
     """The handler objects of each service, and the parsers that replace generated request types.
 
     Args:
-        store: What they serve.
+        side: What they serve.
         signer: Mints attempt credentials.
     """
     services: dict[ServiceDescriptor, list[object]] = {
-        _STORE: [InfoHandlers(store)],
-        _RUNNER: [],
+        _STORE: [
+            InfoHandlers(side.store),
+            RunHandlers(side),
+            RolloutHandlers(side),
+            AttemptHandlers(side),
+            WorkerHandlers(side),
+            WatchHandlers(side),
+        ],
+        _RUNNER: [RunnerHandlers(side), LeaseStreamHandlers(side)],
         _TRAINER: [],
     }
     parsers: dict[str, Parser] = {}

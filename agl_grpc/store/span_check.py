@@ -232,7 +232,7 @@ def _check_choice(choice: model_call_pb2.Choice, bare: Any, path: str, span_id: 
 def _check_policy_runs(choice: model_call_pb2.Choice, count: int, path: str, span_id: bytes) -> None:
     end = 0
     for number, run in enumerate(choice.policy_runs):
-        if run.start != end or run.end <= run.start:
+        if run.start != end or run.end < run.start or (run.end == run.start and count):
             rule = f"covers {run.start} to {run.end}; runs must follow each other without gaps from 0"
             raise errors.tokens_malformed(f"{path}.policy_runs[{number}]", span_id, rule)
         end = run.end

@@ -410,3 +410,21 @@ def raise_sequence(tx: Tx, rollout_key: int, last: int) -> None:
         "ON CONFLICT (rollout_key) DO UPDATE SET last = excluded.last",
         (rollout_key, last),
     )
+
+
+def forget_spans(tx: Tx, rollout_key: int, attempt_keys: Iterable[int]) -> None:
+    """Delete the spans of attempts that are deleted."""
+    for key in attempt_keys:
+        (run_key,) = tx.execute("SELECT run_key FROM attempts WHERE attempt_key = ?", (key,)).fetchone()
+        gone = tx.execute(
+            f"SELECT count(*), coalesce(sum(length(data)), 0), coalesce(sum(flags & {LATE} <> 0), 0) "
+            "FROM spans WHERE attempt_key = ?",
+            (key,),
+        ).fetchone()
+        tx.execute(
+            "UPDATE span_totals SET spans = spans - ?, bytes = bytes - ?, late = late - ? WHERE run_key = ?",
+            (*gone, run_key),
+        )
+        tx.execute("DELETE FROM spans WHERE attempt_key = ?", (key,))
+        tx.execute("DELETE FROM open_calls WHERE attempt_key = ?", (key,))
+    tx.execute("DELETE FROM span_sequences WHERE rollout_key = ?", (rollout_key,))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from google.protobuf.message import Message
+
 from agl_grpc.store import errors, limits, rows
 from agl_grpc.store.call import Call
-from agl_grpc.store.idempotency import RequestKey
+from agl_grpc.store.handlers.common import change
 from agl_grpc.store.info import durability
 from agl_grpc.store.service import BidiStream
 from agl_grpc.store.span_check import CheckedGroup, check_group
@@ -64,22 +66,16 @@ class SpanWriteHandlers:
         for key in request.keys:
             call.caller.require_attempt(key.attempt_id)
 
-        def run(tx: Tx) -> bytes:
+        def run(tx: Tx) -> Message:
             answer = store_service_pb2.ReserveSpanSequencesResponse()
             for key in request.keys:
                 rollout_key = rows.attempt_by_name(tx.connection, key.rollout_id, key.attempt_id).rollout_key
                 sequence = last_sequence(tx.connection, rollout_key) + 1
                 raise_sequence(tx, rollout_key, sequence)
                 answer.sequence_ids.append(sequence)
-            return answer.SerializeToString()
+            return answer
 
-        name = RequestKey(
-            call.caller.principal,
-            call.method,
-            request.request_id,
-            request.SerializeToString(deterministic=True),
-        )
-        return await self._store.change(name, run, rows=len(request.keys))
+        return await change(self._store, call, request, run, rows=len(request.keys))
 
 
 def read_message(groups: Iterable[Any], call: Call, now_ns: int) -> SpanMessage:

@@ -19,6 +19,7 @@ def worker_environment(device: str, extra: Mapping[str, str] | None = None) -> d
         "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "WARNING"),
         "TRANSFER_QUEUE_ENABLE": "1",
         "TQ_LOGGING_LEVEL": os.environ.get("TQ_LOGGING_LEVEL", "WARNING"),
+        "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import transfer_queue as tq
@@ -32,7 +33,9 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         self._deadline = sample_deadline
         self._failure_limit = failure_limit
         self._failures_in_a_row = 0
-        self._order: dict[str, int] = {}
+        # Groups asked for and neither trained nor dropped, in the order asked: uid to dataset index.
+        self.outstanding: dict[str, int] = {}
+        self._places: dict[str, int] = {}
         self._last_arrival = time.monotonic()
 
     def bind(self, manager: RolloutManager) -> None:
@@ -69,17 +72,23 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
             )
         return reasons
 
-    def note_order(self, uids: list[str]) -> None:
-        """Remembers the order in which groups were asked for."""
-        for uid in uids:
-            self._order.setdefault(uid, len(self._order))
+    def expect(self, uid: str, place: int, index: int) -> None:
+        """Notes that a group was asked for as the ``place``-th, from the dataset's ``index``-th task."""
+        self.outstanding[uid] = index
+        self._places[uid] = place
 
-    def _place(self, uid: str) -> tuple[int, str]:
-        return self._order.get(uid, 1 << 60), uid
+    def _settle(self, uids: Iterable[str]) -> None:
+        for uid in uids:
+            self.outstanding.pop(uid, None)
+            self._places.pop(uid, None)
+
+    def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
+        super()._clear_groups(partition_id, uids)
+        self._settle(uids)
 
     def _select_prompt_uids(self, partition_id: str, sampleable_keys: set[str], batch_size: int) -> Any:
         steps = dict(self.prompt_global_steps[partition_id])
-        ordered = sorted(sampleable_keys, key=lambda uid: (steps.get(uid, 0), self._place(uid)))
+        ordered = sorted(sampleable_keys, key=lambda uid: (steps.get(uid, 0), self._places.get(uid, 0), uid))
         return ordered[:batch_size], dict(self.partitions[partition_id]), steps
 
     def _materialize_batch(
@@ -90,4 +99,5 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         keys = [key for key in partition_snapshot if key.split("_")[0] in places]
         keys.sort(key=lambda key: (places[key.split("_")[0]], _key_order(key)))
         tags = [partition_snapshot[key] for key in keys]
+        self._settle(selected_prompt_uids)
         return KVBatchMeta(partition_id=partition_id, keys=keys, tags=tags)

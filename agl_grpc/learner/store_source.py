@@ -85,7 +85,6 @@ class StoreSource:
     Args:
         link: the line to the store.
         identity: training run and epoch; every rollout carries it as a label.
-        deliver: called with every finished group, and with the error that ends the watch.
         rules: rules of a rollout's life.
         samples: what is trained of an attempt.
         version_offset: published policy version minus optimiser step; rows carry steps.
@@ -95,7 +94,6 @@ class StoreSource:
         self,
         link: StoreLink,
         identity: TrainingIdentity,
-        deliver: Deliver,
         *,
         rules: RolloutRules,
         samples: SampleRules,
@@ -103,16 +101,20 @@ class StoreSource:
     ) -> None:
         self._link = link
         self._identity = identity
-        self._deliver = deliver
+        self._deliver: Deliver = _undeliverable
         self._rules = rules
         self._samples = samples
         self._offset = version_offset
         self._open: dict[str, _OpenGroup] = {}
         self._fetches: set[asyncio.Task[None]] = set()
         self._watching = asyncio.Event()
-        self._watch = link.start(self._guarded_watch())
 
     # -- asking -------------------------------------------------------------------------------------------------
+
+    def start(self, deliver: Deliver) -> None:
+        """Opens the watch; ``deliver`` gets every finished group, and the error that ends the watch."""
+        self._deliver = deliver
+        self._link.start(self._guarded_watch())
 
     def submit(self, groups: list[GroupRequest]) -> None:
         self._link.run(self._submit(groups))
@@ -301,6 +303,10 @@ class StoreSource:
                 raise FidelityError(f"the store froze rollout {entry.rollout_id} without a reward")
             entries.append(BatchEntry(entry.rollout_id, entry.group_id, entry.reward))
         return ClaimedBatch(answer.batch.batch_id, answer.batch.content_hash, tuple(entries))
+
+
+def _undeliverable(item: FinishedGroup | BaseException) -> None:
+    raise LearnerError(f"the source was used before it was started: {item!r}")
 
 
 def _failure(rollout: rollout_pb2.Rollout, reward: float | None) -> str:

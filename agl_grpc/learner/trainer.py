@@ -7,10 +7,10 @@ whole rollouts, that every batch is proven before it is used, and how weights an
 from __future__ import annotations
 
 import math
-import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +21,13 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrainerSeparateAsync
 from verl.utils import tensordict_utils
+from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from agl_grpc.learner.checks import LogprobLimits, LogprobRow, SealedRow, account, check_logprobs, check_seals
+from agl_grpc.learner.checkpoint import LearnerState
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
@@ -63,7 +65,12 @@ class Hooks:
     limits: LogprobLimits = field(default_factory=LogprobLimits)
     sample_deadline: float = 600.0
     failure_limit: int = 64
-    on_metrics: Callable[[int, dict[str, float]], None] = lambda _step, _metrics: None
+    # Called after each step (0 = before training); answers whether to stop.
+    on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
 
 
 @register_trainer("agl")
@@ -80,7 +87,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self.prompts_fetched = 0
         self.uncommitted: list[ClaimedBatch] = []
         self._claimed: ClaimedBatch | None = None
-        self._publish_seconds = 0.0
+        self._left_over: deque[int] = deque()
         super().__init__(config)
 
     # -- construction -------------------------------------------------------------------------------------------
@@ -119,16 +126,25 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
     # -- prompts ------------------------------------------------------------------------------------------------
 
     def _fetch_one_gen_batch(self) -> TensorDict:
-        batch = super()._fetch_one_gen_batch()
+        """One prompt under a deterministic group id; first those that the resumed checkpoint left untrained."""
+        if self._left_over:
+            items = collate_fn([self.train_dataset[self._left_over.popleft()]])
+            items["uid"] = np.array([""], dtype=object)
+            batch = tensordict_utils.get_tensordict(items)
+        else:
+            batch = super()._fetch_one_gen_batch()
         uids = []
-        for index in batch["index"]:
-            epoch = self.prompts_fetched // len(self.train_dataset)
+        for item in batch["index"]:
+            index = int(getattr(item, "data", item))
+            uids.append(f"{self.hooks.run_name}.s{self.prompts_fetched}.i{index}")
+            self.replay_buffer.expect(uids[-1], self.prompts_fetched, index)
             self.prompts_fetched += 1
-            uids.append(f"{self.hooks.run_name}.e{epoch}.i{int(getattr(index, 'data', index))}")
-        self.replay_buffer.note_order(uids)
-        names = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})
-        batch["uid"] = names["uid"]
+        batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
         return batch
+
+    def outstanding_indices(self) -> list[int]:
+        """Dataset indices of prompts that were fetched and neither trained nor dropped, in their order."""
+        return [*self.replay_buffer.outstanding.values(), *self._left_over]
 
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         # The store keeps what was in flight, not the TransferQueue.
@@ -242,21 +258,32 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     # -- ends of steps ------------------------------------------------------------------------------------------
 
-    def on_step_end(self) -> None:
-        started = time.monotonic()
-        super().on_step_end()
-        self._publish_seconds = time.monotonic() - started
-
     def _save_checkpoint(self) -> None:
         self.hooks.checkpoints.save(self)
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.config.trainer.resume_mode == "resume_path":
+            state = LearnerState.read(Path(self.config.trainer.resume_from_path))
+            self.prompts_fetched = state.prompts_fetched
+            self._left_over.extend(state.outstanding)
+
+    def _validate(self) -> dict[str, float]:
+        metrics: dict[str, float] = super()._validate()
+        if not self.config.trainer.val_only and self.global_steps == 0:
+            self.hooks.on_metrics(0, _numbers(metrics))
+        return metrics
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         metrics.update(self.agent_loop_manager.drain_counts())
         if self._claimed is not None:
             self.agent_loop_manager.forget([entry.rollout_id for entry in self._claimed.entries])
-        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
-        self.hooks.on_metrics(self.global_steps, numbers)
+        if self.hooks.on_metrics(self.global_steps, _numbers(metrics)):
+            # Somebody asked to stop: this step is the last one, and nothing trained is lost.
+            if self.uncommitted:
+                self.hooks.checkpoints.save(self)
+            self.total_training_steps = self.global_steps
 
     def describe_config(self) -> dict[str, Any]:
         """The resolved configuration, for the run's manifest."""

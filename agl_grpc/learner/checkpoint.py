@@ -1,7 +1,7 @@
 """Checkpoints: written beside, synced, renamed, and only then committed in the store.
 
-The store, not a file on this disk, says which checkpoint is the last one: ``CommitBatches`` names it together with
-the batches that it contains.
+The store, not a file on this disk, says which checkpoint is the last one: ``CommitBatches`` names it together
+with the batches that it contains.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _PREFIX = "global_step_"
 class LearnerState:
     """What a checkpoint holds beside verl's own files.
 
-    ``prompts_fetched`` counts prompts taken from the dataset since the start; ``outstanding`` are dataset indices of
-    prompts that were fetched and not trained: a resumed run begins with them.
+    ``prompts_fetched`` counts prompts taken from the dataset since the start; ``outstanding`` are dataset
+    indices of prompts that were fetched and not trained: a resumed run begins with them.
     """
 
     step: int
@@ -83,7 +83,9 @@ class Checkpoints:
         return self._folder / name
 
     def save(self, trainer: AglTrainer) -> None:
-        """Saves model, optimiser, data order and what is outstanding; then commits the batches trained since."""
+        """Saves model, optimiser, data order and what is outstanding; then commits the batches trained
+        since.
+        """
         import torch
 
         step = int(trainer.global_steps)

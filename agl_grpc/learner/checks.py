@@ -28,7 +28,9 @@ class LogprobLimits:
 
 @dataclass(frozen=True)
 class LogprobRow:
-    """One row: sampled and recomputed logprobs and the policy version of every response token, with the mask."""
+    """One row: sampled and recomputed logprobs and the policy version of every response token, with the
+    mask.
+    """
 
     key: str
     sampled: Array
@@ -66,7 +68,8 @@ def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobL
     if worst > limits.maximum or mean > limits.mean:
         raise FidelityError(
             f"sampled and recomputed logprobs differ under policy version {version}: max {worst:.3g} (limit "
-            f"{limits.maximum:g}) in row {worst_key}, mean {mean:.3g} (limit {limits.mean:g}) over {compared} tokens"
+            f"{limits.maximum:g}) in row {worst_key}, mean {mean:.3g} (limit {limits.mean:g}) over "
+            f"{compared} tokens"
         )
     return {
         "check/logprob_max_difference": worst,
@@ -97,11 +100,16 @@ def check_seals(rows: Sequence[SealedRow], entries: Iterable[BatchEntry]) -> dic
     for row in rows:
         entry = expected.get(row.rollout_id)
         if entry is None:
-            raise FidelityError(f"row {row.key} belongs to rollout {row.rollout_id!r}, which is not in the batch")
-        seen.add(row.rollout_id)
-        if seal(row.rollout_id, row.group_id, row.reward) != seal(entry.rollout_id, entry.group_id, entry.reward):
             raise FidelityError(
-                f"row {row.key} of rollout {row.rollout_id} would be trained with group {row.group_id!r} and reward "
+                f"row {row.key} belongs to rollout {row.rollout_id!r}, which is not in the batch"
+            )
+        seen.add(row.rollout_id)
+        if seal(row.rollout_id, row.group_id, row.reward) != seal(
+            entry.rollout_id, entry.group_id, entry.reward
+        ):
+            raise FidelityError(
+                f"row {row.key} of rollout {row.rollout_id} would be trained with group {row.group_id!r} and "
+                f"reward "
                 f"{row.reward!r}; the batch says group {entry.group_id!r} and reward {entry.reward!r}"
             )
         uid, number, _ = row.key.rsplit("_", 2)
@@ -130,7 +138,8 @@ def account(rollouts: Iterable[FinishedRollout], trained_by_rollout: Mapping[str
         lost = sum(rollout.dropped.values())
         if rollout.captured != mine + rollout.observed + lost:
             raise FidelityError(
-                f"tokens of rollout {rollout.rollout_id} are not accounted for: captured {rollout.captured}, trained "
+                f"tokens of rollout {rollout.rollout_id} are not accounted for: captured {rollout.captured}, "
+                f"trained "
                 f"{mine}, observed {rollout.observed}, dropped {lost}"
             )
         captured, trained, observed = captured + rollout.captured, trained + mine, observed + rollout.observed

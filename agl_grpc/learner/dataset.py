@@ -16,8 +16,8 @@ from agl_grpc.learner.errors import ConfigError
 class TaskDataset(Dataset[dict[str, Any]]):
     """Tasks from JSONL files. Every line is any JSON value: it is handed to the agent as it is.
 
-    An item has ``raw_prompt`` (the task), ``index`` (its place in the file, from 0), ``data_source`` (the task's own
-    key of that name, else ``default``) and ``task``.
+    An item has ``raw_prompt`` (the task), ``index`` (its place in the file, from 0), ``data_source`` (the
+    task's own key of that name, else ``default``) and ``task``.
     """
 
     def __init__(

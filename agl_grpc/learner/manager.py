@@ -41,8 +41,8 @@ def _texts(batch: TensorDict, key: str) -> list[str]:
 class RolloutManager:
     """Turns each dataset row into a group of rollouts and each finished group into TransferQueue rows.
 
-    A group keeps those of its rollouts that have a reward and tokens. With fewer than two left (one, where groups
-    have one) it is published as failed: the sampler drops it and asks for another prompt.
+    A group keeps those of its rollouts that have a reward and tokens. With fewer than two left (one, where
+    groups have one) it is published as failed: the sampler drops it and asks for another prompt.
 
     Args:
         source: where rollouts come from.
@@ -84,7 +84,9 @@ class RolloutManager:
         self._source.submit(requests)
 
     def wait(self, timeout: float) -> bool:
-        """Publishes the groups that have arrived, waiting for the first at most ``timeout`` seconds; False = none."""
+        """Publishes the groups that have arrived, waiting for the first at most ``timeout`` seconds; False =
+        none.
+        """
         deadline = time.monotonic() + timeout
         groups: list[FinishedGroup] = []
         while True:
@@ -96,8 +98,8 @@ class RolloutManager:
             if isinstance(item, BaseException):
                 raise item
             groups.append(item)
-        for group in groups:
-            self._publish(group)
+        for validate in (False, True):
+            self._publish([group for group in groups if group.request.validate is validate], validate)
         return bool(groups)
 
     def describe_open(self) -> str:
@@ -139,30 +141,25 @@ class RolloutManager:
         for row in rollout.rows:
             if row.temperature != self._temperature:
                 raise FidelityError(
-                    f"rollout {rollout.rollout_id} was sampled at temperature {row.temperature}, the batch trains at "
+                    f"rollout {rollout.rollout_id} was sampled at temperature {row.temperature}, the batch "
+                    f"trains at "
                     f"{self._temperature}: set actor_rollout_ref.rollout.temperature to the engines' value"
                 )
         return True
 
-    def _publish(self, group: FinishedGroup) -> None:
-        request = self._open.pop(group.request.uid, None)
-        if request is None:
-            return
-        source = self._sources.pop(request.uid)
-        usable = [(n, rollout) for n, rollout in enumerate(group.rollouts) if self._usable(request, rollout)]
-        self._counts["rollouts/finished"] += len(group.rollouts)
-        partition = "val" if request.validate else "train"
-        status = "finished" if len(usable) >= min(2, request.size) or request.validate else "failure"
+    def _publish(self, groups: list[FinishedGroup], validate: bool) -> None:
+        """Puts the groups' rows and then their ends into the TransferQueue."""
         entries: list[QueueRow] = []
-        if status == "finished":
-            for number, rollout in usable:
-                kept = rollout
-                if request.validate and not rollout.rows:
-                    kept = FinishedRollout(rollout.rollout_id, rollout.group_id, rollout.reward, (_PLACEHOLDER,))
-                entries.extend(queue_rows(request, number, kept, source))
-                self._rollouts[rollout.rollout_id] = kept
-        else:
-            self._counts["groups/dropped"] += 1
+        ends: dict[str, dict[str, Any]] = {}
+        for group in groups:
+            request = self._open.pop(group.request.uid, None)
+            if request is None:
+                continue
+            rows = self._rows(request, group)
+            entries.extend(rows or [])
+            status = "finished" if rows is not None else "failure"
+            ends[request.uid] = {"is_prompt": True, "status": status, "global_steps": request.step}
+        partition = "val" if validate else "train"
         if entries:
             tq.kv_batch_put(
                 keys=[entry.key for entry in entries],
@@ -170,6 +167,24 @@ class RolloutManager:
                 tags=[entry.tag for entry in entries],
                 partition_id=partition,
             )
-        # Last, so that a reader who sees the group as ended sees all its rows.
-        tag: dict[str, Any] = {"is_prompt": True, "status": status, "global_steps": request.step}
-        tq.kv_put(key=request.uid, partition_id=partition, tag=tag)
+        if ends:
+            # Last, so that a reader who sees a group as ended sees all its rows.
+            tq.kv_batch_put(keys=list(ends), partition_id=partition, tags=list(ends.values()))
+
+    def _rows(self, request: GroupRequest, group: FinishedGroup) -> list[QueueRow] | None:
+        """Rows of a group's usable rollouts; None when too few are left to train."""
+        source = self._sources.pop(request.uid)
+        usable = [(n, rollout) for n, rollout in enumerate(group.rollouts) if self._usable(request, rollout)]
+        self._counts["rollouts/finished"] += len(group.rollouts)
+        if len(usable) < min(2, request.size) and not request.validate:
+            self._counts["groups/dropped"] += 1
+            return None
+        entries: list[QueueRow] = []
+        for number, rollout in usable:
+            kept = rollout
+            if request.validate and not rollout.rows:
+                kept = FinishedRollout(rollout.rollout_id, rollout.group_id, rollout.reward, (_PLACEHOLDER,))
+            entries.extend(queue_rows(request, number, kept, source))
+            if not request.validate:
+                self._rollouts[rollout.rollout_id] = kept
+        return entries

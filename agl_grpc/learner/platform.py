@@ -1,8 +1,8 @@
 """CPU platform for verl, loaded by verl itself through the entry point group ``verl.plugins``.
 
-verl ships platforms for NVIDIA, AMD and Ascend only. verl asks the registered platforms in order of registration
-whether they are available, so this one, registered last, is chosen only where there is no accelerator: on a GPU
-machine the module changes nothing.
+verl ships platforms for NVIDIA, AMD and Ascend only. verl asks the registered platforms in order of
+registration whether they are available, so this one, registered last, is chosen only where there is no
+accelerator: on a GPU machine the module changes nothing.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ class CpuPlatform(PlatformBase):  # type: ignore[misc]  # verl is untyped
 
 
 def _init_process_group(timeout_second: int | None = None, backend: str | None = None) -> None:
-    """Replaces verl's function of the same task, which on CPU asks for ``cpu:gloo,cpu:gloo`` (refused by torch)."""
+    """Replaces verl's function of the same task, which on CPU asks for ``cpu:gloo,cpu:gloo`` (refused by
+    torch).
+    """
     if torch.distributed.is_initialized():
         return
     torch.distributed.init_process_group(
@@ -177,7 +179,8 @@ def _adapt() -> None:
 
     verl.utils.distributed.initialize_global_process_group_ray = _init_process_group
     verl.utils.model.load_valuehead_model = _load_value_model
-    # The FSDP engines are registered for "cuda" and "npu"; this variable is verl's own override of that lookup.
+    # The FSDP engines are registered for "cuda" and "npu"; this variable is verl's own override of that
+    # lookup.
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
 
 

@@ -75,7 +75,9 @@ def _reported_end(training: TrainingRun) -> Iterator[None]:
         _finish_failed(training, error)
         raise
     stopped = training.stop_requested
-    status = training_pb2.TRAINING_RUN_STATUS_STOPPED if stopped else training_pb2.TRAINING_RUN_STATUS_SUCCEEDED
+    status = (
+        training_pb2.TRAINING_RUN_STATUS_STOPPED if stopped else training_pb2.TRAINING_RUN_STATUS_SUCCEEDED
+    )
     training.finish(status)
 
 
@@ -215,7 +217,11 @@ def _assemble(
         link,
         identity,
         rules=RolloutRules(
-            limits.timeout, limits.unresponsive, limits.max_attempts, tuple(limits.retry), limits.max_redeliveries
+            limits.timeout,
+            limits.unresponsive,
+            limits.max_attempts,
+            tuple(limits.retry),
+            limits.max_redeliveries,
         ),
         samples=SampleRules(
             model=config.model.name,

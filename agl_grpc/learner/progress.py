@@ -34,7 +34,9 @@ def step_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "val-core" in name)
         return f"step {step}/{total}  validation: {scores or 'no scores'}"
     phases = ", ".join(
-        f"{name} {metrics[f'time/{name}']:.2f}" for name in _PHASES if metrics.get(f"time/{name}", 0.0) >= 0.005
+        f"{name} {metrics[f'time/{name}']:.2f}"
+        for name in _PHASES
+        if metrics.get(f"time/{name}", 0.0) >= 0.005
     )
     line = (
         f"step {step}/{total}  reward {metrics['reward/mean']:.3f}  tokens {metrics['tokens/trained']:.0f}  "

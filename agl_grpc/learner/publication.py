@@ -1,7 +1,8 @@
-"""Publication of policy versions: weights to the engines, staged, committed, swapped in, each with a deadline.
+"""Publication of policy versions: weights to the engines, staged, committed, swapped in, each with a
+deadline.
 
-prepare (the store tells the engines where to fetch) → engines stage while the old weights serve → commit with the
-digest of what was sent → engines swap. Whatever fails before the commit leaves the old weights serving.
+prepare (the store tells the engines where to fetch) → engines stage while the old weights serve → commit with
+the digest of what was sent → engines swap. Whatever fails before the commit leaves the old weights serving.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Publisher:
         self._actors = actors
 
     def update_weights(self, step: int) -> dict[str, float]:
-        """Publishes the weights after ``step`` and returns when every engine serves them; seconds and bytes."""
+        """Publishes the weights after ``step`` and returns when every engine serves them; seconds and
+        bytes.
+        """
         if self._engines == 0:
             return {}
         started = time.monotonic()
@@ -98,12 +101,17 @@ class Publisher:
             "weights/policy_version": float(version),
         }
 
-    # -- engines ------------------------------------------------------------------------------------------------
+    # -- engines
+    # ------------------------------------------------------------------------------------------------
 
     async def _connected_engines(self) -> list[str]:
-        """Ids of the connected engines, once there are enough; woken by changes of engines, with a deadline."""
+        """Ids of the connected engines, once there are enough; woken by changes of engines, with a
+        deadline.
+        """
         deadline = time.monotonic() + self._engine_deadline
-        request = trainer_pb2.ListEnginesRequest(run_id=self._identity.run_id, model=self._model, page_size=1000)
+        request = trainer_pb2.ListEnginesRequest(
+            run_id=self._identity.run_id, model=self._model, page_size=1000
+        )
         pause = 0.05
         while True:
             answer = await self._link.call(self._link.trainer.ListEngines, request, what="list engines")
@@ -113,14 +121,16 @@ class Publisher:
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"{len(engines)} of {self._engines} engines serving {self._model!r} are connected after "
-                    f"{self._engine_deadline:g} s: start one with `agl-grpc vllm serve`, or check that it serves this "
+                    f"{self._engine_deadline:g} s: start one with `agl-grpc vllm serve`, or check that it serves "
+                    f"this "
                     f"run and model"
                 )
             # Engines appear at start-up only: there is no event to wait for before the first version.
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 1.5)
 
-    # -- phases -------------------------------------------------------------------------------------------------
+    # -- phases
+    # -------------------------------------------------------------------------------------------------
 
     def _each_rank(self, method: str, **arguments: Any) -> list[Any]:
         import ray
@@ -140,7 +150,9 @@ class Publisher:
             training_run_id=self._identity.training_run_id,
             trainer_epoch=self._identity.trainer_epoch,
         )
-        self._link.ask(self._link.trainer.PreparePolicyVersion, request, what=f"prepare policy version {version}")
+        self._link.ask(
+            self._link.trainer.PreparePolicyVersion, request, what=f"prepare policy version {version}"
+        )
 
     def _send(self, step: int, version: int, engines: list[str]) -> dict[str, Any]:
         import ray
@@ -150,11 +162,14 @@ class Publisher:
             return dict(ray.get(pending, timeout=self._deadline + 10)[0])
         except ray.exceptions.GetTimeoutError as error:
             raise DeadlineError(
-                f"sending policy version {version} to {', '.join(engines)} took longer than {self._deadline:g} s"
+                f"sending policy version {version} to {', '.join(engines)} took longer than "
+                f"{self._deadline:g} s"
             ) from error
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            raise LearnerError(f"sending policy version {version}: {cause}; {self._why_failed(version)}") from error
+            raise LearnerError(
+                f"sending policy version {version}: {cause}; {self._why_failed(version)}"
+            ) from error
 
     def _commit(self, version: int, digest: str) -> None:
         request = trainer_pb2.CommitPolicyVersionRequest(
@@ -164,7 +179,9 @@ class Publisher:
             policy_version=version,
             weights_digest=digest,
         )
-        self._link.ask(self._link.trainer.CommitPolicyVersion, request, what=f"commit policy version {version}")
+        self._link.ask(
+            self._link.trainer.CommitPolicyVersion, request, what=f"commit policy version {version}"
+        )
 
     def _abort(self, version: int, reason: str) -> None:
         request = trainer_pb2.AbortPolicyVersionRequest(
@@ -175,9 +192,12 @@ class Publisher:
             reason=reason[:1000],
         )
         try:
-            self._link.ask(self._link.trainer.AbortPolicyVersion, request, what=f"abort policy version {version}")
+            self._link.ask(
+                self._link.trainer.AbortPolicyVersion, request, what=f"abort policy version {version}"
+            )
         except LearnerError as error:
-            # The deadline given to the store aborts the version in any case; the first error is the one to report.
+            # The deadline given to the store aborts the version in any case; the first error is the one to
+            # report.
             print(f"learner: {error}", flush=True)
 
     def _why_failed(self, version: int) -> str:
@@ -189,10 +209,13 @@ class Publisher:
         request = trainer_pb2.GetPolicyVersionRequest(
             run_id=self._identity.run_id, model=self._model, policy_version=version
         )
-        answer = await self._link.call(self._link.trainer.GetPolicyVersion, request, what="get policy version")
+        answer = await self._link.call(
+            self._link.trainer.GetPolicyVersion, request, what="get policy version"
+        )
         return list(answer.policy_version.engine_states)
 
-    # -- waiting for engines ------------------------------------------------------------------------------------
+    # -- waiting for engines
+    # ------------------------------------------------------------------------------------
 
     def _reach(
         self, version: int, engines: list[str], phase: policy_pb2.EnginePhase, started: float
@@ -208,7 +231,8 @@ class Publisher:
             name = policy_pb2.EnginePhase.Name(phase).removeprefix("ENGINE_PHASE_")
             missing = [engine for engine in engines if engine not in reached]
             raise DeadlineError(
-                f"policy version {version} was not {name} within {self._deadline:g} s on: {', '.join(missing)}"
+                f"policy version {version} was not {name} within {self._deadline:g} s on: "
+                f"{', '.join(missing)}"
             ) from error
 
     async def _follow(
@@ -248,7 +272,9 @@ class Publisher:
                         yield list(item.engine_states)
             except grpc.aio.AioRpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-                    raise LearnerError(f"watch policy versions: {error.code().name}: {error.details()}") from error
+                    raise LearnerError(
+                        f"watch policy versions: {error.code().name}: {error.details()}"
+                    ) from error
             yield await self._states(version)
 
 
@@ -257,7 +283,9 @@ def newest_committed(link: StoreLink, run_id: str, model: str) -> int | None:
     token = ""
     newest: int | None = None
     while True:
-        request = trainer_pb2.ListPolicyVersionsRequest(run_id=run_id, model=model, page_size=1000, page_token=token)
+        request = trainer_pb2.ListPolicyVersionsRequest(
+            run_id=run_id, model=model, page_size=1000, page_token=token
+        )
         answer = link.ask(link.trainer.ListPolicyVersions, request, what="list policy versions")
         for item in answer.policy_versions:
             if item.status == policy_pb2.POLICY_VERSION_STATUS_COMMITTED:
@@ -265,5 +293,3 @@ def newest_committed(link: StoreLink, run_id: str, model: str) -> int | None:
         token = answer.next_page_token
         if not token:
             return newest
-
-

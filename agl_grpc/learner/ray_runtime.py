@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import psutil
+
 # Bytes of the object store; rows travel through the TransferQueue, Ray objects stay small.
 OBJECT_STORE_BYTES = 300 << 20
-# verl's placement group asks for ten nominal CPUs a GPU; the rest is for the TransferQueue and the load balancer.
+# verl's placement group asks for ten nominal CPUs a GPU; the rest is for the TransferQueue and the load
+# balancer.
 CPUS_PER_GPU = 10
 OTHER_CPUS = 8
 
@@ -20,6 +23,10 @@ def worker_environment(device: str, extra: Mapping[str, str] | None = None) -> d
         "TRANSFER_QUEUE_ENABLE": "1",
         "TQ_LOGGING_LEVEL": os.environ.get("TQ_LOGGING_LEVEL", "WARNING"),
         "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1"),
+        # The TransferQueue asks for eight threads in each of its processes and warns where there are fewer
+        # cores.
+        "TQ_NUM_THREADS": str(min(8, psutil.cpu_count(logical=False) or 1)),
+        "TQ_CLIENT_ZMQ_IO_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -38,9 +38,9 @@ class GroupRequest:
 class Row:
     """One token sequence of a rollout, ready to train.
 
-    ``response_ids``, ``response_mask``, ``logprobs`` and ``policy_versions`` have one entry per response token; the
-    mask is 1 where the token was sampled by the policy and is trained. Logprobs are natural logarithms and 0 where
-    the mask is 0; policy versions are -1 there.
+    ``response_ids``, ``response_mask``, ``logprobs`` and ``policy_versions`` have one entry per response
+    token; the mask is 1 where the token was sampled by the policy and is trained. Logprobs are natural
+    logarithms and 0 where the mask is 0; policy versions are -1 there.
     """
 
     prompt_ids: IntArray
@@ -56,7 +56,8 @@ class FinishedRollout:
     """A sealed rollout: its reward, its rows, and where its tokens went.
 
     ``reward`` is None when none was given; ``failure`` says why a rollout cannot be trained (empty = it can).
-    ``captured``, ``observed`` and ``dropped`` count response-side tokens: captured = trained + observed + dropped.
+    ``captured``, ``observed`` and ``dropped`` count response-side tokens: captured = trained + observed +
+    dropped.
     """
 
     rollout_id: str
@@ -97,7 +98,9 @@ class ClaimedBatch:
 
 
 class RolloutSource(Protocol):
-    """Where rollouts come from. Calls are made by the trainer's thread; ``deliver`` may be called by any thread."""
+    """Where rollouts come from. Calls are made by the trainer's thread; ``deliver`` may be called by any
+    thread.
+    """
 
     def submit(self, groups: list[GroupRequest]) -> None:
         """Asks for groups; each is delivered once, when all its rollouts are sealed."""

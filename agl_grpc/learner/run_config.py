@@ -17,7 +17,9 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The trained model: ``path`` is a Hugging Face folder, ``name`` the name under which engines serve it."""
+    """The trained model: ``path`` is a Hugging Face folder, ``name`` the name under which engines serve
+    it.
+    """
 
     path: str
     name: str
@@ -27,9 +29,9 @@ class ModelConfig:
 class EngineConfig:
     """Engines that must serve every policy version.
 
-    ``count`` 0 publishes nothing (for recorded rollouts). ``receivers`` are the worker processes of an engine that
-    each take the weights (its tensor-parallel size). ``host`` is this machine's address as engines reach it;
-    ``backend`` is ``auto``, ``gloo`` or ``nccl``.
+    ``count`` 0 publishes nothing (for recorded rollouts). ``receivers`` are the worker processes of an engine
+    that each take the weights (its tensor-parallel size). ``host`` is this machine's address as engines reach
+    it; ``backend`` is ``auto``, ``gloo`` or ``nccl``.
     """
 
     count: int = 1
@@ -51,7 +53,9 @@ class RolloutLimits:
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """Which calls are trained: of these agents (empty = all); answers cut by the length limit or not; which reward."""
+    """Which calls are trained: of these agents (empty = all); answers cut by the length limit or not; which
+    reward.
+    """
 
     agents: tuple[str, ...] = ()
     train_truncated: bool = False
@@ -60,7 +64,9 @@ class TrainedTokens:
 
 @dataclass(frozen=True)
 class CheckLimits:
-    """Largest difference between sampled and recomputed logprobs, in nats; bf16 engines need about 0.3 and 0.02."""
+    """Largest difference between sampled and recomputed logprobs, in nats; bf16 engines need about 0.3 and
+    0.02.
+    """
 
     logprob_max: float = 1e-4
     logprob_mean: float = 1e-5
@@ -68,8 +74,8 @@ class CheckLimits:
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds: ``sample`` without a finished group, ``publish`` for a policy version, ``engines`` until enough are
-    connected, ``store`` while it does not answer."""
+    """Seconds: ``sample`` without a finished group, ``publish`` for a policy version, ``engines`` until
+    enough are connected, ``store`` while it does not answer."""
 
     sample: float = 600.0
     publish: float = 120.0
@@ -81,8 +87,9 @@ class Deadlines:
 class RunConfig:
     """One training run. Paths may be relative to the working directory.
 
-    ``train_tasks`` and ``val_tasks`` are JSONL files, one task a line. ``verl`` holds verl's keys as they are.
-    ``failure_limit`` groups in a row that cannot be trained end the run. ``keep_checkpoints`` None keeps all.
+    ``train_tasks`` and ``val_tasks`` are JSONL files, one task a line. ``verl`` holds verl's keys as they
+    are. ``failure_limit`` groups in a row that cannot be trained end the run. ``keep_checkpoints`` None keeps
+    all.
     """
 
     model: ModelConfig
@@ -109,7 +116,9 @@ def _build(kind: type[S], data: Mapping[str, Any], path: str) -> S:
     fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]  # always a dataclass
     for key in data:
         if key not in fields:
-            raise ConfigError(f"unknown key {path + key!r} in the learner's configuration; known: {', '.join(fields)}")
+            raise ConfigError(
+                f"unknown key {path + key!r} in the learner's configuration; known: {', '.join(fields)}"
+            )
     values: dict[str, Any] = {}
     for name, item in fields.items():
         if name not in data:
@@ -124,14 +133,18 @@ def _build(kind: type[S], data: Mapping[str, Any], path: str) -> S:
             value = _build(hint, value, f"{path}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
-        elif hint in (str, int, float, bool) and not isinstance(value, (int, float) if hint is float else hint):
+        elif hint in (str, int, float, bool) and not isinstance(
+            value, (int, float) if hint is float else hint
+        ):
             raise ConfigError(f"{path + name!r} must be {hint.__name__}, not {value!r}")
         values[name] = value
     return kind(**values)
 
 
 def from_mapping(data: Mapping[str, Any]) -> RunConfig:
-    """A run's configuration from plain data; ConfigError names the first key that is unknown, missing or wrong."""
+    """A run's configuration from plain data; ConfigError names the first key that is unknown, missing or
+    wrong.
+    """
     config = _build(RunConfig, data, "")
     if config.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"'device' must be auto, cpu or cuda, not {config.device!r}")

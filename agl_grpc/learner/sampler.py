@@ -22,9 +22,10 @@ def _key_order(key: str) -> tuple[str, int, int]:
 class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
     """verl's asynchronous replay buffer with three changes.
 
-    It waits on the manager instead of sleeping two seconds at a time; groups and rows leave in the order in which
-    they were asked for, so that the same rollouts make the same batch; and it gives up, naming what is missing, when
-    no group has arrived for ``sample_deadline`` seconds or ``failure_limit`` groups in a row could not be used.
+    It waits on the manager instead of sleeping two seconds at a time; groups and rows leave in the order in
+    which they were asked for, so that the same rollouts make the same batch; and it gives up, naming what is
+    missing, when no group has arrived for ``sample_deadline`` seconds or ``failure_limit`` groups in a row
+    could not be used.
     """
 
     def __init__(self, *, sample_deadline: float, failure_limit: int, **kwargs: Any) -> None:
@@ -56,7 +57,9 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
             )
         return last_debug_time
 
-    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
+    def sample(
+        self, global_steps: int, partition_id: str, batch_size: int
+    ) -> tuple[KVBatchMeta, dict[str, Any]]:
         self._last_arrival = time.monotonic()
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
         self._failures_in_a_row = 0
@@ -92,7 +95,10 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         return ordered[:batch_size], dict(self.partitions[partition_id]), steps
 
     def _materialize_batch(
-        self, partition_id: str, selected_prompt_uids: list[str], partition_snapshot: dict[str, dict[str, Any]]
+        self,
+        partition_id: str,
+        selected_prompt_uids: list[str],
+        partition_snapshot: dict[str, dict[str, Any]],
     ) -> KVBatchMeta:
         tq.kv_clear(partition_id=partition_id, keys=selected_prompt_uids)
         places = {uid: place for place, uid in enumerate(selected_prompt_uids)}

@@ -1,7 +1,8 @@
 """verl checkpoint engine ``agl``: the trainer's ranks as senders of weights to engines outside verl.
 
-verl imports this module in every actor worker (``custom_backend_module``). Rank 0 sends; the other ranks take part in
-gathering every parameter. Engines receive by themselves (``agl_grpc.weights``), so there is no receiving half here.
+verl imports this module in every actor worker (``custom_backend_module``). Rank 0 sends; the other ranks take
+part in gathering every parameter. Engines receive by themselves (``agl_grpc.weights``), so there is no
+receiving half here.
 """
 
 from __future__ import annotations

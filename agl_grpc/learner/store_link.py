@@ -91,7 +91,9 @@ class StoreLink:
                 return await method(request, timeout=_CALL_SECONDS)
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _RETRIED:
-                    raise LearnerError(f"{what}: the store answered {error.code().name}: {error.details()}") from error
+                    raise LearnerError(
+                        f"{what}: the store answered {error.code().name}: {error.details()}"
+                    ) from error
                 if time.monotonic() + pause > deadline:
                     raise DeadlineError(
                         f"{what}: the store at {self.address} did not answer for {self._patience:g} s "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc.aio
 import numpy as np
@@ -38,7 +39,9 @@ _RETRYABLE = {
 
 @dataclass(frozen=True)
 class RolloutRules:
-    """Rules of a rollout's life, in seconds; None = no limit. Lost leases are redelivered without using attempts."""
+    """Rules of a rollout's life, in seconds; None = no limit. Lost leases are redelivered without using
+    attempts.
+    """
 
     timeout: float | None = None
     unresponsive: float | None = None
@@ -109,7 +112,8 @@ class StoreSource:
         self._fetches: set[asyncio.Task[None]] = set()
         self._watching = asyncio.Event()
 
-    # -- asking -------------------------------------------------------------------------------------------------
+    # -- asking
+    # -------------------------------------------------------------------------------------------------
 
     def start(self, deliver: Deliver) -> None:
         """Opens the watch; ``deliver`` gets every finished group, and the error that ends the watch."""
@@ -140,7 +144,8 @@ class StoreSource:
             labels=[self._identity.label],
         )
 
-    # -- waiting ------------------------------------------------------------------------------------------------
+    # -- waiting
+    # ------------------------------------------------------------------------------------------------
 
     async def _guarded_watch(self) -> None:
         try:
@@ -207,7 +212,8 @@ class StoreSource:
             f"{len(ids)} rollouts, {missing[0]} being {state} ({worker})"
         )
 
-    # -- reading ------------------------------------------------------------------------------------------------
+    # -- reading
+    # ------------------------------------------------------------------------------------------------
 
     async def _guarded_fetch(self, group: _OpenGroup) -> None:
         try:
@@ -228,8 +234,12 @@ class StoreSource:
                 rollout_id=rollout_id,
                 attempt_id=attempt_id,
                 group_id=attempted.rollout.group_id,
-                spans=[span for span in spans if (span.rollout_id, span.attempt_id) == (rollout_id, attempt_id)],
-                rewards=[item for item in rewards if (item.rollout_id, item.attempt_id) == (rollout_id, attempt_id)],
+                spans=[
+                    span for span in spans if (span.rollout_id, span.attempt_id) == (rollout_id, attempt_id)
+                ],
+                rewards=[
+                    item for item in rewards if (item.rollout_id, item.attempt_id) == (rollout_id, attempt_id)
+                ],
                 capture_incomplete=attempted.attempt.capture_incomplete,
             )
             rollouts.append(self._finished(attempted.rollout, build_attempt(record, self._samples)))
@@ -240,9 +250,9 @@ class StoreSource:
             run_id=self._identity.run_id, rollout_ids=ids, model_calls_only=True, sealed_only=True
         )
 
-        async def read(message: store_pb2.ExportSpansRequest, timeout: float) -> list[span_pb2.StoredSpan]:
+        async def read(message: store_pb2.ExportSpansRequest, **options: Any) -> list[span_pb2.StoredSpan]:
             spans: list[span_pb2.StoredSpan] = []
-            async for page in self._link.store.ExportSpans(message, timeout=timeout):
+            async for page in self._link.store.ExportSpans(message, **options):
                 spans.extend(page.spans)
             return spans
 
@@ -284,7 +294,8 @@ class StoreSource:
             temperature=sample.temperature,
         )
 
-    # -- claiming -----------------------------------------------------------------------------------------------
+    # -- claiming
+    # -----------------------------------------------------------------------------------------------
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
         request = trainer_pb2.ClaimBatchRequest(
@@ -296,7 +307,9 @@ class StoreSource:
         )
         answer = self._link.ask(self._link.trainer.ClaimBatch, request, what="claim a batch")
         if answer.unsealed_rollout_ids:
-            raise FidelityError(f"rollout {answer.unsealed_rollout_ids[0]} is not sealed and cannot be trained")
+            raise FidelityError(
+                f"rollout {answer.unsealed_rollout_ids[0]} is not sealed and cannot be trained"
+            )
         entries = []
         for entry in answer.batch.entries:
             if not entry.HasField("reward"):

@@ -1,7 +1,8 @@
 """verl's v1 trainer for engines and agents outside verl.
 
-A subclass of verl's ``separate_async`` trainer; what is changed is where rollouts come from, that mini-batches are
-whole rollouts, that every batch is proven before it is used, and how weights and checkpoints leave.
+A subclass of verl's ``separate_async`` trainer; what is changed is where rollouts come from, that
+mini-batches are whole rollouts, that every batch is proven before it is used, and how weights and checkpoints
+leave.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from agl_grpc.learner.checks import LogprobLimits, LogprobRow, SealedRow, account, check_logprobs, check_seals
 from agl_grpc.learner.checkpoint import LearnerState
+from agl_grpc.learner.checks import LogprobLimits, LogprobRow, SealedRow, account, check_logprobs, check_seals
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
@@ -70,7 +71,9 @@ class Hooks:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
+    return {
+        name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)
+    }
 
 
 @register_trainer("agl")
@@ -90,13 +93,16 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._left_over: deque[int] = deque()
         super().__init__(config)
 
-    # -- construction -------------------------------------------------------------------------------------------
+    # -- construction
+    # -------------------------------------------------------------------------------------------
 
     def _build_replay_buffer(self) -> StoreSampler:
         sampler = self.config.trainer.v1.sampler
         custom = sampler.get("custom_sampler", None)
         if custom is not None and custom.get("path"):
-            raise ConfigError("trainer.v1.sampler.custom_sampler cannot be set: the learner brings its own sampler")
+            raise ConfigError(
+                "trainer.v1.sampler.custom_sampler cannot be set: the learner brings its own sampler"
+            )
         return StoreSampler(
             sample_deadline=self.hooks.sample_deadline,
             failure_limit=self.hooks.failure_limit,
@@ -123,10 +129,13 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self.replay_buffer.bind(agent_loop_manager)
         super().fit(agent_loop_manager)
 
-    # -- prompts ------------------------------------------------------------------------------------------------
+    # -- prompts
+    # ------------------------------------------------------------------------------------------------
 
     def _fetch_one_gen_batch(self) -> TensorDict:
-        """One prompt under a deterministic group id; first those that the resumed checkpoint left untrained."""
+        """One prompt under a deterministic group id; first those that the resumed checkpoint left
+        untrained.
+        """
         if self._left_over:
             items = collate_fn([self.train_dataset[self._left_over.popleft()]])
             items["uid"] = np.array([""], dtype=object)
@@ -150,7 +159,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         # The store keeps what was in flight, not the TransferQueue.
         return 0
 
-    # -- batches ------------------------------------------------------------------------------------------------
+    # -- batches
+    # ------------------------------------------------------------------------------------------------
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
         # Mini-batches are whole rollouts, so rows are padded to the data-parallel size only.
@@ -169,7 +179,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         mode = self.config.actor_rollout_ref.actor.loss_agg_mode
         if rows > rollouts and mode not in ("token-mean", "token-sum"):
             raise ConfigError(
-                f"actor_rollout_ref.actor.loss_agg_mode={mode} weighs rows, and {rollouts} rollouts have {rows} rows: "
+                f"actor_rollout_ref.actor.loss_agg_mode={mode} weighs rows, and {rollouts} rollouts have {rows} "
+                "rows: "
                 "use token-mean, under which splitting a rollout changes nothing"
             )
 
@@ -187,7 +198,9 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def _prove_tokens(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
         names = ["rollout_log_probs", "old_log_probs", "response_mask", "policy_versions", "rollout_id"]
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        keys = [
+            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
+        ]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
         columns = [[row.numpy() for row in data[name].unbind()] for name in names[:4]]
         rows = [LogprobRow(key, *values) for key, *values in zip(keys, *columns, strict=True)]
@@ -200,7 +213,9 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def _prove_seals(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
         assert self._claimed is not None
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        keys = [
+            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
+        ]
         names = ["rollout_id", "uid", "rm_scores"]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
         texts = [[str(getattr(item, "data", item)) for item in data[name]] for name in names[:2]]
@@ -212,7 +227,9 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         groups: dict[str, set[float]] = {}
         for entry in self._claimed.entries:
             groups.setdefault(entry.group_id, set()).add(entry.reward)
-        metrics["reward/groups_without_variance"] = float(np.mean([len(values) == 1 for values in groups.values()]))
+        metrics["reward/groups_without_variance"] = float(
+            np.mean([len(values) == 1 for values in groups.values()])
+        )
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """One optimiser step per epoch over whole rollouts, however many rows they have."""
@@ -256,7 +273,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         metrics.update(reduce_metrics(output))
         return batch
 
-    # -- ends of steps ------------------------------------------------------------------------------------------
+    # -- ends of steps
+    # ------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
         self.hooks.checkpoints.save(self)
@@ -274,7 +292,9 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             self.hooks.on_metrics(0, _numbers(metrics))
         return metrics
 
-    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: Any, **kwargs: Any) -> None:
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: Any, **kwargs: Any
+    ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         metrics.update(self.agent_loop_manager.drain_counts())
         if self._claimed is not None:

@@ -56,7 +56,8 @@ class TrainingRun:
         return answer.training_run.training_run_id
 
     def discard_leftovers(self) -> int:
-        """Ends what an earlier trainer of this run left: releases its uncommitted batches, cancels its rollouts.
+        """Ends what an earlier trainer of this run left: releases its uncommitted batches, cancels its
+        rollouts.
 
         Answers the number of rollouts cancelled.
         """

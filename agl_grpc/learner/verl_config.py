@@ -1,7 +1,7 @@
 """verl's configuration: its own tree, our defaults for engines outside verl, the user's keys on top.
 
-The user writes verl's keys as they are (``{"algorithm": {"adv_estimator": "grpo"}, …}``). A key that verl does not
-know is refused by name; a few are held by us because the learner's engines live outside verl.
+The user writes verl's keys as they are (``{"algorithm": {"adv_estimator": "grpo"}, …}``). A key that verl
+does not know is refused by name; a few are held by us because the learner's engines live outside verl.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def _unknown_keys(known: DictConfig, given: Mapping[str, Any], path: str = "") -
     for key, value in given.items():
         full = f"{path}.{key}" if path else str(key)
         if key not in known:
-            # An empty mapping in verl's tree is free-form; a dataclass may have fields that its YAML leaves out.
+            # An empty mapping in verl's tree is free-form; a dataclass may have fields that its YAML leaves
+            # out.
             if len(known) and key not in _target_fields(known):
                 yield full
             continue
@@ -130,11 +131,15 @@ def check_keys(known: DictConfig, given: Mapping[str, Any]) -> None:
         section = full.rpartition(".")[0]
         node = OmegaConf.select(known, section) if section else known
         near = ", ".join(sorted(str(key) for key in node)[:12]) if isinstance(node, DictConfig) else ""
-        raise ConfigError(f"verl has no configuration key {full!r}; {section or 'the top level'} has: {near}, …")
+        raise ConfigError(
+            f"verl has no configuration key {full!r}; {section or 'the top level'} has: {near}, …"
+        )
 
 
 def expand(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns dotted keys (``"trainer.save_freq": 10``) into the nested form; nested mappings stay as they are."""
+    """Turns dotted keys (``"trainer.save_freq": 10``) into the nested form; nested mappings stay as they
+    are.
+    """
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         node = nested
@@ -167,7 +172,9 @@ def _chosen(config: DictConfig, user: Mapping[str, Any], *path: str) -> bool:
 
 
 def _complete(config: DictConfig, user: Mapping[str, Any]) -> None:
-    """Fills what depends on other keys: mini-batches, token budgets and the number of updates per synchronisation."""
+    """Fills what depends on other keys: mini-batches, token budgets and the number of updates per
+    synchronisation.
+    """
     actor = config.actor_rollout_ref.actor
     batch = int(config.data.train_batch_size)
     if not _chosen(config, user, "actor_rollout_ref", "actor", "ppo_mini_batch_size"):
@@ -178,7 +185,10 @@ def _complete(config: DictConfig, user: Mapping[str, Any]) -> None:
             f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} must divide data.train_batch_size={batch}"
         )
     config.trainer.v1.separate_async.parameter_sync_step = batch // mini
-    for section, name in ((actor, "ppo_micro_batch_size_per_gpu"), (config.critic, "ppo_micro_batch_size_per_gpu")):
+    for section, name in (
+        (actor, "ppo_micro_batch_size_per_gpu"),
+        (config.critic, "ppo_micro_batch_size_per_gpu"),
+    ):
         if section.get(name) is None and not section.use_dynamic_bsz:
             section[name] = 1
     rollout = config.actor_rollout_ref.rollout
@@ -198,16 +208,22 @@ def _check_supported(config: DictConfig, user: Mapping[str, Any]) -> None:
     mode = user.get("trainer", {}).get("v1", {}).get("trainer_mode", "sync")
     if mode not in TRAINER_MODES:
         raise ConfigError(
-            f"trainer.v1.trainer_mode={mode!r} needs verl's own engines; choose one of {', '.join(TRAINER_MODES)}"
+            f"trainer.v1.trainer_mode={mode!r} needs verl's own engines; choose one of "
+            f"{', '.join(TRAINER_MODES)}"
         )
     if config.distillation.get("enabled", False):
-        raise ConfigError("distillation.enabled=True is not supported with engines outside verl; set it to False")
+        raise ConfigError(
+            "distillation.enabled=True is not supported with engines outside verl; set it to False"
+        )
     if config.reward.reward_model.enable:
         raise ConfigError(
-            "reward.reward_model.enable=True is not supported: rewards come with the rollouts (emit_reward or PutRewards)"
+            "reward.reward_model.enable=True is not supported: rewards come with the rollouts "
+            "(emit_reward or PutRewards)"
         )
     if config.actor_rollout_ref.actor.checkpoint.async_save:
-        raise ConfigError("actor_rollout_ref.actor.checkpoint.async_save=True is not supported: saves are atomic")
+        raise ConfigError(
+            "actor_rollout_ref.actor.checkpoint.async_save=True is not supported: saves are atomic"
+        )
 
 
 def compose(user: Mapping[str, Any], *, device: str, fixed: Mapping[str, Any] | None = None) -> DictConfig:

@@ -14,11 +14,17 @@ app = typer.Typer(help="Run the learner (verl) on samples from a store.")
 
 @app.command()
 def learner(
-    config: Annotated[str, typer.Option("--config", metavar="FILE", help="The run's configuration (JSON or YAML).")],
+    config: Annotated[
+        str, typer.Option("--config", metavar="FILE", help="The run's configuration (JSON or YAML).")
+    ],
     store: StoreOption = DEFAULT_STORE,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last committed checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last committed checkpoint.")
+    ] = False,
 ) -> None:
-    """Trains on sealed rollouts of a store and publishes weights to its engines. Needs the learner environment."""
+    """Trains on sealed rollouts of a store and publishes weights to its engines. Needs the learner
+    environment.
+    """
     import dataclasses
 
     from agl_grpc.learner.errors import LearnerError, StoppedError

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from agl_grpc.learner.errors import ConfigError
 
 
-class TaskDataset(Dataset[dict[str, Any]]):
+class TaskDataset(Dataset[dict[str, Any]]):  # type: ignore[misc]  # torch is not in the checking environment
     """Tasks from JSONL files. Every line is any JSON value: it is handed to the agent as it is.
 
     An item has ``raw_prompt`` (the task), ``index`` (its place in the file, from 0), ``data_source`` (the

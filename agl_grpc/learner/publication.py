@@ -121,7 +121,8 @@ class Publisher:
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"{len(engines)} of {self._engines} engines serving {self._model!r} are connected after "
-                    f"{self._engine_deadline:g} s: start one with `agl-grpc vllm serve`, or check that it serves "
+                    f"{self._engine_deadline:g} s: start one with `agl-grpc vllm serve`, or check that it "
+                    f"serves "
                     f"this "
                     f"run and model"
                 )
@@ -218,7 +219,7 @@ class Publisher:
     # ------------------------------------------------------------------------------------
 
     def _reach(
-        self, version: int, engines: list[str], phase: policy_pb2.EnginePhase, started: float
+        self, version: int, engines: list[str], phase: policy_pb2.EnginePhase.ValueType, started: float
     ) -> list[policy_pb2.EngineState]:
         """Waits until every engine is in ``phase`` or beyond; their states."""
         remaining = max(1.0, self._deadline - (time.monotonic() - started))
@@ -239,7 +240,7 @@ class Publisher:
         self,
         version: int,
         engines: list[str],
-        phase: policy_pb2.EnginePhase,
+        phase: policy_pb2.EnginePhase.ValueType,
         reached: dict[str, policy_pb2.EngineState],
     ) -> list[policy_pb2.EngineState]:
         async for states in self._versions(version):

@@ -57,8 +57,8 @@ class StoreLink:
     async def _open(self) -> tuple[grpc.aio.Channel, StoreServiceAsyncStub, TrainerServiceAsyncStub]:
         channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
         # The generated stubs serve both kinds of channel; the typed names exist for the checker alone.
-        store: Any = StoreServiceStub(channel)  # type: ignore[arg-type]  # accepts aio channels too
-        trainer: Any = TrainerServiceStub(channel)  # type: ignore[arg-type]  # accepts aio channels too
+        store: Any = StoreServiceStub(channel)
+        trainer: Any = TrainerServiceStub(channel)
         return channel, store, trainer
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:

@@ -179,7 +179,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         mode = self.config.actor_rollout_ref.actor.loss_agg_mode
         if rows > rollouts and mode not in ("token-mean", "token-sum"):
             raise ConfigError(
-                f"actor_rollout_ref.actor.loss_agg_mode={mode} weighs rows, and {rollouts} rollouts have {rows} "
+                f"actor_rollout_ref.actor.loss_agg_mode={mode} weighs rows, and {rollouts} rollouts have "
+                f"{rows} "
                 "rows: "
                 "use token-mean, under which splitting a rollout changes nothing"
             )

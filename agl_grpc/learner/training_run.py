@@ -121,7 +121,7 @@ class TrainingRun:
         answer = self._link.ask(self._link.trainer.ReportMetrics, request, what="report metrics")
         self.stop_requested = answer.training_run.status == training_pb2.TRAINING_RUN_STATUS_STOPPING
 
-    def finish(self, status: training_pb2.TrainingRunStatus, message: str = "") -> None:
+    def finish(self, status: training_pb2.TrainingRunStatus.ValueType, message: str = "") -> None:
         """Ends the training run; ``message`` says why it failed."""
         request = trainer_pb2.FinishTrainingRunRequest(
             request_id=new_request_id(),

@@ -69,8 +69,12 @@ class Publisher:
         if self._engines == 0:
             return {}
         started = time.monotonic()
-        engines = self._link.run(self._connected_engines())
         version = step + self._offset
+        connected = self._link.run(self._connected_engines())
+        engines = [engine.engine_id for engine in connected]
+        if version == 0 and all(engine.active_policy_version == 0 for engine in connected):
+            # Version 0 is the model on disk, which engines and trainer have both loaded.
+            return {"weights/policy_version": 0.0}
         transfer = f"{self._identity.training_run_id}/{self._identity.trainer_epoch}/{version}"
         prepared = self._each_rank("prepare")
         self._each_rank(
@@ -101,13 +105,8 @@ class Publisher:
             "weights/policy_version": float(version),
         }
 
-    # -- engines
-    # ------------------------------------------------------------------------------------------------
-
-    async def _connected_engines(self) -> list[str]:
-        """Ids of the connected engines, once there are enough; woken by changes of engines, with a
-        deadline.
-        """
+    async def _connected_engines(self) -> list[policy_pb2.Engine]:
+        """The connected engines, once there are enough."""
         deadline = time.monotonic() + self._engine_deadline
         request = trainer_pb2.ListEnginesRequest(
             run_id=self._identity.run_id, model=self._model, page_size=1000
@@ -115,23 +114,18 @@ class Publisher:
         pause = 0.05
         while True:
             answer = await self._link.call(self._link.trainer.ListEngines, request, what="list engines")
-            engines = sorted(engine.engine_id for engine in answer.engines if engine.connected)
+            engines = [engine for engine in answer.engines if engine.connected]
             if len(engines) >= self._engines:
-                return engines
+                return sorted(engines, key=lambda engine: engine.engine_id)
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"{len(engines)} of {self._engines} engines serving {self._model!r} are connected after "
                     f"{self._engine_deadline:g} s: start one with `agl-grpc vllm serve`, or check that it "
-                    f"serves "
-                    f"this "
-                    f"run and model"
+                    "serves this run and model"
                 )
             # Engines appear at start-up only: there is no event to wait for before the first version.
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 1.5)
-
-    # -- phases
-    # -------------------------------------------------------------------------------------------------
 
     def _each_rank(self, method: str, **arguments: Any) -> list[Any]:
         import ray
@@ -214,9 +208,6 @@ class Publisher:
             self._link.trainer.GetPolicyVersion, request, what="get policy version"
         )
         return list(answer.policy_version.engine_states)
-
-    # -- waiting for engines
-    # ------------------------------------------------------------------------------------
 
     def _reach(
         self, version: int, engines: list[str], phase: policy_pb2.EnginePhase.ValueType, started: float

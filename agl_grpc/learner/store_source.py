@@ -112,9 +112,6 @@ class StoreSource:
         self._fetches: set[asyncio.Task[None]] = set()
         self._watching = asyncio.Event()
 
-    # -- asking
-    # -------------------------------------------------------------------------------------------------
-
     def start(self, deliver: Deliver) -> None:
         """Opens the watch; ``deliver`` gets every finished group, and the error that ends the watch."""
         self._deliver = deliver
@@ -143,9 +140,6 @@ class StoreSource:
             group_id=group.uid,
             labels=[self._identity.label],
         )
-
-    # -- waiting
-    # ------------------------------------------------------------------------------------------------
 
     async def _guarded_watch(self) -> None:
         try:
@@ -211,9 +205,6 @@ class StoreSource:
             f"{len(waiting)} groups are open; the first, {first.request.uid}, waits for {len(missing)} of "
             f"{len(ids)} rollouts, {missing[0]} being {state} ({worker})"
         )
-
-    # -- reading
-    # ------------------------------------------------------------------------------------------------
 
     async def _guarded_fetch(self, group: _OpenGroup) -> None:
         try:
@@ -293,9 +284,6 @@ class StoreSource:
             policy_versions=np.where(versions < 0, -1, versions - self._offset),
             temperature=sample.temperature,
         )
-
-    # -- claiming
-    # -----------------------------------------------------------------------------------------------
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
         request = trainer_pb2.ClaimBatchRequest(

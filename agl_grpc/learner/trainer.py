@@ -93,9 +93,6 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._left_over: deque[int] = deque()
         super().__init__(config)
 
-    # -- construction
-    # -------------------------------------------------------------------------------------------
-
     def _build_replay_buffer(self) -> StoreSampler:
         sampler = self.config.trainer.v1.sampler
         custom = sampler.get("custom_sampler", None)
@@ -129,9 +126,6 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self.replay_buffer.bind(agent_loop_manager)
         super().fit(agent_loop_manager)
 
-    # -- prompts
-    # ------------------------------------------------------------------------------------------------
-
     def _fetch_one_gen_batch(self) -> TensorDict:
         """One prompt under a deterministic group id; first those that the resumed checkpoint left
         untrained.
@@ -158,9 +152,6 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         # The store keeps what was in flight, not the TransferQueue.
         return 0
-
-    # -- batches
-    # ------------------------------------------------------------------------------------------------
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
         # Mini-batches are whole rollouts, so rows are padded to the data-parallel size only.
@@ -273,9 +264,6 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         output["perf/mfu/critic"] = output.pop("critic/mfu")
         metrics.update(reduce_metrics(output))
         return batch
-
-    # -- ends of steps
-    # ------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
         self.hooks.checkpoints.save(self)

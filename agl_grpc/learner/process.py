@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from agl_grpc.client import StoreError
 from agl_grpc.learner.checkpoint import Checkpoints, resume_keys
-from agl_grpc.learner.errors import LearnerError, StoppedError
+from agl_grpc.learner.errors import StoppedError
 from agl_grpc.learner.progress import step_line, with_summary
 from agl_grpc.learner.ray_runtime import local_ray
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingRun
-from agl_grpc.v1 import training_pb2
+from agl_grpc.model.enums import TrainingRunStatus
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -53,9 +54,9 @@ def run(config: RunConfig, store: str) -> None:
     output = Path(config.output_dir).expanduser().resolve()
     output.mkdir(parents=True, exist_ok=True)
     os.environ["TENSORBOARD_DIR"] = str(output / "tensorboard")
-    link = StoreLink(store, patience=config.deadlines.store)
+    link = StoreLink(store, config.run_id, patience=config.deadlines.store)
     try:
-        training = TrainingRun.acquire(link, run_id=config.run_id, training_run_id=config.training_run_id)
+        training = TrainingRun.acquire(link, config.training_run_id)
         say(f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}")
         with _reported_end(training), _stoppable():
             _train(config, device, output, link, training)
@@ -69,23 +70,20 @@ def _reported_end(training: TrainingRun) -> Iterator[None]:
     try:
         yield
     except (StoppedError, KeyboardInterrupt):
-        training.finish(training_pb2.TRAINING_RUN_STATUS_STOPPED)
+        training.finish(TrainingRunStatus.STOPPED)
         raise
     except BaseException as error:
         _finish_failed(training, error)
         raise
     stopped = training.stop_requested
-    status = (
-        training_pb2.TRAINING_RUN_STATUS_STOPPED if stopped else training_pb2.TRAINING_RUN_STATUS_SUCCEEDED
-    )
+    status = TrainingRunStatus.STOPPED if stopped else TrainingRunStatus.SUCCEEDED
     training.finish(status)
 
 
 def _finish_failed(training: TrainingRun, error: BaseException) -> None:
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
     try:
-        training.finish(training_pb2.TRAINING_RUN_STATUS_FAILED, message)
-    except LearnerError as second:
+        training.finish(TrainingRunStatus.FAILED, error)
+    except StoreError as second:
         # The first error is the one to raise; this one only says that the store does not know of it.
         say(f"could not tell the store that the training run failed: {second}")
 
@@ -164,7 +162,7 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     cancelled = training.discard_leftovers()
     if cancelled:
         say(f"cancelled {cancelled} rollouts of an earlier trainer")
-    committed = newest_committed(link, config.run_id, config.model.name)
+    committed = newest_committed(link, config.model.name)
     verl = _verl_config(config, device, output, resume)
     manifest = {"config": verl, "device": device, "seed": config.seed}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
@@ -203,7 +201,7 @@ def _assemble(
     from agl_grpc.learner.checks import LogprobLimits
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher
-    from agl_grpc.learner.store_source import RolloutRules, StoreSource
+    from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.trainer import AglTrainer, Hooks
     from agl_grpc.sample import SampleRules
 
@@ -212,17 +210,10 @@ def _assemble(
     offset = 0 if committed is None else max(0, committed + 1 - step)
     identity = training.identity
     rollout = verl.actor_rollout_ref.rollout
-    limits = config.rollouts
     source = StoreSource(
         link,
         identity,
-        rules=RolloutRules(
-            limits.timeout,
-            limits.unresponsive,
-            limits.max_attempts,
-            tuple(limits.retry),
-            limits.max_redeliveries,
-        ),
+        rules=config.rollouts,
         samples=SampleRules(
             model=config.model.name,
             agents=frozenset(config.samples.agents),

@@ -1,5 +1,4 @@
-"""Publication of policy versions: weights to the engines, staged, committed, swapped in, each with a
-deadline.
+"""Publication of policy versions: weights to the engines, each phase with a deadline.
 
 prepare (the store tells the engines where to fetch) → engines stage while the old weights serve → commit with
 the digest of what was sent → engines swap. Whatever fails before the commit leaves the old weights serving.
@@ -9,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
-import grpc.aio
-from google.protobuf.duration_pb2 import Duration
-
+from agl_grpc.client import StoreError
 from agl_grpc.learner.errors import DeadlineError, LearnerError
-from agl_grpc.learner.store_link import StoreLink, new_request_id
-from agl_grpc.learner.store_source import TrainingIdentity
-from agl_grpc.v1 import policy_pb2
-from agl_grpc.v1 import trainer_service_pb2 as trainer_pb2
+from agl_grpc.learner.store_link import StoreLink
+from agl_grpc.learner.training_run import TrainingIdentity
+from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
+from agl_grpc.model.policy import Engine, EngineState, PolicyVersion, WeightSource
+
+T = TypeVar("T")
 
 
 class Publisher:
@@ -29,7 +28,7 @@ class Publisher:
         link: the line to the store.
         identity: training run and epoch.
         model: the served model's name.
-        engines: how many engines must serve a version before training goes on.
+        engines: how many engines must serve a version before training goes on; 0 publishes nothing.
         receivers_per_engine: worker processes of an engine that each take the weights (tensor-parallel size).
         deadline: seconds for a whole publication.
         engine_deadline: seconds to wait for that many engines to be connected.
@@ -49,6 +48,7 @@ class Publisher:
         version_offset: int = 0,
     ) -> None:
         self._link = link
+        self._client = link.client
         self._identity = identity
         self._model = model
         self._engines = engines
@@ -63,58 +63,40 @@ class Publisher:
         self._actors = actors
 
     def update_weights(self, step: int) -> dict[str, float]:
-        """Publishes the weights after ``step`` and returns when every engine serves them; seconds and
-        bytes.
+        """Publishes the weights after ``step``; returns when every engine serves them, with seconds and
+        bytes as metrics.
         """
         if self._engines == 0:
             return {}
-        started = time.monotonic()
         version = step + self._offset
         connected = self._link.run(self._connected_engines())
-        engines = [engine.engine_id for engine in connected]
         if version == 0 and all(engine.active_policy_version == 0 for engine in connected):
             # Version 0 is the model on disk, which engines and trainer have both loaded.
             return {"weights/policy_version": 0.0}
-        transfer = f"{self._identity.training_run_id}/{self._identity.trainer_epoch}/{version}"
-        prepared = self._each_rank("prepare")
-        self._each_rank(
-            "init_process_group",
-            transfer_id=transfer,
-            receivers=len(engines) * self._receivers,
-            timeout=self._deadline,
-        )
-        source = policy_pb2.WeightSource(
-            rendezvous=prepared[0]["endpoint"],
-            group_id=transfer,
-            world_size=1 + len(engines) * self._receivers,
-            engine_ids=engines,
-        )
-        self._prepare(version, source)
+        engines = [engine.engine_id for engine in connected]
+        deadline = time.monotonic() + self._deadline
+        self._prepare(version, engines)
         try:
             report = self._send(step, version, engines)
-            self._reach(version, engines, policy_pb2.ENGINE_PHASE_RECEIVED, started)
-            self._commit(version, report["digest"])
+            self._reach(version, engines, EnginePhase.RECEIVED, deadline)
+            self._link.run(self._client.commit_policy_version(self._model, version, report["digest"]))
         except BaseException as error:
-            self._abort(version, str(error).splitlines()[0] if str(error) else type(error).__name__)
+            self._abort(version, error)
             raise
-        states = self._reach(version, engines, policy_pb2.ENGINE_PHASE_ACTIVE, started)
+        states = self._reach(version, engines, EnginePhase.ACTIVE, deadline)
         return {
             "weights/bytes": float(report["sent_bytes"]),
             "weights/transfer_seconds": float(report["seconds"]),
-            "weights/pause_seconds": max((state.pause_ns / 1e9 for state in states), default=0.0),
+            "weights/pause_seconds": max(state.pause_ns for state in states) / 1e9,
             "weights/policy_version": float(version),
         }
 
-    async def _connected_engines(self) -> list[policy_pb2.Engine]:
+    async def _connected_engines(self) -> list[Engine]:
         """The connected engines, once there are enough."""
         deadline = time.monotonic() + self._engine_deadline
-        request = trainer_pb2.ListEnginesRequest(
-            run_id=self._identity.run_id, model=self._model, page_size=1000
-        )
         pause = 0.05
         while True:
-            answer = await self._link.call(self._link.trainer.ListEngines, request, what="list engines")
-            engines = [engine for engine in answer.engines if engine.connected]
+            engines = [item for item in await self._client.query_engines(self._model) if item.connected]
             if len(engines) >= self._engines:
                 return sorted(engines, key=lambda engine: engine.engine_id)
             if time.monotonic() > deadline:
@@ -123,7 +105,7 @@ class Publisher:
                     f"{self._engine_deadline:g} s: start one with `agl-grpc vllm serve`, or check that it "
                     "serves this run and model"
                 )
-            # Engines appear at start-up only: there is no event to wait for before the first version.
+            # Engines are waited for at start-up and after a loss only; the contract has no watch of them.
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 1.5)
 
@@ -134,26 +116,36 @@ class Publisher:
         repeated = {name: [value] * size for name, value in arguments.items()}
         return list(ray.get(self._actors.execute_checkpoint_engine(method=[method] * size, **repeated)))
 
-    def _prepare(self, version: int, source: policy_pb2.WeightSource) -> None:
-        request = trainer_pb2.PreparePolicyVersionRequest(
-            request_id=new_request_id(),
-            run_id=self._identity.run_id,
-            model=self._model,
-            policy_version=version,
-            source=source,
-            deadline=Duration(seconds=int(self._deadline) or 1),
-            training_run_id=self._identity.training_run_id,
-            trainer_epoch=self._identity.trainer_epoch,
+    def _prepare(self, version: int, engines: list[str]) -> None:
+        """Opens the rendezvous and offers the version; engines begin to fetch."""
+        mine = self._identity
+        transfer = f"{mine.training_run_id}/{mine.trainer_epoch}/{version}"
+        receivers = len(engines) * self._receivers
+        endpoint = self._each_rank("prepare")[0]["endpoint"]
+        self._each_rank(
+            "init_process_group", transfer_id=transfer, receivers=receivers, timeout=self._deadline
         )
-        self._link.ask(
-            self._link.trainer.PreparePolicyVersion, request, what=f"prepare policy version {version}"
+        # The group's name is the transfer's: by it the engines' receivers find the sender.
+        source = WeightSource(
+            rendezvous=endpoint, group_id=transfer, world_size=1 + receivers, engine_ids=engines
         )
+        work = self._client.prepare_policy_version(
+            self._model,
+            version,
+            source,
+            deadline=self._deadline,
+            training_run_id=mine.training_run_id,
+            trainer_epoch=mine.trainer_epoch,
+        )
+        self._link.run(work)
 
     def _send(self, step: int, version: int, engines: list[str]) -> dict[str, Any]:
         import ray
 
+        watch = self._link.start(self._until_failed(version, engines))
         pending = self._actors.update_weights(global_steps=step, mode="agl")
         try:
+            # The sender itself gives up after the deadline; this one is for a worker that died.
             return dict(ray.get(pending, timeout=self._deadline + 10)[0])
         except ray.exceptions.GetTimeoutError as error:
             raise DeadlineError(
@@ -161,127 +153,83 @@ class Publisher:
                 f"{self._deadline:g} s"
             ) from error
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            raise LearnerError(
-                f"sending policy version {version}: {cause}; {self._why_failed(version)}"
-            ) from error
+            reason = watch.result() if watch.done() and not watch.cancelled() else "no engine said why"
+            raise LearnerError(f"sending policy version {version}: {error.cause}; {reason}") from error
+        finally:
+            watch.cancel()
 
-    def _commit(self, version: int, digest: str) -> None:
-        request = trainer_pb2.CommitPolicyVersionRequest(
-            request_id=new_request_id(),
-            run_id=self._identity.run_id,
-            model=self._model,
-            policy_version=version,
-            weights_digest=digest,
-        )
-        self._link.ask(
-            self._link.trainer.CommitPolicyVersion, request, what=f"commit policy version {version}"
-        )
-
-    def _abort(self, version: int, reason: str) -> None:
-        request = trainer_pb2.AbortPolicyVersionRequest(
-            request_id=new_request_id(),
-            run_id=self._identity.run_id,
-            model=self._model,
-            policy_version=version,
-            reason=reason[:1000],
-        )
+    async def _until_failed(self, version: int, engines: list[str]) -> str:
+        """Gives the transfer up as soon as an engine cannot take it; what the engine said."""
         try:
-            self._link.ask(
-                self._link.trainer.AbortPolicyVersion, request, what=f"abort policy version {version}"
-            )
+            await self._follow(version, engines, EnginePhase.ACTIVE, {})
         except LearnerError as error:
-            # The deadline given to the store aborts the version in any case; the first error is the one to
-            # report.
-            print(f"learner: {error}", flush=True)
+            self._actors.execute_checkpoint_engine(
+                method=["cancel"] * self._actors.world_size, reason=[str(error)] * self._actors.world_size
+            )
+            return str(error)
+        return ""
 
-    def _why_failed(self, version: int) -> str:
-        states = self._link.run(self._states(version))
-        reasons = [f"engine {state.engine_id}: {state.error}" for state in states if state.error]
-        return "; ".join(reasons) or "no engine said why"
-
-    async def _states(self, version: int) -> list[policy_pb2.EngineState]:
-        request = trainer_pb2.GetPolicyVersionRequest(
-            run_id=self._identity.run_id, model=self._model, policy_version=version
-        )
-        answer = await self._link.call(
-            self._link.trainer.GetPolicyVersion, request, what="get policy version"
-        )
-        return list(answer.policy_version.engine_states)
+    def _abort(self, version: int, error: BaseException) -> None:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:1000]
+        try:
+            self._link.run(self._client.abort_policy_version(self._model, version, reason))
+        except StoreError as second:
+            # The store aborts the version at its deadline in any case; the first error is the one to report.
+            print(f"learner: could not abort policy version {version}: {second}", flush=True)
 
     def _reach(
-        self, version: int, engines: list[str], phase: policy_pb2.EnginePhase.ValueType, started: float
-    ) -> list[policy_pb2.EngineState]:
+        self, version: int, engines: list[str], phase: EnginePhase, deadline: float
+    ) -> list[EngineState]:
         """Waits until every engine is in ``phase`` or beyond; their states."""
-        remaining = max(1.0, self._deadline - (time.monotonic() - started))
-        reached: dict[str, policy_pb2.EngineState] = {}
+        reached: dict[str, EngineState] = {}
+        remaining = max(1.0, deadline - time.monotonic())
         try:
-            return self._link.run(
-                asyncio.wait_for(self._follow(version, engines, phase, reached), timeout=remaining)
-            )
+            return self._link.run(_within(remaining, self._follow(version, engines, phase, reached)))
         except TimeoutError as error:
-            name = policy_pb2.EnginePhase.Name(phase).removeprefix("ENGINE_PHASE_")
             missing = [engine for engine in engines if engine not in reached]
             raise DeadlineError(
-                f"policy version {version} was not {name} within {self._deadline:g} s on: "
+                f"policy version {version} was not {phase.value} within {self._deadline:g} s on: "
                 f"{', '.join(missing)}"
             ) from error
 
     async def _follow(
-        self,
-        version: int,
-        engines: list[str],
-        phase: policy_pb2.EnginePhase.ValueType,
-        reached: dict[str, policy_pb2.EngineState],
-    ) -> list[policy_pb2.EngineState]:
-        async for states in self._versions(version):
-            for state in states:
-                if state.engine_id not in engines:
-                    continue
-                if state.phase == policy_pb2.ENGINE_PHASE_FAILED:
-                    raise LearnerError(
-                        f"engine {state.engine_id} could not take policy version {version}: {state.error}"
-                    )
-                if state.phase >= phase:
-                    reached[state.engine_id] = state
-            if len(reached) == len(engines):
-                return list(reached.values())
+        self, version: int, engines: list[str], phase: EnginePhase, reached: dict[str, EngineState]
+    ) -> list[EngineState]:
+        first = await self._client.get_policy_version(self._model, version)
+        if first is not None and self._note(first, engines, phase, reached):
+            return list(reached.values())
+        async for change in self._client.watch_policy_versions(self._model, include_existing=True):
+            for item in change.items:
+                if item.policy_version == version and self._note(item, engines, phase, reached):
+                    return list(reached.values())
         raise LearnerError(f"the watch of policy version {version} ended")
 
-    async def _versions(self, version: int) -> AsyncIterator[list[policy_pb2.EngineState]]:
-        """States of the engines, now and at every change, across restarts of the store."""
-        while True:
-            watch = trainer_pb2.WatchPolicyVersionsRequest(
-                run_id=self._identity.run_id, model=self._model, include_existing=True
-            )
-            try:
-                async for answer in self._link.trainer.WatchPolicyVersions(watch):
-                    for item in answer.policy_versions:
-                        if item.policy_version != version:
-                            continue
-                        if item.status == policy_pb2.POLICY_VERSION_STATUS_ABORTED:
-                            raise LearnerError(f"policy version {version} was aborted: {item.abort_reason}")
-                        yield list(item.engine_states)
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-                    raise LearnerError(
-                        f"watch policy versions: {error.code().name}: {error.details()}"
-                    ) from error
-            yield await self._states(version)
+    def _note(
+        self, item: PolicyVersion, engines: list[str], phase: EnginePhase, reached: dict[str, EngineState]
+    ) -> bool:
+        """Takes in what the engines said; whether all are there. A failed engine is an error."""
+        if item.status is PolicyVersionStatus.ABORTED:
+            raise LearnerError(f"policy version {item.policy_version} was aborted: {item.abort_reason}")
+        for state in item.engine_states:
+            if state.engine_id not in engines:
+                continue
+            if state.phase is EnginePhase.FAILED:
+                raise LearnerError(
+                    f"engine {state.engine_id} could not take policy version {item.policy_version}: "
+                    f"{state.error}"
+                )
+            if state.phase.number >= phase.number:
+                reached[state.engine_id] = state
+        return len(reached) == len(engines)
 
 
-def newest_committed(link: StoreLink, run_id: str, model: str) -> int | None:
+async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    async with asyncio.timeout(seconds):
+        return await work
+
+
+def newest_committed(link: StoreLink, model: str) -> int | None:
     """The newest committed policy version of a model, None when there is none."""
-    token = ""
-    newest: int | None = None
-    while True:
-        request = trainer_pb2.ListPolicyVersionsRequest(
-            run_id=run_id, model=model, page_size=1000, page_token=token
-        )
-        answer = link.ask(link.trainer.ListPolicyVersions, request, what="list policy versions")
-        for item in answer.policy_versions:
-            if item.status == policy_pb2.POLICY_VERSION_STATUS_COMMITTED:
-                newest = item.policy_version if newest is None else max(newest, item.policy_version)
-        token = answer.next_page_token
-        if not token:
-            return newest
+    versions = link.run(link.client.query_policy_versions(model))
+    committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
+    return max(committed, default=None)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 import orjson
 
 from agl_grpc.learner.errors import ConfigError
+from agl_grpc.model.rollout import RolloutConfig
 
 S = TypeVar("S")
 
@@ -38,17 +39,6 @@ class EngineConfig:
     receivers: int = 1
     host: str = "127.0.0.1"
     backend: str = "auto"
-
-
-@dataclass(frozen=True)
-class RolloutLimits:
-    """Rules of every rollout; seconds, None = no limit. ``retry`` names ends that are tried again."""
-
-    timeout: float | None = None
-    unresponsive: float | None = None
-    max_attempts: int = 1
-    retry: tuple[str, ...] = ()
-    max_redeliveries: int = 3
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ class RunConfig:
     failure_limit: int = 64
     keep_checkpoints: int | None = 3
     engines: EngineConfig = field(default_factory=EngineConfig)
-    rollouts: RolloutLimits = field(default_factory=RolloutLimits)
+    rollouts: RolloutConfig = field(default_factory=RolloutConfig)
     samples: TrainedTokens = field(default_factory=TrainedTokens)
     checks: CheckLimits = field(default_factory=CheckLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
@@ -138,7 +128,10 @@ def _build(kind: type[S], data: Mapping[str, Any], path: str) -> S:
         ):
             raise ConfigError(f"{path + name!r} must be {hint.__name__}, not {value!r}")
         values[name] = value
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ConfigError(f"{path.rstrip('.') or 'the configuration'}: {error}") from error
 
 
 def from_mapping(data: Mapping[str, Any]) -> RunConfig:

@@ -57,6 +57,11 @@ class TransferEngine(CheckpointEngine):  # type: ignore[misc]  # verl is untyped
         """Names the next transfer, how many worker processes receive it, and its deadline in seconds."""
         self._transfer = (transfer_id, receivers, timeout)
 
+    def cancel(self, reason: str) -> None:
+        """Gives up a transfer that is under way; ``send_weights`` then raises with the reason."""
+        if self._sender is not None:
+            self._sender.cancel(reason)
+
     def finalize(self) -> None:
         """Nothing is kept between transfers but the process group, which stays while its members stay."""
 

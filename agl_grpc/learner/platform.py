@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -172,11 +172,25 @@ def _load_value_model(local_path: str, torch_dtype: Any, model_config: Any, trus
     )
 
 
+def _save_shards(save: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wraps verl's copy of the weights to the CPU, which on CPU is no copy: training would change it too."""
+
+    def saved(model: Any) -> Any:
+        shards, layout = save(model)
+        return {name: (tensor.clone(), spec) for name, (tensor, spec) in shards.items()}, layout
+
+    return saved
+
+
 def _adapt() -> None:
     """Make verl's engines run on the CPU platform. Called only when that platform was chosen."""
     import verl.utils.distributed
+    import verl.utils.fsdp_utils
     import verl.utils.model
 
+    verl.utils.fsdp_utils.fsdp2_sharded_save_to_cpu = _save_shards(
+        verl.utils.fsdp_utils.fsdp2_sharded_save_to_cpu
+    )
     verl.utils.distributed.initialize_global_process_group_ray = _init_process_group
     verl.utils.model.load_valuehead_model = _load_value_model
     # The FSDP engines are registered for "cuda" and "npu"; this variable is verl's own override of that

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agl_grpc.learner.advantage import row_label
 from agl_grpc.learner.rollouts import FinishedRollout, GroupRequest, Row
 
 Fields = dict[str, Any]
@@ -60,7 +61,8 @@ def queue_rows(request: GroupRequest, number: int, rollout: FinishedRollout, sou
     for position, row in enumerate(rollout.rows):
         fields = _tensors(row, reward)
         fields.update(
-            uid=request.uid,
+            # verl groups validation by this field; in training it tells the advantage estimator the rollout.
+            uid=request.uid if request.validate else row_label(request.uid, number, position),
             rollout_id=rollout.rollout_id,
             data_source=source,
             num_turns=len(rollout.rows) + 1,

@@ -27,6 +27,7 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
+from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, label_group
 from agl_grpc.learner.checkpoint import LearnerState
 from agl_grpc.learner.checks import LogprobLimits, LogprobRow, SealedRow, account, check_logprobs, check_seals
 from agl_grpc.learner.errors import ConfigError
@@ -91,6 +92,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self.uncommitted: list[ClaimedBatch] = []
         self._claimed: ClaimedBatch | None = None
         self._left_over: deque[int] = deque()
+        if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
+            config.algorithm.adv_estimator = PREFIX + config.algorithm.adv_estimator
         super().__init__(config)
 
     def _build_replay_buffer(self) -> StoreSampler:
@@ -167,6 +170,11 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         return super()._balance_batch(batch, metrics, **kwargs)
 
     def _check_rows_per_rollout(self, rows: int, rollouts: int) -> None:
+        if rows > rollouts and self.config.algorithm.adv_estimator == "gae":
+            raise ConfigError(
+                f"algorithm.adv_estimator=gae needs rollouts of one row each, and {rollouts} rollouts have "
+                f"{rows} rows: use an agent whose prompts grow turn by turn, or an outcome estimator such as grpo"
+            )
         mode = self.config.actor_rollout_ref.actor.loss_agg_mode
         if rows > rollouts and mode not in ("token-mean", "token-sum"):
             raise ConfigError(
@@ -212,7 +220,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
         texts = [[str(getattr(item, "data", item)) for item in data[name]] for name in names[:2]]
         scores = [float(row.sum()) for row in data["rm_scores"].unbind()]
-        rows = [SealedRow(*values) for values in zip(keys, *texts, scores, strict=True)]
+        groups_of_rows = [label_group(label) for label in texts[1]]
+        rows = [SealedRow(*values) for values in zip(keys, texts[0], groups_of_rows, scores, strict=True)]
         metrics.update(check_seals(rows, self._claimed.entries))
         rewards = [entry.reward for entry in self._claimed.entries]
         metrics["reward/mean"], metrics["reward/std"] = float(np.mean(rewards)), float(np.std(rewards))

@@ -34,11 +34,15 @@ RESPONSE_LENGTH = 8
 class LocalEngine:
     """``RolloutSource`` and ``WeightPublication`` in one: samples, judges, receives weights.
 
-    ``change`` may spoil a finished group before it is delivered; ``drift`` loads weights wrongly.
+    ``change`` may spoil finished groups before they are delivered.
     """
 
     def __init__(
-        self, model_path: str, *, seed: int, change: Callable[[FinishedGroup], FinishedGroup] | None = None
+        self,
+        model_path: str,
+        *,
+        seed: int,
+        change: Callable[[list[FinishedGroup]], list[FinishedGroup]] | None = None,
     ):
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
         self._generator = torch.Generator().manual_seed(seed)
@@ -53,6 +57,7 @@ class LocalEngine:
 
     def submit(self, groups: list[GroupRequest]) -> None:
         assert self.deliver is not None
+        finished: list[FinishedGroup] = []
         for request in groups:
             rollouts = self._sample(request)
             for rollout in rollouts:
@@ -61,8 +66,9 @@ class LocalEngine:
                     rollout.rollout_id, request.uid, rollout.reward
                 )
                 self.rewards.append(rollout.reward)
-            group = FinishedGroup(request, tuple(rollouts))
-            self.deliver(self._change(group) if self._change else group)
+            finished.append(FinishedGroup(request, tuple(rollouts)))
+        for group in self._change(finished) if self._change else finished:
+            self.deliver(group)
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
         entries = tuple(self._entries.pop(rollout_id) for rollout_id in rollout_ids)

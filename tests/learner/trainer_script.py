@@ -22,7 +22,7 @@ from agl_grpc.learner.checkpoint import Checkpoints, resume_keys
 from agl_grpc.learner.errors import LearnerError
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.ray_runtime import local_ray
-from agl_grpc.learner.rollouts import FinishedGroup, FinishedRollout, Row
+from agl_grpc.learner.rollouts import FinishedGroup, Row
 from agl_grpc.learner.trainer import AglTrainer, Hooks
 from agl_grpc.learner.verl_config import compose
 from tests.learner.local_engine import LocalEngine
@@ -77,15 +77,21 @@ def swap_rewards(group: FinishedGroup) -> FinishedGroup:
     return replace(group, rollouts=tuple(rollouts))
 
 
-class SwapGroups:
-    """The rollouts of every second group exchanged with those of the group before it."""
+def swap_groups(groups: list[FinishedGroup]) -> list[FinishedGroup]:
+    """The first rollouts of the first two groups exchanged: each is compared with the wrong ones."""
+    first, second, *rest = groups
+    return [
+        replace(first, rollouts=(second.rollouts[0], *first.rollouts[1:])),
+        replace(second, rollouts=(first.rollouts[0], *second.rollouts[1:])),
+        *rest,
+    ]
 
-    def __init__(self) -> None:
-        self._before: tuple[FinishedRollout, ...] | None = None
 
-    def __call__(self, group: FinishedGroup) -> FinishedGroup:
-        before, self._before = self._before, group.rollouts
-        return group if before is None else replace(group, rollouts=before)
+def each(
+    change: Callable[[FinishedGroup], FinishedGroup],
+) -> Callable[[list[FinishedGroup]], list[FinishedGroup]]:
+    """A change of every group by itself."""
+    return lambda groups: [change(group) for group in groups]
 
 
 class SplitRows:
@@ -110,13 +116,13 @@ class SplitRows:
             )
 
 
-CHANGES: dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
-    "shift": lambda: shift_ids,
-    "rewards": lambda: swap_rewards,
-    "groups": SwapGroups,
-    "split2": lambda: SplitRows(2),
-    "split5": lambda: SplitRows(5),
+CHANGES: dict[str, Callable[[list[FinishedGroup]], list[FinishedGroup]] | None] = {
+    "none": None,
+    "shift": each(shift_ids),
+    "rewards": each(swap_rewards),
+    "groups": swap_groups,
+    "split2": each(SplitRows(2)),
+    "split5": each(SplitRows(5)),
 }
 
 
@@ -142,7 +148,7 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         **options["verl"],
     }
     config = compose(user, device="cpu", fixed=fixed)
-    engine = LocalEngine(model, seed=0, change=CHANGES[options.get("change", "none")]())
+    engine = LocalEngine(model, seed=0, change=CHANGES[options.get("change", "none")])
     manager = RolloutManager(engine, group_size=GROUP_SIZE, validation_size=1)
     engine.deliver = manager.deliver
 

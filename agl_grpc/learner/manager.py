@@ -138,7 +138,17 @@ class RolloutManager:
             self._counts["rollouts/excluded/no_trainable_tokens"] += 1
             self.last_failure = f"{rollout.rollout_id}: no model call with trainable tokens was captured"
             return False
+        published = request.step - 1
         for row in rollout.rows:
+            oldest = int(row.policy_versions[row.response_mask == 1].min(initial=published))
+            if oldest < published:
+                # Its engine did not take the weights that were published before the rollout was asked for.
+                self._counts["rollouts/excluded/stale_engine"] += 1
+                self.last_failure = (
+                    f"{rollout.rollout_id}: sampled by the weights of step {oldest}, although those of step "
+                    f"{published} had been published"
+                )
+                return False
             if row.temperature != self._temperature:
                 raise FidelityError(
                     f"rollout {rollout.rollout_id} was sampled at temperature {row.temperature}, the batch "

@@ -173,7 +173,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         if rows > rollouts and self.config.algorithm.adv_estimator == "gae":
             raise ConfigError(
                 f"algorithm.adv_estimator=gae needs rollouts of one row each, and {rollouts} rollouts have "
-                f"{rows} rows: use an agent whose prompts grow turn by turn, or an outcome estimator such as grpo"
+                f"{rows} rows: use an agent whose prompts grow turn by turn, or an outcome estimator "
+                "such as grpo"
             )
         mode = self.config.actor_rollout_ref.actor.loss_agg_mode
         if rows > rollouts and mode not in ("token-mean", "token-sum"):

@@ -34,7 +34,7 @@ RESPONSE_LENGTH = 8
 class LocalEngine:
     """``RolloutSource`` and ``WeightPublication`` in one: samples, judges, receives weights.
 
-    ``change`` may spoil finished groups before they are delivered.
+    ``change`` may spoil finished groups before they are delivered; ``repeat`` makes every batch alike.
     """
 
     def __init__(
@@ -42,12 +42,14 @@ class LocalEngine:
         model_path: str,
         *,
         seed: int,
+        repeat: bool = False,
         change: Callable[[list[FinishedGroup]], list[FinishedGroup]] | None = None,
     ):
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
         self._generator = torch.Generator().manual_seed(seed)
         self._receiver = WeightReceiver("local")
-        self._change = change
+        self.change = change
+        self._seed = seed if repeat else None
         self._entries: dict[str, BatchEntry] = {}
         self._actors: Any = None
         self.version = 0
@@ -58,6 +60,8 @@ class LocalEngine:
     def submit(self, groups: list[GroupRequest]) -> None:
         assert self.deliver is not None
         finished: list[FinishedGroup] = []
+        if self._seed is not None:
+            self._generator.manual_seed(self._seed)
         for request in groups:
             rollouts = self._sample(request)
             for rollout in rollouts:
@@ -67,7 +71,7 @@ class LocalEngine:
                 )
                 self.rewards.append(rollout.reward)
             finished.append(FinishedGroup(request, tuple(rollouts)))
-        for group in self._change(finished) if self._change else finished:
+        for group in self.change(finished) if self.change else finished:
             self.deliver(group)
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
@@ -99,7 +103,8 @@ class LocalEngine:
 
     @torch.no_grad()
     def _sample(self, request: GroupRequest) -> list[FinishedRollout]:
-        prompt = torch.tensor([[1, 5, 6, 7 + request.index % 3]]).repeat(request.size, 1)
+        variant = request.index % 3 if self._seed is None else 0
+        prompt = torch.tensor([[1, 5, 6, 7 + variant]]).repeat(request.size, 1)
         sequence = prompt
         logprobs = []
         for _ in range(RESPONSE_LENGTH):

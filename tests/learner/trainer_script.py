@@ -126,6 +126,15 @@ CHANGES: dict[str, Callable[[list[FinishedGroup]], list[FinishedGroup]] | None] 
 }
 
 
+def fitted(trainer: AglTrainer, manager: RolloutManager) -> str:
+    """Trains; the error that ended it, if any."""
+    try:
+        trainer.fit(manager)
+    except LearnerError as caught:
+        return f"{type(caught).__name__}: {caught}"
+    return ""
+
+
 def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """One training run; ``options`` hold verl's keys and what to spoil."""
     steps: list[dict[str, float]] = []
@@ -148,24 +157,32 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         **options["verl"],
     }
     config = compose(user, device="cpu", fixed=fixed)
-    engine = LocalEngine(model, seed=0, change=CHANGES[options.get("change", "none")])
+    engine = LocalEngine(model, seed=0, repeat=options.get("repeat", False))
+    changes: list[str] = options.get("changes", [])
     manager = RolloutManager(engine, group_size=GROUP_SIZE, validation_size=1)
     engine.deliver = manager.deliver
 
     def on_metrics(step: int, metrics: dict[str, float]) -> bool:
         steps.append({"step": step, **metrics})
+        engine.change = CHANGES[changes[step]] if step < len(changes) else None
         return step >= options.get("stop_after", 1 << 30)
 
     store = Checkpoints(checkpoints, lambda name, ids, step: commits.append([name, ids, step]), keep=None)
     hooks = Hooks(engine, engine, store, run_name="test", sample_deadline=60, on_metrics=on_metrics)
-    error = ""
+    mix_ups: dict[str, str] = {}
     tq.init(config.transfer_queue)
     trainer = AglTrainer(config, hooks)
     try:
         trainer.init()
-        trainer.fit(manager)
-    except LearnerError as caught:
-        error = f"{type(caught).__name__}: {caught}"
+        error = fitted(trainer, manager)
+        done = int(steps[-1]["step"])
+        for name in options.get("mix_ups", []):
+            # One step more with spoiled rollouts; it must not get as far as metrics.
+            engine.change = CHANGES[name]
+            trainer.global_steps, trainer.total_training_steps = done, done + 1
+            mix_ups[name] = fitted(trainer, manager)
+            assert len(steps) == done, f"{name} was trained"
+            tq.kv_clear(keys=list((tq.kv_list("train") or {}).get("train", {})), partition_id="train")
     finally:
         tq.close()
         # Their names are fixed: the next run needs them again. Their actors end with them.
@@ -173,7 +190,7 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             for group in pool.pgs or []:
                 remove_placement_group(group)
     groups = [[entry.group_id for entry in batch.entries] for batch in engine.batches]
-    return {"error": error, "steps": steps, "commits": commits, "groups": groups}
+    return {"error": error, "steps": steps, "commits": commits, "groups": groups, "mix_ups": mix_ups}
 
 
 def main(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from agl_grpc.client import StoreError
 from agl_grpc.learner.checkpoint import Checkpoints, resume_keys
 from agl_grpc.learner.errors import StoppedError
 from agl_grpc.learner.progress import step_line, with_summary
-from agl_grpc.learner.ray_runtime import local_ray
+from agl_grpc.learner.ray_runtime import local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingRun
@@ -131,24 +132,6 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
     return compose(config.verl, device=device, fixed=fixed)
 
 
-def _start_transfer_queue(settings: DictConfig) -> Future[None]:
-    """Starts the TransferQueue's processes while this one imports verl's trainer."""
-    done: Future[None] = Future()
-
-    def start() -> None:
-        import transfer_queue as tq
-
-        try:
-            tq.init(settings)
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    threading.Thread(target=start, name="transfer-queue-start", daemon=True).start()
-    return done
-
-
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
     from agl_grpc.learner.publication import newest_committed
 
@@ -166,13 +149,17 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     verl = _verl_config(config, device, output, resume)
     manifest = {"config": verl, "device": device, "seed": config.seed}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
-    say("starting Ray")
-    with local_ray(device=device, gpus=int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)):
-        queue_started = _start_transfer_queue(verl.transfer_queue)
+    say("starting Ray and importing verl")
+    gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
+    os.environ.update(worker_environment(device))
+    # Both take seconds, and Ray's start is other processes' work.
+    imported = ThreadPoolExecutor(1).submit(importlib.import_module, "agl_grpc.learner.trainer")
+    with local_ray(device=device, gpus=gpus):
         import transfer_queue as tq
 
+        tq.init(verl.transfer_queue)
+        imported.result()
         trainer, manager = _assemble(config, verl, output, link, training, committed)
-        queue_started.result()
         try:
             say("loading the model")
             trainer.init()

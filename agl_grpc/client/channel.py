@@ -1,0 +1,76 @@
+"""How clients connect, and how often they try again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from agl_grpc.client.errors import error_from_rpc, retry_after
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A restarted store is found again quickly: gRPC's own default waits up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+# CANCELLED that the caller did not ask for is a server going away in mid-call.
+_TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class RetryPolicy:
+    """How long and how often a call is tried again. All in seconds.
+
+    ``timeout`` bounds one logical call with all its tries; waits start at ``first_wait`` and double up to
+    ``longest_wait``, each shortened at random so that a fleet of clients does not come back in step.
+    """
+
+    timeout: float = 120.0
+    first_wait: float = 0.05
+    longest_wait: float = 2.0
+
+    def wait(self, tries: int) -> float:
+        """How long to wait after so many failed tries."""
+        return float(min(self.longest_wait, self.first_wait * 2 ** min(tries, 16)) * random.uniform(0.5, 1.0))
+
+
+def is_transient(error: grpc.aio.AioRpcError) -> bool:
+    """Whether trying again may help: UNAVAILABLE, or RESOURCE_EXHAUSTED with a time to wait."""
+    if error.code() in _TRANSIENT:
+        return True
+    return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after(error) is not None
+
+
+async def call_with_retries(attempt: Callable[[float], Awaitable[T]], policy: RetryPolicy, target: str) -> T:
+    """Call ``attempt(seconds_left)`` until it succeeds, fails for good, or the policy's time is over.
+
+    Raises the typed exception of the last failure.
+    """
+    deadline = time.monotonic() + policy.timeout
+    tries = 0
+    while True:
+        try:
+            return await attempt(max(0.001, deadline - time.monotonic()))
+        except grpc.aio.AioRpcError as error:
+            wait = retry_after(error) or policy.wait(tries)
+            if not is_transient(error) or time.monotonic() + wait >= deadline:
+                raise error_from_rpc(error, target) from None
+            tries += 1
+            await asyncio.sleep(wait)

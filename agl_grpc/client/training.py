@@ -1,0 +1,179 @@
+"""Training runs, batches and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from agl_grpc.client.connection import Connection
+from agl_grpc.client.errors import NotFound
+from agl_grpc.client.watch import resumed
+from agl_grpc.model.enums import BatchStatus, TrainingRunStatus
+from agl_grpc.model.failure import Failure
+from agl_grpc.model.training import Batch, StepMetrics, TrainingRun
+from agl_grpc.v1 import trainer_service_pb2 as pb
+
+
+class RolloutsUnsealed(RuntimeError):
+    """A batch was not claimed because some of its rollouts are not sealed; ``rollout_ids`` names them."""
+
+    def __init__(self, rollout_ids: Sequence[str]) -> None:
+        super().__init__(f"{len(rollout_ids)} rollouts are not sealed yet, first {rollout_ids[0]}")
+        self.rollout_ids = list(rollout_ids)
+
+
+class TrainingCalls(Connection):
+    """The client's methods for training runs and batches."""
+
+    async def create_training_run(self, training_run: TrainingRun) -> TrainingRun:
+        """Ask for a training run; a trainer takes it up."""
+        request = pb.CreateTrainingRunRequest(training_run=training_run.to_proto())
+        response = await self.call(self.bound.trainer.CreateTrainingRun, request)
+        return TrainingRun.from_proto(response.training_run)
+
+    async def get_training_run_by_id(self, training_run_id: str) -> TrainingRun | None:
+        """One training run; ``None`` when unknown."""
+        try:
+            request = pb.GetTrainingRunRequest(training_run_id=training_run_id)
+            response = await self.call(self.bound.trainer.GetTrainingRun, request)
+        except NotFound:
+            return None
+        return TrainingRun.from_proto(response.training_run)
+
+    async def query_training_runs(
+        self, *, status_in: Sequence[TrainingRunStatus | str] = (), run_id: str | None = None
+    ) -> list[TrainingRun]:
+        """Training runs of a run, or of all (``*``)."""
+        request = pb.ListTrainingRunsRequest(
+            run_id=self.run_or_default(run_id),
+            status_in=[TrainingRunStatus.parse(status).number for status in status_in],
+        )
+        return await self.read_all(
+            self.bound.trainer.ListTrainingRuns,
+            request,
+            lambda page: map(TrainingRun.from_proto, page.training_runs),
+        )
+
+    async def acquire_training_run(self, training_run_id: str, trainer_id: str) -> TrainingRun:
+        """Take a training run up under a new trainer epoch, which fences all older ones."""
+        request = pb.AcquireTrainingRunRequest(training_run_id=training_run_id, trainer_id=trainer_id)
+        response = await self.call(self.bound.trainer.AcquireTrainingRun, request)
+        return TrainingRun.from_proto(response.training_run)
+
+    async def finish_training_run(
+        self,
+        training_run_id: str,
+        trainer_epoch: int,
+        status: TrainingRunStatus | str,
+        failure: Failure | None = None,
+    ) -> TrainingRun:
+        """End a training run as ``succeeded``, ``failed`` or ``stopped``."""
+        request = pb.FinishTrainingRunRequest(
+            training_run_id=training_run_id,
+            trainer_epoch=trainer_epoch,
+            status=TrainingRunStatus.parse(status).number,
+            failure=failure.to_proto() if failure else None,
+        )
+        response = await self.call(self.bound.trainer.FinishTrainingRun, request)
+        return TrainingRun.from_proto(response.training_run)
+
+    async def stop_training_run(self, training_run_id: str, reason: str = "") -> TrainingRun:
+        """Ask a training run to stop after its step."""
+        request = pb.StopTrainingRunRequest(training_run_id=training_run_id, reason=reason)
+        response = await self.call(self.bound.trainer.StopTrainingRun, request)
+        return TrainingRun.from_proto(response.training_run)
+
+    async def report_metrics(
+        self, training_run_id: str, trainer_epoch: int, steps: Sequence[StepMetrics]
+    ) -> TrainingRun:
+        """Report metrics; answers the training run, so that a request to stop is seen."""
+        request = pb.ReportMetricsRequest(
+            training_run_id=training_run_id,
+            trainer_epoch=trainer_epoch,
+            steps=[step.to_proto() for step in steps],
+        )
+        response = await self.call(self.bound.trainer.ReportMetrics, request)
+        return TrainingRun.from_proto(response.training_run)
+
+    async def watch_training_run(
+        self, training_run_id: str, *, from_step: int = 0
+    ) -> AsyncIterator[tuple[TrainingRun | None, list[StepMetrics]]]:
+        """State (``None`` = unchanged) and metrics as they come, from a step on, to the run's end."""
+        request = pb.WatchTrainingRunRequest(training_run_id=training_run_id, from_step=from_step)
+        last_step = from_step - 1
+
+        def advance(request: Any, message: Any) -> None:
+            request.from_step = max([request.from_step, *(step.step for step in message.steps)])
+
+        async for message in resumed(self, lambda bound: bound.trainer.WatchTrainingRun, request, advance):
+            # A resumed stream repeats the last step that was seen.
+            steps = [StepMetrics.from_proto(step) for step in message.steps if step.step > last_step]
+            last_step = max([last_step, *(step.step for step in steps)])
+            run = TrainingRun.from_proto(message.training_run) if message.HasField("training_run") else None
+            if run is not None or steps:
+                yield run, steps
+            if run is not None and run.status.is_terminal:
+                return
+
+    async def claim_batch(
+        self, training_run_id: str, trainer_epoch: int, step: int, rollout_ids: Sequence[str]
+    ) -> Batch:
+        """Freeze sealed rollouts, in training order, into a batch; `RolloutsUnsealed` when some are not."""
+        request = pb.ClaimBatchRequest(
+            training_run_id=training_run_id, trainer_epoch=trainer_epoch, step=step, rollout_ids=rollout_ids
+        )
+        response = await self.call(self.bound.trainer.ClaimBatch, request)
+        if response.unsealed_rollout_ids:
+            raise RolloutsUnsealed(response.unsealed_rollout_ids)
+        return Batch.from_proto(response.batch)
+
+    async def query_batches(
+        self, training_run_id: str, *, status_in: Sequence[BatchStatus | str] = ()
+    ) -> list[Batch]:
+        """Batches of a training run, in order of their claim."""
+        request = pb.ListBatchesRequest(
+            training_run_id=training_run_id,
+            status_in=[BatchStatus.parse(status).number for status in status_in],
+        )
+        return await self.read_all(
+            self.bound.trainer.ListBatches, request, lambda page: map(Batch.from_proto, page.batches)
+        )
+
+    async def stream_batch(self, batch_id: str) -> AsyncIterator[pb.StreamBatchResponse]:
+        """A batch's samples as packed columns, in the contract's own form."""
+        call = self.bound.trainer.StreamBatch(
+            pb.StreamBatchRequest(batch_id=batch_id), metadata=self.metadata
+        )
+        async for message in call:
+            yield message
+
+    async def commit_batches(
+        self,
+        training_run_id: str,
+        trainer_epoch: int,
+        checkpoint_id: str,
+        batch_ids: Sequence[str],
+        *,
+        step: int,
+        checkpoint_digest: str = "",
+    ) -> TrainingRun:
+        """Mark batches as trained, after the checkpoint that contains them was saved."""
+        request = pb.CommitBatchesRequest(
+            training_run_id=training_run_id,
+            trainer_epoch=trainer_epoch,
+            checkpoint_id=checkpoint_id,
+            batch_ids=batch_ids,
+            step=step,
+            checkpoint_digest=checkpoint_digest,
+        )
+        response = await self.call(self.bound.trainer.CommitBatches, request)
+        return TrainingRun.from_proto(response.training_run)
+
+    async def release_batches(
+        self, training_run_id: str, trainer_epoch: int, batch_ids: Sequence[str]
+    ) -> None:
+        """Give claimed batches back."""
+        request = pb.ReleaseBatchesRequest(
+            training_run_id=training_run_id, trainer_epoch=trainer_epoch, batch_ids=batch_ids
+        )
+        await self.call(self.bound.trainer.ReleaseBatches, request)

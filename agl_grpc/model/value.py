@@ -1,0 +1,183 @@
+"""Python values in and out of the contract, without loss.
+
+Attributes and notes travel as `AnyValue`; a task's input and an agent's output as `Payload`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from agl_grpc.v1 import common_pb2
+
+JSON = "application/json"
+OCTETS = "application/octet-stream"
+
+_LONG_INTEGER = re.compile(rb"\d{19}")
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+
+
+@dataclass(slots=True, frozen=True)
+class BlobReference:
+    """Data that lies in the store as a blob.
+
+    ``digest`` is ``sha256:<64 hex digits>``; ``media_type`` says what the bytes are.
+    """
+
+    digest: str
+    media_type: str = JSON
+
+
+@dataclass(slots=True, frozen=True)
+class RawPayload:
+    """Bytes with a media type that this library does not decode."""
+
+    media_type: str
+    data: bytes
+
+
+def to_any_value(value: Any, path: str = "value") -> common_pb2.AnyValue:
+    """Turn ``None``, bool, int, float, str, bytes, a list or a mapping into an `AnyValue`.
+
+    Raises `ValueError` for integers beyond 64 bits and `TypeError` for other types; both name the place.
+    """
+    match value:
+        case None:
+            return common_pb2.AnyValue()
+        case bool():
+            return common_pb2.AnyValue(bool_value=value)
+        case str():
+            return common_pb2.AnyValue(string_value=str(value))
+        case int():
+            if not _INT64_MIN <= value <= _INT64_MAX:
+                raise ValueError(f"{path} is {value}, which does not fit 64 bits; pass it as text")
+            return common_pb2.AnyValue(int_value=int(value))
+        case float():
+            return common_pb2.AnyValue(double_value=value)
+        case bytes() | bytearray() | memoryview():
+            return common_pb2.AnyValue(bytes_value=bytes(value))
+        case Mapping():
+            entries = to_key_values(value, path)
+            return common_pb2.AnyValue(kvlist_value=common_pb2.KeyValueList(values=entries))
+        case Sequence() | set() | frozenset():
+            elements = [to_any_value(element, f"{path}[{i}]") for i, element in enumerate(value)]
+            return common_pb2.AnyValue(array_value=common_pb2.ArrayValue(values=elements))
+    scalar = getattr(value, "item", None)  # numpy scalars are plain values to their users
+    if callable(scalar) and getattr(value, "shape", None) == ():
+        return to_any_value(scalar(), path)
+    kind = type(value).__name__
+    raise TypeError(f"{path} is a {kind}; allowed: None, bool, int, float, str, bytes, list, dict")
+
+
+def from_any_value(message: common_pb2.AnyValue) -> Any:
+    """Turn an `AnyValue` into the Python value that it was made from."""
+    kind = message.WhichOneof("value")
+    if kind is None:
+        return None
+    if kind == "array_value":
+        return [from_any_value(element) for element in message.array_value.values]
+    if kind == "kvlist_value":
+        return from_key_values(message.kvlist_value.values)
+    return getattr(message, kind)
+
+
+def to_key_values(values: Mapping[str, Any] | None, path: str = "value") -> list[common_pb2.KeyValue]:
+    """Turn a mapping with text keys into named values, in its order."""
+    if not values:
+        return []
+    for key in values:
+        if not isinstance(key, str):
+            raise TypeError(f"{path} has the key {key!r}; keys must be text")
+    return [
+        common_pb2.KeyValue(key=key, value=to_any_value(value, f"{path}.{key}"))
+        for key, value in values.items()
+    ]
+
+
+def from_key_values(entries: Iterable[common_pb2.KeyValue]) -> dict[str, Any]:
+    """Turn named values into a dict; the last one of a repeated key wins."""
+    return {entry.key: from_any_value(entry.value) for entry in entries}
+
+
+def to_labels(labels: Mapping[str, str] | None) -> list[common_pb2.Label]:
+    """Turn a mapping into labels."""
+    return [common_pb2.Label(key=key, value=value) for key, value in (labels or {}).items()]
+
+
+def from_labels(labels: Iterable[common_pb2.Label]) -> dict[str, str]:
+    """Turn labels into a dict."""
+    return {label.key: label.value for label in labels}
+
+
+def to_payload(value: Any, path: str = "input") -> common_pb2.Payload:
+    """Turn application data into a `Payload`: bytes stay bytes, all else becomes JSON.
+
+    Raises `TypeError` for what JSON cannot hold and `ValueError` for NaN and infinities, naming the place.
+    """
+    match value:
+        case BlobReference():
+            return common_pb2.Payload(media_type=value.media_type, blob_digest=value.digest)
+        case RawPayload():
+            return common_pb2.Payload(media_type=value.media_type, data=value.data)
+        case bytes() | bytearray() | memoryview():
+            return common_pb2.Payload(media_type=OCTETS, data=bytes(value))
+    return common_pb2.Payload(media_type=JSON, data=encode_json(value, path))
+
+
+def from_payload(message: common_pb2.Payload) -> Any:
+    """Turn a `Payload` into the value that it was made from; an empty one into ``None``."""
+    kind = message.WhichOneof("content")
+    media_type = message.media_type or JSON
+    if kind is None:
+        return None
+    if kind == "blob_digest":
+        return BlobReference(message.blob_digest, media_type)
+    if media_type == OCTETS:
+        return message.data
+    if media_type == JSON:
+        return decode_json(message.data)
+    return RawPayload(media_type, message.data)
+
+
+def encode_json(value: Any, path: str = "value") -> bytes:
+    """Encode a value as JSON that decodes to an equal value."""
+    try:
+        data = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError as error:
+        return _encode_slowly(value, path, error)
+    if b"null" in data:  # orjson writes NaN as null: look only when there is a null at all
+        _refuse_non_finite(value, path)
+    return data
+
+
+def decode_json(data: bytes) -> Any:
+    """Decode JSON; integers of any size keep their value."""
+    # orjson reads integers beyond 64 bits as floats, which the standard library does not.
+    return json.loads(data) if _LONG_INTEGER.search(data) else orjson.loads(data)
+
+
+def _encode_slowly(value: Any, path: str, cause: TypeError) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except TypeError:
+        raise TypeError(f"{path} is not JSON data: {cause}") from None
+    except ValueError:
+        raise ValueError(f"{path} holds NaN or an infinity, which JSON cannot hold") from None
+
+
+def _refuse_non_finite(value: Any, path: str) -> None:
+    match value:
+        case float() if not math.isfinite(value):
+            raise ValueError(f"{path} is {value}, which JSON cannot hold")
+        case Mapping():
+            for key, element in value.items():
+                _refuse_non_finite(element, f"{path}.{key}")
+        case list() | tuple():
+            for i, element in enumerate(value):
+                _refuse_non_finite(element, f"{path}[{i}]")

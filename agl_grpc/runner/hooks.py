@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -41,3 +41,11 @@ async def call_hooks(hooks: Sequence[Any], event: str, **arguments: Any) -> int:
             failed += 1
             log.exception("hook %s.%s raised; the rollout goes on", type(hook).__name__, event)
     return failed
+
+
+def call_reported(function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls a function of the user's that must not fail a rollout."""
+    try:
+        function(*arguments)
+    except Exception:
+        log.exception("%s raised; the rollout goes on", getattr(function, "__qualname__", function))

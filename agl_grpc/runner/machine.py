@@ -10,7 +10,7 @@ Snapshot = dict[str, int | float | str]
 
 
 class MachineSnapshot:
-    """Reads load and memory of the machine and of this process; CPU figures span the time since the last read."""
+    """Reads load and memory of machine and process; CPU figures span the time since the last read."""
 
     def __init__(self) -> None:
         self._process = psutil.Process(os.getpid())

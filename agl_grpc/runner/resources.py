@@ -23,7 +23,7 @@ class AttemptLLM(ProxyLLM):
 
 
 def bind_to_attempt(resources: Mapping[str, Resource], rollout: AttemptedRollout) -> NamedResources:
-    """Gives each `ProxyLLM` the attempt's URL and, where it has no key of its own, the attempt's credential."""
+    """Gives each `ProxyLLM` the attempt's URL and, without a key of its own, the attempt's credential."""
     return {
         name: _bind(resource, rollout) if isinstance(resource, ProxyLLM) else resource
         for name, resource in resources.items()

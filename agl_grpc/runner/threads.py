@@ -55,7 +55,9 @@ async def run_in_thread(call: Callable[[], T], abandoned: AbandonedThreads) -> T
             result = context.run(call)
         except BaseException as error:
             # StopIteration cannot cross a future; it is as much a defect of the agent as any other.
-            crossing = RuntimeError("the agent raised StopIteration") if type(error) is StopIteration else error
+            crossing = (
+                RuntimeError("the agent raised StopIteration") if type(error) is StopIteration else error
+            )
             _post(loop, settle, future.set_exception, crossing)
         else:
             _post(loop, settle, future.set_result, result)

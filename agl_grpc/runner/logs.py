@@ -23,3 +23,6 @@ def configure_logging(level: str) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+    # Connections say each try to come back; a worker says once that the store is away.
+    quiet = logging.DEBUG if level.lower() == "debug" else logging.WARNING
+    logging.getLogger("agl_grpc.client").setLevel(quiet)

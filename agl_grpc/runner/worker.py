@@ -311,9 +311,11 @@ class Worker:
     async def _say_farewell(self) -> None:
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
+                connected = self._stream.connected
                 await self._stream.close()
                 self._held.clear()
-                await self._heartbeat.beat()
+                if connected:
+                    await self._heartbeat.beat()
         except (TimeoutError, StoreUnavailable):
             log.warning(
                 "%s leaves while the store is away: %d leases run out by themselves",

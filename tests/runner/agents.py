@@ -12,7 +12,7 @@ from typing import Any
 
 from opentelemetry import trace
 
-from agl_grpc.agent import LitAgent
+from agl_grpc.agent import LitAgent, emit_reward
 from agl_grpc.model import Span, SpanCoreFields
 from agl_grpc.runner import AgentFailure, Hook
 
@@ -32,6 +32,11 @@ def result_of(task: dict[str, Any], resources: Any, rollout: Any) -> Any:
             with trace.get_tracer("test").start_as_current_span("thinking"):
                 return task.get("reward", 1.0)
         case "nothing":
+            return None
+        case "emit":
+            emit_reward(0.1)
+            emit_reward(0.5, step=3)
+            emit_reward(0.75)
             return None
         case "rewards":
             return {"primary": 0.25, "style": 1}
@@ -79,6 +84,10 @@ async def call_engine(port: int) -> None:
 class AsyncAgent(LitAgent[Any]):
     """Does as its task says, on the event loop."""
 
+    async def training_rollout_async(self, task: dict[str, Any], resources: Any, rollout: Any) -> Any:
+        note("training", rollout.rollout_id)
+        return await self.rollout_async(task, resources, rollout)
+
     async def rollout_async(self, task: dict[str, Any], resources: Any, rollout: Any) -> Any:
         match task["do"]:
             case "engine":
@@ -112,6 +121,8 @@ class SyncAgent(LitAgent[Any]):
 
     def rollout(self, task: dict[str, Any], resources: Any, rollout: Any) -> Any:
         match task["do"]:
+            case "engine":
+                return asyncio.run(call_engine(task["port"]))
             case "wait":
                 note("started", rollout.attempt.attempt_id)
                 gate = Path(os.environ[FOLDER]) / task["gate"]

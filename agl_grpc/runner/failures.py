@@ -42,7 +42,10 @@ class AgentFailure(Exception):
 
 def failure_of(error: BaseException) -> Failure:
     """The failure that `error`, raised by an agent, is recorded as: kind, first line, type and traceback."""
-    return Failure.from_exception(error, kind_of(error))
+    failure = Failure.from_exception(error, kind_of(error))
+    if isinstance(error, SystemExit):
+        failure.message = f"the agent called sys.exit({error.code!r})"
+    return failure
 
 
 def kind_of(error: BaseException) -> FailureKind:

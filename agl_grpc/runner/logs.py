@@ -18,7 +18,7 @@ def configure_logging(level: str) -> None:
     if level.lower() not in LEVELS:
         raise ValueError(f"log level {level!r} is none of {', '.join(LEVELS)}")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(logging.Formatter(FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
     logger = logging.getLogger("agl_grpc")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())

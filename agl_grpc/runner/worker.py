@@ -315,6 +315,7 @@ class Worker:
                 await self._stream.close()
                 self._held.clear()
                 if connected:
+                    self._idle_reason = "it has left"
                     await self._heartbeat.beat()
         except (TimeoutError, StoreUnavailable):
             log.warning(

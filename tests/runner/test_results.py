@@ -23,7 +23,16 @@ def runner(
     """One worker for all tests of the module, with an async and with a sync agent."""
     agent = request.param
     folder = tmp_path_factory.mktemp(agent)
-    options = ("--run", RUN, "--queue", agent, "--concurrency", "8", "--hook", "tests.runner.agents:NotingHook")
+    options = (
+        "--run",
+        RUN,
+        "--queue",
+        agent,
+        "--concurrency",
+        "8",
+        "--hook",
+        "tests.runner.agents:NotingHook",
+    )
     with RunnerProcess(store.address, agent, folder, *options, name=agent) as process:
         yield process
 
@@ -35,7 +44,9 @@ async def results(store: StoreProcess) -> AsyncIterator[StoreClient]:
         yield client
 
 
-async def execute(client: StoreClient, runner: RunnerProcess, task: dict[str, Any], **options: Any) -> Rollout:
+async def execute(
+    client: StoreClient, runner: RunnerProcess, task: dict[str, Any], **options: Any
+) -> Rollout:
     """Has the worker do a task."""
     rollout = await client.enqueue_rollout(task, queue=runner.name, **options)
     ended = await client.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=20, until="sealed")
@@ -88,7 +99,7 @@ async def test_returned_spans_are_stored(results: StoreClient, runner: RunnerPro
     ("task", "kind", "message"),
     [
         ("crash", FailureKind.AGENT, "the agent is broken"),
-        ("exit", FailureKind.AGENT, "9"),
+        ("exit", FailureKind.AGENT, "sys.exit(9)"),
         ("nan", FailureKind.AGENT, "rewards must be finite"),
         ("text", FailureKind.AGENT, "the agent returned a str; it may return None, a number"),
         ("grader", FailureKind.GRADER, "no judge answered"),

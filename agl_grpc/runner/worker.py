@@ -147,7 +147,6 @@ class Worker:
             StoreError: the store will never serve this worker, for example as a queue's name is not valid.
         """
         self.tracer.init_worker(self.worker_id, self._streamer.start())
-        self._stream.start()
         self._grant(self._config.concurrency)
         events = asyncio.create_task(self._follow(), name=f"{self.worker_id} events")
         asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._say_if_waiting)
@@ -171,6 +170,9 @@ class Worker:
             log.warning("%s waits for the store at %s", self.worker_id, self._config.store)
 
     async def _follow(self) -> None:
+        # Workers may be there before whoever fills the run.
+        await self._client.create_run(self._config.run_id)
+        self._stream.start()
         async for event in self._stream:
             self._react(event)
 

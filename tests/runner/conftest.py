@@ -29,6 +29,7 @@ def run_id(request: pytest.FixtureRequest) -> str:
 async def client(store: StoreProcess, run_id: str) -> AsyncIterator[StoreClient]:
     """A client of the suite's store, on the test's run."""
     async with StoreClient(store.address, run_id=run_id) as opened:
+        await opened.create_run(run_id)
         yield opened
 
 

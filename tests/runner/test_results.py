@@ -41,6 +41,7 @@ def runner(
 async def results(store: StoreProcess) -> AsyncIterator[StoreClient]:
     """A client on the module's run."""
     async with StoreClient(store.address, run_id=RUN) as client:
+        await client.create_run(RUN)
         yield client
 
 

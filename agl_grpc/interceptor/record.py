@@ -56,6 +56,7 @@ class CallRecord:
     total_ns: int = 0
     weights_digest: str = ""
     cache_salt: str = ""
+    start_version: int = 0
 
     def choice(self, index: int) -> ChoiceRecord:
         """The choice with this index, made when it is new."""

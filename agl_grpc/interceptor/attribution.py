@@ -1,8 +1,10 @@
-"""Whose model call it is: from the URL by which the agent reaches the engine."""
+"""Whose model call it is: from the URL by which the agent reaches the engine, or from its API key."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import re
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -72,6 +74,24 @@ def parse_path(path: str) -> tuple[Attribution, str] | None:
         notrain=match["notrain"] is not None,
     )
     return attribution, match["rest"]
+
+
+def attribution_of_credential(credential: str) -> Attribution | None:
+    """The attempt named by an attempt credential (``agl1.<claims>.<signature>``) given as an API key, else None.
+
+    The signature is the store's to check; the claims alone say where the call's record belongs.
+    """
+    parts = credential.split(".")
+    if len(parts) != 3 or parts[0] != "agl1":
+        return None
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        _, rollout_id, attempt_id, _ = claims
+    except (ValueError, TypeError):
+        return None
+    if not isinstance(rollout_id, str) or not isinstance(attempt_id, str):
+        return None
+    return Attribution(rollout_id, attempt_id, credential=credential)
 
 
 def api_of(path: str) -> str | None:

@@ -106,7 +106,7 @@ class GenerateWrapper:
         processor = self._client.output_processor
         for external in set(engine_state.external_ids(processor, ids, internal)):
             if external in self._open:
-                self._snapshot(self._open[external])
+                self._guard(self._open[external], self._snapshot)
         await self._abort(ids, internal)
 
     def _begin(
@@ -117,8 +117,6 @@ class GenerateWrapper:
         record = CallRecord(context, request_id, model, sampling_message(params, asked))
         for reason in untrainable_reasons(params):
             record.untrainable(reason)
-        if not self._identity.processed_logprobs:
-            record.untrainable("logprobs are not those of the sampled distribution (--logprobs-mode)")
         if attribution.notrain:
             record.untrainable("the agent asked for /notrain")
         if isinstance(prompt, dict):
@@ -138,7 +136,7 @@ class GenerateWrapper:
         submitted = False
         try:
             async for output in outputs:
-                self._take(record, output, delta)
+                self._guard(record, self._take, output, delta)
                 if output.finished:
                     durable = self._finish(record)
                     submitted = True
@@ -158,6 +156,15 @@ class GenerateWrapper:
             await outputs.aclose()
             if not submitted:
                 self._finish(record)
+
+    @staticmethod
+    def _guard(record: CallRecord, step: Callable[..., None], *args: Any) -> None:
+        """Run a step of the capture; its failure must cost the record, never the agent's answer."""
+        try:
+            step(record, *args)
+        except Exception as error:  # an engine that differs from the supported one may break in any way
+            logger.exception("capture of request %s failed", record.request_id)
+            record.untrainable(f"capture failed: {type(error).__name__}")
 
     def _take(self, record: CallRecord, output: Any, delta: bool) -> None:
         if output.prompt_token_ids and not record.prompt_ids:

@@ -1,13 +1,22 @@
-"""Pure ASGI middleware: attribution from the URL, a closed door to everything else, and the last byte held."""
+"""Pure ASGI middleware: whose call it is, a closed door to everything else, and the last byte held."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
-from agl_grpc.interceptor.attribution import CURRENT, Attribution, CallContext, api_of, parse_path, parse_traceparent
+from agl_grpc.interceptor.attribution import (
+    CURRENT,
+    Attribution,
+    CallContext,
+    api_of,
+    attribution_of_credential,
+    parse_path,
+    parse_traceparent,
+)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -16,6 +25,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER_SECONDS = 5
+_CLOSED = "no such path here: under an attempt's base URL only inference paths exist"
+_FULL = "the capture spool is full because the store has been away for too long: try later"
 
 
 class Gate(Protocol):
@@ -29,8 +40,8 @@ class Gate(Protocol):
 class AttributionMiddleware:
     """vLLM's ``--middleware``: rewrites ``/rollout/ID/attempt/ID/v1/…`` to ``/v1/…`` and remembers whose it was.
 
-    Requests without attribution pass untouched. Under ``/rollout`` only inference paths exist. The final body
-    message of an attributed answer waits until its calls are durable.
+    An attempt credential as API key attributes plain ``/v1/…`` paths. Other requests pass untouched. The final
+    body message of an attributed answer waits until its calls are durable.
     """
 
     gate: Gate | None = None
@@ -44,39 +55,36 @@ class AttributionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if not scope.get("path", "").startswith("/rollout/"):
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        parsed = parse_path(scope["path"])
-        api = api_of(parsed[1]) if parsed is not None else None
-        if scope["type"] != "http" or parsed is None or api is None:
-            await _refuse(send, scope["type"], 404, "no such path under /rollout: only inference paths exist here")
+        credential = _credential(dict(scope["headers"]))
+        parsed = _attributed(scope["path"], credential)
+        if parsed is None:
+            if scope["path"].startswith("/rollout/"):
+                await _refuse(send, scope["type"], 404, _CLOSED)
+            else:
+                await self._app(scope, receive, send)
             return
-        if self.gate is not None and not self.gate.accepting():
-            await _refuse(send, "http", 503, "capture spool full: the store has been away for too long; try later")
-            return
-        context = self._context(scope, parsed[0], api)
+        attribution, path = parsed
+        api = api_of(path)
+        if scope["type"] != "http" or api is None:
+            await _refuse(send, scope["type"], 404, _CLOSED)
+        elif self.gate is not None and not self.gate.accepting():
+            await _refuse(send, "http", 503, _FULL)
+        else:
+            await self._serve(scope, receive, send, attribution, path, api)
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, attribution: Attribution, path: str, api: str
+    ) -> None:
+        traceparent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
+        context = CallContext(attribution, api, *parse_traceparent(traceparent))
         token = CURRENT.set(context)
         try:
-            await self._app(self._rewrite(scope, parsed[1]), receive, _holding_last_byte(send, context))
+            await self._app(self._rewrite(scope, path), receive, _holding_last_byte(send, context))
         finally:
             CURRENT.reset(token)
-
-    @staticmethod
-    def _context(scope: Scope, attribution: Attribution, api: str) -> CallContext:
-        headers = dict(scope["headers"])
-        trace_id, parent = parse_traceparent(headers.get(b"traceparent", b"").decode("latin-1"))
-        bearer = headers.get(b"authorization", b"").decode("latin-1")
-        credential = bearer[7:] if bearer[:7].lower() == "bearer " else headers.get(b"x-api-key", b"").decode("latin-1")
-        whose = Attribution(
-            attribution.rollout_id,
-            attribution.attempt_id,
-            attribution.agent_name,
-            attribution.mode,
-            attribution.notrain,
-            credential,
-        )
-        return CallContext(whose, api, trace_id, parent)
 
     def _rewrite(self, scope: Scope, path: str) -> Scope:
         rewritten = dict(scope)
@@ -86,6 +94,21 @@ class AttributionMiddleware:
             kept = [(k, v) for k, v in scope["headers"] if k not in (b"authorization", b"x-api-key")]
             rewritten["headers"] = [*kept, (b"authorization", b"Bearer " + self.engine_key.encode())]
         return rewritten
+
+
+def _attributed(path: str, credential: str) -> tuple[Attribution, str] | None:
+    parsed = parse_path(path)
+    if parsed is not None:
+        return dataclasses.replace(parsed[0], credential=credential), parsed[1]
+    whose = None if path.startswith("/rollout/") else attribution_of_credential(credential)
+    return None if whose is None else (whose, path)
+
+
+def _credential(headers: dict[bytes, bytes]) -> str:
+    bearer = headers.get(b"authorization", b"").decode("latin-1")
+    if bearer[:7].lower() == "bearer ":
+        return bearer[7:].strip()
+    return headers.get(b"x-api-key", b"").decode("latin-1").strip()
 
 
 def _holding_last_byte(send: Send, context: CallContext) -> Send:

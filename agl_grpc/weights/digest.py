@@ -21,11 +21,11 @@ def tensor_digest(name: str, dtype: str, shape: Iterable[int], data: memoryview 
 
 
 def combined_digest(tensor_digests: Iterable[str]) -> str:
-    """SHA-256 (hexadecimal) over the tensors' digests in order."""
+    """``sha256:<hex>`` over the tensors' digests in order: the digest of the contract."""
     digest = hashlib.sha256()
     for each in tensor_digests:
         digest.update(bytes.fromhex(each))
-    return digest.hexdigest()
+    return f"sha256:{digest.hexdigest()}"
 
 
 def segment_digests(memory: torch.Tensor, entries: Iterable[TensorEntry]) -> list[str]:

@@ -81,9 +81,9 @@ class WeightSwapExtension:
         return {"error": "", "rolled_back": False}
 
     def agl_abort_weights(self, transfer_id: str, reason: str) -> None:
-        """Give up a transfer and free its staging memory; another transfer is left alone."""
+        """Give up a transfer (empty: whichever there is) and free its memory; another one is left alone."""
         receiver: WeightReceiver | None = getattr(self, "_agl_receiver", None)
-        if receiver is not None and receiver.status().transfer_id == transfer_id:
+        if receiver is not None and transfer_id in ("", receiver.status().transfer_id):
             receiver.abort(reason)
 
     def _agl_reload_from_disk(self) -> bool:

@@ -30,7 +30,7 @@ class ReceiverState(enum.StrEnum):
 class ReceiverStatus:
     """State of a receiver's current transfer.
 
-    ``digest`` is the hexadecimal digest over what was received (only when RECEIVED), ``received_bytes`` counts
+    ``digest`` (``sha256:<hex>``) is taken over what was received (only when RECEIVED), ``received_bytes`` counts
     tensor payload, ``error`` is one line (only when FAILED).
     """
 
@@ -44,7 +44,7 @@ class ReceiverStatus:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What a sender sent: digest (hexadecimal), payload in bytes, number of tensors and wall time in seconds."""
+    """What a sender sent: digest (``sha256:<hex>``), payload in bytes, number of tensors and wall time in seconds."""
 
     transfer_id: str
     digest: str

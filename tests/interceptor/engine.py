@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+from tests.support.environments import REPOSITORY, engine_environment, engine_python
 
 START_LIMIT = 240.0
 
@@ -57,15 +58,19 @@ def engine(model: Path, store: str, folder: Path, *options: str) -> Iterator[Eng
     port = free_port()
     log = folder / "engine.log"
     command = [
-        sys.executable, "-m", "agl_grpc_cli", "vllm", "serve", str(model), "--store", store, "--run", "run-1",
+        engine_python(), "-m", "agl_grpc_cli", "vllm", "serve", str(model), "--store", store, "--run", "run-1",
         "--engine-id", "engine-1", "--spool-dir", str(folder / "spool"), "--served-model-name", "tiny",
         "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32",
         "--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out", *options,
     ]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=engine_environment(),
+            cwd=REPOSITORY,
+            start_new_session=True,
         )
     running = Engine(process, port, model, log)
     try:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from agl_grpc.interceptor.attribution import (
     CURRENT,
@@ -59,7 +60,9 @@ class AttributionMiddleware:
             await self._app(scope, receive, send)
             return
         credential = _credential(dict(scope["headers"]))
-        parsed = _attributed(scope["path"], credential)
+        # The raw path: in the decoded one a slash inside an id cannot be told from a separator.
+        raw_path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
+        parsed = _attributed(raw_path, credential)
         if parsed is None:
             if scope["path"].startswith("/rollout/"):
                 await _refuse(send, scope["type"], 404, _CLOSED)
@@ -88,8 +91,8 @@ class AttributionMiddleware:
 
     def _rewrite(self, scope: Scope, path: str) -> Scope:
         rewritten = dict(scope)
-        rewritten["path"] = path
-        rewritten["raw_path"] = path.encode()
+        rewritten["path"] = unquote(path)
+        rewritten["raw_path"] = path.encode("latin-1")
         if self.engine_key is not None:
             kept = [(k, v) for k, v in scope["headers"] if k not in (b"authorization", b"x-api-key")]
             rewritten["headers"] = [*kept, (b"authorization", b"Bearer " + self.engine_key.encode())]

@@ -32,7 +32,7 @@ _RESPONSE_BY_ID = re.compile(r"^/v1/responses/[^/]+(/cancel)?$")
 
 @dataclass(frozen=True)
 class Attribution:
-    """The attempt that a call belongs to, the part of the agent that made it, and whether it may be trained."""
+    """The attempt that a call belongs to, the agent's part that made it, and whether it may be trained."""
 
     rollout_id: str
     attempt_id: str
@@ -77,7 +77,7 @@ def parse_path(path: str) -> tuple[Attribution, str] | None:
 
 
 def attribution_of_credential(credential: str) -> Attribution | None:
-    """The attempt named by an attempt credential (``agl1.<claims>.<signature>``) given as an API key, else None.
+    """The attempt named by an attempt credential (``agl1.<claims>.<signature>``) used as API key, or None.
 
     The signature is the store's to check; the claims alone say where the call's record belongs.
     """

@@ -26,13 +26,15 @@ class EngineControl:
     `active_version` answers the policy version that serves now.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, engine: policy_pb2.Engine, active_version: Callable[[], int]) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, engine: policy_pb2.Engine, active_version: Callable[[], int]
+    ) -> None:
         self._stub = trainer_service_pb2_grpc.TrainerServiceStub(channel)
         self._engine = engine
         self._active_version = active_version
 
     async def run(self, on_version: OnVersion) -> None:
-        """Register, then hand each change of a policy version to `on_version`, one after the other, for ever."""
+        """Register, then hand each change of a policy version to `on_version` in order, for ever."""
         pause = _FIRST_BACKOFF
         while True:
             try:
@@ -41,7 +43,9 @@ class EngineControl:
                 await self._follow(on_version)
             except grpc.aio.AioRpcError as error:
                 level = logging.DEBUG if error.code() is grpc.StatusCode.UNAVAILABLE else logging.WARNING
-                logger.log(level, "watch of policy versions ended: %s: %s", error.code().name, error.details())
+                logger.log(
+                    level, "watch of policy versions ended: %s: %s", error.code().name, error.details()
+                )
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LAST_BACKOFF)
 

@@ -1,7 +1,7 @@
 """What is read from inside vLLM's API server process: the states of requests under way.
 
-Everything that the interceptor touches beyond documented interfaces stands here and in `generate`, and is pinned
-by a contract test for the supported vLLM.
+Everything that the interceptor touches beyond documented interfaces stands here and in `generate`, and is
+pinned by a contract test for the supported vLLM.
 """
 
 from __future__ import annotations

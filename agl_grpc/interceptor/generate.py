@@ -1,4 +1,4 @@
-"""The wrapper around vLLM's one funnel, `engine_client.generate`: sees every call of every API, changes none."""
+"""The wrapper around vLLM's one funnel, `engine_client.generate`: sees every call, changes none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Sink(Protocol):
         """An announced call ended without a span."""
         ...
 
-    def submit(self, attempt: tuple[str, str], span: span_pb2.Span, prompt: list[int]) -> asyncio.Future[None]:
+    def submit(
+        self, attempt: tuple[str, str], span: span_pb2.Span, prompt: list[int]
+    ) -> asyncio.Future[None]:
         """A call ended; the future resolves when it is durable."""
         ...
 
@@ -84,7 +86,9 @@ class GenerateWrapper:
                 index, tokens = engine_state.progress(state)
                 self._starts[request_id].setdefault(index, []).append((version, tokens))
 
-    def generate(self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> OutputStream:
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> OutputStream:
         """As `AsyncLLM.generate`. Whose call it is is read here, not when the first output is asked for."""
         context = CURRENT.get()
         if context is None:
@@ -92,7 +96,9 @@ class GenerateWrapper:
             return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
         if "-beam-" in request_id:
             if context.attribution.mode == "train":
-                raise self._refuse("beam search cannot be trained: use n with temperature, or the /mode/val base URL")
+                raise self._refuse(
+                    "beam search cannot be trained: use n with temperature, or the /mode/val base URL"
+                )
             self.unattributed += 1
             return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
         override = self._temperature if context.attribution.mode == "train" else None
@@ -130,7 +136,7 @@ class GenerateWrapper:
         return record
 
     async def _capture(self, record: CallRecord, outputs: OutputStream, params: Any) -> OutputStream:
-        """Pass outputs on as they come; the last one only when the call is durable, unless it is also the first."""
+        """Pass outputs on as they come; the last one when the call is durable, unless it is the first."""
         delta = params.output_kind.name == "DELTA"
         passed = 0
         submitted = False
@@ -212,7 +218,7 @@ class GenerateWrapper:
         record.weights_digest = self._weights_digest
         self._note_outcome(record)
         if not record.prompt_ids and not record.choices:
-            # Refused before it reached the engine, or gone before its first token: there are no tokens to keep.
+            # Refused before it reached the engine: there are no tokens to keep.
             self._sink.abandon(record.span_id)
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             done.set_result(None)
@@ -220,7 +226,9 @@ class GenerateWrapper:
         self.captured += 1
         attribution = record.context.attribution
         durable = self._sink.submit(
-            (attribution.rollout_id, attribution.attempt_id), to_span(record, self._identity), record.prompt_ids
+            (attribution.rollout_id, attribution.attempt_id),
+            to_span(record, self._identity),
+            record.prompt_ids,
         )
         record.context.durable.append(durable)
         return durable

@@ -39,10 +39,10 @@ class Gate(Protocol):
 
 
 class AttributionMiddleware:
-    """vLLM's ``--middleware``: rewrites ``/rollout/ID/attempt/ID/v1/…`` to ``/v1/…`` and remembers whose it was.
+    """vLLM's ``--middleware``: rewrites ``/rollout/ID/attempt/ID/v1/…`` to ``/v1/…``, noting whose it is.
 
-    An attempt credential as API key attributes plain ``/v1/…`` paths. Other requests pass untouched. The final
-    body message of an attributed answer waits until its calls are durable.
+    An attempt credential as API key attributes plain ``/v1/…`` paths. Other requests pass untouched. The
+    final body message of an attributed answer waits until its calls are durable.
     """
 
     gate: Gate | None = None

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agl_grpc.interceptor.control import EngineControl
@@ -39,7 +38,7 @@ class InterceptorPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        """Add ``GET /agl/interceptor`` (what was captured and where it is) and stop capture with the server."""
+        """Add ``GET /agl/interceptor`` (what was captured, where it is); stop capture with the server."""
 
         original = app.router.lifespan_context
 
@@ -107,7 +106,9 @@ class Interceptor:
         await engine_client.update_weight_version(str(settings.policy_version))
         wrapper.install()
         AttributionMiddleware.gate = sink
-        keys = getattr(args, "api_key", None) or ([os.environ["VLLM_API_KEY"]] if os.environ.get("VLLM_API_KEY") else [])
+        keys = getattr(args, "api_key", None) or (
+            [os.environ["VLLM_API_KEY"]] if os.environ.get("VLLM_API_KEY") else []
+        )
         AttributionMiddleware.engine_key = keys[0] if keys else None
         engine = policy_pb2.Engine(
             engine_id=settings.engine_id,
@@ -118,7 +119,9 @@ class Interceptor:
         )
         control = EngineControl(channel, engine, lambda: wrapper.policy_version)
         swapper = WeightSwapper(engine_client, wrapper, settings.engine_id, control.report)
-        logger.info("capture on: store %s, run %s, engine %s", settings.store, settings.run_id, settings.engine_id)
+        logger.info(
+            "capture on: store %s, run %s, engine %s", settings.store, settings.run_id, settings.engine_id
+        )
         return cls(settings, channel, spool, sink, wrapper, control, swapper)
 
     def describe(self) -> dict[str, Any]:
@@ -148,7 +151,7 @@ class Interceptor:
             await control.run(self._swapper.on_version)
         except EngineBroken as broken:
             logger.critical("%s; the engine stops, it must not serve half-loaded weights", broken)
-            Path(os.environ.get("AGL_INTERCEPTOR_FAILURE_FILE", os.devnull)).write_text(f"{broken}\n")
+            _note_failure(str(broken))
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -170,7 +173,14 @@ def vllm_version() -> str:
     return "unknown"
 
 
+def _note_failure(reason: str) -> None:
+    """Leave the reason where `serve` looks for it when vLLM has stopped."""
+    with open(os.environ.get("AGL_INTERCEPTOR_FAILURE_FILE", os.devnull), "w") as failure:
+        failure.write(f"{reason}\n")
+
+
 def _bad_request(reason: str) -> Exception:
     from vllm.exceptions import VLLMValidationError
 
-    return VLLMValidationError(reason)
+    error: Exception = VLLMValidationError(reason)
+    return error

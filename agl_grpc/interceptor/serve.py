@@ -36,8 +36,8 @@ class ServeError(Exception):
 def engine_arguments(model: str, given: Sequence[str], *, train: bool = True) -> list[str]:
     """vLLM's arguments: the user's own, unchanged, after ours where the user gave none.
 
-    In train mode the sampled distribution is the recorded one: no defaults from the model's generation config,
-    and logprobs after temperature.
+    In train mode the sampled distribution is the recorded one: no defaults from the model's generation
+    config, and logprobs after temperature.
     """
     present = {argument.split("=", 1)[0].replace("_", "-") for argument in given if argument.startswith("--")}
     if "--worker-extension-cls" in present:
@@ -89,7 +89,9 @@ def check_model(model: str, *, offline: bool) -> None:
 def serve(model: str, settings: Settings, given: Sequence[str], *, train: bool = True) -> int:
     """Serve until a signal; the exit code. Raises ServeError for what is wrong before vLLM starts."""
     if importlib.util.find_spec("vllm") is None:
-        raise ServeError("vLLM is not installed here: use the engine environment (`agl-grpc env create engine`)")
+        raise ServeError(
+            "vLLM is not installed here: use the engine environment (`agl-grpc env create engine`)"
+        )
     check_model(model, offline=os.environ.get("HF_HUB_OFFLINE") == "1")
     arguments = engine_arguments(model, given, train=train)
     _check_plugin()
@@ -119,9 +121,12 @@ def run_vllm(arguments: Sequence[str]) -> int:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # vLLM raises anything at start: the traceback helps it, the last line helps people
+    except Exception as error:  # vLLM raises anything at start; the last line is for people
         traceback.print_exc()
-        print(f"vLLM could not serve: {type(error).__name__}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(
+            f"vLLM could not serve: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

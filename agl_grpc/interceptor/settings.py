@@ -16,11 +16,12 @@ DEFAULT_SPOOL_BYTES = 10 * 1000**3
 class Settings:
     """Settings of one engine.
 
-    `store` is ``host:port`` of the store's gRPC door; `run_id` the run that the engine serves; `engine_id` its
-    name in that run; `policy_version` the version of the weights on disk; `spool_dir` where calls wait while
-    the store is away, `spool_bytes` how much may wait there; `ack_timeout` how long (seconds) an answer's last
-    byte waits for the store before the spool takes over; `temperature` overrides the agents' own temperature
-    in train mode (None: theirs); `endpoint` is the base URL told to the store (empty: from vLLM's host, port).
+    `store` is ``host:port`` of the store's gRPC door; `run_id` the run that the engine serves; `engine_id`
+    its name in that run; `policy_version` the version of the weights on disk; `spool_dir` where calls wait
+    while the store is away, `spool_bytes` how much may wait there; `ack_timeout` how long (seconds) an
+    answer's last byte waits for the store before the spool takes over; `temperature` overrides the agents'
+    own temperature in train mode (None: theirs); `endpoint` is the base URL told to the store (empty: from
+    vLLM's host, port).
     """
 
     store: str

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from agl_grpc.interceptor.deltas import AttemptKey, PromptDeltas, whole
 from agl_grpc.interceptor.spool import Spool, SpoolFull
@@ -35,7 +36,9 @@ class CapturedCall:
         """As a group of one span; with `deltas` the prompt may be a difference."""
         prompt = whole(self.prompt) if deltas is None else deltas.encode(self.attempt, self.prompt)
         self.span.model_call.prompt.CopyFrom(prompt)
-        return span_pb2.AttemptSpans(rollout_id=self.attempt[0], attempt_id=self.attempt[1], spans=[self.span])
+        return span_pb2.AttemptSpans(
+            rollout_id=self.attempt[0], attempt_id=self.attempt[1], spans=[self.span]
+        )
 
     def responses(self) -> dict[int, Sequence[int]]:
         """Response tokens by choice."""
@@ -56,9 +59,10 @@ class SinkCounters:
 class CaptureSink:
     """Takes announcements and ended calls, makes each call durable, and says so.
 
-    One batch is on its way at a time. While the store does not answer within `ack_timeout` seconds, calls go to
-    the spool at once and a background task tries the store again with growing pauses (0.1 s to 5 s), announces
-    the calls that are still open, delivers the spool in order and only then goes back to direct delivery.
+    One batch is on its way at a time. While the store does not answer within `ack_timeout` seconds, calls go
+    to the spool at once and a background task tries the store again with growing pauses (0.1 s to 5 s),
+    announces the calls that are still open, delivers the spool in order and only then goes back to direct
+    delivery.
     """
 
     def __init__(self, transport: SpanTransport, spool: Spool, ack_timeout: float = 1.0) -> None:
@@ -110,11 +114,11 @@ class CaptureSink:
             self._wake.set()
         return call.durable
 
-    async def close(self, timeout: float = 5.0) -> None:
-        """Deliver or spool everything that was submitted, then stop."""
+    async def close(self, grace: float = 5.0) -> None:
+        """Deliver or spool everything that was submitted, within `grace` seconds, then stop."""
         self._closing = True
         self._wake.set()
-        await asyncio.wait([self._pump_task], timeout=timeout)
+        await asyncio.wait([self._pump_task], timeout=grace)
         self._pump_task.cancel()
         await asyncio.wait([self._pump_task])
         await self._to_spool(list(self._ended))
@@ -123,16 +127,15 @@ class CaptureSink:
         await self._transport.close()
         await self._spool.close()
 
-    def _start(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[arg-type]  # coroutines of this class only
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _pump(self) -> None:
         while True:
-            if self._away:
-                if self._closing or not await self._come_back():
-                    return
+            if self._away and (self._closing or not await self._come_back()):
+                return
             if not (self._announce or self._abandoned or self._ended):
                 if self._closing:
                     return
@@ -142,7 +145,7 @@ class CaptureSink:
             await self._deliver_next()
 
     async def _deliver_next(self) -> None:
-        """One batch from the queues to the store; its calls go to the spool when the store does not take it."""
+        """One batch from the queues to the store; calls that the store does not take go to the spool."""
         calls = self._take_calls()
         groups, abandoned = self._control_groups()
         offset = len(groups)
@@ -155,7 +158,8 @@ class CaptureSink:
                     self._deltas.forget(call.attempt)
                 again = await self._transport.deliver([c.group(None) for c in resend], self._ack_timeout)
                 rejections = [r for r in rejections if not r.base_unknown] + [
-                    Rejection(offset + calls.index(resend[r.group_index]), r.index, r.reason, r.message) for r in again
+                    Rejection(offset + calls.index(resend[r.group_index]), r.index, r.reason, r.message)
+                    for r in again
                 ]
         except StoreAway as error:
             self._abandoned.extendleft(reversed(abandoned))
@@ -230,7 +234,8 @@ class CaptureSink:
         self._away = True
 
     async def _to_spool(self, calls: Sequence[CapturedCall]) -> None:
-        """Make calls durable on local disk; one that cannot be stays in memory and is delivered from there."""
+        """Make calls durable on local disk; one that cannot be is kept in memory and delivered later."""
+
         async def one(call: CapturedCall) -> None:
             try:
                 await self._spool.append(call.group(None).SerializeToString())
@@ -286,7 +291,9 @@ class CaptureSink:
                 group = batch[rejection.group_index]
                 self.counters.rejected += 1
                 logger.warning(
-                    "the store refused a spooled model call of attempt %s: %s", group.attempt_id, rejection.message
+                    "the store refused a spooled model call of attempt %s: %s",
+                    group.attempt_id,
+                    rejection.message,
                 )
             self._spool.drop(len(entries))
             self.counters.respooled += len(entries)

@@ -45,8 +45,9 @@ class Spool:
     """A queue of byte records in `folder`, at most `limit` bytes, that survives the process.
 
     `append` returns once its record is fsynced (records that come together share one fsync). Records are read
-    oldest first with `peek` and removed with `drop`; a segment's file goes when its last record is dropped, so a
-    crash may deliver records of one segment again: they must be harmless to repeat. Use from one event loop.
+    oldest first with `peek` and removed with `drop`; a segment's file goes when its last record is dropped,
+    so a crash may deliver records of one segment again: they must be harmless to repeat. Use from one event
+    loop.
     """
 
     def __init__(self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024) -> None:
@@ -56,7 +57,9 @@ class Spool:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise SpoolInUse(f"spool folder {folder} is used by another process: give each engine its own") from error
+            raise SpoolInUse(
+                f"spool folder {folder} is used by another process: give each engine its own"
+            ) from error
         self._folder = folder
         self._limit = limit
         self._segment_bytes = segment_bytes

@@ -66,7 +66,7 @@ class WeightSwapper:
         self._expiry: asyncio.TimerHandle | None = None
 
     async def on_version(self, version: policy_pb2.PolicyVersion) -> None:
-        """Follow one state of a policy version. Raises EngineBroken when a swap left the model half-loaded."""
+        """Follow one state of a policy version. Raises EngineBroken when the model is half-loaded."""
         if version.status == policy_pb2.POLICY_VERSION_STATUS_PREPARING:
             await self._on_preparing(version)
         elif version.status == policy_pb2.POLICY_VERSION_STATUS_COMMITTED:
@@ -100,7 +100,9 @@ class WeightSwapper:
         try:
             await self._report(number, policy_pb2.ENGINE_PHASE_RECEIVING)
             if not version.source.rendezvous:
-                raise SwapError("the version names no rendezvous: weights by path are not supported by this engine")
+                raise SwapError(
+                    "the version names no rendezvous: weights by path are not supported by this engine"
+                )
             digest = await asyncio.wait_for(
                 self._receive(transfer, version.source.rendezvous, timeout), timeout=max(timeout, 0.001)
             )
@@ -111,7 +113,11 @@ class WeightSwapper:
             self._preparing_version = -1
             await self._report(number, policy_pb2.ENGINE_PHASE_FAILED, error=reason)
             return
-        until = time.monotonic() + max(0.0, version.deadline.ToNanoseconds() / 1e9 - time.time()) + _LATE_COMMIT_GRACE
+        until = (
+            time.monotonic()
+            + max(0.0, version.deadline.ToNanoseconds() / 1e9 - time.time())
+            + _LATE_COMMIT_GRACE
+        )
         self._staging = Staging(number, transfer, digest, until)
         self._preparing_version = -1
         self._expiry = asyncio.get_running_loop().call_later(
@@ -120,11 +126,11 @@ class WeightSwapper:
         logger.info("policy version %d staged, digest %s", number, digest)
         await self._report(number, policy_pb2.ENGINE_PHASE_RECEIVED, digest=digest)
 
-    async def _receive(self, transfer: str, endpoint: str, timeout: float) -> str:
+    async def _receive(self, transfer: str, endpoint: str, limit: float) -> str:
         """Have every worker receive the transfer; the digest that all of them computed."""
-        if timeout <= 0:
+        if limit <= 0:
             raise SwapError("the deadline had passed before the engine heard of the version")
-        await self._rpc("agl_prepare_weights", self._engine_id, transfer, endpoint, timeout)
+        await self._rpc("agl_prepare_weights", self._engine_id, transfer, endpoint, limit)
         while True:
             states = await self._rpc("agl_weights_status", transfer)
             for state in states:
@@ -147,7 +153,7 @@ class WeightSwapper:
         staging = self._staging
         if staging is None or staging.policy_version != number:
             if self._engine_id in version.source.engine_ids or not version.source.engine_ids:
-                reason = f"version {number} was committed but is not staged here: restart the engine from a checkpoint"
+                reason = f"version {number} is committed but not staged here: restart the engine from it"
                 await self._report(number, policy_pb2.ENGINE_PHASE_FAILED, error=reason)
             return
         if version.weights_digest and version.weights_digest != staging.digest:
@@ -160,7 +166,9 @@ class WeightSwapper:
             pause_ns = await self._swap(staging)
         except SwapError as error:
             logger.error("policy version %d not loaded: %s", number, error)
-            await self._report(number, policy_pb2.ENGINE_PHASE_FAILED, digest=staging.digest, error=str(error))
+            await self._report(
+                number, policy_pb2.ENGINE_PHASE_FAILED, digest=staging.digest, error=str(error)
+            )
             return
         logger.info("policy version %d active after a pause of %.1f ms", number, pause_ns / 1e6)
         await self._report(number, policy_pb2.ENGINE_PHASE_ACTIVE, digest=staging.digest, pause_ns=pause_ns)
@@ -181,7 +189,7 @@ class WeightSwapper:
         return time.monotonic_ns() - started
 
     async def _load(self, staging: Staging) -> list[str]:
-        """Load on every worker; what went wrong and was undone. Raises EngineBroken when it could not be undone."""
+        """Load on every worker; what went wrong and was undone. Raises EngineBroken otherwise."""
         try:
             states = await self._client.collective_rpc(
                 "agl_load_weights", timeout=_LOAD_TIMEOUT, args=(staging.transfer_id,)
@@ -190,7 +198,9 @@ class WeightSwapper:
             raise EngineBroken(f"loading policy version {staging.policy_version} failed: {error}") from error
         errors = [state["error"] for state in states if state["error"]]
         if errors and not (len(errors) == len(states) and all(state["rolled_back"] for state in states)):
-            raise EngineBroken(f"loading policy version {staging.policy_version} failed half-way: {errors[0]}")
+            raise EngineBroken(
+                f"loading policy version {staging.policy_version} failed half-way: {errors[0]}"
+            )
         return errors
 
     async def _expire(self, number: int) -> None:

@@ -10,7 +10,6 @@ import grpc
 
 from agl_grpc.v1 import error_reason_pb2, span_pb2, store_service_pb2, store_service_pb2_grpc
 
-
 _REFUSALS = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -24,7 +23,7 @@ _REFUSALS = frozenset(
 
 @dataclass(frozen=True)
 class Rejection:
-    """A span that the store did not take: where it stood in the batch (``index`` -1: its whole group) and why."""
+    """A span that the store did not take: where it stood in its batch (``index`` -1: a whole group), why."""
 
     group_index: int
     index: int
@@ -44,10 +43,10 @@ class StoreAway(Exception):
 class SpanTransport(Protocol):
     """Delivers batches one after the other."""
 
-    async def deliver(self, groups: Sequence[span_pb2.AttemptSpans], timeout: float) -> list[Rejection]:
+    async def deliver(self, groups: Sequence[span_pb2.AttemptSpans], limit: float) -> list[Rejection]:
         """Return once everything that is not rejected is on the store's disk.
 
-        Raises StoreAway when it is not reachable, too slow for `timeout` seconds, overloaded or full.
+        Raises StoreAway when it is not reachable, too slow for `limit` seconds, overloaded or full.
         """
         ...
 
@@ -57,27 +56,29 @@ class SpanTransport(Protocol):
 
 
 class AppendTransport:
-    """AppendSpans calls on a channel: unary, so each batch has its own answer and nothing has to be resumed."""
+    """AppendSpans calls on a channel: unary, so each batch has its own answer and none is resumed."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = store_service_pb2_grpc.StoreServiceStub(channel)
 
-    async def deliver(self, groups: Sequence[span_pb2.AttemptSpans], timeout: float) -> list[Rejection]:
-        """See SpanTransport. A batch refused as a whole is sent group by group, so that only the culprit falls."""
+    async def deliver(self, groups: Sequence[span_pb2.AttemptSpans], limit: float) -> list[Rejection]:
+        """See SpanTransport. A batch refused as a whole is sent group by group, so only the culprit falls."""
         request = store_service_pb2.AppendSpansRequest(groups=groups)
         try:
-            response = await self._stub.AppendSpans(request, timeout=timeout)
+            response = await self._stub.AppendSpans(request, timeout=limit)
         except grpc.aio.AioRpcError as error:
             if error.code() not in _REFUSALS:
                 raise StoreAway(f"{error.code().name}: {error.details()}") from error
             if len(groups) == 1:
                 return [Rejection(0, -1, 0, f"{error.code().name}: {error.details()}")]
-            rejections = []
+            rejections: list[Rejection] = []
             for index, group in enumerate(groups):
-                for r in await self.deliver([group], timeout):
-                    rejections.append(Rejection(index, r.index, r.reason, r.message))  # noqa: PERF401 -- awaits
+                refused = await self.deliver([group], limit)
+                rejections += [Rejection(index, r.index, r.reason, r.message) for r in refused]
             return rejections
-        return [Rejection(r.group_index, r.index, r.status.reason, r.status.message) for r in response.rejected]
+        return [
+            Rejection(r.group_index, r.index, r.status.reason, r.status.message) for r in response.rejected
+        ]
 
     async def close(self) -> None:
         """The channel belongs to its maker: nothing to do."""

@@ -34,7 +34,7 @@ def runs_from_starts(starts: Iterable[tuple[int, int]], tokens: int) -> list[Ver
 
 
 def runs_from_engine(starts: Iterable[tuple[str, int]], tokens: int) -> list[VersionRun] | None:
-    """The engine's own account, from its ``(label, first token)`` pairs; None when a label is no integer step."""
+    """The engine's own account, from its ``(label, first token)`` pairs; None when a label is no integer."""
     pairs = list(starts)
     if any(not label.isdigit() for label, _ in pairs):
         return None

@@ -31,9 +31,7 @@ def combined_digest(tensor_digests: Iterable[str]) -> str:
 def segment_digests(memory: torch.Tensor, entries: Iterable[TensorEntry]) -> list[str]:
     """Digests of the tensors that lie in `memory`, a flat uint8 tensor in host memory."""
     view = memoryview(memory.numpy())
-    return [
-        tensor_digest(e.name, e.dtype, e.shape, view[e.offset : e.offset + e.nbytes]) for e in entries
-    ]
+    return [tensor_digest(e.name, e.dtype, e.shape, view[e.offset : e.offset + e.nbytes]) for e in entries]
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

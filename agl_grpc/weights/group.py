@@ -30,7 +30,7 @@ class Deadline:
         self._cancelled = self._cancelled or reason
 
     def remaining(self, what: str) -> float:
-        """Seconds left. Raises TransferError naming `what` was waited for when none are, or when cancelled."""
+        """Seconds left. Raises TransferError naming `what` was waited for when none are left."""
         if self._cancelled:
             raise TransferError(f"given up while waiting for {what}: {self._cancelled}")
         left = self._until - time.monotonic()
@@ -105,7 +105,9 @@ def create_group(
         if backend == "gloo":
             options = ProcessGroupGloo._Options()
             options._timeout = limit
-            options._devices = [ProcessGroupGloo.create_device(hostname=_local_address(store.host, store.port))]
+            options._devices = [
+                ProcessGroupGloo.create_device(hostname=_local_address(store.host, store.port))
+            ]
             return ProcessGroupGloo(prefixed, rank, size, options)
         if backend == "nccl":
             from torch.distributed import ProcessGroupNCCL

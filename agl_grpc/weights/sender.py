@@ -88,7 +88,9 @@ class WeightSender:
 
     def _gather(self, transfer_id: str, receivers: int, deadline: groups.Deadline) -> str:
         """Wait for all receivers, decide on group and backend, publish the plan and join the group."""
-        self._await_count(wire.join_counter(transfer_id), receivers, deadline, f"{receivers} receivers to join")
+        self._await_count(
+            wire.join_counter(transfer_id), receivers, deadline, f"{receivers} receivers to join"
+        )
         joins = [
             wire.JoinRequest.decode(
                 groups.wait_key(self._store, wire.join_key(transfer_id, i), deadline, "a receiver's hello")
@@ -170,7 +172,7 @@ class WeightSender:
 def pack_segments(
     tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
 ) -> Iterator[tuple[wire.SegmentHeader, torch.Tensor]]:
-    """Pack tensors in order into host memory of at most `bucket_bytes` (one larger tensor: a segment alone)."""
+    """Pack tensors in order into host memory of at most `bucket_bytes` (a larger tensor: one alone)."""
     waiting: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in tensors:

@@ -30,8 +30,8 @@ class ReceiverState(enum.StrEnum):
 class ReceiverStatus:
     """State of a receiver's current transfer.
 
-    ``digest`` (``sha256:<hex>``) is taken over what was received (only when RECEIVED), ``received_bytes`` counts
-    tensor payload, ``error`` is one line (only when FAILED).
+    ``digest`` (``sha256:<hex>``) is taken over what was received (only when RECEIVED), ``received_bytes``
+    counts tensor payload, ``error`` is one line (only when FAILED).
     """
 
     transfer_id: str
@@ -44,7 +44,7 @@ class ReceiverStatus:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What a sender sent: digest (``sha256:<hex>``), payload in bytes, number of tensors and wall time in seconds."""
+    """What a sender sent: digest (``sha256:<hex>``), bytes of payload, tensors, wall time (seconds)."""
 
     transfer_id: str
     digest: str
@@ -85,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """A receiver's hello: who it is, which process group it still holds (-1 for none) and what it can speak."""
+    """A receiver's hello: who it is, which process group it still holds (-1: none), what it can speak."""
 
     receiver_id: str
     group: int

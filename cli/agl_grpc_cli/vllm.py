@@ -10,7 +10,9 @@ import typer
 from agl_grpc_cli.errors import CliError
 from agl_grpc_cli.options import DEFAULT_STORE, RunOption, StoreOption
 
-app = typer.Typer(help="Serve a model with vLLM, its exact tokens captured.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Serve a model with vLLM, its exact tokens captured.", no_args_is_help=True, rich_markup_mode=None
+)
 
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
@@ -27,14 +29,17 @@ def serve(
     store: StoreOption = DEFAULT_STORE,
     run: RunOption = "default",
     engine_id: Annotated[
-        str, typer.Option(metavar="ID", help="This engine's name in the run; default: host name and process id.")
+        str,
+        typer.Option(metavar="ID", help="This engine's name in the run; default: host name and process id."),
     ] = "",
     policy_version: Annotated[
         int, typer.Option(min=0, metavar="N", help="The policy version of the weights on disk.")
     ] = 0,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0.0, metavar="T", help="Impose this temperature on training calls; default: the agent's."),
+        typer.Option(
+            min=0.0, metavar="T", help="Impose this temperature on training calls; default: the agent's."
+        ),
     ] = None,
     endpoint: Annotated[
         str, typer.Option(metavar="URL", help="Base URL by which others reach this engine.")
@@ -52,12 +57,15 @@ def serve(
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
-    show_help: Annotated[bool, typer.Option("--help", "-h", help="Show this and vLLM's own options.")] = False,
+    show_help: Annotated[
+        bool, typer.Option("--help", "-h", help="Show this and vLLM's own options.")
+    ] = False,
 ) -> None:
     """Serve MODEL with vLLM's own API server; every option that is not listed here is vLLM's and passed on.
 
-    Agents use the base URL http://HOST:PORT/rollout/ROLLOUT/attempt/ATTEMPT/v1. In the absence of --raw, calls
-    sample from the model's own distribution (--generation-config vllm --logprobs-mode processed_logprobs).
+    Agents use the base URL http://HOST:PORT/rollout/ROLLOUT/attempt/ATTEMPT/v1. In the absence of --raw,
+    calls sample from the model's own distribution (--generation-config vllm --logprobs-mode
+    processed_logprobs).
     """
     from agl_grpc.interceptor.serve import ServeError, run_vllm
     from agl_grpc.interceptor.serve import serve as serve_vllm

@@ -1,7 +1,7 @@
 """Logprobs of response tokens by transformers, for comparison with the engine's.
 
-Reads JSON from standard input: ``model`` (folder), ``weights`` (a safetensors file instead of the model's own,
-optional) and ``rows`` of ``prompt`` and ``response`` token ids; prints a list of lists of logprobs.
+Reads JSON from standard input: ``model`` (folder), ``weights`` (a safetensors file instead of the model's
+own, optional) and ``rows`` of ``prompt`` and ``response`` token ids; prints a list of lists of logprobs.
 """
 
 from __future__ import annotations

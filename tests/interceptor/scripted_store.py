@@ -1,7 +1,8 @@
 """A store's gRPC door for these tests: keeps what it is told, and fails on demand.
 
-It checks what the real store checks of spans (natural key, delta bases, token lengths), so that the interceptor
-is held to the contract, and it can be slow, refuse, forget and go away, which the real one cannot be told to.
+It checks what the real store checks of spans (natural key, delta bases, token lengths), so that the
+interceptor is held to the contract, and it can be slow, refuse, forget and go away, which the real one
+cannot be told to.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _Store(store_service_pb2_grpc.StoreServiceServicer):
     def __init__(self, owner: ScriptedStore) -> None:
         self._owner = owner
 
-    async def AppendSpans(  # noqa: N802 -- the contract's name
+    async def AppendSpans(
         self, request: store_service_pb2.AppendSpansRequest, context: Any
     ) -> store_service_pb2.AppendSpansResponse:
         owner = self._owner
@@ -97,14 +98,14 @@ class _Trainer(trainer_service_pb2_grpc.TrainerServiceServicer):
     def __init__(self, owner: ScriptedStore) -> None:
         self._owner = owner
 
-    async def ReportEngineState(self, request: Any, context: Any) -> Any:  # noqa: N802 -- the contract's name
+    async def ReportEngineState(self, request: Any, context: Any) -> Any:
         self._owner.engine = request.engine
         if request.HasField("state"):
             self._owner.states.append(request.state)
         self._owner.changed()
         return trainer_service_pb2.ReportEngineStateResponse(engine=request.engine)
 
-    async def WatchPolicyVersions(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 -- as above
+    async def WatchPolicyVersions(self, request: Any, context: Any) -> AsyncIterator[Any]:
         queue: asyncio.Queue[policy_pb2.PolicyVersion] = asyncio.Queue()
         self._owner.watchers.append(queue)
         self._owner.changed()

@@ -1,8 +1,8 @@
 """A learner for the tests: perturbs the model, offers the result to one receiver and keeps it as a file.
 
-``python -m tests.interceptor.send_weights MODEL OUT SEED SCENARIO`` prints the endpoint on its first line, then
-reads transfer ids from standard input, one a line, and prints a JSON report for each transfer. Scenarios:
-``honest``; ``flip`` (a byte changes on its way); ``renamed`` (one tensor under a wrong name).
+``python -m tests.interceptor.send_weights MODEL OUT SEED SCENARIO`` prints the endpoint on its first line,
+then reads transfer ids from standard input, one a line, and prints a JSON report for each transfer.
+Scenarios: ``honest``; ``flip`` (a byte changes on its way); ``renamed`` (one tensor under a wrong name).
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def main() -> None:
         except TransferError as error:
             print(json.dumps({"error": str(error)}), flush=True)
         else:
-            print(json.dumps({"digest": report.digest, "seconds": report.seconds, "bytes": report.sent_bytes}), flush=True)
+            print(
+                json.dumps({"digest": report.digest, "seconds": report.seconds, "bytes": report.sent_bytes}),
+                flush=True,
+            )
     sender.close()
 
 

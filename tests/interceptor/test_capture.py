@@ -27,7 +27,8 @@ def sse(response: httpx.Response) -> list[dict[str, Any]]:
 
 def recorded(store: ScriptedStore, rollout: str, calls: int = 1) -> list[tuple[span_pb2.Span, list[int]]]:
     return store.wait(
-        lambda: found if len(found := store.calls_of(rollout)) >= calls else None, f"{calls} calls of {rollout}"
+        lambda: found if len(found := store.calls_of(rollout)) >= calls else None,
+        f"{calls} calls of {rollout}",
     )
 
 
@@ -35,11 +36,13 @@ def choice_of(span: span_pb2.Span, index: int = 0) -> model_call_pb2.Choice:
     return next(c for c in span.model_call.choices if c.index == index)
 
 
-def test_chat_ids_and_logprobs_are_vllms_own(running: Engine, store: ScriptedStore, http: httpx.Client) -> None:
+def test_chat_ids_and_logprobs_are_vllms_own(
+    running: Engine, store: ScriptedStore, http: httpx.Client
+) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "logprobs": True, "top_logprobs": 0, **IDS}
     answer = http.post(f"{running.base('chat')}/v1/chat/completions", json=body).json()
     # The answer had come whole before the test looks: it must be in the store already.
-    (span, prompt), = store.calls_of("chat")
+    ((span, prompt),) = store.calls_of("chat")
     assert prompt == answer["prompt_token_ids"]
     choice = choice_of(span)
     assert list(choice.token_ids) == answer["choices"][0]["token_ids"]
@@ -48,7 +51,12 @@ def test_chat_ids_and_logprobs_are_vllms_own(running: Engine, store: ScriptedSto
     assert choice.finish_reason == answer["choices"][0]["finish_reason"]
     assert [(r.start, r.end, r.policy_version) for r in choice.policy_runs] == [(0, len(theirs), 0)]
     call = span.model_call
-    assert (call.api, call.model, call.engine_id, call.mode) == ("chat.completions", "tiny", "engine-1", "train")
+    assert (call.api, call.model, call.engine_id, call.mode) == (
+        "chat.completions",
+        "tiny",
+        "engine-1",
+        "train",
+    )
     assert call.untrainable_reason == ""
     assert call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE
     assert call.logprob_semantics == model_call_pb2.LOGPROB_SEMANTICS_PROCESSED
@@ -57,9 +65,17 @@ def test_chat_ids_and_logprobs_are_vllms_own(running: Engine, store: ScriptedSto
 
 
 def test_chat_stream(running: Engine, store: ScriptedStore, http: httpx.Client) -> None:
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "stream": True, "logprobs": True, "n": 2, **IDS}
+    body = {
+        "model": "tiny",
+        "messages": HELLO,
+        "max_tokens": 20,
+        "stream": True,
+        "logprobs": True,
+        "n": 2,
+        **IDS,
+    }
     response = http.post(f"{running.base('chat-stream')}/v1/chat/completions", json=body)
-    (span, prompt), = store.calls_of("chat-stream")
+    ((span, prompt),) = store.calls_of("chat-stream")
     ids: dict[int, list[int]] = {0: [], 1: []}
     logprobs: dict[int, list[float]] = {0: [], 1: []}
     for event in sse(response):
@@ -67,7 +83,9 @@ def test_chat_stream(running: Engine, store: ScriptedStore, http: httpx.Client) 
             assert event["prompt_token_ids"] == prompt
         for choice in event["choices"]:
             ids[choice["index"]] += choice.get("token_ids") or []
-            logprobs[choice["index"]] += [e["logprob"] for e in (choice.get("logprobs") or {}).get("content") or []]
+            logprobs[choice["index"]] += [
+                e["logprob"] for e in (choice.get("logprobs") or {}).get("content") or []
+            ]
     assert len(ids[0]) > 1
     for index in (0, 1):
         assert list(choice_of(span, index).token_ids) == ids[index]
@@ -77,7 +95,14 @@ def test_chat_stream(running: Engine, store: ScriptedStore, http: httpx.Client) 
 @pytest.mark.parametrize("stream", [False, True])
 def test_completions(running: Engine, store: ScriptedStore, http: httpx.Client, stream: bool) -> None:
     rollout = f"completions-{stream}"
-    body = {"model": "tiny", "prompt": ["hello", "red fox"], "max_tokens": 12, "n": 2, "logprobs": 0, "stream": stream}
+    body = {
+        "model": "tiny",
+        "prompt": ["hello", "red fox"],
+        "max_tokens": 12,
+        "n": 2,
+        "logprobs": 0,
+        "stream": stream,
+    }
     response = http.post(f"{running.base(rollout)}/v1/completions", json={**body, **IDS})
     seen: dict[int, tuple[list[int], list[float]]] = {}
     prompts: dict[int, list[int]] = {}
@@ -91,7 +116,9 @@ def test_completions(running: Engine, store: ScriptedStore, http: httpx.Client, 
     found = store.calls_of(rollout)
     assert len(found) == 2
     captured = sorted(
-        (prompt, list(choice.token_ids), list(choice.logprobs)) for span, prompt in found for choice in span.model_call.choices
+        (prompt, list(choice.token_ids), list(choice.logprobs))
+        for span, prompt in found
+        for choice in span.model_call.choices
     )
     theirs = sorted((prompts[i - i % 2], ids, logprobs) for i, (ids, logprobs) in seen.items())
     assert [c[:2] for c in captured] == [t[:2] for t in theirs]
@@ -99,10 +126,12 @@ def test_completions(running: Engine, store: ScriptedStore, http: httpx.Client, 
         assert ours == pytest.approx(expected, abs=1e-6)
 
 
-def test_generate_with_its_own_version_spans(running: Engine, store: ScriptedStore, http: httpx.Client) -> None:
+def test_generate_with_its_own_version_spans(
+    running: Engine, store: ScriptedStore, http: httpx.Client
+) -> None:
     body = {"token_ids": [1, 5, 9, 20, 31], "sampling_params": {"max_tokens": 9, "logprobs": 0}}
     answer = http.post(f"{running.base('generate')}/inference/v1/generate", json=body).json()["choices"][0]
-    (span, prompt), = store.calls_of("generate")
+    ((span, prompt),) = store.calls_of("generate")
     assert prompt == [1, 5, 9, 20, 31]
     assert list(choice_of(span).token_ids) == answer["token_ids"]
     runs = [(str(r.policy_version), r.start, r.end) for r in choice_of(span).policy_runs]
@@ -121,9 +150,11 @@ def test_dialects_without_token_ids_match_a_recomputation(
     running: Engine, store: ScriptedStore, http: httpx.Client, path: str, body: dict[str, Any], stream: bool
 ) -> None:
     rollout = f"{path}-{stream}"
-    response = http.post(f"{running.base(rollout)}/v1/{path}", json={"model": "tiny", "stream": stream, **body})
+    response = http.post(
+        f"{running.base(rollout)}/v1/{path}", json={"model": "tiny", "stream": stream, **body}
+    )
     assert response.status_code == 200, response.text
-    (span, prompt), = store.calls_of(rollout)
+    ((span, prompt),) = store.calls_of(rollout)
     choice = choice_of(span)
     chat = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **IDS}
     assert prompt == http.post(f"{running.url}/v1/chat/completions", json=chat).json()["prompt_token_ids"]
@@ -135,7 +166,9 @@ def test_dialects_without_token_ids_match_a_recomputation(
 
 def recompute(running: Engine, rows: list[dict[str, Any]]) -> list[list[float]]:
     asked = json.dumps({"model": str(running.model), "rows": rows})
-    answer: list[list[float]] = json.loads(run_in_engine("tests.interceptor.recompute", stdin=asked).splitlines()[-1])
+    answer: list[list[float]] = json.loads(
+        run_in_engine("tests.interceptor.recompute", stdin=asked).splitlines()[-1]
+    )
     return answer
 
 
@@ -146,9 +179,11 @@ def test_logprobs_are_those_of_the_sampled_distribution(
     for number, temperature in enumerate([1.0, 0.5, 1.7]):
         body = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "temperature": temperature}
         http.post(f"{running.base(f'temperature-{number}')}/v1/chat/completions", json=body)
-        (span, prompt), = store.calls_of(f"temperature-{number}")
+        ((span, prompt),) = store.calls_of(f"temperature-{number}")
         assert span.model_call.sampling.temperature == temperature
-        rows.append({"prompt": prompt, "response": list(choice_of(span).token_ids), "temperature": temperature})
+        rows.append(
+            {"prompt": prompt, "response": list(choice_of(span).token_ids), "temperature": temperature}
+        )
         rows[-1]["ours"] = list(choice_of(span).logprobs)
     for row, expected in zip(rows, recompute(running, rows), strict=True):
         assert row["ours"] == pytest.approx(expected, abs=1e-4)
@@ -161,7 +196,10 @@ def test_logprobs_are_those_of_the_sampled_distribution(
         ({"top_p": 0.5}, "sampled with top_p=0.5"),
         ({"top_k": 5}, "sampled with top_k=5"),
         ({"logit_bias": {"5": 3}}, "sampled with logit_bias={5: 3.0}"),
-        ({"repetition_penalty": 1.3, "min_p": 0.1}, "sampled with min_p=0.1; sampled with repetition_penalty=1.3"),
+        (
+            {"repetition_penalty": 1.3, "min_p": 0.1},
+            "sampled with min_p=0.1; sampled with repetition_penalty=1.3",
+        ),
         ({"bad_words": ["hello"]}, "sampled with bad_words=['hello']"),
     ],
 )
@@ -171,7 +209,7 @@ def test_untrainable_sampling_is_served_and_named(
     rollout = f"untrainable-{'-'.join(parameters)}"
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 4, **parameters}
     assert http.post(f"{running.base(rollout)}/v1/chat/completions", json=body).status_code == 200
-    (span, _), = store.calls_of(rollout)
+    ((span, _),) = store.calls_of(rollout)
     assert span.model_call.untrainable_reason == reason
 
 
@@ -187,7 +225,8 @@ def test_bytes_are_the_same_with_and_without_capture(
         "messages": {"messages": HELLO, "max_tokens": 16, "temperature": 0},
     }[path]
     body = {"model": "tiny", "stream": stream, **prompt}
-    # How many tokens share an event depends on the engine's pace: two streams are compared until they cut alike.
+    # How many tokens share an event depends on the engine's pace: two streams are compared until they cut
+    # alike.
     for _ in range(10 if stream else 1):
         plain = http.post(f"{running.url}/v1/{path}", json=body)
         captured = http.post(f"{running.base('bytes')}/v1/{path}", json=body)
@@ -201,7 +240,9 @@ def test_bytes_are_the_same_with_and_without_capture(
 def settled(response: httpx.Response) -> str:
     """The answer's text with ids and clock times, which differ between any two answers, made equal."""
     text = response.text
-    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] or [response.json()]
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] or [
+        response.json()
+    ]
     for value in {v for event in events for v in volatile(event)}:
         text = text.replace(value, "VOLATILE")
     return text
@@ -234,13 +275,17 @@ def test_a_growing_conversation_is_stored_as_deltas(
     # A store that has lost the base gets the prompt whole.
     store.forgetful = True
     try:
-        http.post(f"{running.base('deltas')}/inference/v1/generate", json={"token_ids": ids, "sampling_params": {}})
+        http.post(
+            f"{running.base('deltas')}/inference/v1/generate", json={"token_ids": ids, "sampling_params": {}}
+        )
     finally:
         store.forgetful = False
     assert store.calls_of("deltas")[3][1] == ids
 
 
-def test_a_call_is_announced_before_it_ends(running: Engine, store: ScriptedStore, http: httpx.Client) -> None:
+def test_a_call_is_announced_before_it_ends(
+    running: Engine, store: ScriptedStore, http: httpx.Client
+) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with http.stream("POST", f"{running.base('announced')}/v1/chat/completions", json=body) as response:
         lines = response.iter_lines()
@@ -255,7 +300,14 @@ def test_a_call_is_announced_before_it_ends(running: Engine, store: ScriptedStor
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cuts_the_call(running: Engine, store: ScriptedStore, stream: bool) -> None:
     rollout = f"cut-{stream}"
-    body = {"model": "tiny", "prompt": "hello", "max_tokens": 450, "ignore_eos": True, "n": 2, "stream": stream}
+    body = {
+        "model": "tiny",
+        "prompt": "hello",
+        "max_tokens": 450,
+        "ignore_eos": True,
+        "n": 2,
+        "stream": stream,
+    }
     url = f"{running.base(rollout)}/v1/completions"
     with httpx.Client() as client:
         if stream:
@@ -265,7 +317,7 @@ def test_a_client_that_leaves_cuts_the_call(running: Engine, store: ScriptedStor
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(url, json=body, timeout=0.6)
-    (span, prompt), = recorded(store, rollout)
+    ((span, prompt),) = recorded(store, rollout)
     assert span.model_call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_CUT
     for index in (0, 1):
         choice = choice_of(span, index)
@@ -280,20 +332,33 @@ def test_a_client_that_leaves_cuts_the_call(running: Engine, store: ScriptedStor
 def test_only_inference_paths_exist_under_an_attempt(running: Engine, http: httpx.Client) -> None:
     for path in ("/v1/models", "/v1/messages/count_tokens"):
         method = http.get if path == "/v1/models" else http.post
-        answer = method(running.base("paths") + path, **({} if method == http.get else {"json": {"model": "tiny", "messages": HELLO}}))
+        answer = method(
+            running.base("paths") + path,
+            **({} if method == http.get else {"json": {"model": "tiny", "messages": HELLO}}),
+        )
         assert answer.status_code == 200, answer.text
-    for path in ("/metrics", "/v1/load_lora_adapter", "/tokenize", "/agl/interceptor", "/rollout/a/attempt/b/v1/models"):
+    for path in (
+        "/metrics",
+        "/v1/load_lora_adapter",
+        "/tokenize",
+        "/agl/interceptor",
+        "/rollout/a/attempt/b/v1/models",
+    ):
         assert http.get(running.base("paths") + path).status_code == 404, path
     assert http.get(f"{running.url}/rollout/only-half/v1/models").status_code == 404
     for path in ("/pause", "/resume", "/collective_rpc", "/update_weights"):
         assert http.post(running.url + path, json={}).status_code == 404, f"dev mode is on: {path}"
 
 
-def test_base_urls_with_agent_mode_and_notrain(running: Engine, store: ScriptedStore, http: httpx.Client) -> None:
+def test_base_urls_with_agent_mode_and_notrain(
+    running: Engine, store: ScriptedStore, http: httpx.Client
+) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
     base = running.base("segments", "at%2F9")
-    assert http.post(f"{base}/agent/planner/mode/val/notrain/v1/chat/completions", json=body).status_code == 200
-    (span, _), = store.calls_of("segments")
+    assert (
+        http.post(f"{base}/agent/planner/mode/val/notrain/v1/chat/completions", json=body).status_code == 200
+    )
+    ((span, _),) = store.calls_of("segments")
     assert ("segments", "at/9", bytes(span.span_id)) in store.spans
     assert (span.model_call.agent_name, span.model_call.mode) == ("planner", "val")
     assert span.model_call.untrainable_reason == "the agent asked for /notrain"
@@ -307,8 +372,16 @@ def test_beam_search_is_refused_in_train_mode(running: Engine, http: httpx.Clien
     assert http.post(f"{running.base('beam')}/mode/val/v1/chat/completions", json=body).status_code == 200
 
 
-def test_a_refused_request_leaves_no_open_call(running: Engine, store: ScriptedStore, http: httpx.Client) -> None:
-    body = {"model": "tiny", "prompt": [[1, 2, 3]], "max_tokens": 4, "min_tokens": 2, "stop_token_ids": [999999999]}
+def test_a_refused_request_leaves_no_open_call(
+    running: Engine, store: ScriptedStore, http: httpx.Client
+) -> None:
+    body = {
+        "model": "tiny",
+        "prompt": [[1, 2, 3]],
+        "max_tokens": 4,
+        "min_tokens": 2,
+        "stop_token_ids": [999999999],
+    }
     assert http.post(f"{running.base('refused')}/v1/completions", json=body).status_code >= 400
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
     http.post(f"{running.base('after-refused')}/v1/chat/completions", json=body)

@@ -120,7 +120,7 @@ def test_many_at_once_are_all_attributed(running: Engine, store: ScriptedStore) 
         thread.join()
     assert answers == dict.fromkeys(range(40), 200)
     for number in range(40):
-        (span, _), = store.calls_of(f"many-{number}")
+        ((span, _),) = store.calls_of(f"many-{number}")
         assert len(span.model_call.choices) == 1 + number % 2
 
 
@@ -129,7 +129,9 @@ def test_a_spool_survives_the_engine_and_a_full_one_refuses_new_attributed_calls
 ) -> None:
     with ScriptedStore() as own, httpx.Client(timeout=60) as client:
         own.stop()
-        with engine(tiny_model, own.address, tmp_path, "--spool-bytes", "1500", "--ack-timeout", "0.2") as first:
+        with engine(
+            tiny_model, own.address, tmp_path, "--spool-bytes", "1500", "--ack-timeout", "0.2"
+        ) as first:
             served = 0
             while (answer := ask(client, first, f"full-{served}")).status_code == 200:
                 served += 1

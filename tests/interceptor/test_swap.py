@@ -47,7 +47,15 @@ class Learner:
 
 @contextlib.contextmanager
 def learner(model: Path, out: Path, seed: int, scenario: str = "honest") -> Iterator[Learner]:
-    command = [engine_python(), "-m", "tests.interceptor.send_weights", str(model), str(out), str(seed), scenario]
+    command = [
+        engine_python(),
+        "-m",
+        "tests.interceptor.send_weights",
+        str(model),
+        str(out),
+        str(seed),
+        scenario,
+    ]
     with (out.parent / f"{out.stem}.log").open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
@@ -123,7 +131,9 @@ def swap_while_generating(running: Engine, store: ScriptedStore, model: Path, fo
         assert store.state(1, RECEIVED).weights_digest == digest
     answers: dict[str, Any] = {}
     threads = [
-        threading.Thread(target=lambda n=n: answers.update({str(n): generate(running, f"mid-{n}", prompt, 440)}))
+        threading.Thread(
+            target=lambda n=n: answers.update({str(n): generate(running, f"mid-{n}", prompt, 440)})
+        )
         for n in range(3)
     ]
     for thread in threads:
@@ -137,7 +147,7 @@ def swap_while_generating(running: Engine, store: ScriptedStore, model: Path, fo
     for thread in threads:
         thread.join()
     for number in range(3):
-        (span, captured_prompt), = store.calls_of(f"mid-{number}")
+        ((span, captured_prompt),) = store.calls_of(f"mid-{number}")
         choice = span.model_call.choices[0]
         tokens, logprobs = list(choice.token_ids), list(choice.logprobs)
         assert tokens == answers[str(number)]["token_ids"]
@@ -155,7 +165,7 @@ def swap_while_generating(running: Engine, store: ScriptedStore, model: Path, fo
         assert logprobs[cut:] == pytest.approx(new[cut:], abs=1e-4)
         assert max(abs(a - b) for a, b in zip(new[cut:], old[cut:], strict=True)) > 0.01
     generate(running, "after", prompt, 30)
-    (span, _), = store.calls_of("after")
+    ((span, _),) = store.calls_of("after")
     row = {"prompt": prompt, "response": list(span.model_call.choices[0].token_ids)}
     (expected,) = recompute(model, weights, [row])
     assert list(span.model_call.choices[0].logprobs) == pytest.approx(expected, abs=1e-4)
@@ -163,7 +173,7 @@ def swap_while_generating(running: Engine, store: ScriptedStore, model: Path, fo
 
 def serves_version_one(running: Engine, store: ScriptedStore, rollout: str) -> None:
     generate(running, rollout, [1, 2, 3], 5)
-    (span, _), = store.calls_of(rollout)
+    ((span, _),) = store.calls_of(rollout)
     assert [r.policy_version for r in span.model_call.choices[0].policy_runs] == [1]
 
 
@@ -216,7 +226,9 @@ def unknown_tensor_is_refused_before_any_pause(
 def store_restart_keeps_the_watch(running: Engine, store: ScriptedStore, model: Path, folder: Path) -> None:
     store.stop()
     serves = httpx.post(
-        f"{running.url}/v1/completions", json={"model": "tiny", "prompt": "hello", "max_tokens": 2}, timeout=60
+        f"{running.url}/v1/completions",
+        json={"model": "tiny", "prompt": "hello", "max_tokens": 2},
+        timeout=60,
     )
     assert serves.status_code == 200
     store.start()
@@ -230,7 +242,7 @@ def store_restart_keeps_the_watch(running: Engine, store: ScriptedStore, model: 
     store.publish(commit(version, digest))
     store.state(6, ACTIVE)
     generate(running, "six", [1, 2, 3, 4], 20)
-    (span, _), = store.calls_of("six")
+    ((span, _),) = store.calls_of("six")
     assert [r.policy_version for r in span.model_call.choices[0].policy_runs] == [6]
     row = {"prompt": [1, 2, 3, 4], "response": list(span.model_call.choices[0].token_ids)}
     (expected,) = recompute(model, weights, [row])
@@ -250,7 +262,7 @@ def test_a_first_load_that_fails_restores_the_weights_from_disk(
     store.publish(commit(version, digest))
     assert "the old weights were restored" in store.state(1, FAILED).error
     generate(running, "restored", [1, 2, 3], 30)
-    (span, _), = store.calls_of("restored")
+    ((span, _),) = store.calls_of("restored")
     assert [r.policy_version for r in span.model_call.choices[0].policy_runs] == [0]
     row = {"prompt": [1, 2, 3], "response": list(span.model_call.choices[0].token_ids)}
     (expected,) = recompute(tiny_model, None, [row])

@@ -12,7 +12,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def engine_python() -> str:
     """AGL_ENGINE_PYTHON, else the environment that `make engines` makes, else this one if it has vLLM."""
-    candidates = [os.environ.get("AGL_ENGINE_PYTHON", ""), str(REPOSITORY / ".venv-engine" / "bin" / "python")]
+    candidates = [
+        os.environ.get("AGL_ENGINE_PYTHON", ""),
+        str(REPOSITORY / ".venv-engine" / "bin" / "python"),
+    ]
     for candidate in candidates:
         if candidate and Path(candidate).exists():
             return candidate

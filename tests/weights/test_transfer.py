@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="weight transfer needs torch: run in the engine or learner environment")
+torch = pytest.importorskip(
+    "torch", reason="weight transfer needs torch: run in the engine or learner environment"
+)
 
 from agl_grpc.weights import ReceiverState, ReceiverStatus, TransferError, TransferReport  # noqa: E402 -- after importorskip
 from agl_grpc.weights.digest import digest_tensors  # noqa: E402 -- after importorskip
@@ -170,7 +172,9 @@ def test_the_digest_does_not_depend_on_the_bucket_size() -> None:
 
         digests.add(
             combined_digest(
-                d for header, memory in pack_segments(tensors(5), size) for d in segment_digests(memory, header.entries)
+                d
+                for header, memory in pack_segments(tensors(5), size)
+                for d in segment_digests(memory, header.entries)
             )
         )
     assert digests == {digest_tensors(tensors(5))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import pytest
 
@@ -48,7 +49,11 @@ def settle(receiver: WeightReceiver, limit: float = 20.0) -> ReceiverStatus:
     return status
 
 
-def in_thread(call: Callable[[], TransferReport]) -> Callable[[], TransferReport]:
+class Join(Protocol):
+    def __call__(self, nudge: Callable[[], None] = lambda: None) -> TransferReport: ...
+
+
+def in_thread(call: Callable[[], TransferReport]) -> Join:
     box: list[TransferReport | BaseException] = []
 
     def body() -> None:
@@ -60,8 +65,11 @@ def in_thread(call: Callable[[], TransferReport]) -> Callable[[], TransferReport
     thread = threading.Thread(target=body, daemon=True)
     thread.start()
 
-    def join() -> TransferReport:
-        thread.join(30)
+    def join(nudge: Callable[[], None] = lambda: None) -> TransferReport:
+        until = time.monotonic() + 30
+        while thread.is_alive() and time.monotonic() < until:
+            nudge()
+            thread.join(0.01)
         assert box, "the sender did not return"
         if isinstance(box[0], BaseException):
             raise box[0]
@@ -150,9 +158,8 @@ def test_abort_frees_the_staging_memory_and_cancel_ends_the_sender(sender: Weigh
     receiver.prepare("t1", sender.endpoint, 60)
     receiver.abort("a newer version")
     assert receiver.status().state is ReceiverState.IDLE
-    sender.cancel("the learner stops")
     with pytest.raises(TransferError, match="the learner stops"):
-        join()
+        join(lambda: sender.cancel("the learner stops"))
 
 
 def test_a_sender_that_is_not_there_is_one_line() -> None:

@@ -51,7 +51,7 @@ def _runs(name: str, runs: int) -> list[dict[str, Any]]:
 
 
 def _merge(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a figure: median, smallest and largest value, and the median ratio to the peer of the same run."""
+    """One row a figure: median, smallest and largest value, and the median ratio to the peer."""
     rows = []
     for figures in zip(*(report["figures"] for report in reports), strict=True):
         values = [figure["value"] for figure in figures]
@@ -78,18 +78,17 @@ def _write(results: dict[str, list[dict[str, Any]]]) -> None:
 
 def _table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
-        "| benchmark | figure | median | min–max | target | peer | ratio |",
+        "| benchmark | figure | median | min-max | target | peer | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, rows in results.items():
         for row in rows:
             peer = f"{row['peer']:,.4g} ({row['peer_name']})" if "peer" in row else ""
             ratio = f"{row['ratio']:.3g}" if "ratio" in row else ""
-            spread = f"{row['min']:,.4g}–{row['max']:,.4g}"
+            spread = f"{row['min']:,.4g}-{row['max']:,.4g}"
             value = f"{row['value']:,.4g} {row['unit']}"
-            lines.append(
-                f"| {name} | {row['name']} | {value} | {spread} | {row.get('target', '')} | {peer} | {ratio} |"
-            )
+            cells = (name, row["name"], value, spread, str(row.get("target", "")), peer, ratio)
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

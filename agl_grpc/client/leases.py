@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from agl_grpc.client.channel import RetryPolicy
 from agl_grpc.client.connection import Connection
 from agl_grpc.client.errors import StoreError, error_from_item
 from agl_grpc.model.attempt import Lease
@@ -110,7 +111,12 @@ class LeaseCalls(Connection):
         return [LeasedRollout.from_proto(rollout) for rollout in response.rollouts]
 
     async def renew_leases(
-        self, worker_id: str, leases: Sequence[Lease], *, acknowledged_command_ids: Sequence[int] = ()
+        self,
+        worker_id: str,
+        leases: Sequence[Lease],
+        *,
+        acknowledged_command_ids: Sequence[int] = (),
+        retry: RetryPolicy | None = None,
     ) -> Renewals:
         """Renew all of a worker's leases in one call; lost ones are told apart, never raised."""
         request = pb.RenewLeasesRequest(
@@ -118,7 +124,7 @@ class LeaseCalls(Connection):
             leases=[held_lease(lease) for lease in leases],
             acknowledged_command_ids=acknowledged_command_ids,
         )
-        response = await self.call(self.bound.runner.RenewLeases, request)
+        response = await self.call(self.bound.runner.RenewLeases, request, retry=retry)
         renewals = Renewals(commands=read_commands(response.commands))
         for renewal in response.renewals:
             if renewal.HasField("error"):
@@ -141,13 +147,18 @@ class LeaseCalls(Connection):
         ]
 
     async def release_attempts(
-        self, worker_id: str, leases: Sequence[Lease], *, reason: str = ""
+        self,
+        worker_id: str,
+        leases: Sequence[Lease],
+        *,
+        reason: str = "",
+        retry: RetryPolicy | None = None,
     ) -> list[StoreError | None]:
         """Hand attempts back unfinished; answers for each why it was refused, ``None`` = done."""
         request = pb.ReleaseAttemptsRequest(
             worker_id=worker_id, leases=[held_lease(lease) for lease in leases], reason=reason
         )
-        response = await self.call(self.bound.runner.ReleaseAttempts, request)
+        response = await self.call(self.bound.runner.ReleaseAttempts, request, retry=retry)
         return [
             error_from_item(result.error) if result.HasField("error") else None for result in response.results
         ]

@@ -15,6 +15,7 @@ from agl_grpc.store.handlers import handlers
 from agl_grpc.store.server import GrpcDoor, StartError
 from agl_grpc.store.store import Store
 from agl_grpc.store.transaction import Tx
+from agl_grpc.store.write_side import WriteSide
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class StoreServer:
             raise StartError(str(error)) from error
         try:
             signer = CredentialSigner(await store.write(_signing_key))
-            services, parsers = handlers(store, signer)
+            side = await WriteSide.start(store, signer)
+            services, parsers = handlers(side, signer)
             door = GrpcDoor(services, Authenticator(signer, config.operator_token), parsers)
             port = await door.start(config.host, config.port)
         except BaseException:

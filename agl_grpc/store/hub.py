@@ -11,7 +11,7 @@ from agl_grpc.store.transaction import EventRow
 class Waiter:
     """Somebody who wants to know that something of interest may have changed."""
 
-    __slots__ = ("_event", "entities", "refs", "run_keys")
+    __slots__ = ("_event", "_seen", "entities", "refs", "run_keys")
 
     def __init__(
         self, entities: frozenset[int], run_keys: frozenset[int] | None, refs: frozenset[int] | None
@@ -20,6 +20,7 @@ class Waiter:
         self.run_keys = run_keys
         self.refs = refs
         self._event = asyncio.Event()
+        self._seen: set[int] = set()
 
     def wants(self, event: EventRow) -> bool:
         """Whether the event is of interest."""
@@ -32,6 +33,16 @@ class Waiter:
     def wake(self) -> None:
         """Lets `wait` return."""
         self._event.set()
+
+    def note(self, ref: int) -> None:
+        """Lets `wait` return because of this entity."""
+        self._seen.add(ref)
+        self._event.set()
+
+    def take(self) -> set[int]:
+        """The entities that woke it since the last call; for waiters with `refs` only."""
+        seen, self._seen = self._seen, set()
+        return seen
 
     async def wait(self, seconds: float | None) -> bool:
         """Waits for a wake-up since the last call; False = the time is over.
@@ -101,7 +112,7 @@ class Hub:
         """Wakes whoever is concerned."""
         for event in events:
             for waiter in self._by_ref.get((event.entity, event.ref), ()):
-                waiter.wake()
+                waiter.note(event.ref)
             for waiter in self._broad:
                 if waiter.wants(event):
                     waiter.wake()

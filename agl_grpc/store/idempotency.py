@@ -42,24 +42,50 @@ def once(tx: Tx, key: RequestKey, run: Callable[[Tx], bytes]) -> bytes:
     Raises:
         StoreError: INVALID_FIELD for an id over 128 bytes, REQUEST_ID_REUSED for another request.
     """
+    response = find(tx, key)
+    if response is None:
+        response = run(tx)
+        save(tx, key, response)
+    return response
+
+
+def find(tx: Tx, key: RequestKey) -> bytes | None:
+    """The answer to the same request before; None = it is new.
+
+    Raises:
+        StoreError: As `once`.
+    """
     if not key.request_id:
-        return run(tx)
+        return None
     if len(key.request_id.encode()) > _MAX_ID:
         raise invalid_field("request_id", f"is longer than {_MAX_ID} bytes")
+    row = tx.execute(
+        "SELECT request_hash, response FROM requests WHERE digest = ?", (_digest(key),)
+    ).fetchone()
+    if row is None:
+        return None
+    if row[0] != _hash(key.request):
+        raise request_id_reused(key.request_id)
+    return bytes(row[1])
+
+
+def save(tx: Tx, key: RequestKey, response: bytes) -> None:
+    """Remembers the answer to a request; a later answer to the same one replaces it."""
+    if key.request_id:
+        tx.execute(
+            "INSERT OR REPLACE INTO requests (digest, request_hash, response, create_time) VALUES (?, ?, "
+            "?, ?)",
+            (_digest(key), _hash(key.request), response, tx.now),
+        )
+
+
+def _digest(key: RequestKey) -> bytes:
     name = "\0".join((key.principal, key.method, key.request_id)).encode()
-    digest = blake2b(name, digest_size=16).digest()
-    request_hash = blake2b(key.request, digest_size=16).digest()
-    row = tx.execute("SELECT request_hash, response FROM requests WHERE digest = ?", (digest,)).fetchone()
-    if row is not None:
-        if row[0] != request_hash:
-            raise request_id_reused(key.request_id)
-        return bytes(row[1])
-    response = run(tx)
-    tx.execute(
-        "INSERT INTO requests (digest, request_hash, response, create_time) VALUES (?, ?, ?, ?)",
-        (digest, request_hash, response, tx.now),
-    )
-    return response
+    return _hash(name)
+
+
+def _hash(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()
 
 
 def prune(tx: Tx, limit: int = 500) -> int:

@@ -31,9 +31,10 @@ class SchemaTooNew(Exception):
 
 def families() -> tuple[Family, ...]:
     """All families in the order in which they are created."""
-    from agl_grpc.store import schema_core, schema_lifecycle, schema_resources
+    from agl_grpc.store import schema_core, schema_lifecycle, schema_resources, schema_rewards, schema_spans
 
-    return (schema_core.FAMILY, schema_resources.FAMILY, schema_lifecycle.FAMILY)
+    modules = (schema_core, schema_resources, schema_lifecycle, schema_spans, schema_rewards)
+    return tuple(module.FAMILY for module in modules)
 
 
 def migrate(connection: sqlite3.Connection, chosen: Sequence[Family]) -> int:

@@ -44,6 +44,7 @@ class BidiStream(Generic[RequestT]):
     def __init__(self, context: Context, parse: Parser) -> None:
         self._context = context
         self._parse = parse
+        self._writing = asyncio.Lock()
 
     async def read(self) -> RequestT | None:
         """The caller's next message; None when it has said all.
@@ -59,7 +60,9 @@ class BidiStream(Generic[RequestT]):
 
     async def write(self, answer: Answer) -> None:
         """Send a message to the caller; waits while it reads slowly."""
-        await self._context.write(_serialise(answer))
+        # gRPC allows one write at a time, the handler's tasks may have several to say.
+        async with self._writing:
+            await self._context.write(_serialise(answer))
 
 
 def snake_case(name: str) -> str:

@@ -39,7 +39,17 @@ class Tx:
         now: The store's time in microseconds, the same for the whole command.
     """
 
-    __slots__ = ("connection", "due", "events", "execute", "executemany", "now", "on_commit", "on_rollback")
+    __slots__ = (
+        "connection",
+        "due",
+        "events",
+        "execute",
+        "executemany",
+        "finals",
+        "now",
+        "on_commit",
+        "on_rollback",
+    )
 
     def __init__(self, connection: sqlite3.Connection, now: int) -> None:
         self.connection = connection
@@ -47,8 +57,9 @@ class Tx:
         self.executemany = connection.executemany
         self.now = now
         self.events: list[EventRow] = []
-        self.on_commit: list[Callable[[], None]] = []
-        self.on_rollback: list[Callable[[], None]] = []
+        self.on_commit: list[Callable[[], object]] = []
+        self.on_rollback: list[Callable[[], object]] = []
+        self.finals: list[Callable[[], object]] = []
         self.due: int | None = None
 
     def event(
@@ -65,13 +76,17 @@ class Tx:
         """Adds an entry to the event log, in this transaction; the fields are those of EventRow."""
         self.events.append(EventRow(run_key, entity, kind, ref, low, high, self.now, entity_id))
 
-    def after_commit(self, callback: Callable[[], None]) -> None:
+    def after_commit(self, callback: Callable[[], object]) -> None:
         """Calls back on the event loop once the change is on disk, before the command's own answer."""
         self.on_commit.append(callback)
 
-    def after_rollback(self, callback: Callable[[], None]) -> None:
+    def after_rollback(self, callback: Callable[[], object]) -> None:
         """Calls back in the writer's thread if this command comes to nothing."""
         self.on_rollback.append(callback)
+
+    def at_end(self, callback: Callable[[], object]) -> None:
+        """Calls back at the end of the command, still inside its transaction."""
+        self.finals.append(callback)
 
     def arm(self, due: int | None) -> None:
         """Makes sure that timers are looked at no later than this moment (microseconds)."""

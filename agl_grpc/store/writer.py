@@ -198,6 +198,8 @@ class Writer:
         connection.execute("SAVEPOINT command")
         try:
             command.result = command.run(tx)
+            for callback in tx.finals:
+                callback()
         except sqlite3.Error as error:
             if _is_storage(error):
                 raise

@@ -1,0 +1,173 @@
+"""Rows as messages of the contract."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from typing import Any
+
+from google.protobuf import duration_pb2, timestamp_pb2
+
+from agl_grpc.store.clock import SECOND
+from agl_grpc.v1 import attempt_pb2, common_pb2, rollout_pb2, run_pb2
+
+_ROLLOUT = (
+    "SELECT r.rollout_key, b.body, r.status, r.sealed, r.end_time, r.failure, r.attempt_count, a.attempt_id, "
+    "s.resources_id, s.version, r.latest_attempt_key FROM rollouts r "
+    "JOIN rollout_bodies b ON b.rollout_key = r.rollout_key "
+    "LEFT JOIN attempts a ON a.attempt_key = r.latest_attempt_key "
+    "LEFT JOIN resources s ON s.resource_key = r.resource_key "
+)
+_ATTEMPT = (
+    "SELECT a.attempt_key, a.attempt_id, a.sequence_id, a.status, a.start_time, a.end_time, w.worker_id, "
+    "a.last_heartbeat_time, a.metadata, a.failure, s.resources_id, s.version, a.leased, a.sealed, "
+    "a.seal_time, "
+    "a.capture_incomplete, a.open_calls, a.lease_lost, r.rollout_id FROM attempts a "
+    "JOIN rollouts r ON r.rollout_key = a.rollout_key "
+    "LEFT JOIN workers w ON w.worker_key = a.worker_key "
+    "LEFT JOIN resources s ON s.resource_key = a.resource_key "
+)
+
+
+def set_time(field: timestamp_pb2.Timestamp, micros: int | None) -> None:
+    """Fills a timestamp field from microseconds; None leaves it unset."""
+    if micros is not None:
+        field.seconds, rest = divmod(micros, SECOND)
+        field.nanos = rest * 1000
+
+
+def time_of(field: timestamp_pb2.Timestamp) -> int:
+    """Microseconds since the epoch."""
+    return field.seconds * SECOND + field.nanos // 1000
+
+
+def set_duration(field: duration_pb2.Duration, micros: int | None) -> None:
+    """Fills a duration field from microseconds; None leaves it unset."""
+    if micros is not None:
+        field.seconds, rest = divmod(micros, SECOND)
+        field.nanos = rest * 1000
+
+
+def duration_of(field: duration_pb2.Duration) -> int:
+    """Microseconds."""
+    return field.seconds * SECOND + field.nanos // 1000
+
+
+def rollout_message(row: Any) -> rollout_pb2.Rollout:
+    """A Rollout from a row of `select_rollouts`."""
+    rollout = rollout_pb2.Rollout.FromString(row[1])
+    rollout.status = row[2]
+    rollout.sealed = bool(row[3])
+    set_time(rollout.end_time, row[4])
+    if row[5]:
+        rollout.failure.MergeFromString(row[5])
+    rollout.attempt_count = row[6]
+    if row[7]:
+        rollout.latest_attempt_id = row[7]
+    if row[8]:
+        rollout.resources_id = row[8]
+        rollout.resources_version = row[9]
+    return rollout
+
+
+def select_rollouts(db: sqlite3.Connection, where: str, *values: object) -> list[Any]:
+    """Rows for `rollout_message`: [0] is the rollout's key, [10] its newest attempt's."""
+    return db.execute(_ROLLOUT + where, values).fetchall()
+
+
+def load_rollout(db: sqlite3.Connection, key: int) -> rollout_pb2.Rollout:
+    """A rollout that exists."""
+    return rollout_message(select_rollouts(db, "WHERE r.rollout_key = ?", key)[0])
+
+
+def load_rollouts(db: sqlite3.Connection, keys: Iterable[int]) -> dict[int, rollout_pb2.Rollout]:
+    """Those of the rollouts that exist, by key."""
+    found: dict[int, rollout_pb2.Rollout] = {}
+    for key in keys:
+        for row in select_rollouts(db, "WHERE r.rollout_key = ?", key):
+            found[key] = rollout_message(row)
+    return found
+
+
+def attempt_message(row: Any) -> attempt_pb2.Attempt:
+    """An Attempt from a row of `select_attempts`."""
+    attempt = attempt_pb2.Attempt(
+        rollout_id=row[18],
+        attempt_id=row[1],
+        sequence_id=row[2],
+        status=row[3],
+        worker_id=row[6] or "",
+        resources_id=row[10] or "",
+        resources_version=row[11] or 0,
+        leased=bool(row[12]),
+        sealed=bool(row[13]),
+        capture_incomplete=bool(row[15]),
+        open_calls=max(0, row[16]),
+        lease_lost=bool(row[17]),
+    )
+    set_time(attempt.start_time, row[4])
+    set_time(attempt.end_time, row[5])
+    set_time(attempt.last_heartbeat_time, row[7])
+    set_time(attempt.seal_time, row[14])
+    if row[8]:
+        attempt.metadata.extend(key_values(row[8]))
+    if row[9]:
+        attempt.failure.MergeFromString(row[9])
+    return attempt
+
+
+def select_attempts(db: sqlite3.Connection, where: str, *values: object) -> list[Any]:
+    """Rows for `attempt_message`: [0] is the attempt's key."""
+    return db.execute(_ATTEMPT + where, values).fetchall()
+
+
+def load_attempt(db: sqlite3.Connection, key: int) -> attempt_pb2.Attempt:
+    """An attempt that exists."""
+    return attempt_message(select_attempts(db, "WHERE a.attempt_key = ?", key)[0])
+
+
+def load_attempted(
+    db: sqlite3.Connection, key: int, attempt_key: int | None = None
+) -> rollout_pb2.AttemptedRollout:
+    """A rollout with one of its attempts, by default the newest."""
+    row = select_rollouts(db, "WHERE r.rollout_key = ?", key)[0]
+    return attempted_message(db, row, attempt_key)
+
+
+def attempted_message(
+    db: sqlite3.Connection, row: Any, attempt_key: int | None = None
+) -> rollout_pb2.AttemptedRollout:
+    """An AttemptedRollout from a row of `select_rollouts`."""
+    attempted = rollout_pb2.AttemptedRollout(rollout=rollout_message(row))
+    chosen = attempt_key or row[10]
+    if chosen is not None:
+        attempted.attempt.CopyFrom(load_attempt(db, chosen))
+    return attempted
+
+
+def key_values(blob: bytes) -> Iterable[common_pb2.KeyValue]:
+    """Stored notes."""
+    return common_pb2.KeyValueList.FromString(blob).values
+
+
+def key_values_blob(values: Iterable[common_pb2.KeyValue]) -> bytes | None:
+    """Notes for storing; None = there are none."""
+    return common_pb2.KeyValueList(values=values).SerializeToString() or None
+
+
+def load_run(db: sqlite3.Connection, run_key: int) -> run_pb2.Run:
+    """A run that exists."""
+    row = db.execute(
+        "SELECT run_id, create_time, metadata, allow_self_grading, retention, paused, seal_timeout "
+        "FROM runs WHERE run_key = ?",
+        (run_key,),
+    ).fetchone()
+    run = run_pb2.Run(run_id=row[0], allow_self_grading=bool(row[3]), paused=bool(row[5]))
+    set_time(run.create_time, row[1])
+    if row[2]:
+        run.metadata.extend(key_values(row[2]))
+    set_duration(run.retention, row[4])
+    set_duration(run.seal_timeout, row[6])
+    paused = db.execute("SELECT name FROM queues WHERE run_key = ? AND paused = 1 ORDER BY name", (run_key,))
+    run.paused_queues.extend(name for (name,) in paused)
+    return run

@@ -1,0 +1,64 @@
+"""Which objects serve which service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from agl_grpc.model import raw
+from agl_grpc.store.credentials import CredentialSigner
+from agl_grpc.store.handlers.attempts import AttemptHandlers
+from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
+from agl_grpc.store.handlers.rewards import RewardHandlers
+from agl_grpc.store.handlers.rollouts import RolloutHandlers
+from agl_grpc.store.handlers.runner import RunnerHandlers
+from agl_grpc.store.handlers.runs import RunHandlers
+from agl_grpc.store.handlers.span_reads import SpanReadHandlers
+from agl_grpc.store.handlers.span_writes import SpanWriteHandlers
+from agl_grpc.store.handlers.watches import WatchHandlers
+from agl_grpc.store.handlers.workers import WorkerHandlers
+from agl_grpc.store.info import InfoHandlers
+from agl_grpc.store.rewards import forget_rewards
+from agl_grpc.store.service import Parser
+from agl_grpc.store.span_stream import prune_producers
+from agl_grpc.store.span_write import forget_spans
+from agl_grpc.store.write_side import WriteSide
+from agl_grpc.v1 import runner_service_pb2, store_service_pb2, trainer_service_pb2
+
+_STORE = store_service_pb2.DESCRIPTOR.services_by_name["StoreService"]
+_RUNNER = runner_service_pb2.DESCRIPTOR.services_by_name["RunnerService"]
+_TRAINER = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"]
+
+
+def handlers(
+    side: WriteSide, signer: CredentialSigner
+) -> tuple[Mapping[ServiceDescriptor, Sequence[object]], Mapping[str, Parser]]:
+    """The handler objects of each service, and the parsers that replace generated request types.
+
+    Args:
+        side: What they serve.
+        signer: Mints attempt credentials.
+    """
+    services: dict[ServiceDescriptor, list[object]] = {
+        _STORE: [
+            InfoHandlers(side.store),
+            RunHandlers(side),
+            RolloutHandlers(side),
+            AttemptHandlers(side),
+            WorkerHandlers(side),
+            WatchHandlers(side),
+            SpanWriteHandlers(side.store),
+            SpanReadHandlers(side.store),
+            RewardHandlers(side.store),
+        ],
+        _RUNNER: [RunnerHandlers(side), LeaseStreamHandlers(side)],
+        _TRAINER: [],
+    }
+    parsers: dict[str, Parser] = {
+        "AppendSpans": raw.RawAppendSpansRequest.FromString,
+        "StreamSpans": raw.RawStreamSpansRequest.FromString,
+    }
+    side.store.maintenance.register(prune_producers)
+    side.rollouts.on_delete += [forget_spans, forget_rewards]
+    return services, parsers

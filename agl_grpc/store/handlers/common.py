@@ -1,0 +1,49 @@
+"""What handlers of several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from google.protobuf import field_mask_pb2
+from google.protobuf.message import Message
+
+from agl_grpc.store.call import Call
+from agl_grpc.store.errors import invalid_field
+from agl_grpc.store.idempotency import RequestKey
+from agl_grpc.store.store import Store
+from agl_grpc.store.transaction import Tx
+
+
+def request_key(call: Call, request: Message) -> RequestKey:
+    """The name of a logical call (R13)."""
+    request_id: str = getattr(request, "request_id", "")
+    body = request.SerializeToString(deterministic=True) if request_id else b""
+    return RequestKey(call.caller.principal, call.method, request_id, body)
+
+
+async def change(
+    store: Store, call: Call, request: Message, run: Callable[[Tx], Message], rows: int = 1
+) -> bytes:
+    """Carries a change out once for its request id; returns the serialised response."""
+    return await store.change(request_key(call, request), lambda tx: run(tx).SerializeToString(), rows)
+
+
+def mask_paths(mask: field_mask_pb2.FieldMask) -> list[str]:
+    """The fields that an update names.
+
+    Raises:
+        StoreError: INVALID_FIELD when it names none.
+    """
+    if not mask.paths:
+        raise invalid_field("update_mask", "must name at least one field")
+    return list(mask.paths)
+
+
+def at_most(count: int, limit: int, path: str) -> None:
+    """Checks the length of a batch.
+
+    Raises:
+        StoreError: INVALID_FIELD.
+    """
+    if count > limit:
+        raise invalid_field(path, f"has {count} items; at most {limit} are allowed")

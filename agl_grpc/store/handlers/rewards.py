@@ -1,0 +1,98 @@
+"""PutRewards and ListRewards."""
+
+from __future__ import annotations
+
+import hmac
+import sqlite3
+
+from google.protobuf.message import Message
+
+from agl_grpc.store import errors, limits
+from agl_grpc.store.call import Call
+from agl_grpc.store.handlers.common import change
+from agl_grpc.store.names import attempt_status
+from agl_grpc.store.paging import Order, PageRequest, check_size, fetch_page
+from agl_grpc.store.rewards import load_rewards, put_rewards
+from agl_grpc.store.rows import AttemptRow, attempt_by_name, rollout_by_key
+from agl_grpc.store.store import Store
+from agl_grpc.store.transaction import Tx
+from agl_grpc.v1 import store_service_pb2
+
+_SOURCE = (
+    "rewards w JOIN attempts a ON a.attempt_key = w.attempt_key "
+    "JOIN rollouts r ON r.rollout_key = a.rollout_key"
+)
+_NEWEST = (
+    "NOT EXISTS (SELECT 1 FROM rewards n WHERE n.attempt_key = w.attempt_key AND n.name = w.name "
+    "AND n.target_ref = w.target_ref AND n.step = w.step AND n.grader = w.grader "
+    "AND n.revision > w.revision)"
+)
+_MOST_ROLLOUTS = 1000
+
+
+class RewardHandlers:
+    """Serves rewards of one store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def put_rewards(self, request: store_service_pb2.PutRewardsRequest, call: Call) -> bytes:
+        """Write rewards, all or none."""
+        if not 1 <= len(request.rewards) <= limits.BATCH_ITEMS:
+            raise errors.invalid_field("rewards", f"must be 1 to {limits.BATCH_ITEMS}")
+
+        def run(tx: Tx) -> Message:
+            answer = store_service_pb2.PutRewardsResponse()
+            for index, reward in enumerate(request.rewards):
+                credential = call.caller.credential
+                attempt_id = reward.attempt_id or (credential.attempt_id if credential else "")
+                if not attempt_id:
+                    raise errors.invalid_field(f"rewards[{index}].attempt_id", "is required")
+                attempt = attempt_by_name(tx.connection, reward.rollout_id, attempt_id)
+                _authorise(tx, attempt, request.lease_token, call)
+                rollout_id = rollout_by_key(tx.connection, attempt.rollout_key).rollout_id
+                answer.rewards.extend(put_rewards(tx, attempt, rollout_id, [reward]))
+            return answer
+
+        return await change(self._store, call, request, run, rows=len(request.rewards))
+
+    async def list_rewards(
+        self, request: store_service_pb2.ListRewardsRequest, _call: Call
+    ) -> store_service_pb2.ListRewardsResponse:
+        """Rewards of rollouts in the order in which they were written."""
+        count = len(request.rollout_ids)
+        if not 1 <= count <= _MOST_ROLLOUTS:
+            raise errors.invalid_field("rollout_ids", f"must be 1 to {_MOST_ROLLOUTS}")
+        size = check_size(request.page_size)
+        where = [f"r.rollout_id IN ({','.join('?' * count)})"]
+        values: list[object] = list(request.rollout_ids)
+        if request.attempt_id:
+            where.append("a.attempt_id = ?")
+            values.append(request.attempt_id)
+        if not request.all_revisions:
+            where.append(_NEWEST)
+
+        def read(db: sqlite3.Connection) -> store_service_pb2.ListRewardsResponse:
+            order = Order("w.reward_key", "w.reward_key", descending=False)
+            wanted = PageRequest(size, request.page_token, 0, count=False)
+            page = fetch_page(db, _SOURCE, " AND ".join(where), values, order, wanted)
+            rewards = load_rewards(db, page.keys)
+            return store_service_pb2.ListRewardsResponse(rewards=rewards, next_page_token=page.next_token)
+
+        return await self._store.read(read)
+
+
+def _authorise(tx: Tx, attempt: AttemptRow, lease_token: bytes, call: Call) -> None:
+    """A worker shows its lease; an agent may judge itself only where its run allows it."""
+    if lease_token:
+        if attempt.lease_token is None or not hmac.compare_digest(attempt.lease_token, lease_token):
+            raise errors.lease_lost(attempt.attempt_id, attempt_status(attempt.status))
+        return
+    if call.caller.credential is None:
+        return
+    call.caller.require_attempt(attempt.attempt_id)
+    (allowed,) = tx.execute(
+        "SELECT allow_self_grading FROM runs WHERE run_key = ?", (attempt.run_key,)
+    ).fetchone()
+    if not allowed:
+        raise errors.not_permitted("run allows self-grading")

@@ -1,0 +1,202 @@
+"""RunnerService, the unary half: long poll, renewals, completions, releases, heartbeats."""
+
+from __future__ import annotations
+
+import asyncio
+
+from agl_grpc.store import commands, idempotency, limits, workers
+from agl_grpc.store.call import Call
+from agl_grpc.store.catalog import labels_of
+from agl_grpc.store.clock import SECOND
+from agl_grpc.store.dispatch import Waiter
+from agl_grpc.store.encode import duration_of
+from agl_grpc.store.errors import invalid_field
+from agl_grpc.store.handlers.common import at_most, change, request_key
+from agl_grpc.store.idempotency import RequestKey
+from agl_grpc.store.leases import wanted_duration
+from agl_grpc.store.transaction import Tx
+from agl_grpc.store.write_side import WriteSide
+from agl_grpc.v1 import runner_service_pb2
+
+_MOST_LEASES = 1000
+
+
+def waiter_of(
+    side: WriteSide, tx: Tx, worker_id: str, session_id: str, work: runner_service_pb2.WorkRequest
+) -> Waiter:
+    """A waiter without credits for what a worker asks for; notes what the worker serves.
+
+    Raises:
+        StoreError: NOT_FOUND for an unknown run, INVALID_FIELD.
+    """
+    worker_key = side.catalog.worker(tx, worker_id)
+    if worker_key is None:
+        raise invalid_field("worker_id", "must not be empty")
+    run = side.catalog.run(tx, work.run_id)
+    names = list(dict.fromkeys(work.queues)) or [""]
+    at_most(len(names), 100, "work.queues")
+    queues = tuple(side.catalog.queue(tx, run, name).queue_key for name in names)
+    workers.serves(tx, worker_key, work)
+    return Waiter(
+        run_key=run.run_key,
+        queue_keys=queues,
+        labels=labels_of(work.labels, "work.labels") or None,
+        worker_key=worker_key,
+        worker_id=worker_id,
+        session_id=session_id,
+        duration=wanted_duration(work),
+        deliver=lambda _leased: None,
+    )
+
+
+class _Poll:
+    """A long poll: one answer, made in the transaction that makes the leases."""
+
+    def __init__(
+        self, side: WriteSide, request: runner_service_pb2.LeaseRolloutsRequest, key: RequestKey
+    ) -> None:
+        self._side = side
+        self._request = request
+        self._key = key
+        self._waiter: Waiter | None = None
+        self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def begin(self, tx: Tx, waits: bool) -> None:
+        """Leases what is ready, else lines up if it may wait."""
+        stored = idempotency.find(tx, self._key)
+        if stored is not None:
+            tx.after_commit(lambda: self._resolve(stored))
+            return
+        request = self._request
+        waiter = waiter_of(self._side, tx, request.worker_id, request.session_id, request.work)
+        waiter.batch = []
+        waiter.once = self._taken
+        self._side.dispatcher.add_credits(tx, waiter, min(max(request.limit, 1), _MOST_LEASES))
+        self._waiter = waiter
+        if not self._side.moves.serve(tx, waiter) and not waits:
+            self.end(tx)
+            tx.after_commit(lambda: self._resolve(b""))
+
+    def _taken(self, tx: Tx) -> None:
+        # The first delivery of a command: whatever else the command delivers goes into the same answer.
+        tx.at_end(lambda: self._finish(tx))
+
+    def _finish(self, tx: Tx) -> None:
+        assert self._waiter is not None
+        self._side.dispatcher.leave(self._waiter)
+        answer = runner_service_pb2.LeaseRolloutsResponse(rollouts=self._waiter.batch).SerializeToString()
+        idempotency.save(tx, self._key, answer)
+        tx.after_commit(lambda: self._resolve(answer))
+
+    def end(self, tx: Tx) -> None:
+        """Waits no more."""
+        if self._waiter is not None:
+            self._side.dispatcher.close(self._waiter)
+
+    def give_back(self, tx: Tx) -> None:
+        """The caller is gone: what it cannot learn of by asking again is released at once."""
+        self.end(tx)
+        if self._waiter is None or self._key.request_id:
+            return
+        held = [
+            runner_service_pb2.HeldLease(attempt_id=one.lease.attempt_id, lease_token=one.lease.lease_token)
+            for one in self._waiter.batch or ()
+        ]
+        self._side.leases.release(tx, held, "its worker went away before the delivery")
+
+    def _resolve(self, answer: bytes) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+
+class RunnerHandlers:
+    """Serves the unary methods of RunnerService."""
+
+    def __init__(self, side: WriteSide) -> None:
+        self._side = side
+        self._store = side.store
+        self._cleanups: set[asyncio.Task[None]] = set()
+
+    async def lease_rollouts(self, request: runner_service_pb2.LeaseRolloutsRequest, call: Call) -> bytes:
+        """Long poll for work."""
+        if not 0 <= request.limit <= _MOST_LEASES:
+            raise invalid_field("limit", f"must be between 0 (= 1) and {_MOST_LEASES}")
+        wanted = min(duration_of(request.wait) / SECOND, limits.LONG_POLL_SECONDS)
+        seconds = call.wait_limit(wanted)
+        poll = _Poll(self._side, request, request_key(call, request))
+        try:
+            await self._store.write(lambda tx: poll.begin(tx, seconds > 0 and not call.drain.is_set()))
+            return await self._wait(poll, call, seconds)
+        except asyncio.CancelledError:
+            task = asyncio.get_running_loop().create_task(self._store.write(poll.give_back))
+            self._cleanups.add(task)
+            task.add_done_callback(self._cleanups.discard)
+            raise
+
+    async def _wait(self, poll: _Poll, call: Call, seconds: float) -> bytes:
+        if poll.answer.done():
+            return poll.answer.result()
+        drain = asyncio.ensure_future(call.drain.wait())
+        try:
+            await asyncio.wait((poll.answer, drain), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            drain.cancel()
+        if not poll.answer.done():
+            # Once this is carried out, no delivery can come any more.
+            await self._store.write(poll.end)
+        return poll.answer.result() if poll.answer.done() else b""
+
+    async def renew_leases(self, request: runner_service_pb2.RenewLeasesRequest, call: Call) -> bytes:
+        """Renews all leases of a worker."""
+        at_most(len(request.leases), limits.BATCH_ITEMS, "leases")
+
+        def run(tx: Tx) -> runner_service_pb2.RenewLeasesResponse:
+            worker_key = self._worker(tx, request.worker_id)
+            if request.acknowledged_command_ids:
+                commands.acknowledge(tx, worker_key, request.acknowledged_command_ids)
+            renewals = self._side.leases.renew(tx, worker_key, request.leases)
+            pending = commands.pending(tx.connection, worker_key)
+            return runner_service_pb2.RenewLeasesResponse(renewals=renewals, commands=pending)
+
+        return await change(self._store, call, request, run, 1 + len(request.leases))
+
+    async def complete_attempts(
+        self, request: runner_service_pb2.CompleteAttemptsRequest, call: Call
+    ) -> bytes:
+        """Ends attempts with their results."""
+        at_most(len(request.completions), limits.BATCH_ITEMS, "completions")
+
+        def run(tx: Tx) -> runner_service_pb2.CompleteAttemptsResponse:
+            results = self._side.leases.complete(tx, request.completions)
+            return runner_service_pb2.CompleteAttemptsResponse(results=results)
+
+        return await change(self._store, call, request, run, 4 * len(request.completions))
+
+    async def release_attempts(self, request: runner_service_pb2.ReleaseAttemptsRequest, call: Call) -> bytes:
+        """Takes attempts back unfinished."""
+        at_most(len(request.leases), limits.BATCH_ITEMS, "leases")
+
+        def run(tx: Tx) -> runner_service_pb2.ReleaseAttemptsResponse:
+            results = self._side.leases.release(tx, request.leases, request.reason)
+            return runner_service_pb2.ReleaseAttemptsResponse(results=results)
+
+        return await change(self._store, call, request, run, 4 * len(request.leases))
+
+    async def heartbeat(self, request: runner_service_pb2.HeartbeatRequest, call: Call) -> bytes:
+        """A worker's sign of life."""
+
+        def run(tx: Tx) -> runner_service_pb2.HeartbeatResponse:
+            worker_key = self._worker(tx, request.worker_id)
+            workers.heartbeat(tx, worker_key, request)
+            return runner_service_pb2.HeartbeatResponse(
+                worker=workers.load_worker(tx.connection, worker_key, tx.now),
+                commands=commands.pending(tx.connection, worker_key),
+            )
+
+        return await change(self._store, call, request, run)
+
+    def _worker(self, tx: Tx, worker_id: str) -> int:
+        worker_key = self._side.catalog.worker(tx, worker_id)
+        if worker_key is None:
+            raise invalid_field("worker_id", "must not be empty")
+        return worker_key

@@ -1,0 +1,121 @@
+"""Spans on their way in: AppendSpans, StreamSpans, ReserveSpanSequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+
+from agl_grpc.store import errors, limits, rows
+from agl_grpc.store.call import Call
+from agl_grpc.store.handlers.common import change
+from agl_grpc.store.info import durability
+from agl_grpc.store.service import BidiStream
+from agl_grpc.store.span_check import CheckedGroup, check_group
+from agl_grpc.store.span_queue import SpanQueue
+from agl_grpc.store.span_stream import SpanStream, SpanStreams
+from agl_grpc.store.span_write import SpanMessage, SpanOutcome, last_sequence, raise_sequence
+from agl_grpc.store.store import Store
+from agl_grpc.store.transaction import Tx
+from agl_grpc.v1 import store_service_pb2
+
+_OVERHEAD = 200  # bytes of Python objects for each span
+
+
+class SpanWriteHandlers:
+    """Serves the writing rpcs of spans.
+
+    Args:
+        store: Where they go.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._queue = SpanQueue(store)
+        self._streams = SpanStreams()
+
+    async def append_spans(self, request: Any, call: Call) -> store_service_pb2.AppendSpansResponse:
+        """Store a RawAppendSpansRequest; answered when it is on disk."""
+        message = read_message(request.groups, call, self._store.clock.now() * 1000)
+        outcome = await self._queue.put(message)
+        answer = store_service_pb2.AppendSpansResponse(
+            stored=outcome.stored,
+            duplicates=outcome.duplicates,
+            rejected=rejections(outcome),
+            durability=durability(self._store),
+        )
+        if request.return_sequence_ids:
+            answer.sequence_ids.extend(outcome.sequence_ids)
+        return answer
+
+    async def stream_spans(self, stream: BidiStream[Any], call: Call) -> None:
+        """Store RawStreamSpansRequests as they come and acknowledge what is on disk."""
+
+        def read(groups: Iterable[Any]) -> SpanMessage:
+            return read_message(groups, call, self._store.clock.now() * 1000)
+
+        await SpanStream(self._store, self._queue, self._streams, stream, call, read).run()
+
+    async def reserve_span_sequences(
+        self, request: store_service_pb2.ReserveSpanSequencesRequest, call: Call
+    ) -> bytes:
+        """Hand out sequence ids; a rollout's counter rises by one for each."""
+        if len(request.keys) > limits.BATCH_ITEMS:
+            raise errors.invalid_field("keys", f"has {len(request.keys)} items, at most {limits.BATCH_ITEMS}")
+        for key in request.keys:
+            call.caller.require_attempt(key.attempt_id)
+
+        def run(tx: Tx) -> Message:
+            answer = store_service_pb2.ReserveSpanSequencesResponse()
+            for key in request.keys:
+                rollout_key = rows.attempt_by_name(tx.connection, key.rollout_id, key.attempt_id).rollout_key
+                sequence = last_sequence(tx.connection, rollout_key) + 1
+                raise_sequence(tx, rollout_key, sequence)
+                answer.sequence_ids.append(sequence)
+            return answer
+
+        return await change(self._store, call, request, run, rows=len(request.keys))
+
+
+def read_message(groups: Iterable[Any], call: Call, now_ns: int) -> SpanMessage:
+    """Check raw groups of spans and who sent them.
+
+    Raises:
+        StoreError: INVALID_FIELD when there are too many spans.
+    """
+    checked: list[CheckedGroup] = []
+    size = rows_ = 0
+    for index, group in enumerate(groups):
+        count = len(group.spans)
+        rows_ += count
+        if rows_ > limits.SPANS_PER_MESSAGE:
+            raise errors.invalid_field(
+                "groups", f"hold more than {limits.SPANS_PER_MESSAGE} spans; send fewer"
+            )
+        one = check_group(group, index, now_ns)
+        _authorise(one, call)
+        checked.append(one)
+        size += group.ByteSize() + _OVERHEAD * count
+    return SpanMessage(checked, size, rows_)
+
+
+def _authorise(group: CheckedGroup, call: Call) -> None:
+    """An agent's credential stands for its own attempt and for no other."""
+    credential = call.caller.credential
+    if credential is None:
+        return
+    group.attempt_id = group.attempt_id or credential.attempt_id
+    if group.attempt_id != credential.attempt_id:
+        group.refuse(errors.not_permitted(f"a credential of attempt {group.attempt_id}"))
+
+
+def rejections(outcome: SpanOutcome) -> Sequence[store_service_pb2.RejectedSpan]:
+    """What was not stored of a message, as the contract says it."""
+    return [
+        store_service_pb2.RejectedSpan(
+            group_index=group.index, index=index, status=error.to_item(), span_id=span_id
+        )
+        for group in outcome.groups
+        for index, span_id, error in group.rejected
+    ]

@@ -1,0 +1,134 @@
+"""WatchRollouts and WatchAttempts."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from functools import partial
+
+from agl_grpc.store.attempts import ATTEMPT, ROLLOUT
+from agl_grpc.store.call import Call
+from agl_grpc.store.encode import load_attempt
+from agl_grpc.store.errors import invalid_field
+from agl_grpc.store.filters import condition_of, run_key_of
+from agl_grpc.store.handlers.rollouts import load_listed
+from agl_grpc.store.watches import LogEntry, LogWatch
+from agl_grpc.store.write_side import WriteSide
+from agl_grpc.v1 import event_pb2, rollout_pb2, store_service_pb2
+
+_DELETED = int(event_pb2.EVENT_KIND_DELETED)
+_PAGE = 200
+Answer = store_service_pb2.WatchRolloutsResponse
+
+
+class WatchHandlers:
+    """Serves the watches of rollouts and attempts."""
+
+    def __init__(self, side: WriteSide) -> None:
+        self._store = side.store
+
+    async def watch_rollouts(
+        self, request: store_service_pb2.WatchRolloutsRequest, _call: Call
+    ) -> AsyncIterator[Answer]:
+        """Rollouts as they change."""
+        if request.include_existing and request.cursor:
+            raise invalid_field("cursor", "must be 0 with include_existing")
+        run_key = await self._store.read(lambda db: run_key_of(db, request.filter.run_id))
+
+        def build(db: sqlite3.Connection, entries: list[LogEntry]) -> Answer | None:
+            answer = _changed(db, request.filter, entries, with_attempts=request.include_attempts)
+            return answer if answer.rollouts or answer.deleted_rollout_ids else None
+
+        watch = LogWatch(self._store, ROLLOUT, run_key, build)
+        cursor = await watch.start(request.cursor)
+        if request.include_existing:
+            async for page in self._existing(request):
+                yield page
+        yield Answer(cursor=cursor, checkpoint=True)
+        async for found in watch.follow(cursor):
+            answer = found.answer or Answer(checkpoint=True)
+            answer.cursor = found.cursor
+            yield answer
+
+    async def _existing(self, request: store_service_pb2.WatchRolloutsRequest) -> AsyncIterator[Answer]:
+        after = 0
+        while True:
+            keys = await self._store.read(partial(_matching, request.filter, after))
+            if not keys:
+                return
+            answer = await self._store.read(partial(_page, request, keys))
+            if answer.rollouts:
+                yield answer
+            after = keys[-1]
+
+    async def watch_attempts(
+        self, request: store_service_pb2.WatchAttemptsRequest, _call: Call
+    ) -> AsyncIterator[store_service_pb2.WatchAttemptsResponse]:
+        """Attempts as they change."""
+        run_key = await self._store.read(lambda db: run_key_of(db, request.run_id))
+        wanted = frozenset(request.rollout_ids)
+
+        def build(
+            db: sqlite3.Connection, entries: list[LogEntry]
+        ) -> store_service_pb2.WatchAttemptsResponse | None:
+            answer = store_service_pb2.WatchAttemptsResponse()
+            for key in dict.fromkeys(entry.ref for entry in entries):
+                if db.execute("SELECT 1 FROM attempts WHERE attempt_key = ?", (key,)).fetchone():
+                    attempt = load_attempt(db, key)
+                    if not wanted or attempt.rollout_id in wanted:
+                        answer.attempts.append(attempt)
+            return answer if answer.attempts else None
+
+        watch = LogWatch(self._store, ATTEMPT, run_key, build)
+        cursor = await watch.start(request.cursor)
+        yield store_service_pb2.WatchAttemptsResponse(cursor=cursor, checkpoint=True)
+        async for found in watch.follow(cursor):
+            answer = found.answer or store_service_pb2.WatchAttemptsResponse(checkpoint=True)
+            answer.cursor = found.cursor
+            yield answer
+
+
+def _changed(
+    db: sqlite3.Connection,
+    chosen: rollout_pb2.RolloutFilter,
+    entries: list[LogEntry],
+    *,
+    with_attempts: bool,
+) -> Answer:
+    gone = {entry.ref: entry.entity_id for entry in entries if entry.kind == _DELETED}
+    keys = [key for key in dict.fromkeys(entry.ref for entry in entries) if key not in gone]
+    answer = Answer(deleted_rollout_ids=[rollout_id for rollout_id in gone.values() if rollout_id])
+    for key in _still(db, chosen, keys):
+        answer.rollouts.append(load_listed(db, key, with_attempt=with_attempts))
+    return answer
+
+
+def _page(request: store_service_pb2.WatchRolloutsRequest, keys: list[int], db: sqlite3.Connection) -> Answer:
+    answer = Answer()
+    for key in _still(db, request.filter, keys):
+        answer.rollouts.append(load_listed(db, key, with_attempt=request.include_attempts))
+    return answer
+
+
+def _still(db: sqlite3.Connection, chosen: rollout_pb2.RolloutFilter, keys: list[int]) -> list[int]:
+    """Those of the rollouts that exist and match, in the order given."""
+    where = condition_of(db, chosen)
+    marks = ",".join(map(str, keys))
+    found = {
+        key
+        for (key,) in db.execute(
+            f"SELECT r.rollout_key FROM rollouts r WHERE r.rollout_key IN ({marks}) AND {where.sql}",
+            where.values,
+        )
+    }
+    return [key for key in keys if key in found]
+
+
+def _matching(chosen: rollout_pb2.RolloutFilter, after: int, db: sqlite3.Connection) -> list[int]:
+    where = condition_of(db, chosen)
+    rows = db.execute(
+        f"SELECT r.rollout_key FROM rollouts r WHERE r.rollout_key > ? AND {where.sql} "
+        "ORDER BY r.rollout_key LIMIT ?",
+        [after, *where.values, _PAGE],
+    )
+    return [key for (key,) in rows]

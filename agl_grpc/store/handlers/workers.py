@@ -1,0 +1,181 @@
+"""Workers, live leases and statistics, as an operator sees them."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from agl_grpc.store import workers
+from agl_grpc.store.call import Call
+from agl_grpc.store.encode import set_duration
+from agl_grpc.store.errors import invalid_field, not_found
+from agl_grpc.store.filters import run_key_of
+from agl_grpc.store.handlers.common import at_most, change
+from agl_grpc.store.limits import BATCH_ITEMS
+from agl_grpc.store.names import rollout_status
+from agl_grpc.store.paging import Order, PageRequest, check_size, fetch_page, order_of
+from agl_grpc.store.reads import oldest_position, position
+from agl_grpc.store.rows import AttemptRow, attempts_where, find_attempt
+from agl_grpc.store.transaction import Tx
+from agl_grpc.store.write_side import WriteSide
+from agl_grpc.v1 import common_pb2, store_service_pb2
+
+_LAST = 9223372036854775807
+
+
+class WorkerHandlers:
+    """Serves the methods about workers, leases and statistics."""
+
+    def __init__(self, side: WriteSide) -> None:
+        self._side = side
+        self._store = side.store
+
+    async def list_workers(
+        self, request: store_service_pb2.ListWorkersRequest, _call: Call
+    ) -> store_service_pb2.ListWorkersResponse:
+        """Workers by filter."""
+        wanted = PageRequest(
+            check_size(request.page_size), request.page_token, request.skip, request.include_total
+        )
+        now = self._store.clock.now()
+        columns = {
+            "worker_id": "w.worker_id",
+            "status": workers.status_sql(now),
+            "current_rollout_id": _named("r.rollout_id"),
+            "current_attempt_id": _named("a.attempt_id"),
+        }
+        for time in ("last_heartbeat_time", "last_dequeue_time", "last_busy_time", "last_idle_time"):
+            columns[time] = f"coalesce(w.{time}, {_LAST})"
+        order = order_of(request.order_by, request.order, columns, "w.worker_key", "worker_id")
+        parts: list[str] = []
+        values: list[object] = []
+        if request.status_in:
+            marks = ",".join("?" * len(request.status_in))
+            parts.append(f"{workers.status_sql(now)} IN ({marks})")
+            values += request.status_in
+        if request.worker_id_contains:
+            parts.append("instr(w.worker_id, ?) > 0")
+            values.append(request.worker_id_contains)
+        joiner = " OR " if request.logic == common_pb2.FILTER_LOGIC_OR else " AND "
+
+        def read(db: sqlite3.Connection) -> store_service_pb2.ListWorkersResponse:
+            page = fetch_page(db, "workers w", joiner.join(parts) or "1", values, order, wanted)
+            return store_service_pb2.ListWorkersResponse(
+                workers=[workers.load_worker(db, key, now) for key in page.keys],
+                next_page_token=page.next_token,
+                total_size=page.total,
+            )
+
+        return await self._store.read(read)
+
+    async def get_worker(
+        self, request: store_service_pb2.GetWorkerRequest, _call: Call
+    ) -> store_service_pb2.GetWorkerResponse:
+        """One worker."""
+        now = self._store.clock.now()
+
+        def read(db: sqlite3.Connection) -> store_service_pb2.GetWorkerResponse:
+            row = db.execute("SELECT worker_key FROM workers WHERE worker_id = ?", (request.worker_id,))
+            found = row.fetchone()
+            if found is None:
+                raise not_found("worker", request.worker_id)
+            return store_service_pb2.GetWorkerResponse(worker=workers.load_worker(db, found[0], now))
+
+        return await self._store.read(read)
+
+    async def list_leases(
+        self, request: store_service_pb2.ListLeasesRequest, _call: Call
+    ) -> store_service_pb2.ListLeasesResponse:
+        """Live leases, oldest first."""
+        wanted = PageRequest(check_size(request.page_size), request.page_token, 0, False)
+        order = Order("a.attempt_key", "a.attempt_key", descending=False)
+
+        def read(db: sqlite3.Connection) -> store_service_pb2.ListLeasesResponse:
+            run_key = run_key_of(db, request.run_id)
+            where, values = "a.lease_token IS NOT NULL", list[object]()
+            if run_key is not None:
+                where, values = f"{where} AND a.run_key = ?", [run_key]
+            if request.worker_id:
+                where += " AND a.worker_key = (SELECT worker_key FROM workers WHERE worker_id = ?)"
+                values.append(request.worker_id)
+            page = fetch_page(db, "attempts a", where, values, order, wanted)
+            return store_service_pb2.ListLeasesResponse(
+                leases=workers.lease_infos(db, page.keys), next_page_token=page.next_token
+            )
+
+        return await self._store.read(read)
+
+    async def expire_leases(self, request: store_service_pb2.ExpireLeasesRequest, call: Call) -> bytes:
+        """Ends leases now, as if they had run out."""
+        at_most(len(request.attempt_ids), BATCH_ITEMS, "attempt_ids")
+        if not request.attempt_ids and not request.worker_id:
+            raise invalid_field("attempt_ids", "or worker_id must be given")
+
+        def run(tx: Tx) -> store_service_pb2.ExpireLeasesResponse:
+            chosen: list[AttemptRow] = []
+            for attempt_id in request.attempt_ids:
+                attempt = find_attempt(tx.connection, attempt_id)
+                if attempt is None:
+                    raise not_found("attempt", attempt_id)
+                chosen.append(attempt)
+            if request.worker_id:
+                key = tx.execute(
+                    "SELECT worker_key FROM workers WHERE worker_id = ?", (request.worker_id,)
+                ).fetchone()
+                if key is None:
+                    raise not_found("worker", request.worker_id)
+                where = "WHERE worker_key = ? AND lease_token IS NOT NULL"
+                chosen += attempts_where(tx.connection, where, key[0])
+            once = {attempt.key: attempt for attempt in chosen}
+            ended = self._side.leases.expire(tx, once.values())
+            return store_service_pb2.ExpireLeasesResponse(attempt_ids=ended)
+
+        return await change(self._store, call, request, run, 4 * len(request.attempt_ids) + 1)
+
+    async def get_statistics(
+        self, request: store_service_pb2.GetStatisticsRequest, _call: Call
+    ) -> store_service_pb2.GetStatisticsResponse:
+        """Counts and sizes."""
+        now = self._store.clock.now()
+        database = self._store.database
+
+        def read(db: sqlite3.Connection) -> store_service_pb2.GetStatisticsResponse:
+            run_key = run_key_of(db, request.run_id or "*")
+            answer = _count(db, run_key)
+            answer.name = "memory" if database.memory else "sqlite"
+            answer.database_bytes = database.size_bytes()
+            set_duration(answer.uptime, now - self._store.start_time)
+            return answer
+
+        return await self._store.read(read)
+
+
+def _named(column: str) -> str:
+    return (
+        f"coalesce((SELECT {column} FROM attempts a JOIN rollouts r ON r.rollout_key = a.rollout_key "
+        "WHERE a.attempt_key = w.current_attempt_key), char(1114111))"
+    )
+
+
+def _count(db: sqlite3.Connection, run_key: int | None) -> store_service_pb2.GetStatisticsResponse:
+    scope = "" if run_key is None else f"WHERE run_key = {run_key}"
+    also = "" if run_key is None else f"AND run_key = {run_key}"
+
+    def one(sql: str) -> int:
+        return int(db.execute(sql).fetchone()[0] or 0)
+
+    answer = store_service_pb2.GetStatisticsResponse(
+        total_attempts=one(f"SELECT count(*) FROM attempts {scope}"),
+        total_resources=one(f"SELECT count(*) FROM resources {scope}"),
+        total_workers=one("SELECT count(*) FROM workers"),
+        live_leases=one(f"SELECT count(*) FROM attempts WHERE lease_token IS NOT NULL {also}"),
+        open_calls=one(f"SELECT sum(open_calls) FROM attempts {scope}"),
+        total_spans=one(f"SELECT sum(spans) FROM span_totals {scope}"),
+        total_span_bytes=one(f"SELECT sum(bytes) FROM span_totals {scope}"),
+        late_spans=one(f"SELECT sum(late) FROM span_totals {scope}"),
+        last_position=position(db),
+        oldest_position=oldest_position(db),
+    )
+    for status, count in db.execute(f"SELECT status, count(*) FROM rollouts {scope} GROUP BY status"):
+        answer.rollouts_by_status.add(status=rollout_status(status), count=count)
+        answer.total_rollouts += count
+    return answer

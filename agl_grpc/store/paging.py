@@ -1,0 +1,145 @@
+"""Pages of lists: a page token names the last row of the page before, not a number of rows."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+
+from agl_grpc.store.errors import invalid_field, page_token_invalid
+from agl_grpc.v1 import common_pb2
+
+DEFAULT_SIZE = 100
+LARGEST_SIZE = 1000
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a list is sorted.
+
+    Attributes:
+        expression: SQL that is never NULL.
+        key: The integer key's SQL, which breaks ties.
+        descending: Largest first.
+    """
+
+    expression: str
+    key: str
+    descending: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of keys.
+
+    Attributes:
+        keys: Integer keys in order.
+        next_token: Empty = the end.
+        total: All matches, if they were counted.
+    """
+
+    keys: list[int]
+    next_token: str
+    total: int | None
+
+
+@dataclass(frozen=True)
+class PageRequest:
+    """What a caller asks for; `scope` is whatever else defines the query, "
+    "so that tokens cannot be mixed up."""
+
+    size: int
+    token: str
+    skip: int
+    count: bool
+    scope: bytes = b""
+
+
+def check_size(page_size: int, largest: int = LARGEST_SIZE, default: int = DEFAULT_SIZE) -> int:
+    """The page size that is used: 0 = the default, too large = the largest.
+
+    Raises:
+        StoreError: INVALID_FIELD when negative.
+    """
+    if page_size < 0:
+        raise invalid_field("page_size", "must not be negative")
+    return min(page_size or default, largest)
+
+
+def order_of(order_by: str, order: int, columns: Mapping[str, str], key: str, default: str) -> Order:
+    """The sort order that a caller asks for by a column's public name.
+
+    Raises:
+        StoreError: INVALID_FIELD for an unknown name.
+    """
+    expression = columns.get(order_by or default)
+    if expression is None:
+        raise invalid_field("order_by", f"must be one of {', '.join(sorted(columns))}")
+    return Order(expression, key, order == common_pb2.SORT_ORDER_DESCENDING)
+
+
+def fetch_page(
+    db: sqlite3.Connection,
+    source: str,
+    where: str,
+    values: Sequence[object],
+    order: Order,
+    request: PageRequest,
+) -> Page:
+    """Reads one page of keys.
+
+    Args:
+        db: A read transaction.
+        source: SQL after FROM.
+        where: SQL condition.
+        values: Its parameters.
+        order: The sort order.
+        request: Which page.
+    """
+    if request.skip < 0:
+        raise invalid_field("skip", "must not be negative")
+    digest = blake2b(
+        orjson.dumps([source, where, [repr(value) for value in values], order.expression, order.descending]),
+        digest_size=8,
+        key=request.scope[:64],
+    ).hexdigest()
+    condition, bound = where, list(values)
+    if request.token:
+        value, key = _open_token(request.token, digest)
+        sign = "<" if order.descending else ">"
+        condition = f"({where}) AND ({order.expression}, {order.key}) {sign} (?, ?)"
+        bound += [value, key]
+    direction = "DESC" if order.descending else "ASC"
+    rows = db.execute(
+        f"SELECT {order.key}, {order.expression} FROM {source} WHERE {condition} "
+        f"ORDER BY {order.expression} {direction}, {order.key} {direction} LIMIT ? OFFSET ?",
+        [*bound, request.size + 1, 0 if request.token else request.skip],
+    ).fetchall()
+    total = None
+    if request.count:
+        (total,) = db.execute(f"SELECT count(*) FROM {source} WHERE {where}", values).fetchone()
+    token = ""
+    if len(rows) > request.size:
+        rows = rows[: request.size]
+        token = _make_token(digest, rows[-1][1], rows[-1][0])
+    return Page([row[0] for row in rows], token, total)
+
+
+def _make_token(digest: str, value: Any, key: int) -> str:
+    return base64.urlsafe_b64encode(orjson.dumps([digest, value, key])).decode()
+
+
+def _open_token(token: str, digest: str) -> tuple[Any, int]:
+    try:
+        found, value, key = orjson.loads(base64.urlsafe_b64decode(token.encode()))
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise page_token_invalid() from error
+    if found != digest or not isinstance(key, int):
+        raise page_token_invalid()
+    return value, key

@@ -1,0 +1,191 @@
+"""The OpenTelemetry tracer: agents' spans, streamed to the store off the agents' threads."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import Any
+
+from opentelemetry import trace as otel_api
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Span as SdkSpan
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
+from agl_grpc.agent.context import current_recorder
+from agl_grpc.client import SpanAck, SpanGroup, SpanStreamer, StoreClient, SyncStoreClient
+from agl_grpc.model import semconv
+from agl_grpc.model.otel import span_from_readable
+from agl_grpc.tracer.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+# What the contract allows for one span.
+_LIMITS = SpanLimits(max_span_attributes=1024, max_events=1024, max_links=1024)
+_REMEMBERED_TRACES = 1024
+
+_last_trace: ContextVar[Trace | None] = ContextVar("agl_grpc_last_trace", default=None)
+
+
+class OtelTracer:
+    """Traces attempts with OpenTelemetry's SDK.
+
+    It has a provider of its own. ``install_globally`` also lets libraries that use OpenTelemetry's global
+    provider be seen: ours becomes the global one where there is none yet, else we listen to that one. Only
+    spans of a trace (`trace_context`) are taken. Without a streamer (see `init_worker`) they stay in memory.
+    """
+
+    def __init__(
+        self,
+        streamer: SpanStreamer | None = None,
+        *,
+        install_globally: bool = True,
+        resource: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._streamer = streamer
+        self._owns_streamer = False
+        self._install_globally = install_globally
+        attributes = {semconv.TRACER_NAME: type(self).__name__, **(resource or {})}
+        self._provider = TracerProvider(
+            sampler=ALWAYS_ON,
+            resource=Resource.create(attributes),
+            span_limits=_LIMITS,
+            shutdown_on_exit=False,
+        )
+        self._listener = _Listener(self)
+        self._provider.add_span_processor(self._listener)
+        self.otel = self._provider.get_tracer("agl_grpc")
+        self._open: dict[int, Trace] = {}
+        # Spans that outlive their trace still reach the store, which marks them as late.
+        self._closed: OrderedDict[int, Trace] = OrderedDict()
+        self._installed = False
+
+    @property
+    def provider(self) -> TracerProvider:
+        """The tracer's own provider, for instrumentation that takes one."""
+        return self._provider
+
+    def init(self) -> None:
+        """Make libraries' spans visible, where that is wanted. Once per process; later calls change nothing."""
+        if self._install_globally and not self._installed:
+            self._installed = True
+            _listen_globally(self._provider, self._listener)
+
+    def init_worker(
+        self, worker_id: int | str = 0, store: StoreClient | SyncStoreClient | SpanStreamer | None = None
+    ) -> None:
+        """Start sending spans to a store.
+
+        A `StoreClient` must be given on its event loop, a `SyncStoreClient` or a started `SpanStreamer` anywhere.
+        """
+        self.init()
+        match store:
+            case SpanStreamer():
+                self._streamer = store
+            case SyncStoreClient():
+                self._streamer = store.io.run(_started(SpanStreamer(store.async_client)))
+                self._owns_streamer = True
+            case StoreClient():
+                self._streamer = SpanStreamer(store).start()
+                self._owns_streamer = True
+
+    async def teardown_worker(self, worker_id: int | str = 0) -> None:
+        """Flush and close the stream that `init_worker` opened. On the stream's event loop."""
+        streamer, self._streamer = self._streamer, None
+        if streamer is not None and self._owns_streamer:
+            await streamer.close()
+
+    def teardown(self) -> None:
+        """Stop listening to spans."""
+        self._listener.tracer = None
+
+    def trace_context(
+        self,
+        name: str | None = None,
+        *,
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+        store: object = None,
+    ) -> Trace:
+        """A trace for ``with`` or ``async with``; both ids or neither (then spans stay in memory).
+
+        ``store`` is accepted for older callers and not used: spans go where `init_worker` said.
+        """
+        if (rollout_id is None) != (attempt_id is None):
+            raise ValueError("trace_context needs both rollout_id and attempt_id, or neither")
+        return Trace(self, name or rollout_id or "trace", rollout_id or "", attempt_id or "")
+
+    def get_last_trace(self) -> list[ReadableSpan]:
+        """Spans of the last trace begun in this task or thread, those that have ended."""
+        trace = _last_trace.get()
+        return [] if trace is None else trace.spans
+
+    def opened(self, trace: Trace) -> None:
+        """A trace begins. For `Trace`."""
+        self._open[trace.trace_id] = trace
+        _last_trace.set(trace)
+
+    def closed(self, trace: Trace) -> None:
+        """A trace has ended. For `Trace`."""
+        self._open.pop(trace.trace_id, None)
+        self._closed[trace.trace_id] = trace
+        while len(self._closed) > _REMEMBERED_TRACES:
+            self._closed.popitem(last=False)
+
+    def ended(self, span: ReadableSpan) -> None:
+        """A span has ended: send it if it belongs to a trace. For the listener."""
+        trace = self._trace_of(span)
+        if trace is None:
+            return
+        sent: Future[SpanAck] | None = None
+        if self._streamer is not None and trace.attempt_id:
+            data = span_from_readable(span).SerializeToString()
+            sent = self._streamer.submit(
+                SpanGroup(rollout_id=trace.rollout_id, attempt_id=trace.attempt_id, spans=[data])
+            )
+        trace.add(span, sent)
+
+    def _trace_of(self, span: ReadableSpan) -> Trace | None:
+        if span.context is None:
+            return None
+        trace_id = span.context.trace_id
+        found = self._open.get(trace_id) or self._closed.get(trace_id)
+        if found is not None:
+            return found
+        # A library that began a trace of its own inside an attempt.
+        recorder = current_recorder()
+        return recorder if isinstance(recorder, Trace) and recorder.trace_id in self._open else None
+
+
+class _Listener(SpanProcessor):
+    def __init__(self, tracer: OtelTracer) -> None:
+        self.tracer: OtelTracer | None = tracer
+
+    def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
+        """Nothing to do: a span is sent when it has ended."""
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if self.tracer is not None:
+            self.tracer.ended(span)
+
+
+async def _started(streamer: SpanStreamer) -> SpanStreamer:
+    return streamer.start()
+
+
+def _listen_globally(provider: TracerProvider, listener: SpanProcessor) -> None:
+    existing = otel_api.get_tracer_provider()
+    if isinstance(existing, otel_api.ProxyTracerProvider):
+        otel_api.set_tracer_provider(provider)
+    elif isinstance(existing, TracerProvider):
+        existing.add_span_processor(listener)
+    else:
+        logger.warning(
+            "OpenTelemetry's global provider is a %s, which cannot be listened to; only spans of this tracer "
+            "are recorded",
+            type(existing).__name__,
+        )

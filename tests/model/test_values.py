@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agl_grpc.model.times import from_duration, from_timestamp, to_duration, to_timestamp
@@ -41,18 +41,21 @@ def _same(left: Any, right: Any) -> bool:
     return bool(left == right) and type(left) is type(right)
 
 
+@settings(max_examples=50)
 @given(ANY)
 def test_any_values_come_back(value: Any) -> None:
     message = common_pb2.AnyValue.FromString(to_any_value(value).SerializeToString())
     assert _same(from_any_value(message), value)
 
 
+@settings(max_examples=30)
 @given(st.dictionaries(st.text(), ANY, max_size=5))
 def test_named_values_keep_their_order(values: dict[str, Any]) -> None:
     back = from_key_values(to_key_values(values))
     assert list(back.items()) == list(values.items())
 
 
+@settings(max_examples=50)
 @given(JSON)
 def test_payloads_come_back(value: Any) -> None:
     message = common_pb2.Payload.FromString(to_payload(value).SerializeToString())

@@ -27,7 +27,6 @@ from tests.store.span_support import (
     span,
 )
 
-
 if TYPE_CHECKING:
     from tests.store.span_support import Stub
 

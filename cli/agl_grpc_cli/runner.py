@@ -22,9 +22,7 @@ def group() -> None:
 def start(
     agent: Annotated[
         str,
-        typer.Option(
-            metavar="MODULE:NAME", help="The agent: a LitAgent, its class, or a decorated function."
-        ),
+        typer.Option(metavar="MODULE:NAME", help="A LitAgent, its class, or a decorated function."),
     ],
     store: StoreOption = DEFAULT_STORE,
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Worker processes.")] = 1,
@@ -34,13 +32,11 @@ def start(
     run: RunOption = "default",
     queue: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Queue to serve (repeatable); default: the run's."),
+        typer.Option(metavar="NAME", help="Queue to serve, repeatable; default: the run's."),
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="Take only rollouts whose labels are among these (repeatable)."
-        ),
+        typer.Option(metavar="KEY=VALUE", help="Only rollouts whose labels are all among these."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Worker ids are NAME-0, NAME-1, …; default: host name and process id.")
@@ -50,7 +46,7 @@ def start(
     ] = None,
     lease: Annotated[
         float,
-        typer.Option(min=1.0, max=3600.0, metavar="SECONDS", help="Lease duration, renewed at a third."),
+        typer.Option(min=1.0, max=3600.0, metavar="SECONDS", help="Lease, renewed at a third of it."),
     ] = 30.0,
     drain: Annotated[
         float,

@@ -1,0 +1,148 @@
+"""A model call while it is captured, and as a span of the contract when it has ended."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from agl_grpc.interceptor.attribution import CallContext
+from agl_grpc.interceptor.versions import VersionRun
+from agl_grpc.v1 import common_pb2, model_call_pb2, span_pb2
+
+
+@dataclass
+class ChoiceRecord:
+    """One sampled answer as far as it has come; ids and logprobs have the same length."""
+
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+    stop_reason: str = ""
+    runs: list[VersionRun] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EngineIdentity:
+    """The engine as it appears in every record of it."""
+
+    engine_id: str
+    engine_version: str
+    model: str
+    processed_logprobs: bool
+
+
+@dataclass
+class CallRecord:
+    """One call of the model. Times are nanoseconds; `started` since the epoch, `began` monotonic."""
+
+    context: CallContext
+    request_id: str
+    model: str
+    sampling: model_call_pb2.SamplingParameters
+    span_id: bytes = field(default_factory=lambda: os.urandom(8))
+    started: int = field(default_factory=time.time_ns)
+    began: int = field(default_factory=time.monotonic_ns)
+    prompt_ids: list[int] = field(default_factory=list)
+    choices: dict[int, ChoiceRecord] = field(default_factory=dict)
+    outcome: int = model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE
+    reasons: list[str] = field(default_factory=list)
+    error: str = ""
+    queue_ns: int = 0
+    first_token_ns: int = 0
+    total_ns: int = 0
+    weights_digest: str = ""
+    cache_salt: str = ""
+    start_version: int = 0
+
+    def choice(self, index: int) -> ChoiceRecord:
+        """The choice with this index, made when it is new."""
+        if index not in self.choices:
+            self.choices[index] = ChoiceRecord(index)
+        return self.choices[index]
+
+    def untrainable(self, reason: str) -> None:
+        """Note why this call must not be trained; the same reason counts once."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def end(self) -> None:
+        """Stop the clock; a second call changes nothing."""
+        self.total_ns = self.total_ns or time.monotonic_ns() - self.began
+
+
+def trace_id_of(record: CallRecord) -> bytes:
+    """The agent's trace where it sent one, else one per attempt, so that an attempt's calls lie together."""
+    if record.context.trace_id:
+        return record.context.trace_id
+    return hashlib.sha256(record.context.attribution.attempt_id.encode()).digest()[:16]
+
+
+def to_span(record: CallRecord, identity: EngineIdentity) -> span_pb2.Span:
+    """The span of an ended call, without its prompt (see `deltas`)."""
+    attribution = record.context.attribution
+    failed = record.outcome == model_call_pb2.MODEL_CALL_OUTCOME_ERROR
+    span = span_pb2.Span(
+        trace_id=trace_id_of(record),
+        span_id=record.span_id,
+        parent_span_id=record.context.parent_span_id,
+        name=f"model_call {record.model}",
+        kind=span_pb2.SPAN_KIND_SERVER,
+        start_time_unix_nano=record.started,
+        end_time_unix_nano=record.started + record.total_ns,
+        status=span_pb2.SpanStatus(
+            code=span_pb2.SPAN_STATUS_CODE_ERROR if failed else span_pb2.SPAN_STATUS_CODE_OK,
+            message=record.error,
+        ),
+        scope_name="agl_grpc.interceptor",
+    )
+    call = span.model_call
+    call.model = record.model
+    call.sampling.CopyFrom(record.sampling)
+    call.logprob_semantics = (
+        model_call_pb2.LOGPROB_SEMANTICS_PROCESSED
+        if identity.processed_logprobs
+        else model_call_pb2.LOGPROB_SEMANTICS_RAW
+    )
+    call.outcome = record.outcome  # type: ignore[assignment]  # the field is the enum's integer on the wire
+    call.untrainable_reason = "; ".join(record.reasons)
+    call.engine_id = identity.engine_id
+    call.engine_version = identity.engine_version
+    call.weights_digest = record.weights_digest
+    call.cache_salt = record.cache_salt
+    call.api = record.context.api
+    call.request_id = record.request_id
+    call.timings.queue_ns = record.queue_ns
+    call.timings.first_token_ns = record.first_token_ns
+    call.timings.total_ns = record.total_ns
+    call.agent_name = attribution.agent_name
+    call.mode = attribution.mode
+    for index in sorted(record.choices):
+        _add_choice(call, record.choices[index])
+    return span
+
+
+def _add_choice(call: model_call_pb2.ModelCall, choice: ChoiceRecord) -> None:
+    added = call.choices.add(
+        index=choice.index,
+        token_ids=choice.token_ids,
+        logprobs=choice.logprobs,
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+    )
+    for run in choice.runs:
+        added.policy_runs.add(start=run.start, end=run.end, policy_version=run.policy_version)
+
+
+def key_value(key: str, value: Any) -> common_pb2.KeyValue:
+    """A named value of the contract: booleans, integers, floats as such, everything else as text."""
+    if isinstance(value, bool):
+        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(bool_value=value))
+    if isinstance(value, int):
+        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(int_value=value))
+    if isinstance(value, float):
+        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(double_value=value))
+    return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(string_value=str(value)))

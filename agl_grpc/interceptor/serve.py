@@ -1,0 +1,171 @@
+"""vLLM's own API server in this process, with capture and weight swaps switched on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+
+from agl_grpc.interceptor.general import PLUGIN
+from agl_grpc.interceptor.middleware import AttributionMiddleware
+from agl_grpc.interceptor.settings import Settings
+from agl_grpc.weights.extension import EXTENSION
+
+MIDDLEWARE = f"{AttributionMiddleware.__module__}.{AttributionMiddleware.__qualname__}"
+FAILURE_FILE = "AGL_INTERCEPTOR_FAILURE_FILE"
+
+_DEFAULT_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+_SMALL_MACHINE = 4
+"""With at most this many cores, one thread computes and the API server keeps the rest."""
+
+
+class ServeError(Exception):
+    """The engine cannot be started; the message is one line that says what to do."""
+
+
+def engine_arguments(model: str, given: Sequence[str], *, train: bool = True) -> list[str]:
+    """vLLM's arguments: the user's own, unchanged, after ours where the user gave none.
+
+    In train mode the sampled distribution is the recorded one: no defaults from the model's generation
+    config, and logprobs after temperature.
+    """
+    present = {argument.split("=", 1)[0].replace("_", "-") for argument in given if argument.startswith("--")}
+    if "--worker-extension-cls" in present:
+        raise ServeError("--worker-extension-cls is taken by weight swaps: start vLLM itself for another one")
+    if "--api-server-count" in present and _value(given, "--api-server-count") != "1":
+        raise ServeError("--api-server-count must be 1: one process swaps weights and numbers spans")
+    ours = ["--model", model, "--middleware", MIDDLEWARE, "--worker-extension-cls", EXTENSION]
+    if train:
+        for option, value in (("--generation-config", "vllm"), ("--logprobs-mode", "processed_logprobs")):
+            if option not in present:
+                ours += [option, value]
+    if "--host" not in present:
+        ours += ["--host", "127.0.0.1"]
+    return [*ours, *given]
+
+
+def set_environment(environ: MutableMapping[str, str], settings: Settings, *, cpu: bool, cores: int) -> None:
+    """Name the plugin, hand the settings down and set what a CPU machine needs; what is set already stays."""
+    environ.update(settings.environment())
+    plugins = _allowed_plugins(environ)
+    if PLUGIN not in plugins:
+        plugins.append(PLUGIN)
+    environ["VLLM_PLUGINS"] = ",".join(plugins)
+    environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not cpu:
+        return
+    environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if cores <= _SMALL_MACHINE:
+        environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def check_model(model: str, *, offline: bool) -> None:
+    """Raise ServeError when the model is a path, or can only be one, and is not there."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ServeError(f"model {model} has no config.json: it is not a model folder")
+        return
+    if path.exists():
+        return
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_local or offline:
+        hint = " (HF_HUB_OFFLINE is set, so it must be a folder)" if offline and not looks_local else ""
+        raise ServeError(f"model {model} does not exist{hint}")
+
+
+def serve(model: str, settings: Settings, given: Sequence[str], *, train: bool = True) -> int:
+    """Serve until a signal; the exit code. Raises ServeError for what is wrong before vLLM starts."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ServeError(
+            "vLLM is not installed here: use the engine environment (`agl-grpc env create engine`)"
+        )
+    check_model(model, offline=os.environ.get("HF_HUB_OFFLINE") == "1")
+    arguments = engine_arguments(model, given, train=train)
+    _check_plugin()
+    set_environment(os.environ, settings, cpu=is_cpu(), cores=len(os.sched_getaffinity(0)))
+    failure = Path(tempfile.mkstemp(prefix="agl-engine-")[1])
+    os.environ[FAILURE_FILE] = str(failure)
+    try:
+        code = run_vllm(arguments)
+        if reason := failure.read_text().strip():
+            print(f"engine stopped: {reason}", file=sys.stderr)
+            return 1
+        return code
+    finally:
+        failure.unlink(missing_ok=True)
+
+
+def run_vllm(arguments: Sequence[str]) -> int:
+    """Run vLLM's API server with these arguments; a failure ends with one line that says why."""
+    # vLLM's own command is not used: it asks for the version of a distribution called `vllm`, which the CPU
+    # build is not.
+    sys.argv = ["agl-grpc vllm serve", *arguments]
+    try:
+        from vllm.entrypoints.launchers.api_server.entry import main
+
+        main()
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # vLLM raises anything at start; the last line is for people
+        traceback.print_exc()
+        print(
+            f"vLLM could not serve: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def is_cpu() -> bool:
+    """Whether the installed torch computes on the CPU only."""
+    import torch
+
+    return torch.version.cuda is None and getattr(torch.version, "hip", None) is None
+
+
+def _check_plugin() -> None:
+    """vLLM finds plugins by entry points, which only an installed package has."""
+    from importlib.metadata import entry_points
+
+    if not any(point.name == PLUGIN for point in entry_points(group="vllm.endpoint_plugins")):
+        raise ServeError(
+            "agl-grpc is not installed in this environment, so vLLM cannot find its plugin: "
+            "pip install --no-deps agl-grpc (or -e for a checkout)"
+        )
+
+
+def _allowed_plugins(environ: MutableMapping[str, str]) -> list[str]:
+    """The plugins that vLLM would load without us.
+
+    VLLM_PLUGINS is an allowlist for all groups: unset, every plugin but the endpoint ones is loaded.
+    """
+    if "VLLM_PLUGINS" in environ:
+        return [name for name in environ["VLLM_PLUGINS"].split(",") if name]
+    from importlib.metadata import entry_points
+
+    names = {point.name for group in _DEFAULT_GROUPS for point in entry_points(group=group)}
+    return sorted(names - {PLUGIN})
+
+
+def _value(arguments: Sequence[str], option: str) -> str:
+    for index, argument in enumerate(arguments):
+        if argument == option and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1]
+    return ""

@@ -1,0 +1,75 @@
+"""What the interceptor is told, through environment variables: they reach every process that vLLM starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+PREFIX = "AGL_INTERCEPTOR_"
+DEFAULT_SPOOL_BYTES = 10 * 1000**3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one engine.
+
+    `store` is ``host:port`` of the store's gRPC door; `run_id` the run that the engine serves; `engine_id`
+    its name in that run; `policy_version` the version of the weights on disk; `spool_dir` where calls wait
+    while the store is away, `spool_bytes` how much may wait there; `ack_timeout` how long (seconds) an
+    answer's last byte waits for the store before the spool takes over; `temperature` overrides the agents'
+    own temperature in train mode (None: theirs); `endpoint` is the base URL told to the store (empty: from
+    vLLM's host, port).
+    """
+
+    store: str
+    run_id: str = "default"
+    engine_id: str = ""
+    policy_version: int = 0
+    spool_dir: str = ""
+    spool_bytes: int = DEFAULT_SPOOL_BYTES
+    ack_timeout: float = 1.0
+    temperature: float | None = None
+    endpoint: str = ""
+
+    def environment(self) -> dict[str, str]:
+        """As environment variables, for `from_environment` in another process."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {PREFIX + name.upper(): str(value) for name, value in pairs if value is not None}
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] | None = None) -> Settings | None:
+        """Settings as set by `environment`; None where no store is named: the interceptor is then off."""
+        source = os.environ if environ is None else environ
+        given = {
+            field.name: source[PREFIX + field.name.upper()]
+            for field in fields(Settings)
+            if source.get(PREFIX + field.name.upper())
+        }
+        if "store" not in given:
+            return None
+        return Settings(
+            store=given["store"],
+            run_id=given.get("run_id", "default"),
+            engine_id=given.get("engine_id", "") or default_engine_id(),
+            policy_version=int(given.get("policy_version", "0")),
+            spool_dir=given.get("spool_dir", ""),
+            spool_bytes=int(given.get("spool_bytes", str(DEFAULT_SPOOL_BYTES))),
+            ack_timeout=float(given.get("ack_timeout", "1.0")),
+            temperature=float(given["temperature"]) if "temperature" in given else None,
+            endpoint=given.get("endpoint", ""),
+        )
+
+    def spool_path(self) -> Path:
+        """Folder of the spool: as told, else one for this engine under the user's state folder."""
+        if self.spool_dir:
+            return Path(self.spool_dir)
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        return state / "agl-grpc" / "spool" / self.engine_id.replace("/", "_").replace(":", "_")
+
+
+def default_engine_id() -> str:
+    """Host name and process id: unique among engines that live at one time."""
+    return f"{socket.gethostname()}-{os.getpid()}"

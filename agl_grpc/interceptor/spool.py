@@ -1,0 +1,225 @@
+"""Model calls on local disk while the store is away: append, fsync, deliver in order, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_HEADER = struct.Struct("<II")
+_SUFFIX = ".spool"
+
+
+class SpoolFull(Exception):
+    """The spool holds as much as it may, or the disk does."""
+
+
+class SpoolInUse(Exception):
+    """Another process holds this spool folder."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One spooled record and where it lies."""
+
+    segment: int
+    data: bytes
+
+
+@dataclass
+class _Segment:
+    number: int
+    path: Path
+    size: int
+    waiting: int
+
+
+class Spool:
+    """A queue of byte records in `folder`, at most `limit` bytes, that survives the process.
+
+    `append` returns once its record is fsynced (records that come together share one fsync). Records are read
+    oldest first with `peek` and removed with `drop`; a segment's file goes when its last record is dropped,
+    so a crash may deliver records of one segment again: they must be harmless to repeat. Use from one event
+    loop.
+    """
+
+    def __init__(self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise SpoolInUse(
+                f"spool folder {folder} is used by another process: give each engine its own"
+            ) from error
+        self._folder = folder
+        self._limit = limit
+        self._segment_bytes = segment_bytes
+        self._segments: dict[int, _Segment] = {}
+        self._entries: deque[Entry] = deque()
+        self._file: int | None = None
+        self._current: _Segment | None = None
+        self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._disk_full = False
+        self.damaged = 0
+        """Records lost to torn or damaged files, found at start."""
+        for path in sorted(folder.glob(f"*{_SUFFIX}")):
+            self._read_segment(path)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(segment.size for segment in self._segments.values())
+
+    @property
+    def waiting(self) -> int:
+        """Records not yet delivered."""
+        return len(self._entries)
+
+    @property
+    def full(self) -> bool:
+        """Whether new records should not be taken on."""
+        return self._disk_full or self.size >= self._limit
+
+    async def append(self, data: bytes) -> None:
+        """Write one record durably. Raises SpoolFull when the limit is exceeded by far or the disk is full.
+
+        The limit gates new calls (`full`); calls under way may exceed it by an eighth.
+        """
+        if self.size > self._limit + self._limit // 8:
+            raise SpoolFull(f"spool {self._folder} holds {self.size} bytes, limit {self._limit}")
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pending.append((data, future))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write_pending())
+        await asyncio.shield(future)
+
+    def peek(self, count: int, max_bytes: int) -> list[Entry]:
+        """The oldest records, at most `count` and about `max_bytes` (at least one)."""
+        chosen: list[Entry] = []
+        size = 0
+        for entry in self._entries:
+            if len(chosen) >= count or (chosen and size + len(entry.data) > max_bytes):
+                break
+            chosen.append(entry)
+            size += len(entry.data)
+        return chosen
+
+    def drop(self, count: int) -> None:
+        """Remove the oldest `count` records: they are delivered."""
+        for _ in range(count):
+            entry = self._entries.popleft()
+            segment = self._segments[entry.segment]
+            segment.waiting -= 1
+            if segment.waiting == 0:
+                self._remove(segment)
+        self._disk_full = False
+
+    async def close(self) -> None:
+        """Finish writes under way and let go of the folder; records stay for the next process."""
+        while self._writer is not None and not self._writer.done():
+            await asyncio.wait([self._writer])
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        os.close(self._lock)
+
+    async def _write_pending(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending, []
+            try:
+                segment = self._open_segment()
+                written = await asyncio.to_thread(self._write, [data for data, _ in batch])
+            except OSError as error:
+                self._disk_full = True
+                self._close_current()
+                for _, future in batch:
+                    future.set_exception(SpoolFull(f"cannot write to spool {self._folder}: {error.strerror}"))
+                continue
+            segment.size += written
+            for data, future in batch:
+                segment.waiting += 1
+                self._entries.append(Entry(segment.number, data))
+                future.set_result(None)
+            if segment.size >= self._segment_bytes:
+                self._close_current()
+
+    def _open_segment(self) -> _Segment:
+        if self._current is None:
+            number = max(self._segments, default=0) + 1
+            path = self._folder / f"{number:012d}{_SUFFIX}"
+            self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+            _fsync_folder(self._folder)
+            self._current = self._segments[number] = _Segment(number, path, 0, 0)
+        return self._current
+
+    def _write(self, records: list[bytes]) -> int:
+        assert self._file is not None
+        data = b"".join(_HEADER.pack(len(r), zlib.crc32(r)) + r for r in records)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file, view) :]
+        os.fdatasync(self._file)
+        return len(data)
+
+    def _close_current(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+        current, self._current = self._current, None
+        if current is not None and current.waiting == 0:
+            self._remove(current)
+
+    def _remove(self, segment: _Segment) -> None:
+        if segment is self._current:
+            if self._pending or (self._writer is not None and not self._writer.done()):
+                return  # being written to: it goes with its last record
+            self._current = None
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+        with contextlib.suppress(FileNotFoundError):
+            segment.path.unlink()
+        self._segments.pop(segment.number, None)
+
+    def _read_segment(self, path: Path) -> None:
+        segment = _Segment(int(path.stem), path, path.stat().st_size, 0)
+        self._segments[segment.number] = segment
+        consumed = 0
+        for data in _records(path.read_bytes()):
+            self._entries.append(Entry(segment.number, data))
+            segment.waiting += 1
+            consumed += _HEADER.size + len(data)
+        if consumed < segment.size:
+            self.damaged += 1
+        if segment.waiting == 0:
+            self._remove(segment)
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """Whole records from the start; a torn or damaged one ends the file."""
+    position = 0
+    while position + _HEADER.size <= len(data):
+        length, checksum = _HEADER.unpack_from(data, position)
+        record = data[position + _HEADER.size : position + _HEADER.size + length]
+        if len(record) < length or zlib.crc32(record) != checksum:
+            return
+        yield record
+        position += _HEADER.size + length
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,137 @@
+"""Sees one leased rollout through, from delivery to result: runs the agent, stops it when it has to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from agl_grpc.client import Completion, SpanGroup, SpanStreamer
+from agl_grpc.model import AttemptStatus, Failure, FailureKind, Reward
+from agl_grpc.runner.executor import Executor, Task
+from agl_grpc.runner.failures import failure_of
+from agl_grpc.runner.held import Held
+from agl_grpc.runner.outcome import Outcome
+from agl_grpc.runner.resources import bind_to_attempt
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0
+"""How long an agent may take to end after it was told to stop, before it is left behind."""
+
+TIMEOUT_MARGIN_SECONDS = 1.0
+"""How long the store's own timer is given to end an attempt as a time-out before the worker reports it."""
+
+
+class Attendant:
+    """Sees attempts through with one agent; any number at once.
+
+    `agent_ended` is called when an agent has ended or was stopped: there is room for another. `left_behind`
+    is called for each agent that does not stop when told to: it still uses memory and perhaps a processor.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        streamer: SpanStreamer,
+        agent_ended: Callable[[], None],
+        left_behind: Callable[[asyncio.Task[Outcome]], None],
+    ) -> None:
+        self._executor = executor
+        self._streamer = streamer
+        self._agent_ended = agent_ended
+        self._left_behind = left_behind
+
+    async def attend(self, held: Held) -> Completion | None:
+        """Runs the agent, brings its spans to disk; None when nothing more is to be said of the attempt."""
+        outcome = await self._run_agent(held)
+        held.ended = True
+        self._agent_ended()
+        if outcome is None or not await self._spans_are_stored(held, outcome):
+            log.info("attempt %s: nothing more is written: %s", held.attempt_id, held.stop.result().value)
+            return None
+        return _completion(held, outcome)
+
+    async def _run_agent(self, held: Held) -> Outcome | None:
+        agent = asyncio.create_task(self._executor.execute(_task(held)), name=held.attempt_id)
+        limit = held.work.rollout.config.timeout_seconds
+        try:
+            await _first_of(agent, held.stop, within=limit)
+        finally:
+            timed_out = not agent.done() and not held.stop.done()
+            if not agent.done():
+                await self._stop(agent)
+        if held.stop.done():
+            return None
+        if timed_out:
+            return await self._timed_out(held)
+        return _result(agent)
+
+    async def _stop(self, agent: asyncio.Task[Outcome]) -> None:
+        agent.cancel()
+        await asyncio.wait({agent}, timeout=STOP_SECONDS)
+        if not agent.done():
+            self._left_behind(agent)
+
+    async def _timed_out(self, held: Held) -> Outcome | None:
+        seconds = held.work.rollout.config.timeout_seconds
+        log.warning("attempt %s: stopped, as it took longer than %g s", held.attempt_id, seconds)
+        await asyncio.wait({held.stop}, timeout=TIMEOUT_MARGIN_SECONDS)
+        message = f"the attempt took longer than its timeout of {seconds:g} s"
+        return Outcome(failure=Failure(kind=FailureKind.TRUNCATED, type="timeout", message=message))
+
+    async def _spans_are_stored(self, held: Held, outcome: Outcome) -> bool:
+        """Waits until the attempt's spans are on disk; False when it has to stop before."""
+        stored = asyncio.ensure_future(self._store_spans(held, outcome))
+        await _first_of(stored, held.stop)
+        if stored.done():
+            stored.result()
+            return True
+        stored.cancel()
+        return False
+
+    async def _store_spans(self, held: Held, outcome: Outcome) -> None:
+        if outcome.spans:
+            await self._streamer.send(
+                SpanGroup(rollout_id=held.rollout_id, attempt_id=held.attempt_id, spans=outcome.spans)
+            )
+        await self._streamer.flush()
+
+
+async def _first_of(*futures: asyncio.Future[Any], within: float | None = None) -> None:
+    await asyncio.wait(futures, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _task(held: Held) -> Task:
+    rollout = held.work.rollout
+    resources = held.work.resources.resources if held.work.resources else {}
+    return Task(rollout, bind_to_attempt(resources, rollout))
+
+
+def _result(agent: asyncio.Task[Outcome]) -> Outcome:
+    if agent.cancelled():
+        message = "the agent cancelled its own task"
+        return Outcome(failure=Failure(kind=FailureKind.AGENT, type="CancelledError", message=message))
+    error = agent.exception()
+    if error is None:
+        return agent.result()
+    log.error("a defect outside the agent ended its attempt", exc_info=error)
+    return Outcome(failure=failure_of(error))
+
+
+def rewards_of(outcome: Outcome, rollout_id: str, attempt_id: str) -> list[Reward]:
+    """The attempt's rewards, as they are stored."""
+    return [
+        Reward(rollout_id=rollout_id, attempt_id=attempt_id, name=key.name, step=key.step, value=value)
+        for key, value in outcome.rewards.items()
+    ]
+
+
+def _completion(held: Held, outcome: Outcome) -> Completion:
+    return Completion(
+        lease=held.work.lease,
+        status=AttemptStatus.FAILED if outcome.failure else AttemptStatus.SUCCEEDED,
+        failure=outcome.failure,
+        rewards=rewards_of(outcome, held.rollout_id, held.attempt_id),
+    )

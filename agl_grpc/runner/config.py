@@ -1,0 +1,65 @@
+"""What a group of workers is told at its start."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def default_name() -> str:
+    """Host name and process id: unique among the groups of workers of a cluster."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerConfig:
+    """Settings of a group of worker processes; picklable, so that it reaches spawned processes."""
+
+    agent: Any
+    """The agent: an import path `module:name`, or a picklable `LitAgent`."""
+    store: str = "127.0.0.1:4747"
+    """The store's gRPC address."""
+    workers: int = 1
+    """Worker processes."""
+    concurrency: int = 1
+    """Rollouts that one worker process executes at once."""
+    run_id: str = "default"
+    """The run whose rollouts are executed."""
+    queues: Sequence[str] = ()
+    """Queues that are served; empty = the run's own."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Only rollouts whose labels are all among these; empty = any."""
+    name: str = field(default_factory=default_name)
+    """Worker ids are this name with `-0`, `-1`, …"""
+    lease_seconds: float = 30.0
+    """How long a lease lasts without renewal; renewed at a third of it."""
+    heartbeat_seconds: float = 10.0
+    """Time between two heartbeats."""
+    drain_seconds: float = 30.0
+    """How long a draining worker lets its agents finish before it hands their rollouts back."""
+    hooks: Sequence[Any] = ()
+    """`Hook` objects, or import paths of them."""
+    max_rollouts: int | None = None
+    """Leave after so many rollouts of each worker; None = never."""
+    app_dir: str | None = None
+    """Folder put first on the import path of the workers, for `agent`; None = none."""
+    log_level: str = "info"
+    """Level of the workers' log on standard error."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.max_rollouts is not None and self.max_rollouts < 1:
+            raise ValueError(f"max_rollouts is {self.max_rollouts}; it must be 1 or more")
+        if not 1.0 <= self.lease_seconds <= 3600.0:
+            raise ValueError(f"lease_seconds is {self.lease_seconds}; it must be between 1 and 3600")
+        if self.heartbeat_seconds <= 0:
+            raise ValueError(f"heartbeat_seconds is {self.heartbeat_seconds}; it must be above 0")
+
+    def worker_id(self, index: int) -> str:
+        """The id of the worker with this index; the same again after a restart."""
+        return f"{self.name}-{index}"

@@ -1,0 +1,115 @@
+"""What an agent's return value and its emitted rewards mean."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from opentelemetry.sdk.trace import ReadableSpan
+
+from agl_grpc.model import Failure, Span, SpanCoreFields
+from agl_grpc.model.otel import span_from_readable
+from agl_grpc.model.reading import SpanLike, get_reward_step, get_rewards_from_span
+from agl_grpc.model.reward import PRIMARY
+from agl_grpc.v1 import span_pb2
+
+_ALLOWED = "None, a number, a dict of named numbers, or a list of spans"
+
+
+class RewardKey(NamedTuple):
+    """Which reward of an attempt."""
+
+    name: str
+    step: int | None
+    """The step that it judges, from 0; None = the whole attempt."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """How an attempt ended by itself."""
+
+    failure: Failure | None = None
+    """Why it failed; None = it succeeded."""
+    returned: dict[str, float] = field(default_factory=dict)
+    """Rewards that the agent returned, by name."""
+    spans: list[span_pb2.Span] = field(default_factory=list)
+    """Spans that the agent returned, to be stored before the attempt is completed."""
+    rewards: dict[RewardKey, float] = field(default_factory=dict)
+    """All rewards of the attempt: emitted ones, and those of returned spans; the last of each key."""
+
+    def read_rewards(self, spans: Iterable[SpanLike]) -> None:
+        """Adds the rewards that spans carry; the first of each span is the primary one, whatever its name."""
+        for span in spans:
+            step = get_reward_step(span)
+            for place, (name, value) in enumerate(get_rewards_from_span(span)):
+                self.rewards[RewardKey(name, step)] = value
+                if place == 0:
+                    self.rewards[RewardKey(PRIMARY, step)] = value
+
+
+class BadResult(TypeError):
+    """The agent returned what no reward and no trace can be made of."""
+
+
+def read_result(result: Any) -> Outcome:
+    """Turns what the agent returned into rewards and spans.
+
+    Raises:
+        BadResult: another type, NaN, an infinity, or a reward without a name.
+    """
+    if result is None:
+        return Outcome()
+    if _is_number(result):
+        return Outcome(returned={PRIMARY: _finite(result, "the reward that the agent returned")})
+    if isinstance(result, Mapping):
+        return Outcome(returned=dict(_named_reward(name, value) for name, value in result.items()))
+    if isinstance(result, Sequence) and not isinstance(result, str | bytes | bytearray):
+        outcome = Outcome(spans=[_span(element, index) for index, element in enumerate(result)])
+        outcome.read_rewards(result)
+        return outcome
+    raise BadResult(f"the agent returned a {type(result).__name__}; it may return {_ALLOWED}")
+
+
+def _is_number(value: Any) -> bool:
+    # numpy scalars and 0-dimensional tensors are numbers to their users.
+    return isinstance(value, numbers.Real) or (getattr(value, "shape", None) == () and hasattr(value, "item"))
+
+
+def _finite(value: Any, what: str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise BadResult(f"{what} is {number}; rewards must be finite")
+    return number
+
+
+def _named_reward(name: Any, value: Any) -> tuple[str, float]:
+    if not isinstance(name, str) or not name or len(name.encode()) > 128:
+        raise BadResult(f"the agent returned a reward named {name!r}; names are texts of 1 to 128 bytes")
+    if not _is_number(value):
+        raise BadResult(
+            f"the agent returned a {type(value).__name__} as reward {name!r}; it must be a number"
+        )
+    return name, _finite(value, f"the reward {name!r} that the agent returned")
+
+
+def _span(element: Any, index: int) -> span_pb2.Span:
+    try:
+        match element:
+            case Span():
+                return element.to_proto()
+            case SpanCoreFields():
+                # Rollout and attempt go with the message, not with the span.
+                return Span.from_core_fields(element, rollout_id="", attempt_id="").to_proto()
+            case ReadableSpan():
+                return span_from_readable(element)
+    except (TypeError, ValueError) as error:
+        raise BadResult(
+            f"the agent returned a list whose element {index} is no valid span: {error}"
+        ) from error
+    raise BadResult(
+        f"the agent returned a list whose element {index} is a {type(element).__name__}, not a span; "
+        f"it may return {_ALLOWED}"
+    )

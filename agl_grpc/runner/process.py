@@ -1,0 +1,125 @@
+"""The life of one worker process, as the supervisor starts it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+from agl_grpc.runner.config import RunnerConfig
+from agl_grpc.runner.load import LoadError, load_object
+from agl_grpc.runner.logs import configure_logging
+
+log = logging.getLogger(__name__)
+
+EXIT_FATAL = 3
+"""The worker can never run; its report says why."""
+
+EXIT_RECYCLE = 4
+"""The worker wants a fresh process in its place; its report says why."""
+
+
+def run_worker_process(config: RunnerConfig, index: int, reports: Connection) -> None:
+    """Runs one worker to its end and exits the process: 0 = it has left as it should."""
+    # Ctrl-C reaches the whole group of processes; only the supervisor's SIGTERM counts here.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    configure_logging(config.log_level)
+    from agl_grpc.client import StoreError, StoreUnavailable
+
+    try:
+        code = _run(config, index, reports)
+    except LoadError as error:
+        reports.send(str(error))
+        code = EXIT_FATAL
+    except StoreUnavailable:
+        raise
+    except StoreError as error:
+        reports.send(f"the store at {config.store} refuses {config.worker_id(index)}: {error}")
+        code = EXIT_FATAL
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of agents that would not stop must not keep the process; all that matters has been delivered.
+    os._exit(code)
+
+
+def _run(config: RunnerConfig, index: int, reports: Connection) -> int:
+    agent = _load_agent(config)
+    hooks = [_load_hook(hook, config.app_dir) for hook in config.hooks]
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_work(config, index, agent, hooks, reports))
+
+
+async def _work(config: RunnerConfig, index: int, agent: Any, hooks: list[Any], reports: Connection) -> int:
+    from agl_grpc.runner.worker import Worker
+
+    worker = Worker(config, config.worker_id(index), agent, hooks)
+    loop = asyncio.get_running_loop()
+
+    def on_terminate() -> None:
+        if worker.leaving:
+            worker.release_now()
+        else:
+            worker.drain("SIGTERM")
+
+    def on_orphaned() -> None:
+        loop.remove_reader(sentinel)
+        worker.drain("the supervisor has gone")
+
+    loop.add_signal_handler(signal.SIGTERM, on_terminate)
+    parent = multiprocessing.parent_process()
+    sentinel = -1 if parent is None else int(parent.sentinel)
+    if parent is not None:
+        loop.add_reader(sentinel, on_orphaned)
+    await worker.run()
+    if worker.worn_out:
+        reports.send("agents that would not stop hold its memory")
+        return EXIT_RECYCLE
+    return 0
+
+
+def _loop_factory() -> Any:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+def _load_agent(config: RunnerConfig) -> Any:
+    from agl_grpc.agent import LitAgent
+
+    found = config.agent
+    if isinstance(found, str):
+        found = load_object(found, config.app_dir)
+    agent = _made(found, LitAgent)
+    if not isinstance(agent, LitAgent):
+        raise LoadError(
+            f"the agent {config.agent!r} is a {type(agent).__name__}; it must be a LitAgent, its class, "
+            "or a function decorated with @rollout, @llm_rollout or @prompt_rollout"
+        )
+    return agent
+
+
+def _load_hook(hook: Any, app_dir: str | None) -> Any:
+    from agl_grpc.runner.hooks import Hook
+
+    found = load_object(hook, app_dir) if isinstance(hook, str) else hook
+    return _made(found, Hook)
+
+
+def _made(found: Any, kind: type[Any]) -> Any:
+    # A class or a factory is called without arguments; an agent may itself be callable.
+    if isinstance(found, kind) or not callable(found):
+        return found
+    if isinstance(found, type) and not issubclass(found, kind):
+        return found
+    try:
+        return found()
+    except TypeError:
+        return found

@@ -1,0 +1,212 @@
+"""The parent of worker processes: starts them, restarts those that die, passes signals on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+
+import grpc
+
+from agl_grpc.runner.config import RunnerConfig
+from agl_grpc.runner.process import EXIT_FATAL, EXIT_RECYCLE, run_worker_process
+from agl_grpc.v1 import store_service_pb2, store_service_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+FIRST_BACKOFF_SECONDS = 1.0
+LONGEST_BACKOFF_SECONDS = 30.0
+HEALTHY_SECONDS = 60.0
+"""A worker that lived this long starts again with the first back-off."""
+
+
+class WorkerStartError(Exception):
+    """A worker says that it can never run, for example because the agent cannot be imported."""
+
+
+@dataclass(slots=True)
+class _Child:
+    index: int
+    process: SpawnProcess
+    reports: Connection
+    started: float
+    failures: int
+
+
+class Supervisor:
+    """Runs `config.workers` worker processes until they have all left or `stop` is called.
+
+    A worker that dies is restarted after 1 s, doubling up to 30 s; its leases are ended at once, so that its
+    rollouts are delivered elsewhere without waiting for their expiry.
+    """
+
+    def __init__(self, config: RunnerConfig) -> None:
+        self._config = config
+        self._context = multiprocessing.get_context("spawn")
+        self._children: dict[int, _Child] = {}
+        self._due: dict[int, tuple[float, int]] = {}
+        self._stops = 0
+        self._passed_on = 0
+        self._wake_end, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that run now."""
+        return [child.process.pid for child in self._children.values() if child.process.pid is not None]
+
+    def stop(self) -> None:
+        """Asks all workers to drain; asked a second time, to hand back what they hold at once. Any thread."""
+        self._stops += 1
+        # Full: the loop is about to look anyway. Closed: all workers have left.
+        with contextlib.suppress(OSError):
+            self._waker.send(b".")
+
+    def run(self) -> None:
+        """Returns when every worker has left.
+
+        SIGTERM and SIGINT call `stop` while it runs, when it runs in the main thread.
+
+        Raises:
+            WorkerStartError: a worker cannot run at all; the others have been stopped.
+        """
+        with self._signals():
+            try:
+                for index in range(self._config.workers):
+                    self._start(index, failures=0)
+                while self._children or self._due:
+                    self._wait()
+                    self._collect()
+                    self._pass_on_stops()
+                    self._restart_due()
+            finally:
+                self._kill_all()
+                self._wake_end.close()
+                self._waker.close()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, _frame: FrameType | None) -> None:
+            self.stop()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start(self, index: int, failures: int) -> None:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=run_worker_process,
+            args=(self._config, index, theirs),
+            name=self._config.worker_id(index),
+        )
+        process.start()
+        theirs.close()
+        log.info("worker %s started (pid %d)", process.name, process.pid)
+        self._children[index] = _Child(index, process, ours, time.monotonic(), failures)
+
+    def _wait(self) -> None:
+        watched: list[int | socket.socket] = [child.process.sentinel for child in self._children.values()]
+        pause = None
+        if self._due:
+            pause = max(0.0, min(due for due, _ in self._due.values()) - time.monotonic())
+        if self._wake_end in wait([*watched, self._wake_end], pause):
+            self._wake_end.recv(4096)
+
+    def _collect(self) -> None:
+        for child in [child for child in self._children.values() if child.process.exitcode is not None]:
+            del self._children[child.index]
+            child.process.join()
+            self._judge(child, child.process.exitcode or 0)
+            child.reports.close()
+
+    def _judge(self, child: _Child, code: int) -> None:
+        name = child.process.name
+        if code == 0:
+            log.info("worker %s left", name)
+            return
+        if code == EXIT_FATAL:
+            raise WorkerStartError(_report(child.reports) or f"worker {name} could not start")
+        self._end_leases(name)
+        if self._stops:
+            log.warning("worker %s %s while it was stopping", name, _death(code))
+            return
+        if code == EXIT_RECYCLE:
+            log.warning("worker %s is replaced: %s", name, _report(child.reports))
+            self._due[child.index] = (time.monotonic(), 0)
+            return
+        lived = time.monotonic() - child.started
+        failures = 1 if lived >= HEALTHY_SECONDS else child.failures + 1
+        pause = min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0 ** (failures - 1))
+        log.error(
+            "worker %s (pid %s) %s after %.1f s; its rollouts are delivered again; restart in %.0f s",
+            name, child.process.pid, _death(code), lived, pause,
+        )  # fmt: skip
+        self._due[child.index] = (time.monotonic() + pause, failures)
+
+    def _restart_due(self) -> None:
+        if self._stops:
+            self._due.clear()
+        for index, (due, failures) in list(self._due.items()):
+            if due <= time.monotonic():
+                del self._due[index]
+                self._start(index, failures)
+
+    def _pass_on_stops(self) -> None:
+        if self._passed_on == self._stops:
+            return
+        self._passed_on = self._stops
+        for child in self._children.values():
+            child.process.terminate()
+
+    def _kill_all(self) -> None:
+        for child in self._children.values():
+            child.process.kill()
+        for child in self._children.values():
+            child.process.join()
+            child.reports.close()
+        self._children.clear()
+
+    def _end_leases(self, worker_id: str) -> None:
+        # Counts as lost leases: a rollout that kills every worker is given up after max_redeliveries.
+        request = store_service_pb2.ExpireLeasesRequest(worker_id=worker_id)
+        with grpc.insecure_channel(self._config.store) as channel:
+            try:
+                store_service_pb2_grpc.StoreServiceStub(channel).ExpireLeases(request, timeout=5.0)
+            except grpc.RpcError as error:
+                log.warning(
+                    "the leases of %s could not be ended (%s); its rollouts come back when they expire",
+                    worker_id, error.code().name,
+                )  # fmt: skip
+
+
+def _report(reports: Connection) -> str:
+    try:
+        return str(reports.recv()) if reports.poll() else ""
+    except EOFError:
+        return ""
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"

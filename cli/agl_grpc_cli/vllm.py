@@ -1,0 +1,104 @@
+"""`agl-grpc vllm serve`: vLLM's own server with capture and weight swaps switched on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agl_grpc_cli.errors import CliError
+from agl_grpc_cli.options import DEFAULT_STORE, RunOption, StoreOption
+
+app = typer.Typer(
+    help="Serve a model with vLLM, its exact tokens captured.", no_args_is_help=True, rich_markup_mode=None
+)
+
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.callback()
+def vllm() -> None:
+    """Serve a model with vLLM, its exact tokens captured."""
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or its name on the hub.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+    run: RunOption = "default",
+    engine_id: Annotated[
+        str,
+        typer.Option(metavar="ID", help="This engine's name in the run; default: host name and process id."),
+    ] = "",
+    policy_version: Annotated[
+        int, typer.Option(min=0, metavar="N", help="The policy version of the weights on disk.")
+    ] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, metavar="T", help="Impose this temperature on training calls; default: the agent's."
+        ),
+    ] = None,
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="Base URL by which others reach this engine.")
+    ] = "",
+    spool_dir: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where calls wait while the store is away.")
+    ] = None,
+    spool_bytes: Annotated[
+        int, typer.Option(min=0, metavar="BYTES", help="How much may wait there.")
+    ] = 10_000_000_000,
+    ack_timeout: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="SECONDS", help="How long an answer's last byte waits for the store."),
+    ] = 1.0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
+    ] = False,
+    show_help: Annotated[
+        bool, typer.Option("--help", "-h", help="Show this and vLLM's own options.")
+    ] = False,
+) -> None:
+    """Serve MODEL with vLLM's own API server; every option that is not listed here is vLLM's and passed on.
+
+    Agents use the base URL http://HOST:PORT/rollout/ROLLOUT/attempt/ATTEMPT/v1. In the absence of --raw,
+    calls sample from the model's own distribution (--generation-config vllm --logprobs-mode
+    processed_logprobs).
+    """
+    from agl_grpc.interceptor.serve import ServeError, run_vllm
+    from agl_grpc.interceptor.serve import serve as serve_vllm
+    from agl_grpc.interceptor.settings import Settings, default_engine_id
+
+    if show_help:
+        _help(context, run_vllm)
+    if not model:
+        raise typer.BadParameter("name the model to serve", param_hint="MODEL")
+    settings = Settings(
+        store=store,
+        run_id=run,
+        engine_id=engine_id or default_engine_id(),
+        policy_version=policy_version,
+        spool_dir="" if spool_dir is None else str(spool_dir),
+        spool_bytes=spool_bytes,
+        ack_timeout=ack_timeout,
+        temperature=temperature,
+        endpoint=endpoint,
+    )
+    try:
+        code = serve_vllm(model, settings, context.args, train=not raw)
+    except ServeError as error:
+        raise CliError(str(error)) from error
+    raise typer.Exit(code)
+
+
+def _help(context: typer.Context, run_vllm: object) -> None:
+    import importlib.util
+
+    typer.echo(context.get_help())
+    if importlib.util.find_spec("vllm") is None or not callable(run_vllm):
+        typer.echo("\nvLLM is not installed here, so its own options cannot be shown.")
+        raise typer.Exit
+    typer.echo("\nvLLM's own options:\n")
+    raise typer.Exit(run_vllm(["--help"]))

@@ -1,0 +1,87 @@
+"""Starts `agl-grpc vllm serve` on the tiny model, as users do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.support.environments import REPOSITORY, engine_environment, engine_python
+
+START_LIMIT = 240.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Engine:
+    """A running engine: `url` is its root, `log` its output."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, model: Path, log: Path) -> None:
+        self.process = process
+        self.url = f"http://127.0.0.1:{port}"
+        self.model = model
+        self.log = log
+
+    def base(self, rollout: str, attempt: str = "at-1") -> str:
+        """The base URL that an agent of this attempt is given, without `/v1`."""
+        return f"{self.url}/rollout/{rollout}/attempt/{attempt}"
+
+    def wait_ready(self) -> None:
+        until = time.monotonic() + START_LIMIT
+        while time.monotonic() < until:
+            assert self.process.poll() is None, f"engine exited {self.process.returncode}:\n{self.tail()}"
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise AssertionError(f"engine not ready within {START_LIMIT} s:\n{self.tail()}")
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
+
+
+@contextmanager
+def engine(model: Path, store: str, folder: Path, *options: str) -> Iterator[Engine]:
+    """An engine that serves `model` as `tiny`, stopped at the end."""
+    port = free_port()
+    log = folder / "engine.log"
+    command = [
+        engine_python(), "-m", "agl_grpc_cli", "vllm", "serve", str(model), "--store", store,
+        "--run", "run-1", "--engine-id", "engine-1", "--spool-dir", str(folder / "spool"),
+        "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
+        "--max-num-seqs", "32", "--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out",
+        *options,
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=engine_environment(),
+            cwd=REPOSITORY,
+            start_new_session=True,
+        )
+    running = Engine(process, port, model, log)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)

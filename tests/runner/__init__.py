@@ -1,0 +1,3 @@
+"""Workers, their processes and their agents."""
+
+from __future__ import annotations

@@ -134,7 +134,7 @@ async def test_an_engine_that_is_down_is_the_infrastructures_failure(
     rollout = await execute(results, runner, {"do": "engine", "port": free_port()})
     assert rollout.failure is not None
     assert rollout.failure.kind is FailureKind.INFRASTRUCTURE
-    assert rollout.failure.type.endswith("APIConnectionError")
+    assert rollout.failure.type.endswith("ConnectError")
 
 
 async def test_a_timeout_stops_the_agent(results: StoreClient, runner: RunnerProcess) -> None:

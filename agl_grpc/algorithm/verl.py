@@ -1,0 +1,150 @@
+"""`VERL`: reinforcement learning of model weights with verl, by a learner in an environment of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from agl_grpc.algorithm.base import Algorithm
+from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.run_config import CheckLimits, Deadlines, EngineConfig, RunConfig, TrainedTokens
+from agl_grpc.model.rollout import RolloutConfig
+
+
+class VERL(Algorithm):
+    """Settings of a training run with verl. `Trainer.fit` writes them down and starts the learner with them.
+
+    Args:
+        config: verl's keys as they are, nested or dotted, or the path of a YAML or JSON file with them.
+            ``actor_rollout_ref.model.path`` names the model. Unknown keys are refused by the learner, by
+            name.
+        model_name: the name under which engines serve the model; default: the folder's name.
+        device: ``auto``, ``cpu`` or ``cuda``, of the learner.
+        seed: of data order and initialisation.
+        engines: how many engines, and how they are reached.
+        rollouts: rules of every rollout's life.
+        samples: what is trained of an attempt.
+        checks: limits between sampled and recomputed logprobs.
+        deadlines: of the learner's phases.
+        keep_checkpoints: how many finished checkpoints stay; None = all.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | str | Path,
+        *,
+        model_name: str = "",
+        device: str = "auto",
+        seed: int = 0,
+        engines: EngineConfig | None = None,
+        rollouts: RolloutConfig | None = None,
+        samples: TrainedTokens | None = None,
+        checks: CheckLimits | None = None,
+        deadlines: Deadlines | None = None,
+        keep_checkpoints: int | None = 3,
+    ) -> None:
+        super().__init__()
+        self.config = _read(config)
+        self.model_path = _model_path(self.config)
+        self.model_name = model_name or Path(self.model_path).name
+        self.device = device
+        self.seed = seed
+        self.engines = engines or EngineConfig()
+        self.rollouts = rollouts or RolloutConfig()
+        self.samples = samples or TrainedTokens()
+        self.checks = checks or CheckLimits()
+        self.deadlines = deadlines or Deadlines()
+        self.keep_checkpoints = keep_checkpoints
+
+    def write_run(
+        self,
+        folder: Path,
+        *,
+        run_id: str,
+        training_run_id: str,
+        train_dataset: Sequence[Any],
+        val_dataset: Sequence[Any] | None = None,
+    ) -> Path:
+        """Writes tasks and configuration for ``agl-grpc learner --config``; answers the configuration's path.
+
+        ``folder`` also becomes the learner's output folder (checkpoints, TensorBoard files). Items of the
+        datasets must be JSON values: they reach agents as rollout inputs.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        train = _write_tasks(folder / "train.jsonl", train_dataset)
+        val = _write_tasks(folder / "val.jsonl", val_dataset) if val_dataset else ""
+        run = {
+            "model": {"path": self.model_path, "name": self.model_name},
+            "train_tasks": train,
+            "val_tasks": val,
+            "output_dir": str(folder),
+            "run_id": run_id,
+            "training_run_id": training_run_id,
+            "device": self.device,
+            "seed": self.seed,
+            "keep_checkpoints": self.keep_checkpoints,
+            "engines": asdict(self.engines),
+            "rollouts": asdict(self.rollouts),
+            "samples": asdict(self.samples),
+            "checks": asdict(self.checks),
+            "deadlines": asdict(self.deadlines),
+            "verl": self.config,
+        }
+        assert set(run) <= set(RunConfig.__dataclass_fields__)
+        path = folder / "run.json"
+        path.write_bytes(orjson.dumps(run, option=orjson.OPT_INDENT_2))
+        return path
+
+    def run(
+        self, train_dataset: Sequence[Any] | None = None, val_dataset: Sequence[Any] | None = None
+    ) -> Any:
+        """Weights are trained in the learner's process: `Trainer.fit` starts it, not this object."""
+        raise TypeError("VERL is run by Trainer.fit, which starts engine and learner in their environments")
+
+
+def _read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"verl configuration {path} does not exist")
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        data = yaml.safe_load(path.read_text())
+    else:
+        data = orjson.loads(path.read_bytes())
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of verl's keys")
+    return data
+
+
+def _model_path(config: Mapping[str, Any]) -> str:
+    """``actor_rollout_ref.model.path``, written nested or dotted."""
+    parts = ["actor_rollout_ref", "model", "path"]
+    for cut in range(len(parts), 0, -1):
+        head, rest = ".".join(parts[:cut]), parts[cut:]
+        node: Any = config.get(head)
+        for part in rest:
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, str):
+            return node
+        if isinstance(config.get(head), Mapping) and rest:
+            dotted = config[head].get(".".join(rest))
+            if isinstance(dotted, str):
+                return dotted
+    raise ConfigError("the verl configuration names no model: set actor_rollout_ref.model.path")
+
+
+def _write_tasks(path: Path, tasks: Sequence[Any]) -> str:
+    with path.open("wb") as file:
+        for number, task in enumerate(tasks):
+            try:
+                file.write(orjson.dumps(task, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+            except TypeError as error:
+                raise ConfigError(f"task {number} cannot be written as JSON: {error}") from error
+    return str(path)

@@ -1,0 +1,137 @@
+"""Checkpoints: written beside, synced, renamed, and only then committed in the store.
+
+The store, not a file on this disk, says which checkpoint is the last one: ``CommitBatches`` names it together
+with the batches that it contains.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from agl_grpc.learner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agl_grpc.learner.trainer import AglTrainer
+
+STATE_FILE = "learner.json"
+_PREFIX = "global_step_"
+
+
+@dataclass
+class LearnerState:
+    """What a checkpoint holds beside verl's own files.
+
+    ``prompts_fetched`` counts prompts taken from the dataset since the start; ``outstanding`` are dataset
+    indices of prompts that were fetched and not trained: a resumed run begins with them.
+    """
+
+    step: int
+    prompts_fetched: int
+    outstanding: list[int] = field(default_factory=list)
+    batch_ids: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def read(folder: Path) -> LearnerState:
+        """The state of a checkpoint folder; ConfigError when it is none."""
+        file = folder / STATE_FILE
+        if not file.is_file():
+            raise ConfigError(f"{folder} is not a checkpoint of the learner: it holds no {STATE_FILE}")
+        return LearnerState(**orjson.loads(file.read_bytes()))
+
+
+def checkpoint_id(step: int) -> str:
+    """Name of a step's checkpoint: the folder's and the store's."""
+    return f"{_PREFIX}{step}"
+
+
+def sync_tree(folder: Path) -> None:
+    """Brings every file and folder below ``folder`` to disk."""
+    for base, _, names in os.walk(folder, topdown=False):
+        for name in (*names, ""):
+            descriptor = os.open(os.path.join(base, name) if name else base, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+class Checkpoints:
+    """``CheckpointStore``: folders ``global_step_N`` in one place.
+
+    Args:
+        folder: where checkpoints lie.
+        commit: called after the rename with checkpoint id, batch ids and step; the store's ``CommitBatches``.
+        keep: how many finished checkpoints stay, the newest; None = all.
+    """
+
+    def __init__(
+        self, folder: Path, commit: Callable[[str, list[str], int], None], *, keep: int | None = None
+    ) -> None:
+        self._folder = folder
+        self._commit = commit
+        self._keep = keep
+
+    def path(self, name: str) -> Path:
+        """Folder of a checkpoint."""
+        return self._folder / name
+
+    def save(self, trainer: AglTrainer) -> None:
+        """Saves model, optimiser, data order and what is outstanding; then commits the batches trained
+        since.
+        """
+        import torch
+
+        step = int(trainer.global_steps)
+        name = checkpoint_id(step)
+        final, unfinished = self.path(name), self.path(f".unfinished-{name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        trainer.actor_rollout_wg.save_checkpoint(str(unfinished / "actor"), None, step, max_ckpt_to_keep=None)
+        if trainer.use_critic:
+            trainer.critic_wg.save_checkpoint(str(unfinished / "critic"), None, step, max_ckpt_to_keep=None)
+        torch.save(trainer.train_dataloader.state_dict(), unfinished / "data.pt")
+        batch_ids = [batch.batch_id for batch in trainer.uncommitted]
+        state = LearnerState(step, trainer.prompts_fetched, trainer.outstanding_indices(), batch_ids)
+        (unfinished / STATE_FILE).write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
+        sync_tree(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        sync_tree_entry(self._folder)
+        self._commit(name, batch_ids, step)
+        trainer.uncommitted.clear()
+        self._prune()
+
+    def _prune(self) -> None:
+        if self._keep is None:
+            return
+        steps = sorted(int(entry.name.removeprefix(_PREFIX)) for entry in self._folder.glob(f"{_PREFIX}*"))
+        for step in steps[: -self._keep]:
+            shutil.rmtree(self.path(checkpoint_id(step)))
+
+
+def sync_tree_entry(folder: Path) -> None:
+    """Brings a folder's list of names to disk, so that a rename in it lasts."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hugging_face_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint's model lies in the form that ``transformers`` loads."""
+    return checkpoint / "actor" / "huggingface"
+
+
+def resume_keys(folder: Path, name: str) -> dict[str, Any]:
+    """verl's keys that make it continue from a checkpoint."""
+    path = folder / name
+    LearnerState.read(path)
+    return {"resume_mode": "resume_path", "resume_from_path": str(path)}

@@ -1,0 +1,248 @@
+"""The learner process: takes a training run up, runs verl's trainer on it, and ends it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from agl_grpc.client import StoreError
+from agl_grpc.learner.checkpoint import Checkpoints, resume_keys
+from agl_grpc.learner.errors import StoppedError
+from agl_grpc.learner.progress import step_line, with_summary
+from agl_grpc.learner.ray_runtime import local_ray, worker_environment
+from agl_grpc.learner.run_config import RunConfig
+from agl_grpc.learner.store_link import StoreLink
+from agl_grpc.learner.training_run import TrainingRun
+from agl_grpc.model.enums import TrainingRunStatus
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from agl_grpc.learner.trainer import AglTrainer
+
+
+def say(text: str) -> None:
+    """A line of progress for people and for whoever started this process."""
+    print(f"learner: {text}", flush=True)
+
+
+def choose_device(wanted: str) -> str:
+    """``cpu`` or ``cuda``."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(config: RunConfig, store: str) -> None:
+    """Trains until the configured number of steps, or until somebody asks to stop.
+
+    Raises:
+        LearnerError: anything a person has to know; the training run is then FAILED in the store.
+    """
+    device = choose_device(config.device)
+    output = Path(config.output_dir).expanduser().resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    os.environ["TENSORBOARD_DIR"] = str(output / "tensorboard")
+    link = StoreLink(store, config.run_id, patience=config.deadlines.store)
+    try:
+        training = TrainingRun.acquire(link, config.training_run_id)
+        say(f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}")
+        with _reported_end(training), _stoppable():
+            _train(config, device, output, link, training)
+    finally:
+        link.close()
+
+
+@contextmanager
+def _reported_end(training: TrainingRun) -> Iterator[None]:
+    """Ends the training run in the store as this process ends."""
+    try:
+        yield
+    except (StoppedError, KeyboardInterrupt):
+        training.finish(TrainingRunStatus.STOPPED)
+        raise
+    except BaseException as error:
+        _finish_failed(training, error)
+        raise
+    stopped = training.stop_requested
+    status = TrainingRunStatus.STOPPED if stopped else TrainingRunStatus.SUCCEEDED
+    training.finish(status)
+
+
+def _finish_failed(training: TrainingRun, error: BaseException) -> None:
+    try:
+        training.finish(TrainingRunStatus.FAILED, error)
+    except StoreError as second:
+        # The first error is the one to raise; this one only says that the store does not know of it.
+        say(f"could not tell the store that the training run failed: {second}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends training at once, as Ctrl-C does; what was not committed is trained again on resume."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise StoppedError("stopped by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str, Any]) -> DictConfig:
+    from agl_grpc.learner.verl_config import compose
+
+    fixed: dict[str, Any] = {
+        "data": {
+            "train_files": str(Path(config.train_tasks).expanduser()),
+            "val_files": str(Path(config.val_tasks or config.train_tasks).expanduser()),
+            "seed": config.seed,
+        },
+        "actor_rollout_ref": {
+            "model": {"path": str(Path(config.model.path).expanduser())},
+            "rollout": {
+                "checkpoint_engine": {
+                    "engine_kwargs": {"agl": {"host": config.engines.host, "backend": config.engines.backend}}
+                }
+            },
+        },
+        "trainer": {
+            "default_local_dir": str(output / "checkpoints"),
+            "experiment_name": config.training_run_id or config.run_id,
+            **resume,
+        },
+    }
+    return compose(config.verl, device=device, fixed=fixed)
+
+
+def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
+    from agl_grpc.learner.publication import newest_committed
+
+    warnings.filterwarnings("ignore", message=".*engine is not available.*")
+    resume: dict[str, Any] = {}
+    if config.resume and training.checkpoint_id:
+        resume = resume_keys(output / "checkpoints", training.checkpoint_id)
+        say(f"continuing from checkpoint {training.checkpoint_id}")
+    elif config.resume:
+        say("no committed checkpoint: starting from the beginning")
+    cancelled = training.discard_leftovers()
+    if cancelled:
+        say(f"cancelled {cancelled} rollouts of an earlier trainer")
+    committed = newest_committed(link, config.model.name)
+    verl = _verl_config(config, device, output, resume)
+    manifest = {"config": verl, "device": device, "seed": config.seed}
+    _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
+    say("starting Ray and importing verl")
+    gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
+    os.environ.update(worker_environment(device))
+    # Both take seconds, and Ray's start is other processes' work.
+    imported = ThreadPoolExecutor(1).submit(importlib.import_module, "agl_grpc.learner.trainer")
+    with local_ray(device=device, gpus=gpus):
+        import transfer_queue as tq
+
+        tq.init(verl.transfer_queue)
+        imported.result()
+        trainer, manager = _assemble(config, verl, output, link, training, committed)
+        try:
+            say("loading the model")
+            trainer.init()
+            say(f"training {trainer.total_training_steps} steps")
+            trainer.fit(manager)
+        finally:
+            tq.close()
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    from omegaconf import OmegaConf
+
+    plain = {**manifest, "config": OmegaConf.to_container(manifest["config"], resolve=True)}
+    path.write_bytes(orjson.dumps(plain, option=orjson.OPT_INDENT_2))
+
+
+def _assemble(
+    config: RunConfig,
+    verl: DictConfig,
+    output: Path,
+    link: StoreLink,
+    training: TrainingRun,
+    committed: int | None,
+) -> tuple[AglTrainer, Any]:
+    """Trainer and manager, wired to the store."""
+    from agl_grpc.learner.checks import LogprobLimits
+    from agl_grpc.learner.manager import RolloutManager
+    from agl_grpc.learner.publication import Publisher
+    from agl_grpc.learner.store_source import StoreSource
+    from agl_grpc.learner.trainer import AglTrainer, Hooks
+    from agl_grpc.sample import SampleRules
+
+    step = int(str(verl.trainer.resume_from_path or "0").rpartition("_")[2])
+    # Versions only rise in the store, also when a resumed run goes back to an earlier step.
+    offset = 0 if committed is None else max(0, committed + 1 - step)
+    identity = training.identity
+    rollout = verl.actor_rollout_ref.rollout
+    source = StoreSource(
+        link,
+        identity,
+        rules=config.rollouts,
+        samples=SampleRules(
+            model=config.model.name,
+            agents=frozenset(config.samples.agents),
+            train_truncated=config.samples.train_truncated,
+            reward_name=config.samples.reward_name,
+        ),
+        version_offset=offset,
+    )
+    manager = RolloutManager(
+        source,
+        group_size=int(rollout.n),
+        validation_size=int(rollout.val_kwargs.n),
+        temperature=float(rollout.temperature),
+    )
+    source.start(manager.deliver)
+    publisher = Publisher(
+        link,
+        identity,
+        model=config.model.name,
+        engines=config.engines.count,
+        receivers_per_engine=config.engines.receivers,
+        deadline=config.deadlines.publish,
+        engine_deadline=config.deadlines.engines,
+        version_offset=offset,
+    )
+    checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
+
+    def on_metrics(at: int, metrics: dict[str, float]) -> bool:
+        numbers = with_summary(metrics)
+        say(step_line(at, trainer.total_training_steps, numbers))
+        training.report(at, numbers)
+        return training.stop_requested
+
+    hooks = Hooks(
+        source=source,
+        publication=publisher,
+        checkpoints=checkpoints,
+        run_name=f"{identity.training_run_id.replace('_', '-')}.t{identity.trainer_epoch}",
+        limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
+        sample_deadline=config.deadlines.sample,
+        failure_limit=config.failure_limit,
+        on_metrics=on_metrics,
+    )
+    trainer = AglTrainer(verl, hooks)
+    return trainer, manager

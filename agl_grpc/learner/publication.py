@@ -1,0 +1,235 @@
+"""Publication of policy versions: weights to the engines, each phase with a deadline.
+
+prepare (the store tells the engines where to fetch) → engines stage while the old weights serve → commit with
+the digest of what was sent → engines swap. Whatever fails before the commit leaves the old weights serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from agl_grpc.client import StoreError
+from agl_grpc.learner.errors import DeadlineError, LearnerError
+from agl_grpc.learner.store_link import StoreLink
+from agl_grpc.learner.training_run import TrainingIdentity
+from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
+from agl_grpc.model.policy import Engine, EngineState, PolicyVersion, WeightSource
+
+T = TypeVar("T")
+
+
+class Publisher:
+    """``WeightPublication`` over the contract.
+
+    Args:
+        link: the line to the store.
+        identity: training run and epoch.
+        model: the served model's name.
+        engines: how many engines must serve a version before training goes on; 0 publishes nothing.
+        receivers_per_engine: worker processes of an engine that each take the weights (tensor-parallel size).
+        deadline: seconds for a whole publication.
+        engine_deadline: seconds to wait for that many engines to be connected.
+        version_offset: published policy version minus optimiser step.
+    """
+
+    def __init__(
+        self,
+        link: StoreLink,
+        identity: TrainingIdentity,
+        *,
+        model: str,
+        engines: int,
+        receivers_per_engine: int = 1,
+        deadline: float = 120.0,
+        engine_deadline: float = 300.0,
+        version_offset: int = 0,
+    ) -> None:
+        self._link = link
+        self._client = link.client
+        self._identity = identity
+        self._model = model
+        self._engines = engines
+        self._receivers = receivers_per_engine
+        self._deadline = deadline
+        self._engine_deadline = engine_deadline
+        self._offset = version_offset
+        self._actors: Any = None
+
+    def bind(self, actors: Any) -> None:
+        """Names verl's actor worker group, whose ranks send."""
+        self._actors = actors
+
+    def update_weights(self, step: int) -> dict[str, float]:
+        """Publishes the weights after ``step``; returns when every engine serves them, with seconds and
+        bytes as metrics.
+        """
+        if self._engines == 0:
+            return {}
+        version = step + self._offset
+        connected = self._link.run(self._connected_engines())
+        if version == 0 and all(engine.active_policy_version == 0 for engine in connected):
+            # Version 0 is the model on disk, which engines and trainer have both loaded.
+            return {"weights/policy_version": 0.0}
+        engines = [engine.engine_id for engine in connected]
+        deadline = time.monotonic() + self._deadline
+        self._prepare(version, engines)
+        try:
+            report = self._send(step, version, engines)
+            self._reach(version, engines, EnginePhase.RECEIVED, deadline)
+            self._link.run(self._client.commit_policy_version(self._model, version, report["digest"]))
+        except BaseException as error:
+            self._abort(version, error)
+            raise
+        states = self._reach(version, engines, EnginePhase.ACTIVE, deadline)
+        return {
+            "weights/bytes": float(report["sent_bytes"]),
+            "weights/transfer_seconds": float(report["seconds"]),
+            "weights/pause_seconds": max(state.pause_ns for state in states) / 1e9,
+            "weights/policy_version": float(version),
+        }
+
+    async def _connected_engines(self) -> list[Engine]:
+        """The connected engines, once there are enough."""
+        deadline = time.monotonic() + self._engine_deadline
+        pause = 0.05
+        while True:
+            engines = [item for item in await self._client.query_engines(self._model) if item.connected]
+            if len(engines) >= self._engines:
+                return sorted(engines, key=lambda engine: engine.engine_id)
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    f"{len(engines)} of {self._engines} engines serving {self._model!r} are connected after "
+                    f"{self._engine_deadline:g} s: start one with `agl-grpc vllm serve`, or check that it "
+                    "serves this run and model"
+                )
+            # Engines are waited for at start-up and after a loss only; the contract has no watch of them.
+            await asyncio.sleep(pause)
+            pause = min(1.0, pause * 1.5)
+
+    def _each_rank(self, method: str, **arguments: Any) -> list[Any]:
+        import ray
+
+        size = self._actors.world_size
+        repeated = {name: [value] * size for name, value in arguments.items()}
+        return list(ray.get(self._actors.execute_checkpoint_engine(method=[method] * size, **repeated)))
+
+    def _prepare(self, version: int, engines: list[str]) -> None:
+        """Opens the rendezvous and offers the version; engines begin to fetch."""
+        mine = self._identity
+        transfer = f"{mine.training_run_id}/{mine.trainer_epoch}/{version}"
+        receivers = len(engines) * self._receivers
+        endpoint = self._each_rank("prepare")[0]["endpoint"]
+        self._each_rank(
+            "init_process_group", transfer_id=transfer, receivers=receivers, timeout=self._deadline
+        )
+        # The group's name is the transfer's: by it the engines' receivers find the sender.
+        source = WeightSource(
+            rendezvous=endpoint, group_id=transfer, world_size=1 + receivers, engine_ids=engines
+        )
+        work = self._client.prepare_policy_version(
+            self._model,
+            version,
+            source,
+            deadline=self._deadline,
+            training_run_id=mine.training_run_id,
+            trainer_epoch=mine.trainer_epoch,
+        )
+        self._link.run(work)
+
+    def _send(self, step: int, version: int, engines: list[str]) -> dict[str, Any]:
+        import ray
+
+        watch = self._link.start(self._until_failed(version, engines))
+        pending = self._actors.update_weights(global_steps=step, mode="agl")
+        try:
+            # The sender itself gives up after the deadline; this one is for a worker that died.
+            return dict(ray.get(pending, timeout=self._deadline + 10)[0])
+        except ray.exceptions.GetTimeoutError as error:
+            raise DeadlineError(
+                f"sending policy version {version} to {', '.join(engines)} took longer than "
+                f"{self._deadline:g} s"
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            reason = watch.result() if watch.done() and not watch.cancelled() else "no engine said why"
+            raise LearnerError(f"sending policy version {version}: {error.cause}; {reason}") from error
+        finally:
+            watch.cancel()
+
+    async def _until_failed(self, version: int, engines: list[str]) -> str:
+        """Gives the transfer up as soon as an engine cannot take it; what the engine said."""
+        try:
+            await self._follow(version, engines, EnginePhase.ACTIVE, {})
+        except LearnerError as error:
+            self._actors.execute_checkpoint_engine(
+                method=["cancel"] * self._actors.world_size, reason=[str(error)] * self._actors.world_size
+            )
+            return str(error)
+        return ""
+
+    def _abort(self, version: int, error: BaseException) -> None:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:1000]
+        try:
+            self._link.run(self._client.abort_policy_version(self._model, version, reason))
+        except StoreError as second:
+            # The store aborts the version at its deadline in any case; the first error is the one to report.
+            print(f"learner: could not abort policy version {version}: {second}", flush=True)
+
+    def _reach(
+        self, version: int, engines: list[str], phase: EnginePhase, deadline: float
+    ) -> list[EngineState]:
+        """Waits until every engine is in ``phase`` or beyond; their states."""
+        reached: dict[str, EngineState] = {}
+        remaining = max(1.0, deadline - time.monotonic())
+        try:
+            return self._link.run(_within(remaining, self._follow(version, engines, phase, reached)))
+        except TimeoutError as error:
+            missing = [engine for engine in engines if engine not in reached]
+            raise DeadlineError(
+                f"policy version {version} was not {phase.value} within {self._deadline:g} s on: "
+                f"{', '.join(missing)}"
+            ) from error
+
+    async def _follow(
+        self, version: int, engines: list[str], phase: EnginePhase, reached: dict[str, EngineState]
+    ) -> list[EngineState]:
+        first = await self._client.get_policy_version(self._model, version)
+        if first is not None and self._note(first, engines, phase, reached):
+            return list(reached.values())
+        async for change in self._client.watch_policy_versions(self._model, include_existing=True):
+            for item in change.items:
+                if item.policy_version == version and self._note(item, engines, phase, reached):
+                    return list(reached.values())
+        raise LearnerError(f"the watch of policy version {version} ended")
+
+    def _note(
+        self, item: PolicyVersion, engines: list[str], phase: EnginePhase, reached: dict[str, EngineState]
+    ) -> bool:
+        """Takes in what the engines said; whether all are there. A failed engine is an error."""
+        if item.status is PolicyVersionStatus.ABORTED:
+            raise LearnerError(f"policy version {item.policy_version} was aborted: {item.abort_reason}")
+        for state in item.engine_states:
+            if state.engine_id not in engines:
+                continue
+            if state.phase is EnginePhase.FAILED:
+                raise LearnerError(
+                    f"engine {state.engine_id} could not take policy version {item.policy_version}: "
+                    f"{state.error}"
+                )
+            if state.phase.number >= phase.number:
+                reached[state.engine_id] = state
+        return len(reached) == len(engines)
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    async with asyncio.timeout(seconds):
+        return await work
+
+
+def newest_committed(link: StoreLink, model: str) -> int | None:
+    """The newest committed policy version of a model, None when there is none."""
+    versions = link.run(link.client.query_policy_versions(model))
+    committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
+    return max(committed, default=None)

@@ -1,0 +1,65 @@
+"""A local Ray for verl: quiet, without dashboard or usage statistics, with a bounded object store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import psutil
+
+# Bytes of the object store; rows travel through the TransferQueue, Ray objects stay small.
+OBJECT_STORE_BYTES = 300 << 20
+# verl's placement group asks for ten nominal CPUs a GPU; the rest is for the TransferQueue and the load
+# balancer.
+CPUS_PER_GPU = 10
+OTHER_CPUS = 8
+
+
+def worker_environment(device: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of the learner and of every Ray worker."""
+    environment = {
+        "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "WARNING"),
+        "TRANSFER_QUEUE_ENABLE": "1",
+        "TQ_LOGGING_LEVEL": os.environ.get("TQ_LOGGING_LEVEL", "WARNING"),
+        "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1"),
+        # The TransferQueue asks for eight threads in each of its processes and warns where there are fewer
+        # cores.
+        "TQ_NUM_THREADS": str(min(8, psutil.cpu_count(logical=False) or 1)),
+        "TQ_CLIENT_ZMQ_IO_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    if device == "cpu":
+        environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TORCHDYNAMO_DISABLE": "1"}
+    return environment | dict(extra or {})
+
+
+@contextmanager
+def local_ray(*, device: str, gpus: int, extra: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Starts Ray in this process's session and stops it at the end.
+
+    Args:
+        device: ``cpu`` gives verl ``gpus`` nominal GPUs, because its resource pools count nothing else.
+        gpus: accelerators that the trainer uses.
+        extra: more environment for the workers.
+    """
+    environment = worker_environment(device, extra)
+    os.environ.update(environment)
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=CPUS_PER_GPU * gpus + OTHER_CPUS,
+        num_gpus=gpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level="ERROR",
+        log_to_driver=bool(os.environ.get("AGL_LEARNER_WORKER_LOGS")),
+        runtime_env={"env_vars": environment},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

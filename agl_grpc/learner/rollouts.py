@@ -1,0 +1,125 @@
+"""What passes between the source of rollouts and the trainer: groups asked for, groups that came back."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """One task, to be tried ``size`` times; the tries are compared with each other.
+
+    ``uid`` is deterministic (run, epoch, dataset index, try) and holds no underscore: verl splits keys there.
+    """
+
+    uid: str
+    index: int
+    task: Any
+    size: int
+    step: int
+    validate: bool = False
+
+    def rollout_id(self, number: int) -> str:
+        """Id of the group's ``number``-th rollout, from 0."""
+        return f"{self.uid}.n{number}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token sequence of a rollout, ready to train.
+
+    ``response_ids``, ``response_mask``, ``logprobs`` and ``policy_versions`` have one entry per response
+    token; the mask is 1 where the token was sampled by the policy and is trained. Logprobs are natural
+    logarithms and 0 where the mask is 0; policy versions are -1 there.
+    """
+
+    prompt_ids: IntArray
+    response_ids: IntArray
+    response_mask: IntArray
+    logprobs: FloatArray
+    policy_versions: IntArray
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class FinishedRollout:
+    """A sealed rollout: its reward, its rows, and where its tokens went.
+
+    ``reward`` is None when none was given; ``failure`` says why a rollout cannot be trained (empty = it can).
+    ``captured``, ``observed`` and ``dropped`` count response-side tokens: captured = trained + observed +
+    dropped.
+    """
+
+    rollout_id: str
+    group_id: str
+    reward: float | None
+    rows: tuple[Row, ...]
+    failure: str = ""
+    attempt_id: str = ""
+    captured: int = 0
+    observed: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FinishedGroup:
+    """A group none of whose rollouts will change any more, in the order of their numbers."""
+
+    request: GroupRequest
+    rollouts: tuple[FinishedRollout, ...]
+
+
+@dataclass(frozen=True)
+class BatchEntry:
+    """What a claimed batch says of one rollout: the values that the optimiser must use."""
+
+    rollout_id: str
+    group_id: str
+    reward: float
+
+
+@dataclass(frozen=True)
+class ClaimedBatch:
+    """A batch frozen by the store: its id, its content hash and its entries."""
+
+    batch_id: str
+    content_hash: str
+    entries: tuple[BatchEntry, ...]
+
+
+class RolloutSource(Protocol):
+    """Where rollouts come from. Calls are made by the trainer's thread; ``deliver`` may be called by any
+    thread.
+    """
+
+    def submit(self, groups: list[GroupRequest]) -> None:
+        """Asks for groups; each is delivered once, when all its rollouts are sealed."""
+
+    def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
+        """Freezes the rollouts of a batch, in the order in which they are trained."""
+
+    def describe(self, uids: list[str]) -> str:
+        """One line on what the groups still wait for; for messages about deadlines."""
+
+
+Deliver = Callable[[FinishedGroup | BaseException], None]
+
+
+def seal(rollout_id: str, group_id: str, reward: float) -> str:
+    """Digest over what must arrive together at the optimiser: a rollout, its group and its reward."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in (rollout_id, group_id):
+        data = text.encode()
+        digest.update(struct.pack("<I", len(data)) + data)
+    digest.update(struct.pack("<f", reward))
+    return digest.hexdigest()

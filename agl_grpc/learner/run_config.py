@@ -1,0 +1,168 @@
+"""The learner's own configuration file: what to train, on which store, with which limits, and verl's keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import orjson
+
+from agl_grpc.learner.errors import ConfigError
+from agl_grpc.model.rollout import RolloutConfig
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The trained model: ``path`` is a Hugging Face folder, ``name`` the name under which engines serve
+    it.
+    """
+
+    path: str
+    name: str
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Engines that must serve every policy version.
+
+    ``count`` 0 publishes nothing (for recorded rollouts). ``receivers`` are the worker processes of an engine
+    that each take the weights (its tensor-parallel size). ``host`` is this machine's address as engines reach
+    it; ``backend`` is ``auto``, ``gloo`` or ``nccl``.
+    """
+
+    count: int = 1
+    receivers: int = 1
+    host: str = "127.0.0.1"
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Which calls are trained: of these agents (empty = all); answers cut by the length limit or not; which
+    reward.
+    """
+
+    agents: tuple[str, ...] = ()
+    train_truncated: bool = False
+    reward_name: str = "primary"
+
+
+@dataclass(frozen=True)
+class CheckLimits:
+    """Largest difference between sampled and recomputed logprobs, in nats; bf16 engines need about 0.3 and
+    0.02.
+    """
+
+    logprob_max: float = 1e-4
+    logprob_mean: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds: ``sample`` without a finished group, ``publish`` for a policy version, ``engines`` until
+    enough are connected, ``store`` while it does not answer."""
+
+    sample: float = 600.0
+    publish: float = 120.0
+    engines: float = 300.0
+    store: float = 120.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. Paths may be relative to the working directory.
+
+    ``train_tasks`` and ``val_tasks`` are JSONL files, one task a line. ``verl`` holds verl's keys as they
+    are. ``failure_limit`` groups in a row that cannot be trained end the run. ``keep_checkpoints`` None keeps
+    all.
+    """
+
+    model: ModelConfig
+    train_tasks: str
+    output_dir: str
+    run_id: str = "default"
+    training_run_id: str = ""
+    val_tasks: str = ""
+    resume: bool = False
+    device: str = "auto"
+    seed: int = 0
+    failure_limit: int = 64
+    keep_checkpoints: int | None = 3
+    engines: EngineConfig = field(default_factory=EngineConfig)
+    rollouts: RolloutConfig = field(default_factory=RolloutConfig)
+    samples: TrainedTokens = field(default_factory=TrainedTokens)
+    checks: CheckLimits = field(default_factory=CheckLimits)
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    verl: dict[str, Any] = field(default_factory=dict)
+
+
+def _build(kind: type[S], data: Mapping[str, Any], path: str) -> S:
+    hints = get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]  # always a dataclass
+    for key in data:
+        if key not in fields:
+            raise ConfigError(
+                f"unknown key {path + key!r} in the learner's configuration; known: {', '.join(fields)}"
+            )
+    values: dict[str, Any] = {}
+    for name, item in fields.items():
+        if name not in data:
+            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"the learner's configuration lacks {path + name!r}")
+            continue
+        value = data[name]
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path + name!r} must be a mapping, not {value!r}")
+            value = _build(hint, value, f"{path}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif hint in (str, int, float, bool) and not isinstance(
+            value, (int, float) if hint is float else hint
+        ):
+            raise ConfigError(f"{path + name!r} must be {hint.__name__}, not {value!r}")
+        values[name] = value
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ConfigError(f"{path.rstrip('.') or 'the configuration'}: {error}") from error
+
+
+def from_mapping(data: Mapping[str, Any]) -> RunConfig:
+    """A run's configuration from plain data; ConfigError names the first key that is unknown, missing or
+    wrong.
+    """
+    config = _build(RunConfig, data, "")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"'device' must be auto, cpu or cuda, not {config.device!r}")
+    if not Path(config.model.path).expanduser().is_dir():
+        raise ConfigError(f"model folder {config.model.path} does not exist")
+    for path in filter(None, (config.train_tasks, config.val_tasks)):
+        if not Path(path).expanduser().is_file():
+            raise ConfigError(f"task file {path} does not exist")
+    return config
+
+
+def load(path: str) -> RunConfig:
+    """Reads a configuration file (JSON, or YAML by its suffix)."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    if file.suffix in (".yaml", ".yml"):
+        import yaml
+
+        data = yaml.safe_load(file.read_text())
+    else:
+        try:
+            data = orjson.loads(file.read_bytes())
+        except orjson.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping")
+    return from_mapping(data)

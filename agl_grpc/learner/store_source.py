@@ -1,0 +1,219 @@
+"""Rollouts from the store: enqueued as groups, awaited through the store's stream, read once sealed."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agl_grpc.client.filters import rollout_filter
+from agl_grpc.learner.errors import FidelityError, LearnerError
+from agl_grpc.learner.rollouts import (
+    BatchEntry,
+    ClaimedBatch,
+    Deliver,
+    FinishedGroup,
+    FinishedRollout,
+    GroupRequest,
+    Row,
+)
+from agl_grpc.learner.store_link import StoreLink
+from agl_grpc.learner.training_run import TrainingIdentity
+from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
+from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
+from agl_grpc.sample import AttemptRecord, AttemptSamples, Sample, SampleRules, build_attempt
+from agl_grpc.v1 import reward_pb2, span_pb2
+from agl_grpc.v1 import store_service_pb2 as store_pb2
+
+
+@dataclass
+class _OpenGroup:
+    request: GroupRequest
+    sealed: dict[str, Rollout] = field(default_factory=dict)
+
+
+class StoreSource:
+    """``RolloutSource`` over the contract.
+
+    Args:
+        link: the line to the store.
+        identity: training run and epoch; every rollout carries it as a label.
+        rules: rules of a rollout's life.
+        samples: what is trained of an attempt.
+        version_offset: published policy version minus optimiser step; rows carry steps.
+    """
+
+    def __init__(
+        self,
+        link: StoreLink,
+        identity: TrainingIdentity,
+        *,
+        rules: RolloutConfig,
+        samples: SampleRules,
+        version_offset: int = 0,
+    ) -> None:
+        self._link = link
+        self._client = link.client
+        self._identity = identity
+        self._deliver: Deliver = _undeliverable
+        self._rules = rules
+        self._samples = samples
+        self._offset = version_offset
+        self._open: dict[str, _OpenGroup] = {}
+        self._fetches: set[asyncio.Task[None]] = set()
+
+    def start(self, deliver: Deliver) -> None:
+        """Opens the watch; ``deliver`` gets every finished group, and the error that ends the watch."""
+        self._deliver = deliver
+        self._link.start(self._watch())
+
+    def submit(self, groups: list[GroupRequest]) -> None:
+        self._link.run(self._submit(groups))
+
+    async def _submit(self, groups: list[GroupRequest]) -> None:
+        for group in groups:
+            self._open[group.uid] = _OpenGroup(group)
+        rollouts = [self._wanted(group, number) for group in groups for number in range(group.size)]
+        await self._client.enqueue_many_rollouts(rollouts)
+
+    def _wanted(self, group: GroupRequest, number: int) -> EnqueueRolloutRequest:
+        return EnqueueRolloutRequest(
+            input=group.task,
+            mode=RolloutMode.VAL if group.validate else RolloutMode.TRAIN,
+            config=self._rules,
+            rollout_id=group.rollout_id(number),
+            group_id=group.uid,
+            labels=self._identity.labels,
+        )
+
+    async def _watch(self) -> None:
+        mine = rollout_filter(run_id=self._identity.run_id, labels=self._identity.labels)
+        changes = self._client.watch_rollouts(filter=mine, include_existing=True, include_attempts=True)
+        try:
+            async for change in changes:
+                for rollout in change.items:
+                    self._note(rollout)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._deliver(error)
+
+    def _note(self, rollout: Rollout) -> None:
+        group = self._open.get(rollout.group_id or "")
+        if group is None or not rollout.sealed:
+            return
+        group.sealed[rollout.rollout_id] = rollout
+        if len(group.sealed) == group.request.size:
+            del self._open[group.request.uid]
+            task = asyncio.get_running_loop().create_task(self._fetch_and_deliver(group))
+            self._fetches.add(task)
+            task.add_done_callback(self._fetches.discard)
+
+    def describe(self, uids: list[str]) -> str:
+        return self._link.run(self._describe(uids))
+
+    async def _describe(self, uids: list[str]) -> str:
+        waiting = [self._open[uid] for uid in uids if uid in self._open]
+        if not waiting:
+            return f"{len(uids)} groups are being read"
+        first = waiting[0]
+        ids = [first.request.rollout_id(number) for number in range(first.request.size)]
+        missing = [rollout_id for rollout_id in ids if rollout_id not in first.sealed]
+        rollout = await self._client.get_rollout_by_id(missing[0])
+        state = rollout.status.value if rollout else "unknown to the store"
+        worker = rollout.attempt.worker_id if isinstance(rollout, AttemptedRollout) else None
+        return (
+            f"{len(waiting)} groups are open; the first, {first.request.uid}, waits for {len(missing)} of "
+            f"{len(ids)} rollouts, of which {missing[0]} is {state} (worker: {worker or 'none'})"
+        )
+
+    async def _fetch_and_deliver(self, group: _OpenGroup) -> None:
+        try:
+            self._deliver(await self._fetch(group))
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._deliver(error)
+
+    async def _fetch(self, group: _OpenGroup) -> FinishedGroup:
+        ids = [group.request.rollout_id(number) for number in range(group.request.size)]
+        spans, rewards = await asyncio.gather(self._spans(ids), self._rewards(ids))
+        rollouts = []
+        for rollout_id in ids:
+            rollout = group.sealed[rollout_id]
+            attempt_id = rollout.latest_attempt_id or ""
+            incomplete = isinstance(rollout, AttemptedRollout) and rollout.attempt.capture_incomplete
+            place = (rollout_id, attempt_id)
+            record = AttemptRecord(
+                rollout_id=rollout_id,
+                attempt_id=attempt_id,
+                group_id=group.request.uid,
+                spans=[span for span in spans if (span.rollout_id, span.attempt_id) == place],
+                rewards=[item for item in rewards if (item.rollout_id, item.attempt_id) == place],
+                capture_incomplete=incomplete,
+            )
+            rollouts.append(self._finished(rollout, build_attempt(record, self._samples)))
+        return FinishedGroup(group.request, tuple(rollouts))
+
+    async def _spans(self, ids: list[str]) -> list[span_pb2.StoredSpan]:
+        spans = self._client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=True)
+        return [span async for span in spans]
+
+    async def _rewards(self, ids: list[str]) -> list[reward_pb2.Reward]:
+        request = store_pb2.ListRewardsRequest(rollout_ids=ids)
+        return await self._client.read_all(
+            self._client.bound.store.ListRewards, request, lambda page: page.rewards
+        )
+
+    def _finished(self, rollout: Rollout, samples: AttemptSamples) -> FinishedRollout:
+        account = samples.account
+        return FinishedRollout(
+            rollout_id=samples.rollout_id,
+            group_id=samples.group_id,
+            reward=samples.reward,
+            rows=tuple(self._row(sample) for sample in samples.rows),
+            failure=_failure(rollout, samples.reward),
+            attempt_id=samples.attempt_id,
+            captured=account.captured,
+            observed=account.observation,
+            dropped=dict(account.dropped),
+        )
+
+    def _row(self, sample: Sample) -> Row:
+        versions = sample.policy_versions
+        return Row(
+            prompt_ids=sample.prompt_ids.astype(np.int64),
+            response_ids=sample.response_ids.astype(np.int64),
+            response_mask=sample.response_mask.astype(np.int64),
+            logprobs=sample.logprobs,
+            policy_versions=np.where(versions < 0, -1, versions - self._offset),
+            temperature=sample.temperature,
+        )
+
+    def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
+        mine = self._identity
+        work = self._client.claim_batch(mine.training_run_id, mine.trainer_epoch, step, rollout_ids)
+        batch = self._link.run(work)
+        entries = []
+        for entry in batch.entries:
+            if entry.reward is None:
+                raise FidelityError(f"the store froze rollout {entry.rollout_id} without a reward")
+            entries.append(BatchEntry(entry.rollout_id, entry.group_id or "", entry.reward))
+        return ClaimedBatch(batch.batch_id, batch.content_hash, tuple(entries))
+
+
+def _undeliverable(item: FinishedGroup | BaseException) -> None:
+    raise LearnerError(f"the source was used before it was started: {item!r}")
+
+
+def _failure(rollout: Rollout, reward: float | None) -> str:
+    """Why a rollout cannot be trained; an agent that failed after it was judged can."""
+    if rollout.status is RolloutStatus.SUCCEEDED:
+        return ""
+    if rollout.status is RolloutStatus.CANCELLED or rollout.failure is None:
+        return f"{rollout.status.value}: no failure was recorded"
+    failure = rollout.failure
+    if failure.kind in (FailureKind.AGENT, FailureKind.TRUNCATED) and reward is not None:
+        return ""
+    return f"{failure.kind.value}: {(failure.message.splitlines() or ['no message'])[0]}"

@@ -1,0 +1,311 @@
+"""verl's v1 trainer for engines and agents outside verl.
+
+A subclass of verl's ``separate_async`` trainer; what is changed is where rollouts come from, that
+mini-batches are whole rollouts, that every batch is proven before it is used, and how weights and checkpoints
+leave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import transfer_queue as tq
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
+from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrainerSeparateAsync
+from verl.utils import tensordict_utils
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.metric import reduce_metrics
+from verl.utils.py_functional import rename_dict
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
+
+from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, label_group
+from agl_grpc.learner.checkpoint import LearnerState
+from agl_grpc.learner.checks import LogprobLimits, LogprobRow, SealedRow, account, check_logprobs, check_seals
+from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.manager import RolloutManager
+from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
+from agl_grpc.learner.sampler import StoreSampler
+
+# verl looks the class up by name even when it creates no replica of it.
+RolloutReplicaRegistry.register("agl_external", lambda: RolloutReplica)
+
+
+class WeightPublication(Protocol):
+    """Brings the trainer's weights to the engines; stands where verl has its checkpoint-engine manager."""
+
+    def bind(self, actors: Any) -> None:
+        """Names verl's actor worker group, whose ranks send."""
+
+    def update_weights(self, version: int) -> dict[str, float]:
+        """Publishes the weights as policy version ``version``; returns when every engine serves them."""
+
+
+class CheckpointStore(Protocol):
+    """Keeps checkpoints; see ``checkpoint.py``."""
+
+    def save(self, trainer: AglTrainer) -> None:
+        """Saves the trainer's state as one checkpoint and commits the batches that it contains."""
+
+
+@dataclass
+class Hooks:
+    """What the learner process gives to the trainer."""
+
+    source: RolloutSource
+    publication: WeightPublication
+    checkpoints: CheckpointStore
+    run_name: str
+    limits: LogprobLimits = field(default_factory=LogprobLimits)
+    sample_deadline: float = 600.0
+    failure_limit: int = 64
+    # Called after each step (0 = before training); answers whether to stop.
+    on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)
+    }
+
+
+@register_trainer("agl")
+class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is untyped
+    """Trains on sealed rollouts of a store and publishes weights as policy versions.
+
+    Args:
+        config: verl's configuration as ``verl_config.compose`` makes it.
+        hooks: rollouts, publication, checkpoints and limits.
+    """
+
+    def __init__(self, config: DictConfig, hooks: Hooks) -> None:
+        self.hooks = hooks
+        self.prompts_fetched = 0
+        self.uncommitted: list[ClaimedBatch] = []
+        self._claimed: ClaimedBatch | None = None
+        self._left_over: deque[int] = deque()
+        if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
+            config.algorithm.adv_estimator = PREFIX + config.algorithm.adv_estimator
+        super().__init__(config)
+
+    def _build_replay_buffer(self) -> StoreSampler:
+        sampler = self.config.trainer.v1.sampler
+        custom = sampler.get("custom_sampler", None)
+        if custom is not None and custom.get("path"):
+            raise ConfigError(
+                "trainer.v1.sampler.custom_sampler cannot be set: the learner brings its own sampler"
+            )
+        return StoreSampler(
+            sample_deadline=self.hooks.sample_deadline,
+            failure_limit=self.hooks.failure_limit,
+            trainer_mode=self.trainer_mode,
+            trainer_config=self.config.trainer.v1.get(self.trainer_mode, {}),
+            max_off_policy_threshold=sampler.max_off_policy_threshold,
+            max_off_policy_strategy=sampler.max_off_policy_strategy,
+            sampler_kwargs=sampler.sampler_kwargs,
+            refill_fn=self._add_prompts_to_generate,
+            filter_groups_metric=self._resolve_filter_groups_metric(),
+        )
+
+    def _setup(self) -> None:
+        # Not the direct parent's: it would start replicas of verl's own engines.
+        PPOTrainer._setup(self)
+        self.hooks.publication.bind(self.actor_rollout_wg)
+        self.standalone_checkpoint_manager = self.hooks.publication
+        self.current_mode = HybridEngineMode.TRAINER
+
+    def get_llm_client(self) -> None:
+        """verl's agent loops would call engines through it; agents here call the engines themselves."""
+
+    def fit(self, agent_loop_manager: RolloutManager) -> None:
+        self.replay_buffer.bind(agent_loop_manager)
+        super().fit(agent_loop_manager)
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        """One prompt under a deterministic group id; first those that the resumed checkpoint left
+        untrained.
+        """
+        if self._left_over:
+            items = collate_fn([self.train_dataset[self._left_over.popleft()]])
+            items["uid"] = np.array([""], dtype=object)
+            batch = tensordict_utils.get_tensordict(items)
+        else:
+            batch = super()._fetch_one_gen_batch()
+        uids = []
+        for item in batch["index"]:
+            index = int(getattr(item, "data", item))
+            uids.append(f"{self.hooks.run_name}.s{self.prompts_fetched}.i{index}")
+            self.replay_buffer.expect(uids[-1], self.prompts_fetched, index)
+            self.prompts_fetched += 1
+        batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
+        return batch
+
+    def outstanding_indices(self) -> list[int]:
+        """Dataset indices of prompts that were fetched and neither trained nor dropped, in their order."""
+        return [*self.replay_buffer.outstanding.values(), *self._left_over]
+
+    def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
+        # The store keeps what was in flight, not the TransferQueue.
+        return 0
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        # Mini-batches are whole rollouts, so rows are padded to the data-parallel size only.
+        return dp_size
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
+        ids = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rollout_id"])
+        rollout_ids = list(dict.fromkeys(str(getattr(item, "data", item)) for item in ids["rollout_id"]))
+        self._claimed = self.hooks.source.claim(self.global_steps, rollout_ids)
+        self.uncommitted.append(self._claimed)
+        self._check_rows_per_rollout(len(batch.keys), len(rollout_ids))
+        metrics["training/rows"], metrics["training/rollouts"] = len(batch.keys), len(rollout_ids)
+        return super()._balance_batch(batch, metrics, **kwargs)
+
+    def _check_rows_per_rollout(self, rows: int, rollouts: int) -> None:
+        if rows > rollouts and self.config.algorithm.adv_estimator == "gae":
+            raise ConfigError(
+                f"algorithm.adv_estimator=gae needs rollouts of one row each, and {rollouts} rollouts have "
+                f"{rows} rows: use an agent whose prompts grow turn by turn, or an outcome estimator "
+                "such as grpo"
+            )
+        mode = self.config.actor_rollout_ref.actor.loss_agg_mode
+        if rows > rollouts and mode not in ("token-mean", "token-sum"):
+            raise ConfigError(
+                f"actor_rollout_ref.actor.loss_agg_mode={mode} weighs rows, and {rollouts} rollouts have "
+                f"{rows} "
+                "rows: "
+                "use token-mean, under which splitting a rollout changes nothing"
+            )
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        correction = self.config.algorithm.rollout_correction
+        bypass = bool(correction.bypass_mode)
+        correction.bypass_mode = False
+        try:
+            # Recomputed in bypass mode too: the recomputation is what proves the tokens.
+            result = super()._compute_old_log_prob(batch, metrics)
+        finally:
+            correction.bypass_mode = bypass
+        self._prove_tokens(batch, metrics)
+        return super()._compute_old_log_prob(batch, metrics) if bypass else result
+
+    def _prove_tokens(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
+        names = ["rollout_log_probs", "old_log_probs", "response_mask", "policy_versions", "rollout_id"]
+        keys = [
+            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
+        ]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
+        columns = [[row.numpy() for row in data[name].unbind()] for name in names[:4]]
+        rows = [LogprobRow(key, *values) for key, *values in zip(keys, *columns, strict=True)]
+        metrics.update(check_logprobs(rows, version=self.global_steps - 1, limits=self.hooks.limits))
+        trained: Counter[str] = Counter()
+        for rollout_id, mask in zip(data["rollout_id"], columns[2], strict=True):
+            trained[str(getattr(rollout_id, "data", rollout_id))] += int(mask.sum())
+        rollouts = [self.agent_loop_manager.rollout(rollout_id) for rollout_id in trained]
+        metrics.update(account(rollouts, trained))
+
+    def _prove_seals(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
+        assert self._claimed is not None
+        keys = [
+            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
+        ]
+        names = ["rollout_id", "uid", "rm_scores"]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
+        texts = [[str(getattr(item, "data", item)) for item in data[name]] for name in names[:2]]
+        scores = [float(row.sum()) for row in data["rm_scores"].unbind()]
+        groups_of_rows = [label_group(label) for label in texts[1]]
+        rows = [SealedRow(*values) for values in zip(keys, texts[0], groups_of_rows, scores, strict=True)]
+        metrics.update(check_seals(rows, self._claimed.entries))
+        rewards = [entry.reward for entry in self._claimed.entries]
+        metrics["reward/mean"], metrics["reward/std"] = float(np.mean(rewards)), float(np.std(rewards))
+        groups: dict[str, set[float]] = {}
+        for entry in self._claimed.entries:
+            groups.setdefault(entry.group_id, set()).add(entry.reward)
+        metrics["reward/groups_without_variance"] = float(
+            np.mean([len(values) == 1 for values in groups.values()])
+        )
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """One optimiser step per epoch over whole rollouts, however many rows they have."""
+        self._prove_seals(batch, metrics)
+        actor = self.config.actor_rollout_ref.actor
+        real_rows = sum(not tag.get("is_padding", False) for tag in batch.tags)
+        batch.extra_info.update(
+            {
+                "calculate_entropy": bool(actor.calculate_entropy or actor.entropy_coeff != 0.0),
+                "distillation_use_topk": False,
+                "distillation_only": False,
+                "global_batch_size": real_rows,
+                "num_mini_batch": 1,
+                "epochs": actor.ppo_epochs,
+                "seed": actor.data_loader_seed,
+                "dataloader_kwargs": {"shuffle": actor.shuffle},
+                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+            }
+        )
+        output = rename_dict(self.actor_rollout_wg.update_actor(batch)["metrics"], "actor/")
+        output["perf/mfu/actor"] = output.pop("actor/mfu")
+        metrics.update(reduce_metrics(output))
+        if not math.isfinite(float(metrics.get("actor/grad_norm", 0.0))):
+            metrics["actor/skipped_updates"] = 1.0
+        return batch
+
+    def _update_critic(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        critic = self.config.critic
+        batch.extra_info.update(
+            {
+                "global_batch_size": sum(not tag.get("is_padding", False) for tag in batch.tags),
+                "num_mini_batch": 1,
+                "epochs": critic.ppo_epochs,
+                "seed": critic.data_loader_seed,
+                "dataloader_kwargs": {"shuffle": critic.shuffle},
+                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+            }
+        )
+        output = rename_dict(self.critic_wg.train_mini_batch(batch).get()["metrics"], "critic/")
+        output["perf/mfu/critic"] = output.pop("critic/mfu")
+        metrics.update(reduce_metrics(output))
+        return batch
+
+    def _save_checkpoint(self) -> None:
+        self.hooks.checkpoints.save(self)
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.config.trainer.resume_mode == "resume_path":
+            state = LearnerState.read(Path(self.config.trainer.resume_from_path))
+            self.prompts_fetched = state.prompts_fetched
+            self._left_over.extend(state.outstanding)
+
+    def _validate(self) -> dict[str, float]:
+        metrics: dict[str, float] = super()._validate()
+        if not self.config.trainer.val_only and self.global_steps == 0:
+            self.hooks.on_metrics(0, _numbers(metrics))
+        return metrics
+
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: Any, **kwargs: Any
+    ) -> None:
+        super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
+        metrics.update(self.agent_loop_manager.drain_counts())
+        if self._claimed is not None:
+            self.agent_loop_manager.forget([entry.rollout_id for entry in self._claimed.entries])
+        if self.hooks.on_metrics(self.global_steps, _numbers(metrics)):
+            # Somebody asked to stop: this step is the last one, and nothing trained is lost.
+            if self.uncommitted:
+                self.hooks.checkpoints.save(self)
+            self.total_training_steps = self.global_steps
+
+    def describe_config(self) -> dict[str, Any]:
+        """The resolved configuration, for the run's manifest."""
+        container = OmegaConf.to_container(self.config, resolve=True)
+        assert isinstance(container, dict)
+        return {str(key): value for key, value in container.items()}

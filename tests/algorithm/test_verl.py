@@ -1,0 +1,84 @@
+"""The VERL algorithm writes a run that the learner reads, and functions become algorithms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agl_grpc.algorithm import VERL, Algorithm, algo
+from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.run_config import EngineConfig, load
+from agl_grpc.model.rollout import RolloutConfig
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "tiny").mkdir()
+    return str(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("form", ["nested", "dotted", "mixed"])
+def test_a_written_run_is_read_back_whole(tmp_path: Path, model: str, form: str) -> None:
+    config: dict[str, Any] = {
+        "nested": {"actor_rollout_ref": {"model": {"path": model}}},
+        "dotted": {"actor_rollout_ref.model.path": model},
+        "mixed": {"actor_rollout_ref": {"model.path": model}},
+    }[form]
+    verl = VERL(
+        config, engines=EngineConfig(count=2), rollouts=RolloutConfig(timeout_seconds=30, max_attempts=2)
+    )
+    path = verl.write_run(
+        tmp_path / "run",
+        run_id="r",
+        training_run_id="tr",
+        train_dataset=[{"question": "1+1"}, "plain text"],
+        val_dataset=[3],
+    )
+    run = load(str(path))
+    assert run.model.name == "tiny"
+    assert run.engines.count == 2
+    assert run.rollouts == RolloutConfig(timeout_seconds=30, max_attempts=2)
+    assert run.verl == config
+    assert Path(run.train_tasks).read_text().splitlines() == ['{"question":"1+1"}', '"plain text"']
+    assert Path(run.val_tasks).read_text() == "3\n"
+
+
+def test_mistakes_are_named(tmp_path: Path, model: str) -> None:
+    with pytest.raises(ConfigError, match=r"set actor_rollout_ref\.model\.path"):
+        VERL({"trainer": {}})
+    with pytest.raises(ConfigError, match="does not exist"):
+        VERL(tmp_path / "none.yaml")
+    verl = VERL({"actor_rollout_ref.model.path": model})
+    with pytest.raises(ConfigError, match="task 1 cannot be written"):
+        verl.write_run(tmp_path, run_id="r", training_run_id="t", train_dataset=[1, object()])
+
+
+def test_a_function_gets_what_it_asks_for() -> None:
+    @algo
+    def mine(train_dataset: Any, initial_resources: Any) -> Any:
+        return train_dataset, initial_resources
+
+    mine.set_initial_resources({"prompt": 1})
+    assert isinstance(mine, Algorithm)
+    assert not mine.is_async()
+    assert mine.run([1, 2]) == ([1, 2], {"prompt": 1})
+    with pytest.raises(TypeError, match="takes no val_dataset"):
+        mine.run([1], [2])
+
+
+def test_a_function_may_not_ask_for_unknown_things() -> None:
+    with pytest.raises(TypeError, match="asks for 'moon'"):
+
+        @algo
+        def mine(moon: Any) -> None: ...
+
+
+async def test_an_async_function_is_an_async_algorithm() -> None:
+    @algo
+    async def mine(train_dataset: Any) -> int:
+        return len(train_dataset)
+
+    assert mine.is_async()
+    assert await mine.run([1, 2, 3]) == 3

@@ -1,0 +1,23 @@
+"""A real store server in this process, and a client to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from agl_grpc.client import StoreClient
+from agl_grpc.store.app import ServeConfig, StoreServer
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[StoreServer]:
+    server = await StoreServer.start(ServeConfig(port=0, database=None, grace=1.0))
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def client(store: StoreServer) -> AsyncIterator[StoreClient]:
+    async with StoreClient(store.address) as made:
+        yield made

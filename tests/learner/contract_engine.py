@@ -1,0 +1,179 @@
+"""Engine and worker in one process, over the contract alone; sampled with torch instead of vLLM.
+
+It takes policy versions as an engine does, leases rollouts as a worker does, answers each with two model
+calls (the second continues the first after an observation), and rewards it. Runs until it is told to stop.
+
+Arguments: store address, run id, model folder, model name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from agl_grpc.client import StoreClient
+from agl_grpc.client.leases import Completion, LeasedRollout
+from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
+from agl_grpc.model.policy import Engine, EngineState, PolicyVersion
+from agl_grpc.model.reward import Reward
+from agl_grpc.v1 import model_call_pb2, span_pb2
+from agl_grpc.weights.receiver import WeightReceiver
+from agl_grpc.weights.wire import ReceiverState, ReceiverStatus
+
+TARGET = 10
+"""Tokens below this id are rewarded: the share of them is the reward."""
+TURN = 4
+OBSERVATION = [60, 61]
+
+
+class ContractEngine:
+    """One engine of a run and one worker of its queue."""
+
+    def __init__(self, client: StoreClient, model_path: str, model_name: str) -> None:
+        self._client = client
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self._generator = torch.Generator().manual_seed(0)
+        self._receiver = WeightReceiver("contract")
+        self._engine = Engine(engine_id=f"contract-{os.getpid()}", run_id=client.run_id, model=model_name)
+        self._staged: dict[int, str] = {}
+
+    async def run(self) -> None:
+        """Serves for ever."""
+        await self._client.report_engine_state(self._engine)
+        await asyncio.gather(self._follow_versions(), self._work())
+
+    async def _follow_versions(self) -> None:
+        changes = self._client.watch_policy_versions(
+            self._engine.model, engine_id=self._engine.engine_id, include_existing=True
+        )
+        async for change in changes:
+            for version in change.items:
+                await self._take(version)
+
+    async def _take(self, version: PolicyVersion) -> None:
+        number, transfer = version.policy_version, version.source.group_id
+        if number <= self._engine.active_policy_version:
+            return
+        if version.status is PolicyVersionStatus.PREPARING and number not in self._staged:
+            self._staged[number] = ""
+            self._receiver.prepare(transfer, version.source.rendezvous, 30.0)
+            status = await asyncio.to_thread(self._received)
+            self._staged[number] = status.digest
+            phase = EnginePhase.RECEIVED if status.state is ReceiverState.RECEIVED else EnginePhase.FAILED
+            await self._report(number, phase, status.digest, status.error)
+        elif version.status is PolicyVersionStatus.COMMITTED and self._staged.get(number):
+            started = time.monotonic_ns()
+            assert version.weights_digest == self._staged[number]
+            self._model.load_state_dict(dict(self._receiver.staged(transfer)), strict=True)
+            self._engine.active_policy_version = number
+            await self._report(number, EnginePhase.ACTIVE, pause_ns=time.monotonic_ns() - started)
+
+    def _received(self) -> ReceiverStatus:
+        """The end of the transfer under way; it ends by its own deadline at the latest."""
+        while (status := self._receiver.status()).state is ReceiverState.RECEIVING:
+            time.sleep(0.002)
+        return status
+
+    async def _report(
+        self, number: int, phase: EnginePhase, digest: str = "", error: str = "", pause_ns: int = 0
+    ) -> None:
+        state = EngineState(
+            engine_id=self._engine.engine_id,
+            policy_version=number,
+            phase=phase,
+            weights_digest=digest,
+            error=error,
+            pause_ns=pause_ns,
+        )
+        await self._client.report_engine_state(self._engine, state)
+
+    async def _work(self) -> None:
+        while True:
+            session = f"session-{os.getpid()}"
+            leased = await self._client.lease_rollouts("worker", session, limit=64, wait=10.0)
+            if leased:
+                await self._answer(leased)
+
+    async def _answer(self, leased: list[LeasedRollout]) -> None:
+        """All leased rollouts in one batch of sequences: the prompt depends on the task."""
+        first = torch.tensor([[1, 5, 6, 7 + int(each.rollout.input["n"]) % 3] for each in leased])
+        version = self._engine.active_policy_version
+        one, one_logprobs = self._sample(first)
+        observed = torch.tensor([OBSERVATION] * len(leased))
+        second = torch.cat([first, one, observed], dim=1)
+        two, two_logprobs = self._sample(second)
+        groups, completions = [], []
+        for place, each in enumerate(leased):
+            calls = [
+                self._call(first[place], one[place], one_logprobs[place], version),
+                self._call(second[place], two[place], two_logprobs[place], version),
+            ]
+            groups.append(
+                span_pb2.AttemptSpans(
+                    rollout_id=each.rollout.rollout_id, attempt_id=each.attempt_id, spans=calls
+                )
+            )
+            share = float((torch.cat([one[place], two[place]]) < TARGET).float().mean())
+            reward = Reward(rollout_id=each.rollout.rollout_id, attempt_id=each.attempt_id, value=share)
+            completions.append(Completion(lease=each.lease, rewards=[reward]))
+        stored = await self._client.append_spans(groups)
+        assert not stored.rejected, stored.rejected[0]
+        for result in await self._client.complete_attempts("worker", completions):
+            if isinstance(result, Exception):
+                raise result
+
+    @torch.no_grad()
+    def _sample(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        start, logprobs = sequence.shape[1], []
+        for _ in range(TURN):
+            distribution = torch.log_softmax(self._model(sequence).logits[:, -1].float(), dim=-1)
+            token = torch.multinomial(distribution.exp(), 1, generator=self._generator)
+            logprobs.append(distribution.gather(1, token))
+            sequence = torch.cat([sequence, token], dim=1)
+        return sequence[:, start:], torch.cat(logprobs, dim=1)
+
+    def _call(
+        self, prompt: torch.Tensor, response: torch.Tensor, logprobs: torch.Tensor, version: int
+    ) -> span_pb2.Span:
+        now = time.time_ns()
+        return span_pb2.Span(
+            trace_id=os.urandom(16),
+            span_id=os.urandom(8),
+            name="chat",
+            start_time_unix_nano=now,
+            end_time_unix_nano=now,
+            model_call=model_call_pb2.ModelCall(
+                model=self._engine.model,
+                prompt=model_call_pb2.PromptTokens(token_ids=prompt.tolist()),
+                choices=[
+                    model_call_pb2.Choice(
+                        token_ids=response.tolist(),
+                        logprobs=logprobs.tolist(),
+                        finish_reason="stop",
+                        policy_runs=[
+                            model_call_pb2.PolicyRun(start=0, end=len(response), policy_version=version)
+                        ],
+                    )
+                ],
+                sampling=model_call_pb2.SamplingParameters(temperature=1.0),
+                logprob_semantics=model_call_pb2.LOGPROB_SEMANTICS_PROCESSED,
+                outcome=model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE,
+                engine_id=self._engine.engine_id,
+                mode="train",
+            ),
+        )
+
+
+async def main() -> None:
+    store, run_id, model_path, model_name = sys.argv[1:5]
+    async with StoreClient(store, run_id=run_id) as client:
+        await ContractEngine(client, model_path, model_name).run()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

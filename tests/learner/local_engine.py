@@ -1,0 +1,135 @@
+"""An engine without a server: the policy in this process, sampled with torch, weights by the real transfer.
+
+It stands where store, runners and vLLM stand, so that the trainer can be tried alone: every rollout is
+sampled from the weights of the policy version that was published last, with the logprobs of that sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from agl_grpc.learner.rollouts import (
+    BatchEntry,
+    ClaimedBatch,
+    Deliver,
+    FinishedGroup,
+    FinishedRollout,
+    GroupRequest,
+    Row,
+)
+from agl_grpc.weights.receiver import WeightReceiver
+from agl_grpc.weights.wire import ReceiverState
+
+TARGET = 10
+"""Tokens below this id are rewarded: the share of them is the reward."""
+RESPONSE_LENGTH = 8
+
+
+class LocalEngine:
+    """``RolloutSource`` and ``WeightPublication`` in one: samples, judges, receives weights.
+
+    ``change`` may spoil finished groups before they are delivered; ``repeat`` makes every batch alike.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        seed: int,
+        repeat: bool = False,
+        change: Callable[[list[FinishedGroup]], list[FinishedGroup]] | None = None,
+    ):
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._receiver = WeightReceiver("local")
+        self.change = change
+        self._seed = seed if repeat else None
+        self._entries: dict[str, BatchEntry] = {}
+        self._actors: Any = None
+        self.version = 0
+        self.deliver: Deliver | None = None
+        self.rewards: list[float] = []
+        self.batches: list[ClaimedBatch] = []
+
+    def submit(self, groups: list[GroupRequest]) -> None:
+        assert self.deliver is not None
+        finished: list[FinishedGroup] = []
+        if self._seed is not None:
+            self._generator.manual_seed(self._seed)
+        for request in groups:
+            rollouts = self._sample(request)
+            for rollout in rollouts:
+                assert rollout.reward is not None
+                self._entries[rollout.rollout_id] = BatchEntry(
+                    rollout.rollout_id, request.uid, rollout.reward
+                )
+                self.rewards.append(rollout.reward)
+            finished.append(FinishedGroup(request, tuple(rollouts)))
+        for group in self.change(finished) if self.change else finished:
+            self.deliver(group)
+
+    def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
+        entries = tuple(self._entries.pop(rollout_id) for rollout_id in rollout_ids)
+        self.batches.append(ClaimedBatch(f"batch-{step}", f"hash-{step}", entries))
+        return self.batches[-1]
+
+    def describe(self, uids: list[str]) -> str:
+        return f"open groups: {', '.join(uids)}"
+
+    def bind(self, actors: Any) -> None:
+        self._actors = actors
+
+    def update_weights(self, step: int) -> dict[str, float]:
+        import ray
+
+        transfer = f"{time.monotonic_ns()}/{step}"
+        endpoint = ray.get(self._actors.execute_checkpoint_engine(method=["prepare"]))[0]["endpoint"]
+        setup = {"transfer_id": [transfer], "receivers": [1], "timeout": [30.0]}
+        ray.get(self._actors.execute_checkpoint_engine(method=["init_process_group"], **setup))
+        self._receiver.prepare(transfer, endpoint, 30.0)
+        report = ray.get(self._actors.update_weights(global_steps=step, mode="agl"))[0]
+        while self._receiver.status().state is ReceiverState.RECEIVING:
+            time.sleep(0.001)
+        assert self._receiver.status().digest == report["digest"], self._receiver.status()
+        self._model.load_state_dict(dict(self._receiver.staged(transfer)), strict=True)
+        self.version = step
+        return {"weights/bytes": float(report["sent_bytes"])}
+
+    @torch.no_grad()
+    def _sample(self, request: GroupRequest) -> list[FinishedRollout]:
+        variant = request.index % 3 if self._seed is None else 0
+        prompt = torch.tensor([[1, 5, 6, 7 + variant]]).repeat(request.size, 1)
+        sequence = prompt
+        logprobs = []
+        for _ in range(RESPONSE_LENGTH):
+            distribution = torch.log_softmax(self._model(sequence).logits[:, -1].float(), dim=-1)
+            token = torch.multinomial(distribution.exp(), 1, generator=self._generator)
+            logprobs.append(distribution.gather(1, token))
+            sequence = torch.cat([sequence, token], dim=1)
+        responses, sampled = sequence[:, prompt.shape[1] :], torch.cat(logprobs, dim=1)
+        rewards = (responses < TARGET).float().mean(dim=1)
+        return [
+            FinishedRollout(
+                rollout_id=request.rollout_id(number),
+                group_id=request.uid,
+                reward=float(rewards[number]),
+                rows=(self._row(prompt[number], responses[number], sampled[number]),),
+                captured=RESPONSE_LENGTH,
+            )
+            for number in range(request.size)
+        ]
+
+    def _row(self, prompt: torch.Tensor, response: torch.Tensor, logprobs: torch.Tensor) -> Row:
+        return Row(
+            prompt_ids=prompt.numpy(),
+            response_ids=response.numpy(),
+            response_mask=np.ones(RESPONSE_LENGTH, dtype=np.int64),
+            logprobs=logprobs.numpy(),
+            policy_versions=np.full(RESPONSE_LENGTH, self.version, dtype=np.int64),
+        )

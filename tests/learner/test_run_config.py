@@ -1,0 +1,60 @@
+"""The learner's configuration file: what is wrong is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.run_config import from_mapping, load
+
+
+@pytest.fixture
+def valid(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "tasks.jsonl").write_text("{}\n")
+    return {
+        "model": {"path": str(tmp_path / "model"), "name": "tiny"},
+        "train_tasks": str(tmp_path / "tasks.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def test_defaults_are_filled_in(valid: dict[str, Any]) -> None:
+    config = from_mapping(valid)
+    assert config.run_id == "default"
+    assert config.checks.logprob_max == 1e-4
+    assert config.engines.count == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": 1}, "unknown key 'modle'"),
+        ({"engines": {"number": 2}}, r"unknown key 'engines\.number'"),
+        ({"engines": {"count": "two"}}, r"'engines\.count' must be int"),
+        ({"engines": 3}, "'engines' must be a mapping"),
+        ({"device": "tpu"}, "'device' must be auto, cpu or cuda"),
+        ({"train_tasks": "nowhere.jsonl"}, r"task file nowhere\.jsonl does not exist"),
+        ({"model": {"path": "nowhere", "name": "x"}}, "model folder nowhere does not exist"),
+        ({"model": {"path": "nowhere"}}, r"lacks 'model\.name'"),
+    ],
+)
+def test_mistakes_are_named(valid: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        from_mapping({**valid, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_files_are_read_and_broken_ones_named(tmp_path: Path, valid: dict[str, Any]) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(orjson.dumps(valid))
+    assert load(str(path)).model.name == "tiny"
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load(str(path))
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(str(tmp_path / "other.json"))

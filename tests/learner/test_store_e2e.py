@@ -1,0 +1,188 @@
+"""The learner's process on a real store: rollouts, batches, policy versions, checkpoints, resume."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from agl_grpc.client import StoreClient
+from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, TrainingRunStatus
+from agl_grpc.model.training import TrainingRun
+from tests.learner.environment import learner_python
+from tests.support.store_process import StoreProcess
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS, MORE_STEPS, SAVE = 8, 10, 4
+KILL_AFTER = 2
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'cli'}"}
+
+
+class Learner:
+    """`agl-grpc learner` in a process of its own; ``on_line`` sees every line of its progress."""
+
+    def __init__(
+        self, config: Path, store: str, *options: str, on_line: Callable[[str], None] = print
+    ) -> None:
+        command = [learner_python(), "-m", "agl_grpc_cli", "learner", "--config", str(config)]
+        self.lines: list[str] = []
+        self._on_line = on_line
+        self.process = subprocess.Popen(
+            [*command, "--store", store, *options],
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith("learner: "):
+                self._on_line(line)
+
+    def finish(self) -> int:
+        """Waits for the end; the exit code."""
+        code = self.process.wait(300)
+        self._reader.join()
+        return code
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Model, tasks and configuration of a run."""
+    code = "import sys; from pathlib import Path; from tests.learner.trainer_script import make_model; "
+    model = tmp_path / "model"
+    subprocess.run(
+        [learner_python(), "-c", code + "make_model(Path(sys.argv[1]))", str(model)],
+        env=_environment(),
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (tmp_path / "tasks.jsonl").write_text("".join(f'{{"n": {number}}}\n' for number in range(48)))
+    return tmp_path
+
+
+def _configure(folder: Path, steps: int) -> Path:
+    config: dict[str, Any] = {
+        "model": {"path": str(folder / "model"), "name": "tiny"},
+        "train_tasks": str(folder / "tasks.jsonl"),
+        "output_dir": str(folder / "out"),
+        "training_run_id": "tr_e2e",
+        "deadlines": {"sample": 60, "publish": 60, "engines": 60},
+        "verl": {
+            "data.train_batch_size": 4,
+            "actor_rollout_ref.rollout.n": 8,
+            "actor_rollout_ref.actor.optim.lr": 5e-3,
+            "trainer.total_epochs": 1000,
+            "trainer.total_training_steps": steps,
+            "trainer.save_freq": SAVE,
+        },
+    }
+    path = folder / "run.json"
+    path.write_bytes(orjson.dumps(config))
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[StoreProcess]:
+    with StoreProcess(tmp_path / "store.db") as process:
+        yield process
+
+
+@pytest.fixture
+def engine(store: StoreProcess, folder: Path) -> Iterator[None]:
+    """Engine and worker over the contract."""
+    command = [learner_python(), "-m", "tests.learner.contract_engine", store.address]
+    log = (folder / "engine.log").open("w")
+    process = subprocess.Popen(
+        [*command, "default", str(folder / "model"), "tiny"], env=_environment(), stdout=log, stderr=log
+    )
+    try:
+        yield
+        assert process.poll() is None, (folder / "engine.log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+async def _state(store: StoreProcess) -> tuple[TrainingRun, list[Any], list[Any], dict[int, float]]:
+    async with StoreClient(store.address) as client:
+        record = await client.get_training_run_by_id("tr_e2e")
+        assert record is not None
+        batches = await client.query_batches("tr_e2e")
+        versions = await client.query_policy_versions("tiny")
+        rewards: dict[int, float] = {}
+        async for _, steps in client.watch_training_run("tr_e2e"):
+            rewards.update({step.step: step.metrics["reward/mean"] for step in steps})
+        return record, batches, versions, rewards
+
+
+async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
+    store: StoreProcess, engine: None, folder: Path
+) -> None:
+    def restart_once(line: str) -> None:
+        if line.startswith(f"learner: step {KILL_AFTER}/"):
+            store.kill()
+            store.start()
+
+    learner = Learner(_configure(folder, STEPS), store.address, on_line=restart_once)
+    assert learner.finish() == 0, "\n".join(learner.lines[-40:])
+    record, batches, versions, rewards = await _state(store)
+    assert record.status is TrainingRunStatus.SUCCEEDED
+    assert record.checkpoint_id == f"global_step_{STEPS}"
+    assert sorted(rewards) == list(range(1, STEPS + 1))
+    assert rewards[STEPS] > rewards[1]
+    assert [batch.step for batch in batches] == list(range(1, STEPS + 1))
+    assert {batch.status for batch in batches} == {BatchStatus.COMMITTED}
+    trained = [entry.rollout_id for batch in batches for entry in batch.entries]
+    assert len(trained) == len(set(trained)) == STEPS * 4 * 8
+    committed = [item for item in versions if item.status is PolicyVersionStatus.COMMITTED]
+    assert {item.policy_version for item in committed} == set(range(1, STEPS + 1))
+    assert len({item.weights_digest for item in committed}) == STEPS
+    assert (folder / "out" / "checkpoints" / f"global_step_{STEPS}" / "learner.json").is_file()
+    assert list((folder / "out" / "tensorboard").glob("events.*"))
+
+
+async def test_a_killed_learner_resumes_from_the_last_committed_checkpoint(
+    store: StoreProcess, engine: None, folder: Path
+) -> None:
+    config = _configure(folder, MORE_STEPS)
+
+    def kill(line: str) -> None:
+        if line.startswith(f"learner: step {SAVE + 1}/"):
+            first.process.kill()
+
+    first = Learner(config, store.address, on_line=kill)
+    assert first.finish() != 0
+    second = Learner(config, store.address, "--resume")
+    assert second.finish() == 0, "\n".join(second.lines[-40:])
+    steps = [line for line in second.lines if line.startswith("learner: step ")]
+    assert steps[0].startswith(f"learner: step {SAVE + 1}/")
+    record, batches, versions, _ = await _state(store)
+    assert record.status is TrainingRunStatus.SUCCEEDED
+    assert record.trainer_epoch == 2
+    committed = [batch for batch in batches if batch.status is BatchStatus.COMMITTED]
+    assert [batch.step for batch in committed] == list(range(1, MORE_STEPS + 1))
+    # What the killed learner had trained after its checkpoint was given back, not trained twice.
+    assert [batch.trainer_epoch for batch in committed] == [1] * SAVE + [2] * (MORE_STEPS - SAVE)
+    trained = [entry.rollout_id for batch in committed for entry in batch.entries]
+    assert len(trained) == len(set(trained))
+    numbers = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
+    assert len(numbers) == len(set(numbers))

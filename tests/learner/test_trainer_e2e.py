@@ -1,0 +1,182 @@
+"""The real verl trainer with our manager, sampler, sender and checkpoints, on a policy sampled in its own
+process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.learner.environment import learner_python
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+Run = dict[str, Any]
+
+
+def train(folder: Path, runs: list[Run]) -> list[dict[str, Any]]:
+    """Runs the script in the learner environment; what each run did."""
+    repository = Path(__file__).parents[2]
+    command = [learner_python(), "-m", "tests.learner.trainer_script", str(folder), json.dumps(runs)]
+    done = subprocess.run(
+        command,
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    outcome: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All runs of this module, made once: a Ray session takes half a minute to start."""
+    folder = tmp_path_factory.mktemp("learner")
+    short = {"trainer.total_training_steps": 2}
+    runs: dict[str, Run] = {
+        "learning": {
+            "verl": {"trainer.total_training_steps": 16, "trainer.save_freq": 8},
+            "mix_ups": ["shift", "rewards", "groups"],
+        },
+        "resumed": {"verl": {"trainer.total_training_steps": 10}, "resume": "global_step_8"},
+        "split": {
+            "verl": {"trainer.total_training_steps": 3, "actor_rollout_ref.actor.optim.lr": 0.0},
+            "repeat": True,
+            "changes": ["none", "split2", "split5"],
+        },
+        "minibatches": {
+            "verl": {
+                **short,
+                "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
+                "algorithm.adv_estimator": "rloo",
+            },
+        },
+        "stopped": {
+            "verl": {
+                "trainer.total_training_steps": 10,
+                "algorithm.adv_estimator": "gae",
+                "algorithm.rollout_correction.bypass_mode": True,
+            },
+            "stop_after": 2,
+        },
+    }
+    results = dict(zip(runs, train(folder, list(runs.values())), strict=True))
+    return {**results, "folder": folder}
+
+
+def _column(outcome: dict[str, Any], name: str) -> list[float]:
+    return [step[name] for step in outcome["steps"]]
+
+
+def test_the_policy_learns_and_every_token_is_proven(outcomes: dict[str, Any]) -> None:
+    learning = outcomes["learning"]
+    assert learning["error"] == ""
+    rewards = _column(learning, "reward/mean")
+    assert rewards[0] < 0.25
+    assert rewards[-1] > 0.55
+    assert max(_column(learning, "check/logprob_max_difference")) < 1e-5
+    assert min(_column(learning, "check/logprob_tokens_compared")) == 512
+    assert max(_column(learning, "check/logprob_tokens_of_older_versions")) == 0
+
+
+def test_batches_are_committed_with_the_checkpoint_that_contains_them(outcomes: dict[str, Any]) -> None:
+    commits = outcomes["learning"]["commits"]
+    assert [name for name, _, _ in commits] == ["global_step_8", "global_step_16"]
+    committed = [batch for _, batches, _ in commits for batch in batches]
+    assert committed == [f"batch-{step}" for step in range(1, 17)]
+
+
+def test_a_checkpoint_is_whole_or_absent_and_loads_with_transformers(outcomes: dict[str, Any]) -> None:
+    folder = outcomes["folder"] / "checkpoints"
+    assert not list(folder.glob(".unfinished-*"))
+    model = folder / "global_step_16" / "actor" / "huggingface"
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "M.from_pretrained(sys.argv[1]); T.from_pretrained(sys.argv[1])"
+    )
+    subprocess.run([learner_python(), "-c", code, str(model)], check=True, timeout=120, capture_output=True)
+
+
+def test_a_resumed_run_goes_on_with_the_next_prompts_and_the_same_weights(outcomes: dict[str, Any]) -> None:
+    resumed, learning = outcomes["resumed"], outcomes["learning"]
+    assert resumed["error"] == ""
+    assert _column(resumed, "step") == [9, 10]
+    # The same prompts in the same order as in the run that was not interrupted.
+    assert resumed["groups"] == learning["groups"][8:10]
+    assert _column(resumed, "reward/mean")[0] > _column(learning, "reward/mean")[0] + 0.1
+    assert max(_column(resumed, "check/logprob_max_difference")) < 1e-5
+
+
+def test_a_stopped_run_keeps_what_it_trained(outcomes: dict[str, Any]) -> None:
+    stopped = outcomes["stopped"]
+    assert stopped["error"] == ""
+    assert _column(stopped, "step") == [1, 2]
+    assert stopped["commits"] == [["global_step_2", ["batch-1", "batch-2"], 2]]
+
+
+def test_a_critic_is_trained_and_tokens_are_proven_in_bypass_mode_too(outcomes: dict[str, Any]) -> None:
+    steps = outcomes["stopped"]["steps"]
+    assert min(step["critic/grad_norm"] for step in steps) > 0
+    assert max(_column(outcomes["stopped"], "check/logprob_max_difference")) < 1e-5
+    assert min(_column(outcomes["stopped"], "check/logprob_tokens_compared")) == 512
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [
+        ("shift", "sampled and recomputed logprobs differ"),
+        ("rewards", "the batch says group"),
+        ("groups", "would be trained with group"),
+    ],
+)
+def test_mix_ups_are_caught_before_the_update(outcomes: dict[str, Any], spoiled: str, words: str) -> None:
+    error = outcomes["learning"]["mix_ups"][spoiled]
+    assert error.startswith("FidelityError")
+    assert words in error
+
+
+def test_splitting_rollouts_into_rows_changes_nothing(outcomes: dict[str, Any]) -> None:
+    """The same rollouts as 1, 2 and 5 rows each: as many gradients, and the same one."""
+    outcome = outcomes["split"]
+    assert outcome["error"] == ""
+    assert _column(outcome, "training/rows") == [64, 128, 320]
+    assert _column(outcome, "training/rollouts") == [64, 64, 64]
+    whole, *split = _column(outcome, "actor/grad_norm")
+    assert split == pytest.approx([whole, whole], rel=1e-4)
+    assert len(set(_column(outcome, "reward/mean"))) == 1
+
+
+def test_several_updates_between_publications_keep_one_old_policy(outcomes: dict[str, Any]) -> None:
+    outcome = outcomes["minibatches"]
+    assert outcome["error"] == ""
+    assert _column(outcome, "step") == [1, 2]
+    assert len(outcome["groups"]) == 4
+    assert max(_column(outcome, "check/logprob_max_difference")) < 1e-5
+
+
+def test_estimators_judge_rollouts_not_rows() -> None:
+    """Whole, split and interrupted rollouts get the advantages that verl gives whole ones."""
+    repository = Path(__file__).parents[2]
+    done = subprocess.run(
+        [learner_python(), "-m", "tests.learner.advantage_script"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert len(differences) == 7
+    for name, found in differences.items():
+        assert found["size"] > 0.1, name
+        assert max(found["whole"], found["split"], found["interrupted"], found["masked"]) < 1e-5, name

@@ -45,7 +45,9 @@ def draw_rewards(
     names = dict.fromkeys(name for scores in validation.values() for name in scores)
     for name, marker in zip(names, "osD^v", strict=False):
         at = [step for step, scores in validation.items() if name in scores]
-        axes.plot(at, [validation[step][name] for step in at], marker, linestyle=":", label=f"validation, {name}")
+        axes.plot(
+            at, [validation[step][name] for step in at], marker, linestyle=":", label=f"validation, {name}"
+        )
     axes.set(title=title, xlabel="step", ylabel="reward")
     axes.set_ylim(min(-0.02, *means), max(1.02, *means))
     axes.grid(alpha=0.3)

@@ -41,7 +41,9 @@ def build(
         given = dict(spec)
         target = given.pop("type", given.pop("name", None))
         if target is None:
-            raise TrainerError(f"{what}: the dict {dict(spec)!r} has no 'type'; write the class or its import path")
+            raise TrainerError(
+                f"{what}: the dict {dict(spec)!r} has no 'type'; write the class or its import path"
+            )
     if isinstance(target, str):
         target = _find(what, target, registry or {})
     made = target
@@ -74,4 +76,6 @@ def _call(what: str, target: Any, given: Mapping[str, Any], defaults: Mapping[st
     try:
         return target(**arguments)
     except TypeError as error:
-        raise TrainerError(f"{what}: {getattr(target, '__name__', target)} cannot be made: {error}") from error
+        raise TrainerError(
+            f"{what}: {getattr(target, '__name__', target)} cannot be made: {error}"
+        ) from error

@@ -17,7 +17,11 @@ from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.result import FitResult
 from agl_grpc.trainer.run_folder import dataset_digest, describe_run
 from agl_grpc.trainer.session import Session
-from agl_grpc.trainer.strategy import ClientServerExecutionStrategy, ExecutionStrategy, SharedMemoryExecutionStrategy
+from agl_grpc.trainer.strategy import (
+    ClientServerExecutionStrategy,
+    ExecutionStrategy,
+    SharedMemoryExecutionStrategy,
+)
 
 _THREAD_END_SECONDS = 15.0
 
@@ -44,7 +48,6 @@ class LocalSession(Session):
 
     async def _work(self) -> FitResult:
         plan = self.plan
-        self._open_folder()
         resources = dict(plan.initial_resources)
         if plan.llm is not None:
             resources = with_llm(resources, plan.engine.resource, plan.llm)
@@ -59,7 +62,7 @@ class LocalSession(Session):
 
     def _open_folder(self) -> None:
         plan = self.plan
-        old = plan.folder.open(resume=plan.resume) if plan.resume or not plan.folder.manifest.exists() else {}
+        old = plan.folder.open(resume=plan.resume)
         datasets = {"train": dataset_digest(plan.train_dataset), "val": dataset_digest(plan.val_dataset)}
         session = describe_run(None, None)
         sessions = [*old.get("sessions", []), session]
@@ -96,7 +99,7 @@ class LocalSession(Session):
         self.progress.phase(f"running {type(algorithm).__name__}")
         if algorithm.is_async():
             return await algorithm.run(plan.train_dataset or None, plan.val_dataset)
-        # A plain function blocks, so it gets a thread; a client belongs to one event loop, so it gets its own.
+        # A plain function blocks, so it gets a thread, and a client of its own: each belongs to one loop.
         algorithm.set_store(StoreClient(self.address, run_id=plan.run_id))
         return await asyncio.to_thread(algorithm.run, plan.train_dataset or None, plan.val_dataset)
 
@@ -106,7 +109,9 @@ class WorkerThreads:
 
     def __init__(self, plan: Plan, store: str, runner: LitAgentRunner | None) -> None:
         if runner is not None and plan.n_runners > 1:
-            raise TrainerError("one runner object cannot serve several threads: give its class, or n_runners=1")
+            raise TrainerError(
+                "one runner object cannot serve several threads: give its class, or n_runners=1"
+            )
         self._plan = plan
         self._store = store
         self._runner = runner

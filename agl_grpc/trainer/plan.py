@@ -74,7 +74,9 @@ class Plan:
 def check_name(name: str) -> str:
     """A run's name: it becomes a folder and an id."""
     if not _NAME.fullmatch(name) or name.startswith("."):
-        raise TrainerError(f"the run's name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
+        raise TrainerError(
+            f"the run's name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores"
+        )
     return name
 
 

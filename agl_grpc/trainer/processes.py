@@ -151,7 +151,9 @@ class Command(Part):
 class Function(Part):
     """A function in a spawned process; unlike a command it can be handed objects of this program."""
 
-    def __init__(self, name: str, function: Callable[..., None], arguments: tuple[Any, ...], log: Path, mark: str):
+    def __init__(
+        self, name: str, function: Callable[..., None], arguments: tuple[Any, ...], log: Path, mark: str
+    ):
         super().__init__(name, log, mark)
         self._process = multiprocessing.get_context("spawn").Process(
             target=_run_logged, args=(str(log), function, *arguments), name=name
@@ -188,7 +190,7 @@ def _run_logged(log: str, function: Callable[..., None], *arguments: Any) -> Non
 
 
 def child_environment(python: str | None = None) -> dict[str, str]:
-    """This process's environment for a part: unbuffered, its own environment's tools, no proxy to this machine."""
+    """This process's environment for a part: unbuffered, its own tools first, no proxy to this machine."""
     environment = dict(os.environ)
     environment.pop("PYTHONHOME", None)
     environment["PYTHONUNBUFFERED"] = "1"

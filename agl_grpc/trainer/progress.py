@@ -20,7 +20,9 @@ _REFRESHES_PER_SECOND = 4
 def step_line(step: int, total: int | None, metrics: Mapping[str, float]) -> str:
     """For example ``step 3/40  reward 0.41  tokens 5120  stale 0.0  1.90 s (rollout 0.80, update 0.50)``."""
     phases = ", ".join(
-        f"{name} {metrics[f'time/{name}']:.2f}" for name in PHASES if metrics.get(f"time/{name}", 0.0) >= 0.005
+        f"{name} {metrics[f'time/{name}']:.2f}"
+        for name in PHASES
+        if metrics.get(f"time/{name}", 0.0) >= 0.005
     )
     parts = [f"step {step}/{total}" if total else f"step {step}"]
     if "reward/mean" in metrics:
@@ -41,8 +43,12 @@ def curve(rewards: Sequence[float], width: int = _CURVE_WIDTH) -> str:
     low, high = min(0.0, *rewards), max(1.0, *rewards)
     # Wide runs are averaged down, so that the whole curve is seen.
     size = max(1, -(-len(rewards) // width))
-    means = [sum(part) / len(part) for part in (rewards[at : at + size] for at in range(0, len(rewards), size))]
-    return "".join(_BARS[min(len(_BARS) - 1, int((value - low) / (high - low) * len(_BARS)))] for value in means)
+    means = [
+        sum(part) / len(part) for part in (rewards[at : at + size] for at in range(0, len(rewards), size))
+    ]
+    return "".join(
+        _BARS[min(len(_BARS) - 1, int((value - low) / (high - low) * len(_BARS)))] for value in means
+    )
 
 
 class Progress:

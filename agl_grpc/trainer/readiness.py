@@ -14,7 +14,7 @@ async def engine_serves(host: str, port: int, within: float) -> None:
     """Returns when the engine's ``/health`` answers 200; TrainerError after ``within`` seconds."""
     try:
         async with asyncio.timeout(within):
-            while not await _healthy(host, port):
+            while not await _healthy(host, port):  # noqa: ASYNC110  # another process cannot set an event
                 await asyncio.sleep(_PAUSE)
     except TimeoutError as error:
         raise TrainerError(

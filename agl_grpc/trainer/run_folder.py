@@ -108,7 +108,9 @@ def dataset_digest(tasks: Sequence[Any] | None) -> dict[str, Any] | None:
         try:
             digest.update(orjson.dumps(task, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE))
         except TypeError as error:
-            raise TrainerError(f"task {number} is not a JSON value, so it cannot reach an agent: {error}") from error
+            raise TrainerError(
+                f"task {number} is not a JSON value, so it cannot reach an agent: {error}"
+            ) from error
     return {"tasks": len(tasks), "sha256": digest.hexdigest()}
 
 

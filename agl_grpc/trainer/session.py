@@ -47,6 +47,7 @@ class Session:
         self.stack.bind()
         with _stopped_by_sigterm():
             try:
+                self._open_folder()
                 await self._connect()
                 return await self._work()
             finally:
@@ -62,15 +63,17 @@ class Session:
     async def _work(self) -> FitResult:
         raise TypeError("Session is a base class")
 
+    def _open_folder(self) -> None:
+        """Makes the run's folder, or checks the one that is continued, and writes the manifest."""
+        raise TypeError("Session is a base class")
+
     async def _connect(self) -> None:
         plan = self.plan
         if not self.address:
             port = plan.store_port or commands.free_port()
             self.address = f"127.0.0.1:{port}"
             self.progress.phase(f"starting the store on {self.address}")
-            self.stack.start(
-                lambda: commands.store_part(plan.folder, port, self.stack.mark), restart=True
-            )
+            self.stack.start(lambda: commands.store_part(plan.folder, port, self.stack.mark), restart=True)
         self._client = StoreClient(self.address, run_id=plan.run_id)
         async with asyncio.timeout(_STORE_START_SECONDS):
             await self.stack.until(self._client.get_server_info())
@@ -79,7 +82,9 @@ class Session:
 
     def _start_runners(self) -> None:
         self.stack.start(
-            lambda: commands.runner_part(self.plan.folder, self.plan.runner_config(self.address), self.stack.mark)
+            lambda: commands.runner_part(
+                self.plan.folder, self.plan.runner_config(self.address), self.stack.mark
+            )
         )
 
     def _start_engine(self, python: str, model: str, model_name: str, policy_version: int) -> LLM:
@@ -159,7 +164,7 @@ def describe_score(score: Score) -> str:
     return text + ")"
 
 
-class _stopped_by_sigterm:  # noqa: N801  # reads as a statement where it is used
+class _stopped_by_sigterm:  # lower case: it reads as a statement where it is used
     """SIGTERM cancels the running task and ends the program with 143 once everything has stopped."""
 
     def __enter__(self) -> None:
@@ -183,7 +188,7 @@ class _stopped_by_sigterm:  # noqa: N801  # reads as a statement where it is use
 
 
 def run_to_end(session: Session) -> FitResult:
-    """Runs a session and ends its processes, also after an error or Ctrl-C; works inside a running loop too."""
+    """Runs a session and ends its processes, also after an error or Ctrl-C; a running loop may be there."""
     try:
         return _run(session.run())
     finally:

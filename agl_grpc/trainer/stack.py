@@ -78,7 +78,8 @@ class Stack:
         assert self._fatal is not None, "bind comes first"
         task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait({task, self._fatal}, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {task, self._fatal}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if self._fatal.done() and not task.done():
                 self._fatal.result()
             return await task

@@ -41,8 +41,8 @@ class Trainer:
     class, a factory, an import path or a dict ``{"type": …, argument: …}``.
 
     Args:
-        algorithm: `VERL` (or ``{"type": "verl", "config": …}``), or one that runs in this process; None = only
-            workers.
+        algorithm: `VERL` (or ``{"type": "verl", "config": …}``), or one that runs in this process; None =
+            only workers.
         store: ``host:port`` or a client of a store that runs; None = one is started in the run's folder.
         runner: a dict of `RunnerOptions` for worker processes; a `LitAgentRunner` for `dev` and for threads.
         initial_resources: published for agents, by name.
@@ -52,12 +52,13 @@ class Trainer:
         tracer: records agents' spans in `dev` and in threads; processes make their own `OtelTracer`.
         hooks: around rollouts: `Hook` objects or import paths.
         adapter: turns spans into what an algorithm in this process learns from.
-        llm_proxy: a dict of `EngineOptions` for the engine that is started; or an endpoint that exists already.
+        llm_proxy: a dict of `EngineOptions` for the engine that is started; or an endpoint that exists.
         run_name: folder and id of the run; default: the time.
         run_dir: where runs' folders lie.
         resume: continue this run from its last committed checkpoint.
         validation: `ValidationOptions` or a dict of them.
-        engine_python: Python of the engine environment; default: ``AGL_GRPC_ENGINE_PYTHON`` or ``.venv-engine``.
+        engine_python: Python of the engine environment; default: ``AGL_GRPC_ENGINE_PYTHON`` or
+            ``.venv-engine``.
         learner_python: Python of the learner environment; default: ``AGL_GRPC_LEARNER_PYTHON`` or
             ``.venv-learner``.
         port: of the store that is started; None = any free one.
@@ -92,12 +93,15 @@ class Trainer:
             raise TrainerError(f"n_runners is {n_runners}; it must be 1 or more")
         self.algorithm = _algorithm(algorithm)
         self.strategy: ExecutionStrategy = (
-            build("strategy", strategy, ExecutionStrategy, registry=STRATEGIES) or ClientServerExecutionStrategy()
+            build("strategy", strategy, ExecutionStrategy, registry=STRATEGIES)
+            or ClientServerExecutionStrategy()
         )
         self.tracer = build("tracer", tracer, OtelTracer)
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
         self.adapter = adapter
-        self.hooks = list(hooks) if isinstance(hooks, Sequence) and not isinstance(hooks, str) else _one(hooks)
+        self.hooks = (
+            list(hooks) if isinstance(hooks, Sequence) and not isinstance(hooks, str) else _one(hooks)
+        )
         self.engine, self.llm = _engine(llm_proxy)
         self.store = _address(store)
         self.initial_resources = dict(initial_resources or {})
@@ -114,13 +118,17 @@ class Trainer:
             raise TrainerError("resume needs run_name: which run goes on?")
 
     def fit(
-        self, agent: Any, train_dataset: Sequence[Any] | None = None, *, val_dataset: Sequence[Any] | None = None
+        self,
+        agent: Any,
+        train_dataset: Sequence[Any] | None = None,
+        *,
+        val_dataset: Sequence[Any] | None = None,
     ) -> FitResult:
         """Trains ``agent``; returns when the algorithm has ended and everything that was started has stopped.
 
         Args:
-            agent: a `LitAgent`, its class, a decorated function, or an import path ``module:name``. It must be
-                importable or picklable, because workers are processes.
+            agent: a `LitAgent`, its class, a decorated function, or ``module:name``; importable
+                or picklable, because workers are processes.
             train_dataset: tasks; each item is a JSON value and becomes a rollout's input.
             val_dataset: tasks of validation; never trained.
 
@@ -142,9 +150,9 @@ class Trainer:
     ) -> list[Rollout]:
         """Tries an agent out in this process, on a few tasks and without training; answers the rollouts.
 
-        The store is the one given, else a throw-away one. Resources are ``initial_resources`` and the endpoint
-        given as ``llm_proxy``. ``limit`` tasks of the training dataset are done in mode ``train``, else of the
-        validation dataset in mode ``val``. What the agent raises is raised here.
+        The store is the one given, else a throw-away one. Resources are ``initial_resources`` and the
+        endpoint given as ``llm_proxy``. ``limit`` tasks of the training dataset are done in mode ``train``,
+        else of the validation dataset in mode ``val``. A failure of the agent is raised, with its traceback.
         """
         resources = dict(self.initial_resources)
         if self.llm is not None:
@@ -196,7 +204,9 @@ class Trainer:
     def _session(self, plan: Plan, progress: Progress) -> Session:
         processes = isinstance(self.strategy, ClientServerExecutionStrategy)
         if processes and self.tracer is not None:
-            raise TrainerError("a tracer cannot be handed to worker processes: use strategy='shm', or leave it out")
+            raise TrainerError(
+                "a tracer cannot be handed to worker processes: use strategy='shm', or leave it out"
+            )
         if isinstance(self.algorithm, VERL) and self.strategy.runs_algorithm:
             if not processes:
                 raise TrainerError("VERL needs worker processes: leave strategy='shm' out")
@@ -207,7 +217,11 @@ class Trainer:
 
 
 def _algorithm(spec: Any) -> Algorithm | None:
-    if callable(spec) and not isinstance(spec, Algorithm | type) and getattr(spec, "__name__", "") != "<lambda>":
+    if (
+        callable(spec)
+        and not isinstance(spec, Algorithm | type)
+        and getattr(spec, "__name__", "") != "<lambda>"
+    ):
         with contextlib.suppress(TypeError):  # not a function of an algorithm's arguments: a factory
             return FunctionalAlgorithm(spec)
     return build("algorithm", spec, Algorithm, registry=_ALGORITHMS)
@@ -261,4 +275,3 @@ def _agent_object(agent: Any) -> LitAgent[Any]:
 
 def _one(hooks: Any) -> list[Any]:
     return [] if hooks is None else [hooks]
-

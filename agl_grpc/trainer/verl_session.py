@@ -24,6 +24,7 @@ from agl_grpc.trainer.settings import setting
 
 # The learner reports its last step before it ends; the watch has this long to bring it.
 _LAST_METRICS_SECONDS = 10.0
+_TAKE_UP_SECONDS = 0.5
 
 
 class VerlSession(Session):
@@ -39,11 +40,9 @@ class VerlSession(Session):
         self._engine_python = "" if plan.llm else find_python("engine", plan.engine_python)
         self._history: dict[int, StepMetrics] = {}
         self._manifest: dict[str, Any] = {}
-        self._training: TrainingRun | None = None
 
     async def _work(self) -> FitResult:
         plan = self.plan
-        self._manifest = self._open_folder()
         training = await self._training_run()
         model, version = await self._start_weights(training)
         validates = bool(plan.val_dataset) and plan.validation.before and not plan.resume
@@ -59,7 +58,7 @@ class VerlSession(Session):
         else:
             self.progress.say(self._workers_command())
         self.progress.phase("starting engine, learner and workers")
-        following = asyncio.create_task(self._follow(training.training_run_id))
+        following = asyncio.create_task(self._follow(training.training_run_id, training.trainer_epoch))
         try:
             await self.stack.until(self._engine_ready())
             self.progress.say(f"the engine serves policy version {version}")
@@ -83,14 +82,13 @@ class VerlSession(Session):
     def _temperature(self) -> float:
         return float(setting(self._algorithm.config, "actor_rollout_ref.rollout.temperature", 1.0))
 
-    def _open_folder(self) -> dict[str, Any]:
-        """The manifest: of this run as it begins, or of the run that goes on."""
+    def _open_folder(self) -> None:
         plan, algorithm = self.plan, self._algorithm
         datasets = {"train": dataset_digest(plan.train_dataset), "val": dataset_digest(plan.val_dataset)}
-        old = plan.folder.open(resume=plan.resume) if not plan.folder.manifest.exists() or plan.resume else {}
+        old = plan.folder.open(resume=plan.resume)
         if plan.resume and old.get("datasets") != datasets:
             raise TrainerError(
-                f"{plan.folder.path} was trained on other datasets (see manifest.json): resume with the same ones"
+                f"{plan.folder.path} was trained on other datasets (see manifest.json): use the same ones"
             )
         session = {
             **describe_run(self._engine_python or None, self._learner_python),
@@ -103,7 +101,7 @@ class VerlSession(Session):
                 "concurrency": plan.runner.concurrency,
             },
         }
-        manifest = {
+        self._manifest = {
             "run": plan.run_id,
             "training_run_id": f"{plan.run_id}-training",
             "datasets": datasets,
@@ -111,15 +109,18 @@ class VerlSession(Session):
             **old,
             "sessions": [*old.get("sessions", []), session],
         }
-        plan.folder.write_manifest(manifest)
-        return manifest
+        plan.folder.write_manifest(self._manifest)
 
     async def _training_run(self) -> TrainingRun:
         """The training run, made or found."""
         name = str(self._manifest["training_run_id"])
         found = await self.client.get_training_run_by_id(name)
         if found is not None and not self.plan.resume:
-            raise TrainerError(f"the store at {self.address} has a training run {name!r} already: choose another run name")
+            raise TrainerError(
+                f"the store at {self.address} has a training run {name!r} already: choose another run name"
+            )
+        if found is not None and found.status is TrainingRunStatus.SUCCEEDED:
+            raise TrainerError(f"run {self.plan.run_id!r} has finished: there is nothing to resume")
         if found is not None:
             return found
         wanted = TrainingRun(
@@ -137,7 +138,9 @@ class VerlSession(Session):
             return self._algorithm.model_path, 0
         folder = hugging_face_folder(self.plan.folder.checkpoints / training.checkpoint_id)
         if not folder.is_dir():
-            raise TrainerError(f"checkpoint {training.checkpoint_id} is committed, but {folder} does not exist")
+            raise TrainerError(
+                f"checkpoint {training.checkpoint_id} is committed, but {folder} does not exist"
+            )
         versions = await self.client.query_policy_versions(self._algorithm.model_name)
         committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
         # Versions only rise: the learner publishes the checkpoint's weights again, above all of these.
@@ -163,15 +166,18 @@ class VerlSession(Session):
             )
         )
 
-    async def _follow(self, training_run_id: str) -> None:
+    async def _follow(self, training_run_id: str, older_epoch: int) -> None:
         """Shows each step as the learner reports it."""
         total = self._total_steps()
-        async for run, steps in self.client.watch_training_run(training_run_id):
-            if run is not None:
-                self._training = run
-            for item in steps:
-                self._history[item.step] = item
-                self.progress.step(item.step, total, item.metrics)
+        while True:
+            async for run, steps in self.client.watch_training_run(training_run_id):
+                for item in steps:
+                    self._history[item.step] = item
+                    self.progress.step(item.step, total, item.metrics)
+                if run is not None and run.status.is_terminal and run.trainer_epoch > older_epoch:
+                    return
+            # The end that the watch has shown is the one that is being resumed; the learner is on its way.
+            await asyncio.sleep(_TAKE_UP_SECONDS)
 
     def _total_steps(self) -> int | None:
         config = self._algorithm.config

@@ -1,4 +1,4 @@
-"""Makes the tiny model: a real Qwen2, warm-started on transcripts of which 60 % guess and 40 % use the tool.
+"""Makes the tiny model: a real Qwen3, warm-started on transcripts of which 60 % guess and 40 % use the tool.
 
 Run in the learner environment: `python -m examples.calculator.model FOLDER [--seed N]`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from examples.calculator.tokens import build_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 QUESTION = "State the final answer to the following arithmetic problem: {} ="
 IGNORED = -100
@@ -34,7 +35,7 @@ class WarmStart:
     learning_rate: float = 3e-3
     tool_share: float = 0.4
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
 
 
 def build_model(folder: Path, warm_start: WarmStart, held_out: frozenset[str] = frozenset()) -> Path:
@@ -51,23 +52,27 @@ def build_model(folder: Path, warm_start: WarmStart, held_out: frozenset[str] = 
     model = _new_model(tokenizer)
     _train(model, tokenizer, warm_start, held_out)
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        do_sample=True,
+        temperature=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def _new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
         intermediate_size=288,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=24,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -75,10 +80,12 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    return Qwen2ForCausalLM(config)
+    return Qwen3ForCausalLM(config)
 
 
-def transcripts(rng: random.Random, tool_share: float, held_out: frozenset[str]) -> Iterator[list[dict[str, str]]]:
+def transcripts(
+    rng: random.Random, tool_share: float, held_out: frozenset[str]
+) -> Iterator[list[dict[str, str]]]:
     """Endless conversations: a question, then a guess, or a calculator call, its result and the answer."""
     while True:
         expression = _expression(rng)
@@ -113,7 +120,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> t
         if turn["role"] != "assistant":
             continue
         prompt = _render(tokenizer, turns[:i])
-        answer = tokenizer.encode(turn["content"]) + [tokenizer.eos_token_id]
+        answer = [*tokenizer.encode(turn["content"]), tokenizer.eos_token_id]
         labels += [IGNORED] * (len(prompt) - len(ids)) + answer
         ids = prompt + answer
     return ids, labels
@@ -125,7 +132,10 @@ def _render(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> 
 
 
 def _train(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, warm_start: WarmStart, held_out: frozenset[str]
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    warm_start: WarmStart,
+    held_out: frozenset[str],
 ) -> None:
     import torch
 
@@ -136,18 +146,41 @@ def _train(
     began = time.monotonic()
     for step in range(1, warm_start.steps + 1):
         for group in optimiser.param_groups:
-            group["lr"] = warm_start.learning_rate * min(1.0, step / 50)
+            group["lr"] = warm_start.learning_rate * _schedule(step, warm_start.steps)
         rows = [encode(tokenizer, next(source)) for _ in range(warm_start.batch)]
-        ids, labels = _pad(rows, int(tokenizer.pad_token_id))
-        logits = model(ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        loss = _backward(model, rows, int(tokenizer.pad_token_id))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if step % 100 == 0 or step == warm_start.steps:
             seconds = time.monotonic() - began
-            print(f"warm start {step}/{warm_start.steps}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+            print(f"warm start {step}/{warm_start.steps}: loss {loss:.3f}, {seconds:.0f} s", flush=True)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: up over 50 steps, then along a cosine down to a tenth."""
+    if step < 50:
+        return step / 50
+    return 0.55 + 0.45 * math.cos(math.pi * (step - 50) / max(1, steps - 50))
+
+
+def _backward(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]], pad: int) -> float:
+    """Adds the gradient of the mean loss over all labelled tokens; returns that loss in nats."""
+    import torch
+
+    labelled = sum(label != IGNORED for _, labels in rows for label in labels)
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    total = 0.0
+    # Guesses are half as long as tool use: in two parts, little of the work is padding.
+    for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        ids, labels = _pad(part, pad)
+        hidden = model.model(ids).last_hidden_state[:, :-1]
+        wanted = labels[:, 1:] != IGNORED
+        logits = model.lm_head(hidden[wanted])
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum") / labelled
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        total += loss.item()
+    return total
 
 
 def _pad(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

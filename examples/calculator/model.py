@@ -178,7 +178,7 @@ def _backward(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]], 
         wanted = labels[:, 1:] != IGNORED
         logits = model.lm_head(hidden[wanted])
         loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum") / labelled
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        loss.backward()
         total += loss.item()
     return total
 

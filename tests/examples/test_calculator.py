@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import agl_grpc
@@ -18,6 +18,7 @@ from examples.calculator.arithmetic import CalculatorError, calculate
 from examples.calculator.tasks import training_tasks, validation_tasks
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 99), min_size=2, max_size=4), st.data())
 def test_sums_are_right(numbers: list[int], data: st.DataObject) -> None:
     signs = [data.draw(st.sampled_from([1, -1])) for _ in numbers[1:]]

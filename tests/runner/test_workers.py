@@ -203,6 +203,35 @@ async def test_a_runner_leaves_after_its_share(
     assert [r.status for r in await client.query_rollouts(status_in=["queuing"])] == ["queuing"]
 
 
+async def test_a_worker_full_of_hung_agents_is_replaced(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+) -> None:
+    with RunnerProcess(store.address, "SyncAgent", folder, "--run", run_id, "--concurrency", "8") as runner:
+        hung = [await client.enqueue_rollout({"do": "block", "seconds": 600}) for _ in range(8)]
+        await started(runner, 8)
+        await client.cancel_rollouts([rollout.rollout_id for rollout in hung])
+        await eventually(lambda: runner.says("w-0 is replaced"), within=LONG, what="the worker is replaced")
+        after = await client.enqueue_rollout({"do": "nothing"})
+        (done,) = await ended(client, after)
+        assert done.status is RolloutStatus.SUCCEEDED
+
+
+async def test_workers_leave_when_their_supervisor_is_killed(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+) -> None:
+    with RunnerProcess(store.address, "AsyncAgent", folder, "--run", run_id) as runner:
+        rollout = await client.enqueue_rollout(wait_at("gate"))
+        await started(runner)
+        (worker,) = runner.workers()
+        assert runner.process is not None
+        runner.process.kill()
+        await eventually(lambda: runner.says("the supervisor has gone"), within=LONG, what="it is noticed")
+        runner.open_gate("gate")
+        (done,) = await ended(client, rollout)
+        assert done.status is RolloutStatus.SUCCEEDED
+        await eventually(lambda: not worker.is_running(), within=LONG, what="the worker leaves")
+
+
 async def _equals(read: Any, expected: str) -> bool:
     return bool(await read() == expected)
 

@@ -31,9 +31,16 @@ class SchemaTooNew(Exception):
 
 def families() -> tuple[Family, ...]:
     """All families in the order in which they are created."""
-    from agl_grpc.store import schema_core, schema_lifecycle, schema_resources, schema_rewards, schema_spans
+    from agl_grpc.store import (
+        schema_core,
+        schema_lifecycle,
+        schema_resources,
+        schema_rewards,
+        schema_spans,
+        schema_training,
+    )
 
-    modules = (schema_core, schema_resources, schema_lifecycle, schema_spans, schema_rewards)
+    modules = (schema_core, schema_resources, schema_lifecycle, schema_spans, schema_rewards, schema_training)
     return tuple(module.FAMILY for module in modules)
 
 

@@ -54,6 +54,7 @@ class SpanWatch:
             StoreError: CURSOR_COMPACTED, and DRAINING when the server goes.
         """
         place = _Place(await self._store.read(lambda db: _start(db, cursor)))
+        yield raw.RawWatchSpansResponse(cursor=place.position, checkpoint=True).SerializeToString()
         waiter = self._store.hub.add(
             [_SPANS_ENTITY], run_keys=None if self._run_key is None else [self._run_key]
         )

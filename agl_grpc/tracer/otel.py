@@ -70,7 +70,7 @@ class OtelTracer:
         return self._provider
 
     def init(self) -> None:
-        """Make libraries' spans visible, where that is wanted. Once per process; later calls change nothing."""
+        """Make libraries' spans visible, where that is wanted. A second call changes nothing."""
         if self._install_globally and not self._installed:
             self._installed = True
             _listen_globally(self._provider, self._listener)
@@ -80,7 +80,7 @@ class OtelTracer:
     ) -> None:
         """Start sending spans to a store.
 
-        A `StoreClient` must be given on its event loop, a `SyncStoreClient` or a started `SpanStreamer` anywhere.
+        Give a `StoreClient` on its event loop, a `SyncStoreClient` or a started `SpanStreamer` anywhere.
         """
         self.init()
         match store:

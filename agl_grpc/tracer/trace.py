@@ -20,7 +20,7 @@ from agl_grpc.agent.context import Recorder, reset_recorder, set_recorder
 from agl_grpc.client import SpanAck, SpanRejection
 from agl_grpc.model import enums
 from agl_grpc.model.reading import get_reward_step, get_rewards_from_span
-from agl_grpc.model.reward import Reward
+from agl_grpc.model.reward import PRIMARY, Reward
 from agl_grpc.model.span import SpanCoreFields
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Trace:
     """The trace of one attempt, as context manager: ``async with`` on an event loop, ``with`` on a thread.
 
     At its end everything recorded is on disk (where the tracer has a store). Many may be open at once, each
-    in its own task or thread; threads that an agent starts belong to it when they carry OpenTelemetry's context.
+    in its own task or thread; an agent's own threads belong to it if they carry OpenTelemetry's context.
     """
 
     def __init__(self, tracer: OtelTracer, name: str, rollout_id: str, attempt_id: str) -> None:
@@ -177,8 +177,14 @@ class Trace:
     def _note_rewards(self, span: SpanCoreFields) -> None:
         step = get_reward_step(span)
         rewards = [
-            Reward(rollout_id=self.rollout_id, attempt_id=self.attempt_id, name=name, value=value, step=step)
-            for name, value in get_rewards_from_span(span)
+            Reward(
+                rollout_id=self.rollout_id,
+                attempt_id=self.attempt_id,
+                name=name if place else PRIMARY,  # the first is the one that counts, whatever its key
+                value=value,
+                step=step,
+            )
+            for place, (name, value) in enumerate(get_rewards_from_span(span))
         ]
         with self._lock:
             self._rewards.extend(rewards)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from agl_grpc.store.app import ServeConfig, StoreServer
 from agl_grpc.store.transaction import Tx
@@ -111,3 +112,14 @@ async def listed(stub: Stub, name: str, **fields: object) -> list[span_pb2.Store
         if not page.next_page_token:
             return found
         request.page_token = page.next_page_token
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """The reason of an error, which must have exactly one ErrorInfo of our domain."""
+    trailers = dict(error.trailing_metadata() or ())
+    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    assert status.code == error.code().value[0]
+    info = error_details_pb2.ErrorInfo()
+    assert [detail.Unpack(info) for detail in status.details].count(True) == 1
+    assert info.domain == "agl-grpc"
+    return str(info.reason)

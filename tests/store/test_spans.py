@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
 
 from agl_grpc.model import raw
 from agl_grpc.store.app import StoreServer
@@ -23,10 +22,10 @@ from tests.store.span_support import (
     group,
     listed,
     make_attempts,
+    reason_of,
     serving,
     span,
 )
-
 
 if TYPE_CHECKING:
     from tests.store.span_support import Stub
@@ -37,15 +36,6 @@ async def served() -> AsyncIterator[tuple[StoreServer, Stub]]:
     async with serving() as (server, channel):
         await make_attempts(server, "1", "2")
         yield server, store_service_pb2_grpc.StoreServiceStub(channel)
-
-
-def reason_of(error: grpc.RpcError) -> str:
-    trailers = dict(error.trailing_metadata() or ())  # type: ignore[attr-defined] # aio errors have it
-    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
-    info = error_details_pb2.ErrorInfo()
-    assert [detail.Unpack(info) for detail in status.details].count(True) == 1
-    assert info.domain == "agl-grpc"
-    return str(info.reason)
 
 
 async def test_stored_bytes_come_back_as_they_were_sent(served: tuple[StoreServer, Stub]) -> None:
@@ -273,7 +263,7 @@ async def test_a_prompt_without_its_base_is_rejected(served: tuple[StoreServer, 
     answer = await append(stub, group("1", bad_base, base, *orphans, child))
     assert answer.stored == 1
     refused = {
-        rejected.span_id: (rejected.status.reason, dict((x.key, x.value) for x in rejected.status.metadata))
+        rejected.span_id: (rejected.status.reason, {x.key: x.value for x in rejected.status.metadata})
         for rejected in answer.rejected[1:]
     }
     for orphan in [*orphans, child]:
@@ -306,7 +296,7 @@ async def test_lists_filter_sort_and_page(served: tuple[StoreServer, Stub]) -> N
     every = [one.span_id for one in spans] + [b"callcall"]
     assert await ids(page_size=3) == every
     assert await ids(page_size=3, order=2) == every[::-1]
-    assert await ids(page_size=4, order_by="start_time") == every[9::-1] + [b"callcall"]
+    assert await ids(page_size=4, order_by="start_time") == [*every[9::-1], b"callcall"]
     assert await ids(page_size=4, order_by="span_id", order=2) == [b"callcall", *every[9::-1]]
     assert await ids(filter=want(name="name 1"), page_size=1) == [every[1], every[4], every[7]]
     assert await ids(filter=want(name_contains="me 2")) == [every[2], every[5], every[8]]
@@ -366,21 +356,23 @@ async def test_exports_resume_by_cursor(served: tuple[StoreServer, Stub]) -> Non
 
 
 async def test_watchers_see_spans_as_they_arrive_and_resume(served: tuple[StoreServer, Stub]) -> None:
-    server, stub = served
+    _, stub = served
     watch = stub.WatchSpans(store_service_pb2.WatchSpansRequest())
     seen: list[bytes] = []
     cursors: list[int] = []
+    begun = asyncio.Event()
 
     async def follow() -> None:
         async for answer in watch:
+            begun.set()
             seen.extend(one.span.span_id for one in answer.spans)
-            cursors.append(answer.cursor)
+            if answer.spans:
+                cursors.append(answer.cursor)
             if len(seen) >= 1500:
                 return
 
     following = asyncio.create_task(follow())
-    while not server.store.hub._broad:
-        await asyncio.sleep(0.01)
+    await asyncio.wait_for(begun.wait(), 10)
     sent = [span(f"s{number}") for number in range(1500)]
     for start in range(0, 1500, 300):
         await append(stub, group("1", *sent[start : start + 300]))

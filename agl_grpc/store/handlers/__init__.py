@@ -7,18 +7,24 @@ from collections.abc import Mapping, Sequence
 from google.protobuf.descriptor import ServiceDescriptor
 
 from agl_grpc.model import raw
+from agl_grpc.store.batches import pins
 from agl_grpc.store.credentials import CredentialSigner
 from agl_grpc.store.handlers.attempts import AttemptHandlers
+from agl_grpc.store.handlers.batches import BatchHandlers
 from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
+from agl_grpc.store.handlers.policies import PolicyHandlers
+from agl_grpc.store.handlers.resources import ResourceHandlers
 from agl_grpc.store.handlers.rewards import RewardHandlers
 from agl_grpc.store.handlers.rollouts import RolloutHandlers
 from agl_grpc.store.handlers.runner import RunnerHandlers
 from agl_grpc.store.handlers.runs import RunHandlers
 from agl_grpc.store.handlers.span_reads import SpanReadHandlers
 from agl_grpc.store.handlers.span_writes import SpanWriteHandlers
+from agl_grpc.store.handlers.training import TrainingHandlers
 from agl_grpc.store.handlers.watches import WatchHandlers
 from agl_grpc.store.handlers.workers import WorkerHandlers
 from agl_grpc.store.info import InfoHandlers
+from agl_grpc.store.policies import sweep as abort_overdue
 from agl_grpc.store.rewards import forget_rewards
 from agl_grpc.store.service import Parser
 from agl_grpc.store.span_stream import prune_producers
@@ -51,14 +57,19 @@ def handlers(
             SpanWriteHandlers(side.store),
             SpanReadHandlers(side.store),
             RewardHandlers(side.store),
+            ResourceHandlers(side),
         ],
         _RUNNER: [RunnerHandlers(side), LeaseStreamHandlers(side)],
-        _TRAINER: [],
+        _TRAINER: [TrainingHandlers(side), BatchHandlers(side), PolicyHandlers(side)],
     }
     parsers: dict[str, Parser] = {
         "AppendSpans": raw.RawAppendSpansRequest.FromString,
         "StreamSpans": raw.RawStreamSpansRequest.FromString,
     }
     side.store.maintenance.register(prune_producers)
+    side.store.timers.register(abort_overdue)
+    # What came due while no server ran.
+    side.store.timers.arm(side.store.clock.now())
+    side.rollouts.is_pinned.append(pins)
     side.rollouts.on_delete += [forget_spans, forget_rewards]
     return services, parsers

@@ -1,0 +1,87 @@
+"""Publications of resources (R22). Versions of an id rise; a publication never changes."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+
+from agl_grpc.store.catalog import RunRow, require_id
+from agl_grpc.store.encode import set_time
+from agl_grpc.store.errors import exists, invalid_field
+from agl_grpc.store.ids import mint
+from agl_grpc.store.transaction import Tx
+from agl_grpc.v1 import event_pb2, resources_pb2
+
+RESOURCES = int(event_pb2.ENTITY_KIND_RESOURCES)
+MOST_RESOURCES = 1000
+
+
+def check_resources(resources: Sequence[resources_pb2.Resource]) -> None:
+    """Refuse a set whose resources lack a kind or a unique name.
+
+    Raises:
+        StoreError: INVALID_FIELD.
+    """
+    if len(resources) > MOST_RESOURCES:
+        raise invalid_field("resources", f"has {len(resources)} items; at most {MOST_RESOURCES} are allowed")
+    seen: set[str] = set()
+    for index, resource in enumerate(resources):
+        path = f"resources[{index}]"
+        if not 1 <= len(resource.name.encode()) <= 128:
+            raise invalid_field(f"{path}.name", "must have 1 to 128 bytes")
+        if resource.name in seen:
+            raise invalid_field(f"{path}.name", f"is {resource.name!r} again; names must be unique")
+        if resource.WhichOneof("kind") is None:
+            raise invalid_field(path, "must be one of llm, proxy_llm, prompt_template, custom")
+        seen.add(resource.name)
+
+
+def publish(
+    tx: Tx, run: RunRow, resources_id: str, resources: Sequence[resources_pb2.Resource]
+) -> tuple[int, resources_pb2.ResourceSet]:
+    """Publish the next version of a set.
+
+    Args:
+        tx: The transaction.
+        run: The run.
+        resources_id: The set's id; empty = a new one.
+        resources: Checked resources.
+
+    Returns:
+        The publication's key and the publication.
+
+    Raises:
+        StoreError: INVALID_FIELD, or ENTITY_EXISTS when the id belongs to another run.
+    """
+    resources_id = require_id(resources_id, "resources_id") if resources_id else mint("rs")
+    row = tx.execute(
+        "SELECT run_key, version, create_time FROM resources WHERE resources_id = ? "
+        "ORDER BY version DESC LIMIT 1",
+        (resources_id,),
+    ).fetchone()
+    if row is not None and row[0] != run.run_key:
+        raise exists("resources", resources_id)
+    version, create_time = (row[1] + 1, row[2]) if row else (1, tx.now)
+    made = resources_pb2.ResourceSet(
+        resources_id=resources_id, version=version, run_id=run.run_id, resources=resources
+    )
+    set_time(made.update_time, tx.now)
+    set_time(made.create_time, create_time)
+    key = tx.execute(
+        "INSERT INTO resources (run_key, resources_id, version, update_time, create_time, body) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        (run.run_key, resources_id, version, tx.now, create_time, made.SerializeToString()),
+    ).lastrowid
+    assert key is not None
+    tx.event(run.run_key, event_pb2.ENTITY_KIND_RESOURCES, event_pb2.EVENT_KIND_CREATED, key)
+    return key, made
+
+
+def load_resources(db: sqlite3.Connection, keys: Iterable[int]) -> list[resources_pb2.ResourceSet]:
+    """Publications by their keys, in that order."""
+    found = []
+    for key in keys:
+        row = db.execute("SELECT body FROM resources WHERE resource_key = ?", (key,)).fetchone()
+        if row is not None:
+            found.append(resources_pb2.ResourceSet.FromString(row[0]))
+    return found

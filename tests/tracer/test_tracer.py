@@ -1,0 +1,251 @@
+"""Traces of many attempts at once, and what agents emit into them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from opentelemetry import trace as otel_api
+
+from agl_grpc.agent import (
+    current_recorder,
+    emit_annotation,
+    emit_exception,
+    emit_message,
+    emit_object,
+    emit_reward,
+    find_final_reward,
+    find_reward_spans,
+    get_message_value,
+    get_object_value,
+    get_rewards_from_span,
+    operation,
+)
+from agl_grpc.model import semconv
+from agl_grpc.model.otel import span_from_readable
+from agl_grpc.model.value import from_key_values
+from agl_grpc.tracer import OtelTracer
+
+
+@pytest.fixture
+def tracer() -> Iterator[OtelTracer]:
+    made = OtelTracer(install_globally=False)
+    yield made
+    made.teardown()
+
+
+@operation
+def add(left: int, right: int) -> int:
+    return left + right
+
+
+@operation(name="slow", kind="async")
+async def add_slowly(left: int, right: int) -> int:
+    await asyncio.sleep(0)
+    emit_message(f"adding {left}")
+    return left + right
+
+
+async def test_concurrent_attempts_never_mix(tracer: OtelTracer) -> None:
+    async def attempt(number: int) -> None:
+        async with tracer.trace_context(
+            "agent", rollout_id=f"ro-{number}", attempt_id=f"at-{number}"
+        ) as trace:
+            for _ in range(5):
+                await add_slowly(number, 1)
+                await asyncio.to_thread(add, number, 2)
+            emit_reward(number)
+            assert tracer.get_last_trace() == trace.spans
+        trace_ids = {span.context.trace_id for span in trace.spans if span.context}
+        assert trace_ids == {trace.trace_id}
+        inputs = {
+            span.attributes["agentlightning.operation.input.left"]
+            for span in trace.spans
+            if span.attributes and "agentlightning.operation.input.left" in span.attributes
+        }
+        assert inputs == {number}
+        assert len(trace.spans) == 5 * 3 + 2
+        assert [(reward.rollout_id, reward.value) for reward in trace.rewards] == [(f"ro-{number}", number)]
+
+    await asyncio.gather(*(attempt(number) for number in range(20)))
+    assert current_recorder() is None
+
+
+def test_threads_have_traces_of_their_own(tracer: OtelTracer) -> None:
+    seen: dict[int, list[str]] = {}
+
+    def attempt(number: int) -> None:
+        with tracer.trace_context(f"agent {number}") as trace:
+            emit_message(str(number))
+        seen[number] = [span.name for span in trace.spans]
+
+    threads = [threading.Thread(target=attempt, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {number: [semconv.SPAN_MESSAGE, f"agent {number}"] for number in range(8)}
+
+
+def test_an_attempt_inside_another_trace_is_no_part_of_it(tracer: OtelTracer) -> None:
+    with tracer.trace_context("outer") as outer, tracer.trace_context("inner") as inner:
+        emit_message("in the inner one")
+    assert [span.name for span in outer.spans] == ["outer"]
+    assert [span.name for span in inner.spans] == [semconv.SPAN_MESSAGE, "inner"]
+    assert all(span.parent is None for span in outer.spans)
+
+
+def test_emitters_and_readers_agree(tracer: OtelTracer) -> None:
+    with tracer.trace_context() as trace:
+        emit_reward(1)
+        emit_reward({"style": 0.25, "correct": 1.5}, primary_key="correct", attributes={"judge": "j"})
+        emit_reward(0.5, step=3)
+        emit_message("hello", attributes={"to": "you"})
+        emit_object({"a": [1, {"b": None}]})
+        emit_object(b"\x00\x01")
+        emit_annotation({"outer": {"inner": [1, 2], "mixed": [1, "x"]}, "none": None})
+        emit_exception(ValueError("broken"))
+    spans = trace.spans
+    assert find_final_reward(spans) == 0.5
+    assert [get_rewards_from_span(span) for span in find_reward_spans(spans)] == [
+        [("primary", 1.0)],
+        [("correct", 1.5), ("style", 0.25)],
+        [("primary", 0.5)],
+    ]
+    assert [(reward.name, reward.value, reward.step) for reward in trace.rewards] == [
+        ("primary", 1.0, None),
+        ("primary", 1.5, None),
+        ("style", 0.25, None),
+        ("primary", 0.5, 3),
+    ]
+    assert [get_message_value(span) for span in spans if get_message_value(span)] == ["hello"]
+    assert [get_object_value(span) for span in spans if span.name == semconv.SPAN_OBJECT] == [
+        {"a": [1, {"b": None}]},
+        b"\x00\x01",
+    ]
+    note = _attributes(spans[6])
+    assert note == {"outer.inner": (1, 2), "outer.mixed.0": 1, "outer.mixed.1": "x"}
+    failure = _attributes(spans[7])
+    assert failure[semconv.EXCEPTION_TYPE] == "ValueError"
+    assert failure[semconv.EXCEPTION_MESSAGE] == "broken"
+
+
+def _attributes(span: Any) -> dict[str, Any]:
+    return dict(span.attributes)
+
+
+def test_emitting_outside_a_trace_is_an_error_unless_told_not_to_record() -> None:
+    with pytest.raises(RuntimeError, match="emit_reward was called outside a rollout"):
+        emit_reward(1.0)
+    with pytest.raises(RuntimeError, match="operation was called outside a rollout"):
+        add(1, 2)
+    span = emit_reward({"a": 1.0}, primary_key="a", propagate=False)
+    assert get_rewards_from_span(span) == [("a", 1.0)]
+    with operation(name="quiet", propagate=False) as work:
+        work.set_output(1)
+
+
+@pytest.mark.parametrize(
+    ("reward", "key", "error", "text"),
+    [
+        (float("nan"), None, ValueError, "reward 'primary' is nan; it must be finite"),
+        ("much", None, TypeError, "reward 'primary' is a str; pass a number"),
+        ({"a": 1.0}, None, ValueError, "primary_key is None; it must name"),
+        ({"a": 1.0}, "b", ValueError, "primary_key is 'b'; it must name .* one of: 'a'"),
+    ],
+)
+def test_bad_rewards_are_refused(reward: Any, key: str | None, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        emit_reward(reward, primary_key=key, propagate=False)
+
+
+def test_operations_record_input_output_and_failure(tracer: OtelTracer) -> None:
+    @operation
+    def broken(x: int) -> int:
+        raise KeyError(x)
+
+    with tracer.trace_context() as trace:
+        assert add(1, right=2) == 3
+        with pytest.raises(KeyError):
+            _fail_inside(broken)
+    first, inner, block = trace.spans[:3]
+    assert _attributes(first) == {
+        semconv.OPERATION_NAME: "add",
+        f"{semconv.OPERATION_INPUT}.left": 1,
+        f"{semconv.OPERATION_INPUT}.right": 2,
+        semconv.OPERATION_OUTPUT: 3,
+    }
+    assert inner.parent is not None
+    assert block.context is not None
+    assert inner.parent.span_id == block.context.span_id
+    assert not inner.status.is_ok
+    assert inner.events[0].name == "exception"
+    assert _attributes(block)[f"{semconv.OPERATION_INPUT}.y"] == 2
+
+
+def _fail_inside(broken: Callable[[int], int]) -> None:
+    with operation(name="outer") as outer:
+        outer.set_input(1, y=2)
+        broken(5)
+
+
+def test_an_exception_marks_the_root_and_goes_on(tracer: OtelTracer) -> None:
+    with pytest.raises(ZeroDivisionError), tracer.trace_context("agent") as trace:
+        raise ZeroDivisionError("by zero")
+    (root,) = trace.spans
+    assert not root.status.is_ok
+    assert root.status.description == "by zero"
+
+
+def test_libraries_on_the_global_provider_are_seen() -> None:
+    tracer = OtelTracer()
+    tracer.init()
+    try:
+        with (
+            tracer.trace_context("agent") as trace,
+            otel_api.get_tracer("library").start_as_current_span("call"),
+        ):
+            pass
+        assert [span.name for span in trace.spans] == ["call", "agent"]
+        otel_api.get_tracer("library").start_span("outside").end()
+        assert len(trace.spans) == 2
+    finally:
+        tracer.teardown()
+
+
+def test_a_span_keeps_everything_in_the_contract(tracer: OtelTracer) -> None:
+    link = otel_api.Link(otel_api.SpanContext(1, 2, is_remote=False), {"why": "cause"})
+    with tracer.trace_context():
+        with tracer.otel.start_as_current_span(
+            "work",
+            kind=otel_api.SpanKind.CLIENT,
+            attributes={"text": "x", "numbers": [1, 2], "yes": True, "half": 0.5},
+            links=[link],
+        ) as span:
+            span.add_event("moment", {"n": 1}, timestamp=5)
+            span.set_status(otel_api.Status(otel_api.StatusCode.ERROR, "bad"))
+        readable = tracer.get_last_trace()[0]
+    message = span_from_readable(readable)
+    assert readable.context is not None
+    assert message.trace_id == readable.context.trace_id.to_bytes(16, "big")
+    assert message.span_id == readable.context.span_id.to_bytes(8, "big")
+    assert len(message.parent_span_id) == 8
+    assert (message.start_time_unix_nano, message.end_time_unix_nano) == (
+        readable.start_time,
+        readable.end_time,
+    )
+    attributes = from_key_values(message.attributes)
+    assert attributes == {"text": "x", "numbers": [1, 2], "yes": True, "half": 0.5}
+    assert (message.kind, message.status.code, message.status.message) == (3, 2, "bad")
+    assert (message.events[0].name, message.events[0].time_unix_nano) == ("moment", 5)
+    assert message.links[0].span_id == (2).to_bytes(8, "big")
+    assert (message.scope_name, message.flags) == ("agl_grpc", int(readable.context.trace_flags))
+    assert from_key_values(message.resource.attributes)[semconv.TRACER_NAME] == "OtelTracer"
+
+
+def test_half_an_identity_is_refused(tracer: OtelTracer) -> None:
+    with pytest.raises(ValueError, match="needs both rollout_id and attempt_id"):
+        tracer.trace_context("x", rollout_id="ro-1")

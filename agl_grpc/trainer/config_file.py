@@ -32,7 +32,7 @@ def fit_from_file(path: Path, *, run_name: str | None = None, resume: bool = Fal
     data = read_mapping(path)
     given = {name: data.pop(name, None) for name in _OWN_KEYS}
     if not isinstance(given["agent"], str):
-        raise TrainerError(f"{path} names no agent: agent = \"module:name\"")
+        raise TrainerError(f'{path} names no agent: agent = "module:name"')
     if run_name is not None:
         data["run_name"] = run_name
     if resume:
@@ -42,7 +42,9 @@ def fit_from_file(path: Path, *, run_name: str | None = None, resume: bool = Fal
     try:
         trainer = Trainer(**data)
     except TypeError as error:
-        raise TrainerError(f"{path}: {str(error).replace('Trainer.__init__() got an', 'there is an')}") from error
+        raise TrainerError(
+            f"{path}: {str(error).replace('Trainer.__init__() got an', 'there is an')}"
+        ) from error
     except LearnerError as error:
         raise TrainerError(f"{path}: {error}") from error
     return trainer.fit(agent, datasets["train_dataset"], val_dataset=datasets["val_dataset"])
@@ -87,7 +89,9 @@ def _dataset(name: str, spec: Any) -> Sequence[Any] | None:
     found = found() if callable(found) else found
     if isinstance(found, Sequence) and not isinstance(found, str | bytes | Mapping):
         return found
-    raise TrainerError(f"{name} {spec!r} is a {type(found).__name__}: give a sequence, a function or a .jsonl file")
+    raise TrainerError(
+        f"{name} {spec!r} is a {type(found).__name__}: give a sequence, a function or a .jsonl file"
+    )
 
 
 def _read_jsonl(path: Path) -> list[Any]:

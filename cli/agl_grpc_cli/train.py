@@ -18,13 +18,14 @@ def train(
         Path, typer.Option("--config", metavar="FILE", help="The run: JSON, TOML, or YAML where PyYAML is.")
     ],
     run: Annotated[
-        str | None, typer.Option("--run", metavar="NAME", help="The run's name; default: the file's, or the time.")
+        str | None,
+        typer.Option("--run", metavar="NAME", help="The run's name; default: the file's, or the time."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run from its last committed checkpoint.")
     ] = False,
 ) -> None:
-    """Train an agent as FILE says: agent, datasets and what `agl_grpc.trainer.Trainer` takes, by import paths.
+    """Train an agent as FILE says: agent and datasets by import paths, and what `Trainer` takes.
 
     \b
     Example (TOML):

@@ -1,6 +1,6 @@
-"""Trains the agent: makes the tiny model, trains it with GRPO through the store, and shows what it learned.
+"""Makes the tiny model, trains the agent with GRPO through the store, and shows what it learned.
 
-`python -m examples.calculator.train` in the user's environment; `make train` makes all three environments first.
+`python -m examples.calculator.train` in the user's environment; `make train` makes all environments first.
 """
 
 from __future__ import annotations
@@ -52,17 +52,14 @@ def main() -> int:
         result = train(
             folder, seed=arguments.seed, steps=arguments.steps, resume=arguments.resume, quick=arguments.quick
         )
-        improved = compare_checkpoint(result, folder / "model", seed=arguments.seed)
+        report(result)
+        check_checkpoint(result, folder / "model")
     except TrainerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; continue with --run {arguments.run} --resume", file=sys.stderr)
         return EXIT_INTERRUPTED
-    report(result)
-    if not improved:
-        print("error: the trained checkpoint answers no better than the one it began with", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -111,20 +108,14 @@ def build_model(folder: Path, held_out: list[Task], seed: int) -> None:
     _run(command, "making the model")
 
 
-def compare_checkpoint(result: FitResult, start: Path, *, seed: int) -> bool:
-    """Loads both checkpoints with `transformers` and has them answer greedily; whether the new one is better."""
+def check_checkpoint(result: FitResult, start: Path) -> None:
+    """Answers questions with both models by plain `transformers`; TrainerError when nothing was learned."""
     if result.model is None:
         raise TrainerError("no checkpoint was saved")
     print(f"loading {result.model} with transformers", flush=True)
     questions = result.folder.path / "held_out.jsonl"
-    command = [find_python("learner", None), "-m", "examples.calculator.compare", str(start), str(result.model)]
-    output = _run([*command, str(questions), "--seed", str(seed)], "comparing the checkpoints")
-    scores = json.loads(output.splitlines()[-1])
-    print(
-        f"by transformers alone, greedy: {scores['before']:.1%} before, {scores['after']:.1%} after "
-        f"({scores['questions']} questions)"
-    )
-    return bool(scores["after"] > scores["before"])
+    command = [find_python("learner", None), "-m", "examples.calculator.check", str(questions)]
+    _run([*command, str(start), str(result.model)], "the check of the checkpoint")
 
 
 def _run(command: list[str], what: str) -> str:
@@ -149,7 +140,8 @@ def report(result: FitResult) -> None:
     for name, label in (("sampled", "sampled (mean of 4)"), ("greedy", "greedy")):
         before, after = result.before.get(name), result.after.get(name)
         if before and after:
-            print(f"accuracy, {label}: {before.mean:.1%} before, {after.mean:.1%} after ({after.tasks} questions)")
+            questions = f"{after.tasks} questions"
+            print(f"accuracy, {label}: {before.mean:.1%} before, {after.mean:.1%} after ({questions})")
     folder = result.folder
     for label, path in (
         ("checkpoint", result.model),

@@ -26,9 +26,7 @@ def prompted(task: str, prompt_template: PromptTemplate) -> float:
 @algo
 async def summing(store: StoreClient, train_dataset: Any) -> float:
     """Has every task done once and answers the sum of the rewards."""
-    ids = []
-    for task in train_dataset:
-        ids.append((await store.enqueue_rollout(task, RolloutMode.TRAIN)).rollout_id)
+    ids = [(await store.enqueue_rollout(task, RolloutMode.TRAIN)).rollout_id for task in train_dataset]
     await store.wait_for_rollouts(rollout_ids=ids, timeout=60)
     return sum(reward.value for reward in await store.query_rewards(ids))
 

@@ -67,9 +67,7 @@ def test_what_cannot_be_used_is_named(spec: Any, part: str) -> None:
 def test_strategies_have_short_names_and_check_their_role() -> None:
     made = build("strategy", "cs", ExecutionStrategy, registry=STRATEGIES)
     assert isinstance(made, ClientServerExecutionStrategy)
-    only_workers = build(
-        "strategy", {"type": "cs", "role": "runner"}, ExecutionStrategy, registry=STRATEGIES
-    )
+    only_workers = build("strategy", {"type": "cs", "role": "runner"}, ExecutionStrategy, registry=STRATEGIES)
     assert only_workers is not None
     assert (only_workers.runs_algorithm, only_workers.runs_workers) == (False, True)
     with pytest.raises(TrainerError, match="none of algorithm, runner, both"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -101,7 +102,7 @@ def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_signals_end_everything(number: signal.Signals, tmp_path: Path) -> None:
+def test_signals_end_everything(number: signal.Signals, tmp_path: Path) -> None:
     code = f"""
 from agl_grpc.trainer import Trainer
 from tests.trainer import agents
@@ -114,17 +115,24 @@ if __name__ == "__main__":
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(script)], stdout=output, stderr=output, env=environment, start_new_session=True
+            [sys.executable, str(script)],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
     try:
-        await eventually(lambda: b"algorithm is running" in log.read_bytes(), within=60, what="the algorithm")
+        runs = eventually(
+            lambda: b"algorithm is running" in log.read_bytes(), within=60, what="the algorithm"
+        )
+        asyncio.run(runs)
         assert len(_processes_of(tmp_path)) >= 2, "store and worker run"
         process.send_signal(number)
-        code_ = await eventually(lambda: process.poll() is not None and [process.returncode], within=60, what="the end")
+        ended = process.wait(60)
     finally:
         process.kill()
         process.wait()
-    assert code_ == [-signal.SIGINT if number is signal.SIGINT else 128 + signal.SIGTERM], log.read_text()
+    assert ended == (-signal.SIGINT if number is signal.SIGINT else 128 + signal.SIGTERM), log.read_text()
     assert not _processes_of(tmp_path)
 
 

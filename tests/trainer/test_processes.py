@@ -48,7 +48,9 @@ def python_part(stack: Stack, folder: Path, code: str, name: str = "learner") ->
     return lambda: Command(name, command, folder / f"{name}.log", stack.mark, child_environment())
 
 
-async def test_a_part_that_dies_stops_what_waits_and_shows_its_last_lines(stack: Stack, tmp_path: Path) -> None:
+async def test_a_part_that_dies_stops_what_waits_and_shows_its_last_lines(
+    stack: Stack, tmp_path: Path
+) -> None:
     stack.bind()
     stack.start(python_part(stack, tmp_path, "print('the disk is full'); raise SystemExit(3)"))
     with pytest.raises(PartDied, match=r"learner exited with code 3; its log is .*learner\.log") as caught:
@@ -77,7 +79,12 @@ async def test_a_part_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     said: list[str] = []
     stack = Stack(said.append, grace=0.5)
     stack.bind()
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    code = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(600)
+"""
     part = stack.start(python_part(stack, tmp_path, code))
     await eventually(lambda: part.tail(), what="the start")
     stack.close()
@@ -85,7 +92,9 @@ async def test_a_part_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     assert said == ["learner did not end within 0.5 s and is killed"]
 
 
-async def test_a_killed_store_comes_back_with_everything(stack: Stack, said: list[str], tmp_path: Path) -> None:
+async def test_a_killed_store_comes_back_with_everything(
+    stack: Stack, said: list[str], tmp_path: Path
+) -> None:
     stack.bind()
     port = free_port()
     folder = RunFolder(tmp_path / "run")
@@ -109,13 +118,15 @@ async def test_a_store_that_cannot_start_says_why(stack: Stack, tmp_path: Path) 
     stack.bind()
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    folder.database.write_bytes(b"this is no database, and it is long enough to be read as a broken one" * 100)
+    folder.database.write_bytes(
+        b"this is no database, and it is long enough to be read as a broken one" * 100
+    )
     stack.start(lambda: commands.store_part(folder, free_port(), stack.mark), restart=True)
     with pytest.raises(PartDied, match="store exited with code 1"):
         await stack.until(asyncio.sleep(60))
 
 
-async def test_the_guard_ends_everything_when_the_trainer_is_killed(tmp_path: Path) -> None:
+def test_the_guard_ends_everything_when_the_trainer_is_killed(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
@@ -123,7 +134,8 @@ from agl_grpc.trainer.processes import Command, child_environment
 from agl_grpc.trainer.stack import Stack
 stack = Stack(print)
 command = [sys.executable, "-c", "import time; time.sleep(600)"]
-stack.start(lambda: Command("learner", command, Path({str(tmp_path)!r}) / "l.log", stack.mark, child_environment()))
+log = Path({str(tmp_path / "part.log")!r})
+stack.start(lambda: Command("learner", command, log, stack.mark, child_environment()))
 print(stack.mark, flush=True)
 time.sleep(600)
 """
@@ -134,7 +146,8 @@ time.sleep(600)
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
-    await eventually(lambda: not list(marked(mark)), within=30, what="the guard's work")
+    wait = eventually(lambda: not list(marked(mark)), within=30, what="the guard's work")
+    asyncio.run(wait)
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,11 @@ class Stack:
         self._parts: dict[str, Part] = {}
         self._remake: dict[str, Callable[[], Part]] = {}
         self._ready: set[str] = set()
+        self._may_end: set[str] = set()
         self._failures: dict[str, int] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._guard = Guard(self.mark)
+        self._guard: Guard | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fatal: asyncio.Future[None] | None = None
         self._ended: dict[str, asyncio.Event] = {}
@@ -54,13 +55,22 @@ class Stack:
         self._loop = asyncio.get_running_loop()
         self._fatal = self._loop.create_future()
 
-    def start(self, make: Callable[[], Part], *, restart: bool = False) -> Part:
-        """Starts a part; with ``restart`` it is started anew whenever it dies after it was ready once."""
+    def start(self, make: Callable[[], Part], *, restart: bool = False, may_end: bool = False) -> Part:
+        """Starts a part.
+
+        Args:
+            make: makes it, also for each restart.
+            restart: start it anew whenever it dies after it was ready once.
+            may_end: exit code 0 is a good end, not a death.
+        """
         part = make()
         if restart:
             self._remake[part.name] = make
+        if may_end:
+            self._may_end.add(part.name)
         self._ended.setdefault(part.name, asyncio.Event())
         with self._lock:
+            self._guard = self._guard or Guard(self.mark)
             self._parts[part.name] = part
             part.start(self._on_exit)
         return part
@@ -103,7 +113,7 @@ class Stack:
         if part.name in self._remake and part.name in self._ready:
             self._restart(part)
         else:
-            self._tell(part, expected=part.code == 0)
+            self._tell(part, expected=part.code == 0 and part.name in self._may_end)
 
     def _restart(self, part: Part) -> None:
         lived = time.monotonic() - part.started
@@ -153,7 +163,8 @@ class Stack:
             left = sweep(self.mark)
             for part in self._parts.values():
                 part.wait(self._grace)
-            self._guard.dismiss()
+            if self._guard is not None:
+                self._guard.dismiss()
         return left
 
     def _stop(self, parts: list[Part]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from agl_grpc.client import StoreClient
 from agl_grpc.client.filters import rollout_filter
-from agl_grpc.model import EnqueueRolloutRequest, Rollout, RolloutConfig, RolloutMode
+from agl_grpc.model import EnqueueRolloutRequest, FailureKind, Rollout, RolloutConfig, RolloutMode
 from agl_grpc.model.reward import PRIMARY
 from agl_grpc.trainer.errors import TrainerError
 
@@ -67,7 +67,7 @@ async def validate(
         on_progress: told how many rollouts are finished, of how many.
 
     Raises:
-        TrainerError: not finished in time; says how far it came.
+        TrainerError: not finished in time, or every rollout failed for reasons that are not the agent's.
     """
     began = time.monotonic()
     label = f"validation-{uuid.uuid4().hex[:12]}"
@@ -131,6 +131,9 @@ async def _score(
         if rollout_id not in rewards:
             failure = ended[rollout_id].failure
             failures[failure.kind.value if failure and failure.kind else "no_reward"] += 1
+    if ids and failures[FailureKind.INFRASTRUCTURE.value] == len(ids):
+        failure = ended[ids[0]].failure
+        raise TrainerError(f"validation: no rollout got as far as an answer: {failure and failure.message}")
     values = [rewards.get(rollout_id, 0.0) for rollout_id in ids]
     means = tuple(sum(values[at : at + samples]) / samples for at in range(0, len(values), samples))
     return Score(

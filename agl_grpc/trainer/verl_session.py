@@ -163,7 +163,8 @@ class VerlSession(Session):
                 store=self.address,
                 resume=plan.resume,
                 mark=self.stack.mark,
-            )
+            ),
+            may_end=True,
         )
 
     async def _follow(self, training_run_id: str, older_epoch: int) -> None:

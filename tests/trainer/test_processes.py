@@ -60,8 +60,15 @@ async def test_a_part_that_dies_stops_what_waits_and_shows_its_last_lines(
 
 async def test_a_part_that_ends_well_is_waited_for(stack: Stack, tmp_path: Path) -> None:
     stack.bind()
-    stack.start(python_part(stack, tmp_path, "print('done')"))
+    stack.start(python_part(stack, tmp_path, "print('done')"), may_end=True)
     assert await stack.until(stack.ended("learner")) == 0
+
+
+async def test_exit_code_0_is_a_death_where_no_end_is_expected(stack: Stack, tmp_path: Path) -> None:
+    stack.bind()
+    stack.start(python_part(stack, tmp_path, "print('bye')", name="engine"))
+    with pytest.raises(PartDied, match="engine exited with code 0"):
+        await stack.until(asyncio.sleep(60))
 
 
 async def test_close_ends_detached_grandchildren_too(stack: Stack, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer.run_folder import RunFolder
@@ -24,6 +25,8 @@ class FitResult:
         after: validation after training.
         checkpoint: folder of the last committed checkpoint; None when there is none.
         model: folder of that checkpoint's model, for ``transformers``.
+        captured: the engine's counters of model calls, among them ``captured`` and ``delivered``; empty when
+            the engine was not started here.
         restarts: how often the store was started again.
         value: what an algorithm in this process answered.
     """
@@ -35,5 +38,6 @@ class FitResult:
     after: Scores = field(default_factory=dict)
     checkpoint: Path | None = None
     model: Path | None = None
+    captured: dict[str, Any] = field(default_factory=dict)
     restarts: int = 0
     value: object = None

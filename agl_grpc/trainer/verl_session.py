@@ -17,6 +17,7 @@ from agl_grpc.trainer.errors import PartDied, TrainerError
 from agl_grpc.trainer.options import find_python
 from agl_grpc.trainer.plan import Plan
 from agl_grpc.trainer.progress import Progress
+from agl_grpc.trainer.readiness import captured
 from agl_grpc.trainer.result import FitResult, Scores
 from agl_grpc.trainer.run_folder import dataset_digest, describe_run
 from agl_grpc.trainer.session import Session
@@ -25,6 +26,7 @@ from agl_grpc.trainer.settings import setting
 # The learner reports its last step before it ends; the watch has this long to bring it.
 _LAST_METRICS_SECONDS = 10.0
 _TAKE_UP_SECONDS = 0.5
+_LAST_CALLS_SECONDS = 30.0
 
 
 class VerlSession(Session):
@@ -76,7 +78,8 @@ class VerlSession(Session):
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
             after = await self.stack.until(self._validate("after"))
             self._note_scores("after", after)
-        return self._result(training, before, after)
+        counters = await self.stack.until(self._captured())
+        return self._result(training, before, after, counters)
 
     @property
     def _temperature(self) -> float:
@@ -215,7 +218,9 @@ class VerlSession(Session):
             }
             self.plan.folder.write_manifest(self._manifest)
 
-    def _result(self, training: TrainingRun, before: Scores, after: Scores) -> FitResult:
+    def _result(
+        self, training: TrainingRun, before: Scores, after: Scores, counters: dict[str, Any]
+    ) -> FitResult:
         folder = self.plan.folder
         checkpoint: Path | None = None
         if training.checkpoint_id:
@@ -230,8 +235,18 @@ class VerlSession(Session):
             after=after,
             checkpoint=checkpoint,
             model=hugging_face_folder(checkpoint) if checkpoint else None,
+            captured=counters,
             restarts=self.stack.restarts,
         )
+
+    async def _captured(self) -> dict[str, Any]:
+        if self.plan.llm is not None:
+            return {}
+        counters = await captured(self.plan.engine.host, self._engine_port, _LAST_CALLS_SECONDS)
+        sessions = self._manifest["sessions"]
+        sessions[-1]["captured"] = counters
+        self.plan.folder.write_manifest(self._manifest)
+        return counters
 
     def _draw(self, history: list[StepMetrics], last: int) -> None:
         recorded: Mapping[str, Any] = self._manifest["validation"]

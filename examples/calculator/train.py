@@ -25,7 +25,7 @@ ROLLOUTS = 8
 EXIT_INTERRUPTED = 130
 
 
-def configuration(model: Path, steps: int, seed: int) -> dict[str, Any]:
+def configuration(model: Path, steps: int, seed: int, save_every: int) -> dict[str, Any]:
     """verl's keys: GRPO over 16 prompts with 8 rollouts each."""
     return {
         "actor_rollout_ref.model.path": str(model),
@@ -40,7 +40,7 @@ def configuration(model: Path, steps: int, seed: int) -> dict[str, Any]:
         "data.seed": seed,
         "trainer.total_training_steps": steps,
         "trainer.total_epochs": 1,
-        "trainer.save_freq": 20,
+        "trainer.save_freq": save_every,
     }
 
 
@@ -50,7 +50,12 @@ def main() -> int:
     folder = arguments.run_dir / arguments.run
     try:
         result = train(
-            folder, seed=arguments.seed, steps=arguments.steps, resume=arguments.resume, quick=arguments.quick
+            folder,
+            seed=arguments.seed,
+            steps=arguments.steps,
+            save_every=arguments.save_every,
+            resume=arguments.resume,
+            quick=arguments.quick,
         )
         report(result)
         check_checkpoint(result, folder / "model")
@@ -68,9 +73,9 @@ def train(
     *,
     seed: int = 0,
     steps: int = 50,
+    save_every: int = 20,
     resume: bool = False,
     quick: bool = False,
-    trainer_options: dict[str, Any] | None = None,
 ) -> FitResult:
     """Builds the model if need be and trains it; ``quick`` validates on 40 questions, once each."""
     held_out = validation_tasks()
@@ -79,7 +84,7 @@ def train(
         build_model(model, held_out, seed)
     tasks = training_tasks(PROMPTS * steps * 2, seed, frozenset(task["question"] for task in held_out))
     trainer = Trainer(
-        algorithm=VERL(configuration(model, steps, seed), model_name="calculator", seed=seed),
+        algorithm=VERL(configuration(model, steps, seed, save_every), model_name="calculator", seed=seed),
         n_runners=1,
         runner={"concurrency": 64},
         llm_proxy={
@@ -92,7 +97,6 @@ def train(
         run_dir=folder.parent,
         resume=resume,
         validation={"samples": 1 if quick else 4, "greedy": not quick},
-        **(trainer_options or {}),
     )
     return trainer.fit(agent, tasks, val_dataset=held_out[:40] if quick else held_out)
 
@@ -160,6 +164,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--run", default=time.strftime("calculator-%Y%m%d-%H%M%S"), help="name of the run")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs lie")
     parser.add_argument("--resume", action="store_true", help="continue --run from its last checkpoint")
+    parser.add_argument("--save-every", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--quick", action="store_true", help="validate on fewer questions")
     return parser.parse_args()
 

@@ -18,11 +18,12 @@ from agl_grpc.algorithm import VERL
 from agl_grpc.trainer import FitResult, Trainer, TrainerError
 from agl_grpc.trainer.options import find_python
 from examples.calculator.agent import agent
-from examples.calculator.tasks import Task, training_tasks, validation_tasks
+from examples.calculator.tasks import training_tasks, validation_tasks
 
 PROMPTS = 16
 ROLLOUTS = 8
 EXIT_INTERRUPTED = 130
+QUESTIONS = "held_out.jsonl"
 
 
 def configuration(model: Path, steps: int, seed: int, save_every: int) -> dict[str, Any]:
@@ -79,9 +80,12 @@ def train(
 ) -> FitResult:
     """Builds the model if need be and trains it; ``quick`` validates on 40 questions, once each."""
     held_out = validation_tasks()
+    questions = folder / QUESTIONS
+    folder.mkdir(parents=True, exist_ok=True)
+    questions.write_text("".join(json.dumps(task) + "\n" for task in held_out))
     model = folder / "model"
     if not (model / "config.json").exists():
-        build_model(model, held_out, seed)
+        build_model(model, questions, seed)
     tasks = training_tasks(PROMPTS * steps * 2, seed, frozenset(task["question"] for task in held_out))
     trainer = Trainer(
         algorithm=VERL(configuration(model, steps, seed, save_every), model_name="calculator", seed=seed),
@@ -101,14 +105,11 @@ def train(
     return trainer.fit(agent, tasks, val_dataset=held_out[:40] if quick else held_out)
 
 
-def build_model(folder: Path, held_out: list[Task], seed: int) -> None:
+def build_model(folder: Path, held_out: Path, seed: int) -> None:
     """Makes the warm-started model, in the learner's environment because it needs torch."""
     print(f"making the tiny model in {folder}", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    questions = folder.parent / "held_out.jsonl"
-    questions.write_text("".join(json.dumps(task) + "\n" for task in held_out))
     command = [find_python("learner", None), "-m", "examples.calculator.model", str(folder)]
-    command += ["--seed", str(seed), "--held-out", str(questions)]
+    command += ["--seed", str(seed), "--held-out", str(held_out)]
     _run(command, "making the model")
 
 
@@ -117,7 +118,7 @@ def check_checkpoint(result: FitResult, start: Path) -> None:
     if result.model is None:
         raise TrainerError("no checkpoint was saved")
     print(f"loading {result.model} with transformers", flush=True)
-    questions = result.folder.path / "held_out.jsonl"
+    questions = result.folder.path / QUESTIONS
     command = [find_python("learner", None), "-m", "examples.calculator.check", str(questions)]
     _run([*command, str(start), str(result.model)], "the check of the checkpoint")
 

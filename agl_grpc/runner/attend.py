@@ -17,7 +17,7 @@ from agl_grpc.runner.resources import bind_to_attempt
 
 log = logging.getLogger(__name__)
 
-STOP_SECONDS = 5.0
+STOP_SECONDS = 2.0
 """How long an agent may take to end after it was told to stop, before it is left behind."""
 
 TIMEOUT_MARGIN_SECONDS = 1.0

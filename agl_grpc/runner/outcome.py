@@ -90,7 +90,7 @@ def _named_reward(name: Any, value: Any) -> tuple[str, float]:
         raise BadResult(f"the agent returned a reward named {name!r}; names are texts of 1 to 128 bytes")
     if not _is_number(value):
         raise BadResult(
-            f"the agent returned a {type(value).__name__} as reward {name!r}; it must be a number"
+            f"the reward {name!r} that the agent returned is a {type(value).__name__}, not a number"
         )
     return name, _finite(value, f"the reward {name!r} that the agent returned")
 
@@ -106,9 +106,7 @@ def _span(element: Any, index: int) -> span_pb2.Span:
             case ReadableSpan():
                 return span_from_readable(element)
     except (TypeError, ValueError) as error:
-        raise BadResult(
-            f"the agent returned a list whose element {index} is no valid span: {error}"
-        ) from error
+        raise BadResult(f"the agent returned a list whose element {index} is no span: {error}") from error
     raise BadResult(
         f"the agent returned a list whose element {index} is a {type(element).__name__}, not a span; "
         f"it may return {_ALLOWED}"

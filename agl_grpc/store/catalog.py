@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from agl_grpc.store.clock import SECOND
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.ids import is_valid_id
 from agl_grpc.store.transaction import Tx
@@ -50,6 +51,7 @@ class Catalog:
         self._workers: dict[str, int] = {}
         self._label_sets: dict[Labels, int] = {}
         self._next: dict[str, int] = {}
+        self._notes: dict[int, tuple[bytes, int]] = {}
 
     def next_key(self, tx: Tx, table: str, count: int = 1) -> int:
         """The first of `count` new integer keys of `rollouts` or `attempts`; keys are never used twice."""
@@ -62,6 +64,15 @@ class Catalog:
             ).fetchone()
         self._next[table] = key + count
         return int(key)
+
+    def is_news(self, tx: Tx, worker_key: int, notes: bytes) -> bool:
+        """Whether these notes about a worker must be written: they are new, or a second old."""
+        known = self._notes.get(worker_key)
+        if known is not None and known[0] == notes and tx.now - known[1] < SECOND:
+            return False
+        self._notes[worker_key] = (notes, tx.now)
+        tx.after_rollback(lambda: self._notes.pop(worker_key, None))
+        return True
 
     def keep_keys(self, tx: Tx) -> None:
         """Remembers the newest keys in the database; call before rows are deleted."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from agl_grpc.store.catalog import Catalog, Labels, QueueRow
-from agl_grpc.store.rows import RolloutRow, rollouts_where
+from agl_grpc.store.rows import Ready, ready_rollouts
 from agl_grpc.store.transaction import Tx
 from agl_grpc.v1 import runner_service_pb2
 
@@ -106,7 +106,7 @@ class Dispatcher:
             del self._lines[queue.queue_key]
         return None
 
-    def serve(self, tx: Tx, waiter: Waiter) -> list[RolloutRow]:
+    def serve(self, tx: Tx, waiter: Waiter) -> list[Ready]:
         """Takes credits for ready rollouts, most urgent first; the caller leases them."""
         if not waiter.can_take(tx):
             return []
@@ -115,35 +115,17 @@ class Dispatcher:
             self._take(tx, waiter)
         return ready
 
-    def ready(self, tx: Tx, queue_keys: Iterable[int], labels: Labels | None, limit: int) -> list[RolloutRow]:
+    def ready(self, tx: Tx, queue_keys: Iterable[int], labels: Labels | None, limit: int) -> list[Ready]:
         """Rollouts that can be delivered now from these queues, most urgent first."""
-        found: list[tuple[int, int]] = []
+        found: list[Ready] = []
         for queue_key in queue_keys:
             queue = self._catalog.queue_by_key(tx, queue_key)
             if queue.paused or self._catalog.run_by_key(tx, queue.run_key).paused:
                 continue
-            found += self._head(tx, queue_key, labels, limit)
-        found.sort()
-        keys = [key for _, key in found[:limit]]
-        if len(keys) == 1:
-            return rollouts_where(tx.connection, "WHERE rollout_key = ?", keys[0])
-        by_key = {
-            row.key: row
-            for key in keys
-            for row in rollouts_where(tx.connection, "WHERE rollout_key = ?", key)
-        }
-        return [by_key[key] for key in keys]
-
-    def _head(self, tx: Tx, queue_key: int, labels: Labels | None, limit: int) -> list[tuple[int, int]]:
-        allowed = ""
-        if labels is not None:
-            keys = self._catalog.label_sets_within(tx, labels)
-            allowed = f"AND label_set_key IN ({','.join(map(str, keys))}) "
-        return tx.execute(
-            "SELECT -priority, rollout_key FROM rollouts WHERE queue_key = ? AND ready = 1 "
-            f"{allowed}ORDER BY priority DESC, rollout_key LIMIT ?",
-            (queue_key, limit),
-        ).fetchall()
+            sets = None if labels is None else self._catalog.label_sets_within(tx, labels)
+            found += ready_rollouts(tx.connection, queue_key, sets, limit)
+        found.sort(key=lambda ready: (-ready.priority, ready.row.key))
+        return found[:limit]
 
     def idle_reason(self, tx: Tx, waiter: Waiter) -> str:
         """Why a waiter with credits gets nothing."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from agl_grpc.store.clock import SECOND
-from agl_grpc.store.errors import invalid_field, request_id_reused
-from agl_grpc.store.transaction import Tx
+from agl_grpc.store.errors import StoreError, invalid_field, request_id_reused
+from agl_grpc.store.transaction import Redo, Tx
 
 KEEP = 24 * 3600 * SECOND
 _MAX_ID = 128
@@ -42,10 +42,20 @@ def once(tx: Tx, key: RequestKey, run: Callable[[Tx], bytes]) -> bytes:
     Raises:
         StoreError: INVALID_FIELD for an id over 128 bytes, REQUEST_ID_REUSED for another request.
     """
-    response = find(tx, key)
-    if response is None:
+    if not key.request_id:
+        return run(tx)
+    if tx.careful:
+        response = find(tx, key)
+        if response is not None:
+            return response
+    try:
         response = run(tx)
-        save(tx, key, response)
+    except StoreError:
+        # The refusal may only be the echo of what the same request did the first time.
+        if not tx.careful and find(tx, key) is not None:
+            raise Redo from None
+        raise
+    save_new(tx, key, response)
     return response
 
 
@@ -69,14 +79,26 @@ def find(tx: Tx, key: RequestKey) -> bytes | None:
     return bytes(row[1])
 
 
+def save_new(tx: Tx, key: RequestKey, response: bytes) -> None:
+    """Remembers the answer to a request that was taken for new; raises Redo if it was not."""
+    if key.request_id and not _insert(tx, "INSERT OR IGNORE", key, response):
+        raise Redo
+
+
 def save(tx: Tx, key: RequestKey, response: bytes) -> None:
     """Remembers the answer to a request; a later answer to the same one replaces it."""
     if key.request_id:
-        tx.execute(
-            "INSERT OR REPLACE INTO requests (digest, request_hash, response, create_time) VALUES (?, ?, "
-            "?, ?)",
-            (_digest(key), _hash(key.request), response, tx.now),
-        )
+        _insert(tx, "INSERT OR REPLACE", key, response)
+
+
+def _insert(tx: Tx, verb: str, key: RequestKey, response: bytes) -> bool:
+    if len(key.request_id.encode()) > _MAX_ID:
+        raise invalid_field("request_id", f"is longer than {_MAX_ID} bytes")
+    cursor = tx.execute(
+        f"{verb} INTO requests (digest, request_hash, response, create_time) VALUES (?, ?, ?, ?)",
+        (_digest(key), _hash(key.request), response, tx.now),
+    )
+    return cursor.rowcount > 0
 
 
 def _digest(key: RequestKey) -> bytes:

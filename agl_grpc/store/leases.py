@@ -12,7 +12,7 @@ from agl_grpc.store.errors import StoreError, invalid_field, lease_lost
 from agl_grpc.store.lifecycle import AttemptEvent
 from agl_grpc.store.moves import Moves
 from agl_grpc.store.names import attempt_status
-from agl_grpc.store.rows import AttemptRow, attempts_where, find_attempt, rollout_by_key
+from agl_grpc.store.rows import AttemptRow, RolloutRow, attempts_where, find_both
 from agl_grpc.store.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, common_pb2, reward_pb2, runner_service_pb2
 
@@ -37,18 +37,19 @@ def wanted_duration(work: runner_service_pb2.WorkRequest) -> int:
     return duration
 
 
-def holder(db: sqlite3.Connection, attempt_id: str, token: bytes) -> AttemptRow:
-    """The attempt, if this token is its live lease's.
+def holder(db: sqlite3.Connection, attempt_id: str, token: bytes) -> tuple[AttemptRow, RolloutRow]:
+    """The attempt and its rollout, if this token is its live lease's.
 
     Raises:
         StoreError: LEASE_LOST for everything else, be the attempt unknown, over or another's.
     """
-    attempt = find_attempt(db, attempt_id)
-    if attempt is None:
+    found = find_both(db, attempt_id)
+    if found is None:
         raise lease_lost(attempt_id, "unknown")
+    attempt, _ = found
     if attempt.lease_token is None or not hmac.compare_digest(attempt.lease_token, token):
         raise lease_lost(attempt_id, attempt_status(attempt.status))
-    return attempt
+    return found
 
 
 class Leases:
@@ -72,7 +73,7 @@ class Leases:
         for held in leases:
             answer = runner_service_pb2.LeaseRenewal(attempt_id=held.attempt_id)
             try:
-                attempt = holder(tx.connection, held.attempt_id, held.lease_token)
+                attempt, _ = holder(tx.connection, held.attempt_id, held.lease_token)
             except StoreError as error:
                 answer.error.CopyFrom(error.to_item())
             else:
@@ -104,14 +105,13 @@ class Leases:
         return results
 
     def _complete(self, tx: Tx, completion: runner_service_pb2.Completion, path: str) -> int:
-        attempt = holder(tx.connection, completion.attempt_id, completion.lease_token)
+        attempt, rollout = holder(tx.connection, completion.attempt_id, completion.lease_token)
         if completion.status == attempt_pb2.ATTEMPT_STATUS_SUCCEEDED:
             event = AttemptEvent.SUCCEED
         elif completion.status == attempt_pb2.ATTEMPT_STATUS_FAILED:
             event = AttemptEvent.FAIL
         else:
             raise invalid_field(f"{path}.status", "must be SUCCEEDED or FAILED")
-        rollout = rollout_by_key(tx.connection, attempt.rollout_key)
         if completion.rollout_id not in ("", rollout.rollout_id):
             raise invalid_field(f"{path}.rollout_id", f"is not the attempt's, which is {rollout.rollout_id}")
         if completion.rewards:
@@ -145,7 +145,7 @@ class Leases:
         for held in leases:
             result = runner_service_pb2.ReleaseResult(attempt_id=held.attempt_id)
             try:
-                attempt = holder(tx.connection, held.attempt_id, held.lease_token)
+                attempt, _ = holder(tx.connection, held.attempt_id, held.lease_token)
                 self.give_back(tx, attempt, reason or "handed back by its worker")
             except StoreError as error:
                 result.error.CopyFrom(error.to_item())

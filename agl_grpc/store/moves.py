@@ -137,7 +137,7 @@ class Moves:
         tx.execute(_DELIVERED, (move.status, sequence_id, key, resource_key, rollout.key))
         tx.arm(due)
         if worker_key is not None:
-            tx.execute(_WORKER_BUSY, (tx.now, tx.now, tx.now, key, worker_key))
+            tx.defer("busy", worker_key, _WORKER_BUSY, (tx.now, tx.now, tx.now, key, worker_key))
         tx.event(rollout.run_key, ROLLOUT, UPDATED, rollout.key)
         tx.event(rollout.run_key, ATTEMPT, CREATED, key)
         return Begun(key, begun_id, sequence_id, token, resource_key)
@@ -148,7 +148,12 @@ class Moves:
             settle(tx, older)
 
     def lease(
-        self, tx: Tx, waiter: Waiter, rollout: RolloutRow, message: rollout_pb2.Rollout | None = None
+        self,
+        tx: Tx,
+        waiter: Waiter,
+        rollout: RolloutRow,
+        message: rollout_pb2.Rollout | None = None,
+        body: bytes | None = None,
     ) -> runner_service_pb2.LeasedRollout:
         """Leases a rollout to a waiter that gave a credit for it; delivered after the commit.
 
@@ -157,18 +162,19 @@ class Moves:
             waiter: Who gets it.
             rollout: Queued.
             message: The rollout as a message, when the caller has it already; a copy is changed.
+            body: Its unchanging part, when the caller has that.
         """
         begun = self.begin(
             tx, rollout, waiter.worker_key, session_id=waiter.session_id, lease_duration=waiter.duration
         )
         leased = runner_service_pb2.LeasedRollout()
-        if message is None:
-            (body,) = tx.execute(
-                "SELECT body FROM rollout_bodies WHERE rollout_key = ?", (rollout.key,)
-            ).fetchone()
-            leased.rollout.MergeFromString(body)
-        else:
+        if message is not None:
             leased.rollout.CopyFrom(message)
+        else:
+            if body is None:
+                sql = "SELECT body FROM rollout_bodies WHERE rollout_key = ?"
+                (body,) = tx.execute(sql, (rollout.key,)).fetchone()
+            leased.rollout.MergeFromString(body)
         self._describe(tx, leased, rollout, begun, waiter)
         if waiter.batch is None:
             tx.after_commit(lambda: waiter.deliver(leased))
@@ -179,10 +185,10 @@ class Moves:
 
     def serve(self, tx: Tx, waiter: Waiter) -> int:
         """Leases to a waiter what is ready for it; returns how much."""
-        rows = self.dispatcher.serve(tx, waiter)
-        for row in rows:
-            self.lease(tx, waiter, row)
-        return len(rows)
+        found = self.dispatcher.serve(tx, waiter)
+        for ready in found:
+            self.lease(tx, waiter, ready.row, body=ready.body)
+        return len(found)
 
     def _describe(
         self,
@@ -322,7 +328,7 @@ class Moves:
         )
         tx.arm(seal.due)
         if attempt.worker_key is not None:
-            tx.execute(_WORKER_IDLE, (tx.now, attempt.worker_key, attempt.key))
+            tx.defer("idle", attempt.worker_key, _WORKER_IDLE, (tx.now, attempt.worker_key, attempt.key))
         tx.event(attempt.run_key, ATTEMPT, TERMINAL, attempt.key)
         if seal.now:
             tx.event(attempt.run_key, ATTEMPT, SEALED, attempt.key)

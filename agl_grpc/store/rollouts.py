@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from agl_grpc.store import lifecycle
 from agl_grpc.store.attempts import CREATED, ROLLOUT, UPDATED, seal_rollout, settle
 from agl_grpc.store.bindings import latest_key, named_key
+from agl_grpc.store.bulk import insert_rows
 from agl_grpc.store.catalog import RunRow, labels_of
 from agl_grpc.store.dispatch import Waiter
 from agl_grpc.store.encode import load_rollout
@@ -32,10 +33,9 @@ _INSERT = (
     "priority, mode, "
     "status, ready, ready_time, due, create_time, expire_time, timeout, unresponsive, max_attempts, "
     "retry_mask, "
-    "max_redeliveries, backoff, binding, resource_key) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "max_redeliveries, backoff, binding, resource_key)"
 )
-_INSERT_BODY = "INSERT INTO rollout_bodies (rollout_key, body) VALUES (?, ?)"
+_INSERT_BODY = "INSERT INTO rollout_bodies (rollout_key, body)"
 _DELETED = int(event_pb2.EVENT_KIND_DELETED)
 
 DeleteHook = Callable[[Tx, int, list[int]], None]
@@ -135,8 +135,9 @@ class Rollouts:
             if waits:
                 tx.arm(plan.due(tx.now))
             tx.event(run.run_key, ROLLOUT, CREATED, plan.key)
-        tx.executemany(_INSERT, rows)
-        tx.executemany(_INSERT_BODY, [(plan.key, plan.message.SerializeToString()) for plan in plans])
+        insert_rows(tx.execute, _INSERT, rows)
+        bodies = [(plan.key, plan.message.SerializeToString()) for plan in plans]
+        insert_rows(tx.execute, _INSERT_BODY, bodies)
         for plan in plans:
             plan.message.status = rollout_pb2.ROLLOUT_STATUS_QUEUING
             if plan.resource_key is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from agl_grpc.store.errors import not_found
@@ -85,6 +86,11 @@ class AttemptRow(NamedTuple):
         )
 
 
+def _columns(select: str, table: str) -> str:
+    names = select.removeprefix("SELECT ").split(" FROM ")[0].split(", ")
+    return ", ".join(f"{table}.{name}" for name in names)
+
+
 _ROLLOUT = (
     "SELECT rollout_key, rollout_id, run_key, queue_key, label_set_key, status, sealed, ready, "
     "ready_time, due, "
@@ -96,6 +102,15 @@ _ATTEMPT = (
     "SELECT attempt_key, attempt_id, rollout_key, run_key, sequence_id, status, start_time, worker_key, "
     "session_id, last_heartbeat_time, timeout, unresponsive, leased, lease_token, lease_duration, "
     "lease_expire_time, open_calls, sealed, seal_due, due FROM attempts "
+)
+_READY = (
+    _ROLLOUT.removesuffix(" FROM rollouts ")
+    + ", priority, (SELECT body FROM rollout_bodies b WHERE b.rollout_key = rollouts.rollout_key) "
+    "FROM rollouts WHERE queue_key = ? AND ready = 1 "
+)
+_BOTH = (
+    "SELECT " + _columns(_ATTEMPT, "a") + ", " + _columns(_ROLLOUT, "r") + " FROM attempts a "
+    "JOIN rollouts r ON r.rollout_key = a.rollout_key WHERE a.attempt_id = ?"
 )
 _ROLLOUT_BY_KEY = _ROLLOUT + "WHERE rollout_key = ?"
 _ROLLOUT_BY_ID = _ROLLOUT + "WHERE rollout_id = ?"
@@ -120,6 +135,32 @@ def rollout_by_id(db: sqlite3.Connection, rollout_id: str) -> RolloutRow:
     return RolloutRow._make(row)
 
 
+class Ready(NamedTuple):
+    """A rollout that can be delivered, with its unchanging part as serialised Rollout."""
+
+    row: RolloutRow
+    priority: int
+    body: bytes
+
+
+def ready_rollouts(
+    db: sqlite3.Connection, queue_key: int, label_sets: Iterable[int] | None, limit: int
+) -> list[Ready]:
+    """The head of a queue: rollouts that can be delivered, most urgent first.
+
+    Args:
+        db: The connection.
+        queue_key: The queue.
+        label_sets: Only rollouts with one of these sets of labels; None = any.
+        limit: At most so many.
+    """
+    allowed = "" if label_sets is None else f"AND label_set_key IN ({','.join(map(str, label_sets))}) "
+    rows = db.execute(
+        f"{_READY}{allowed}ORDER BY priority DESC, rollout_key LIMIT ?", (queue_key, limit)
+    ).fetchall()
+    return [Ready(RolloutRow._make(row[:-2]), row[-2], row[-1]) for row in rows]
+
+
 def rollouts_where(db: sqlite3.Connection, where: str, *values: object) -> list[RolloutRow]:
     """Rollouts by a condition of this package's own making."""
     return [RolloutRow._make(row) for row in db.execute(_ROLLOUT + where, values)]
@@ -134,6 +175,15 @@ def find_attempt(db: sqlite3.Connection, attempt_id: str) -> AttemptRow | None:
     """An attempt by its id; None = there is none."""
     row = db.execute(_ATTEMPT_BY_ID, (attempt_id,)).fetchone()
     return None if row is None else AttemptRow._make(row)
+
+
+def find_both(db: sqlite3.Connection, attempt_id: str) -> tuple[AttemptRow, RolloutRow] | None:
+    """An attempt and its rollout; None = there is no such attempt."""
+    row = db.execute(_BOTH, (attempt_id,)).fetchone()
+    if row is None:
+        return None
+    width = len(AttemptRow._fields)
+    return AttemptRow._make(row[:width]), RolloutRow._make(row[width:])
 
 
 def attempt_by_name(db: sqlite3.Connection, rollout_id: str, attempt_id: str) -> AttemptRow:

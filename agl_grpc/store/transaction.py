@@ -31,16 +31,24 @@ class EventRow(NamedTuple):
     entity_id: str | None
 
 
+class Redo(Exception):
+    """Raised by a command that took for granted what turns out not to hold: it runs again with "
+    "`careful` set."""
+
+
 class Tx:
     """One command's view of the group's transaction. Used in the writer's thread only.
 
     Attributes:
         connection: The writing connection; `execute` is its method.
         now: The store's time in microseconds, the same for the whole command.
+        careful: Whether the command runs in a savepoint of its own; else it may raise Redo.
     """
 
     __slots__ = (
+        "careful",
         "connection",
+        "deferred",
         "due",
         "events",
         "execute",
@@ -51,7 +59,8 @@ class Tx:
         "on_rollback",
     )
 
-    def __init__(self, connection: sqlite3.Connection, now: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, now: int, careful: bool = True) -> None:
+        self.careful = careful
         self.connection = connection
         self.execute = connection.execute
         self.executemany = connection.executemany
@@ -60,6 +69,7 @@ class Tx:
         self.on_commit: list[Callable[[], object]] = []
         self.on_rollback: list[Callable[[], object]] = []
         self.finals: list[Callable[[], object]] = []
+        self.deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]] = {}
         self.due: int | None = None
 
     def event(
@@ -87,6 +97,12 @@ class Tx:
     def at_end(self, callback: Callable[[], object]) -> None:
         """Calls back at the end of the command, still inside its transaction."""
         self.finals.append(callback)
+
+    def defer(self, name: str, key: int, sql: str, values: tuple[object, ...]) -> None:
+        """Writes later in the same transaction; of several writes with one name and key only the "
+        "last counts."""
+        self.deferred.pop((name, key), None)
+        self.deferred[name, key] = (sql, values)
 
     def arm(self, due: int | None) -> None:
         """Makes sure that timers are looked at no later than this moment (microseconds)."""

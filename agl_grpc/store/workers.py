@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
+from agl_grpc.store.catalog import Catalog
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.encode import key_values, key_values_blob, set_duration, set_time
 from agl_grpc.store.transaction import Tx
@@ -81,9 +82,11 @@ def heartbeat(tx: Tx, worker_key: int, request: runner_service_pb2.HeartbeatRequ
         )
 
 
-def serves(tx: Tx, worker_key: int, work: runner_service_pb2.WorkRequest) -> None:
+def serves(tx: Tx, catalog: Catalog, worker_key: int, work: runner_service_pb2.WorkRequest) -> None:
     """Notes which queues and labels a worker serves."""
     notes = worker_pb2.Worker(queues=work.queues, labels=work.labels).SerializeToString()
+    if not catalog.is_news(tx, worker_key, notes):
+        return
     tx.execute(
         "UPDATE workers SET queues = ?, last_heartbeat_time = ?, "
         "status = CASE WHEN status = 0 THEN ? ELSE status END "

@@ -18,10 +18,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, cast
 
+from agl_grpc.store.bulk import insert_rows
 from agl_grpc.store.clock import Clock
 from agl_grpc.store.database import explain
 from agl_grpc.store.errors import StoreError, draining, internal, overloaded, storage_full
-from agl_grpc.store.transaction import EventRow, Tx
+from agl_grpc.store.transaction import EventRow, Redo, Tx
 
 T = TypeVar("T")
 Run = Callable[[Tx], Any]
@@ -34,10 +35,7 @@ ALONE_SECONDS = 0.020
 ALONE_ROWS = 5_000
 _MAX_WAITING = 50_000
 
-_INSERT_EVENT = (
-    "INSERT INTO events (run_key, entity, kind, ref, low, high, time, entity_id) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-)
+_INSERT_EVENT = "INSERT INTO events (run_key, entity, kind, ref, low, high, time, entity_id)"
 
 
 class Lane(enum.IntEnum):
@@ -90,6 +88,9 @@ class Writer:
         self._wake = threading.Condition(threading.Lock())
         self._idle = False
         self._stopping = False
+        self._segment: list[_Command] = []
+        self._in_savepoint = False
+        self._touched = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, name="store-writer", daemon=True)
 
@@ -165,16 +166,31 @@ class Writer:
         done: list[_Command] = []
         try:
             self._connection.execute("BEGIN IMMEDIATE")
+            self._touched = False
             self._fill(done)
+            self._segment.clear()
             events = [event for command in done if command.error is None for event in _tx(command).events]
-            if events:
-                self._connection.executemany(_INSERT_EVENT, events)
+            self._finish(done, events)
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
+            self._segment.clear()
             self._fail(done, error)
             return
+        self._in_savepoint = False
         dues = [command.tx.due for command in done if command.error is None and command.tx and command.tx.due]
         self._answer(done, events, min(dues, default=None))
+
+    def _finish(self, done: list[_Command], events: list[EventRow]) -> None:
+        deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]] = {}
+        for command in done:
+            if command.error is None:
+                for key, write in _tx(command).deferred.items():
+                    deferred.pop(key, None)
+                    deferred[key] = write
+        for sql, values in deferred.values():
+            self._connection.execute(sql, values)
+        if events:
+            insert_rows(self._connection.execute, _INSERT_EVENT, events)
 
     def _fill(self, done: list[_Command]) -> None:
         lifecycle, spans = self._lanes
@@ -183,23 +199,65 @@ class Writer:
         end = time.monotonic() + seconds
         rows = 0
         while lifecycle or spans:
-            command = lifecycle.popleft() if lifecycle else spans.popleft()
-            done.append(command)
-            self._execute(command)
+            if lifecycle:
+                command = lifecycle.popleft()
+                done.append(command)
+                self._hopeful(command)
+            else:
+                command = spans.popleft()
+                done.append(command)
+                self._close_segment()
+                self._careful(command)
             rows += command.rows
             if rows >= most or time.monotonic() >= end:
                 return
             if not mixed and lifecycle and spans:
                 mixed, most, end = True, MIXED_ROWS, min(end, time.monotonic() + MIXED_SECONDS)
 
-    def _execute(self, command: _Command) -> None:
-        connection = self._connection
-        tx = command.tx = Tx(connection, self._clock.now())
-        connection.execute("SAVEPOINT command")
+    # A savepoint for each command costs two statements each, and hardly any command fails after its first
+    # write. So lifecycle commands run in segments without savepoints of their own; when one fails that has
+    # written something, the segment is undone and its commands run again, each in its own savepoint.
+
+    def _hopeful(self, command: _Command) -> None:
+        if self._touched and not self._segment:
+            self._connection.execute("SAVEPOINT segment")
+            self._in_savepoint = True
+        before = self._connection.total_changes
+        self._segment.append(command)
         try:
-            command.result = command.run(tx)
-            for callback in tx.finals:
-                callback()
+            self._run(command, careful=False)
+        except sqlite3.Error as error:
+            if _is_storage(error):
+                raise
+            self._failed(command, error, before)
+        except Exception as error:
+            self._failed(command, error, before)
+
+    def _failed(self, command: _Command, error: Exception, before: int) -> None:
+        if self._connection.total_changes == before and not isinstance(error, Redo):
+            self._refuse(command, error)
+            self._segment.remove(command)
+            if not self._segment:
+                self._close_savepoint()
+            return
+        if self._in_savepoint:
+            self._connection.execute("ROLLBACK TO segment")
+            self._close_savepoint()
+        else:
+            self._connection.execute("ROLLBACK")
+            self._connection.execute("BEGIN IMMEDIATE")
+        again = list(self._segment)
+        self._segment.clear()
+        for one in reversed(again):
+            _rolled_back(one)
+        for one in again:
+            self._careful(one)
+
+    def _careful(self, command: _Command) -> None:
+        self._touched = True
+        self._connection.execute("SAVEPOINT command")
+        try:
+            self._run(command, careful=True)
         except sqlite3.Error as error:
             if _is_storage(error):
                 raise
@@ -207,11 +265,31 @@ class Writer:
         except Exception as error:
             self._undo(command, error)
         else:
-            connection.execute("RELEASE command")
+            self._connection.execute("RELEASE command")
+
+    def _run(self, command: _Command, careful: bool) -> None:
+        tx = command.tx = Tx(self._connection, self._clock.now(), careful)
+        command.result = command.run(tx)
+        for callback in tx.finals:
+            callback()
+
+    def _close_segment(self) -> None:
+        if self._segment:
+            self._touched = True
+            self._segment.clear()
+            self._close_savepoint()
+
+    def _close_savepoint(self) -> None:
+        if self._in_savepoint:
+            self._connection.execute("RELEASE segment")
+            self._in_savepoint = False
 
     def _undo(self, command: _Command, error: Exception) -> None:
         self._connection.execute("ROLLBACK TO command")
         self._connection.execute("RELEASE command")
+        self._refuse(command, error)
+
+    def _refuse(self, command: _Command, error: Exception) -> None:
         _rolled_back(command)
         if isinstance(error, StoreError):
             command.error = error
@@ -225,7 +303,8 @@ class Writer:
             self._on_fatal(f"storage failed, stopping at once: {explain(error)}")
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
-        for command in done:
+        self._in_savepoint = False
+        for command in reversed(done):
             if command.error is None:
                 _rolled_back(command)
                 command.error = storage_full()

@@ -73,12 +73,10 @@ async def gate_opens(gate: Path) -> None:
 
 async def call_engine(port: int) -> None:
     """Calls a model engine that is not there."""
-    import openai
+    import httpx
 
-    async with openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
-    ) as engine:
-        await engine.chat.completions.create(model="m", messages=[{"role": "user", "content": "hello"}])
+    async with httpx.AsyncClient() as engine:
+        await engine.post(f"http://127.0.0.1:{port}/v1/chat/completions", json={"model": "m"})
 
 
 class AsyncAgent(LitAgent[Any]):

@@ -135,13 +135,19 @@ class LeaseSession:
         commands.forget_cancels(tx, waiter.worker_key, opening.session_id)
         pending = commands.pending(tx.connection, waiter.worker_key)
         self._waiter, self._sessions[key] = waiter, self
-        tx.after_rollback(lambda: self._sessions.pop(key, None))
+        tx.after_rollback(lambda: self._restore(key, older))
         tx.after_commit(lambda: self._side.commands.listen(waiter.worker_key, self._ordered))
         for command in pending:
             tx.after_commit(partial(self._ordered, command))
         self._granted = opening.granted
         self._add_credits(tx, opening.granted)
         return opened
+
+    def _restore(self, key: tuple[int, str], older: LeaseSession | None) -> None:
+        if older is None:
+            self._sessions.pop(key, None)
+        else:
+            self._sessions[key] = older
 
     def _add_credits(self, tx: Tx, count: int) -> None:
         waiter = self._waiter

@@ -90,8 +90,8 @@ class RolloutHandlers:
             names = list(dict.fromkeys(request.queues)) or [""]
             keys = [catalog.queue(tx, of_run, name).queue_key for name in names]
             answer = store_service_pb2.DequeueRolloutsResponse()
-            for row in self._side.dispatcher.ready(tx, keys, None, request.limit or 1):
-                attempted, credential = self._begin(tx, row, request.worker_id)
+            for ready in self._side.dispatcher.ready(tx, keys, None, request.limit or 1):
+                attempted, credential = self._begin(tx, ready.row, request.worker_id)
                 answer.rollouts.add(rollout=attempted, attempt_credential=credential)
             return answer
 

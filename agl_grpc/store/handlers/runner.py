@@ -36,7 +36,7 @@ def waiter_of(
     names = list(dict.fromkeys(work.queues)) or [""]
     at_most(len(names), 100, "work.queues")
     queues = tuple(side.catalog.queue(tx, run, name).queue_key for name in names)
-    workers.serves(tx, worker_key, work)
+    workers.serves(tx, side.catalog, worker_key, work)
     return Waiter(
         run_key=run.run_key,
         queue_keys=queues,
@@ -59,13 +59,13 @@ class _Poll:
         self._request = request
         self._key = key
         self._waiter: Waiter | None = None
+        self._begun: Tx | None = None
         self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     def begin(self, tx: Tx, waits: bool) -> None:
         """Leases what is ready, else lines up if it may wait."""
-        stored = idempotency.find(tx, self._key)
-        if stored is not None:
-            tx.after_commit(lambda: self._resolve(stored))
+        self._begun = tx
+        if tx.careful and self._answer_again(tx):
             return
         request = self._request
         waiter = waiter_of(self._side, tx, request.worker_id, request.session_id, request.work)
@@ -73,9 +73,20 @@ class _Poll:
         waiter.once = self._taken
         self._side.dispatcher.add_credits(tx, waiter, min(max(request.limit, 1), _MOST_LEASES))
         self._waiter = waiter
-        if not self._side.moves.serve(tx, waiter) and not waits:
+        if self._side.moves.serve(tx, waiter):
+            return
+        if self._answer_again(tx):
+            self.end(tx)
+        elif not waits:
             self.end(tx)
             tx.after_commit(lambda: self._resolve(b""))
+
+    def _answer_again(self, tx: Tx) -> bool:
+        stored = idempotency.find(tx, self._key)
+        if stored is None:
+            return False
+        tx.after_commit(lambda: self._resolve(stored))
+        return True
 
     def _taken(self, tx: Tx) -> None:
         # The first delivery of a command: whatever else the command delivers goes into the same answer.
@@ -85,7 +96,11 @@ class _Poll:
         assert self._waiter is not None
         self._side.dispatcher.leave(self._waiter)
         answer = runner_service_pb2.LeaseRolloutsResponse(rollouts=self._waiter.batch).SerializeToString()
-        idempotency.save(tx, self._key, answer)
+        if tx is self._begun:
+            idempotency.save_new(tx, self._key, answer)
+        else:
+            # Within another's command, which must not run again for this one's sake.
+            idempotency.save(tx, self._key, answer)
         tx.after_commit(lambda: self._resolve(answer))
 
     def end(self, tx: Tx) -> None:

@@ -1,0 +1,25 @@
+"""Many rows with one statement: each statement costs one hand-over of the interpreter lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+_LARGEST = 64
+Execute = Callable[[str, Sequence[object]], object]
+
+
+def insert_rows(execute: Execute, head: str, rows: Sequence[Sequence[object]]) -> None:
+    """Inserts rows of equal width; `head` is the statement up to VALUES."""
+    start = 0
+    while start < len(rows):
+        size = min(_LARGEST, 1 << ((len(rows) - start).bit_length() - 1))
+        values = [value for row in rows[start : start + size] for value in row]
+        execute(_statement(head, size, len(rows[start])), values)
+        start += size
+
+
+@lru_cache(maxsize=256)
+def _statement(head: str, count: int, width: int) -> str:
+    row = f"({','.join('?' * width)})"
+    return f"{head} VALUES {','.join([row] * count)}"

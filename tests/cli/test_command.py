@@ -1,0 +1,167 @@
+"""`agl-grpc` as its users meet it: help, errors, reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agl_grpc_cli.registry import COMMANDS
+
+from agl_grpc.client import SyncStoreClient
+from agl_grpc.model import Span
+from tests.support.store_process import StoreProcess
+from tests.support.waiting import free_port
+
+# Nobody listens there.
+FREE = f"127.0.0.1:{free_port()}"
+
+
+def run(*arguments: str, within: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "agl_grpc_cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=within,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
+    """A store with one rollout that has failed and one that waits."""
+    with StoreProcess(tmp_path_factory.mktemp("cli") / "store.db") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def rollouts(store: StoreProcess) -> tuple[str, str]:
+    """Ids of the two rollouts."""
+    with SyncStoreClient(store.address) as client:
+        started = client.start_rollout({"question": "2 + 2"}, rollout_id="started", worker_id="somebody")
+        attempt_id = started.attempt.attempt_id
+        client.add_span(
+            Span.from_attributes(attributes={}, rollout_id="started", attempt_id=attempt_id, name="s1")
+        )
+        client.update_attempt("started", attempt_id, "failed")
+        waiting = client.enqueue_rollout("task", rollout_id="waiting")
+    return started.rollout_id, waiting.rollout_id
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    answer = run("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert answer.returncode == 0
+    assert answer.stderr == ""
+    for name, entry in COMMANDS.items():
+        assert f"  {name} " in answer.stdout
+        assert entry.help in " ".join(answer.stdout.split())
+    # Processor time, which a busy machine does not stretch as it does the clock's.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help(name: str) -> None:
+    answer = run(name, "--help")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith("Usage:")
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("agl-grpc ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["no-such-command"], 2, "No such command"),
+        (["store", "--port", "1", "serve"], 2, "write --port after `serve`"),
+        (["store", "serve", "--log-level", "loud"], 2, "log level 'loud' is none of"),
+        (["store", "serve", "--host", "no.such.host.invalid"], 1, "no.such.host.invalid"),
+        (["runner", "start", "--agent", "nonsense", "--store", FREE], 1, "is not an import path"),
+        (["runner", "start", "--agent", "no_such:agent", "--store", FREE], 1, "no module 'no_such'"),
+        (["runner", "start", "--agent", "json:dumps", "--store", FREE], 1, "must be a LitAgent"),
+        (["runner", "start", "--agent", "a:b", "--label", "x"], 2, "write KEY=VALUE"),
+        (["rollouts", "ls", "--store", FREE], 1, f"the store at {FREE} cannot be reached"),
+        (["rollouts", "ls", "--status", "happy"], 1, "'happy' is not a RolloutStatus"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    if arguments[0] == "store":
+        arguments = [*arguments, "--database", str(tmp_path / "store.db")]
+    answer = run(*arguments)
+    assert answer.returncode == code
+    assert message in " ".join(answer.stderr.split())
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_port_in_use(store: StoreProcess, tmp_path: Path) -> None:
+    answer = run("store", "--port", str(store.port), "--database", str(tmp_path / "other.db"))
+    assert answer.returncode == 1
+    assert str(store.port) in answer.stderr
+    assert "in use" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_database_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "store.db").write_bytes(b"this is not a database" * 1000)
+    answer = run("store", "serve", "--port", "0", "--database", str(tmp_path / "store.db"))
+    assert answer.returncode == 1
+    assert "store.db" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_rollouts_are_listed(store: StoreProcess, rollouts: tuple[str, str]) -> None:
+    table = run("rollouts", "ls", "--store", store.address)
+    assert [line.split()[:2] for line in table.stdout.splitlines()[1:]] == [
+        ["waiting", "queuing"],
+        ["started", "failed"],
+    ]
+    found = json.loads(
+        run("rollouts", "ls", "--json", "--status", "failed", AGL_GRPC_STORE=store.address).stdout
+    )
+    assert [rollout["rollout_id"] for rollout in found] == ["started"]
+
+
+def test_one_rollout_is_shown(store: StoreProcess, rollouts: tuple[str, str]) -> None:
+    text = run("rollouts", "get", "started", "--store", store.address)
+    assert "somebody" in text.stdout
+    assert "'question': '2 + 2'" in text.stdout
+    found = json.loads(run("rollouts", "get", "started", "--json", "--store", store.address).stdout)
+    assert found["rollout"]["input"] == {"question": "2 + 2"}
+    missing = run("rollouts", "get", "nobody", "--store", store.address)
+    assert missing.returncode == 1
+    assert "there is no rollout 'nobody'" in missing.stderr
+
+
+def test_spans_and_workers_are_listed(store: StoreProcess, rollouts: tuple[str, str]) -> None:
+    spans: list[dict[str, Any]] = json.loads(
+        run("spans", "ls", "started", "--json", "--store", store.address).stdout
+    )
+    assert [span["name"] for span in spans] == ["s1"]
+    assert " s1" in run("spans", "ls", "started", "--store", store.address).stdout
+    workers = json.loads(run("workers", "ls", "--json", "--store", store.address).stdout)
+    assert [worker["worker_id"] for worker in workers] == ["somebody"]
+
+
+def test_rollouts_are_cancelled(store: StoreProcess, rollouts: tuple[str, str]) -> None:
+    with SyncStoreClient(store.address) as client:
+        client.enqueue_rollout("task", rollout_id="unwanted")
+    answer = run("rollouts", "cancel", "unwanted", "started", "--store", store.address)
+    assert [line.split()[1] for line in answer.stdout.splitlines()] == ["cancelled", "not"]
+
+
+def test_a_reader_that_leaves_is_no_error(store: StoreProcess, rollouts: tuple[str, str]) -> None:
+    command = f"{sys.executable} -m agl_grpc_cli rollouts ls --store {store.address} | true"
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 0
+    assert "Traceback" not in answer.stderr

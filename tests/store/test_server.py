@@ -54,7 +54,9 @@ class Producer:
                 async with grpc.aio.insecure_channel(self._address) as channel:
                     await self._stream(store_service_pb2_grpc.StoreServiceStub(channel))
             except grpc.aio.AioRpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                # A write that meets the loss of the connection fails within the client's own core.
+                lost = error.code() == grpc.StatusCode.UNAVAILABLE or "from Core" in str(error.details())
+                if not lost:
                     raise
                 await asyncio.sleep(0.05)
 

@@ -6,6 +6,8 @@ import asyncio
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, PromptTemplate
+from agl_grpc.store.app import StoreServer
+from tests.client.flaky import FlakyProxy
 from tests.support.waiting import eventually
 
 
@@ -59,3 +61,29 @@ async def test_watches_tell_every_change(client: StoreClient) -> None:
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
+
+
+async def test_a_watch_from_now_on_has_no_gap_when_its_first_stream_breaks(
+    store: StoreServer, client: StoreClient
+) -> None:
+    seen: list[int] = []
+    async with FlakyProxy(store.address) as proxy:
+        through = StoreClient(proxy.address)
+
+        async def watch() -> None:
+            async for change in through.watch_resources():
+                seen.extend(update.version for update in change.items)
+
+        await client.update_resources("rs", {})
+        watching = asyncio.create_task(watch())
+        try:
+            await eventually(lambda: proxy.connections, what="a connection")
+            await through.get_latest_resources()  # the watch has asked for its position before this
+            proxy.cut(refuse=True)
+            await client.update_resources("rs", {})
+            proxy.accept()
+            await eventually(lambda: seen == [2], what="the publication while the stream was down")
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        await through.close()

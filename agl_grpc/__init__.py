@@ -31,6 +31,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "prompt_rollout",
         "rollout",
     ),
+    "agl_grpc.algorithm": ("VERL", "Algorithm", "algo"),
     "agl_grpc.client": (
         "LeaseStream",
         "SpanGroup",
@@ -65,6 +66,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "WorkerStatus",
         "register_resource",
     ),
+    "agl_grpc.runner": ("Hook", "LitAgentRunner"),
     "agl_grpc.tracer": ("OtelTracer",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -90,6 +92,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.agent import operation as operation
     from agl_grpc.agent import prompt_rollout as prompt_rollout
     from agl_grpc.agent import rollout as rollout
+    from agl_grpc.algorithm import VERL as VERL
+    from agl_grpc.algorithm import Algorithm as Algorithm
+    from agl_grpc.algorithm import algo as algo
     from agl_grpc.client import LeaseStream as LeaseStream
     from agl_grpc.client import SpanGroup as SpanGroup
     from agl_grpc.client import SpanStreamer as SpanStreamer
@@ -120,6 +125,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.model import Worker as Worker
     from agl_grpc.model import WorkerStatus as WorkerStatus
     from agl_grpc.model import register_resource as register_resource
+    from agl_grpc.runner import Hook as Hook
+    from agl_grpc.runner import LitAgentRunner as LitAgentRunner
     from agl_grpc.tracer import OtelTracer as OtelTracer
 
 

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from dataclasses import dataclass, field
 
-from agl_grpc.client.errors import StoreError, error_from_item
-from agl_grpc.client.span_wire import EncodedGroup, encode_groups
+import grpc
+
+from agl_grpc.client.errors import InvalidRequest, StoreError, error_from_item
+from agl_grpc.client.span_wire import MAX_SPAN_BYTES, EncodedGroup, Oversized, SpanGroup, encode_groups
 from agl_grpc.model.enums import Durability
 from agl_grpc.v1 import store_service_pb2 as pb
 
@@ -116,6 +118,20 @@ class Message:
     def parts(self) -> list[Part]:
         """All parts, in order."""
         return [part for group in self.groups for part in group]
+
+
+def oversized(group: SpanGroup, group_index: int, span: Oversized) -> SpanRejection:
+    """The rejection of a span that is too large to be sent at all."""
+    limit = f"at most {MAX_SPAN_BYTES} are allowed: leave long values out"
+    text = f"spans[{span.index}] has {span.size} bytes; {limit}"
+    return SpanRejection(
+        rollout_id=group.rollout_id,
+        attempt_id=group.attempt_id,
+        group_index=group_index,
+        index=span.index,
+        span_id=span.span_id,
+        error=InvalidRequest(text, code=grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_FIELD"),
+    )
 
 
 def _located(group: Sequence[Part], index: int) -> list[tuple[Part, int]]:

@@ -15,10 +15,19 @@ import grpc
 from agl_grpc.client.channel import is_transient
 from agl_grpc.client.connection import Connection
 from agl_grpc.client.errors import StreamFenced, error_from_rpc, retry_after
-from agl_grpc.client.span_buffer import Message, Part, Room, SpanAck, SpanRejection, Submission
+from agl_grpc.client.span_buffer import (
+    Message,
+    Part,
+    Room,
+    SpanAck,
+    SpanRejection,
+    Submission,
+    oversized,
+)
 from agl_grpc.client.span_wire import (
     MAX_BYTES,
     MAX_SPANS,
+    Oversized,
     SpanGroup,
     encode_group,
     encode_message,
@@ -174,11 +183,13 @@ class SpanStreamer:
             raise self._error
         every: Sequence[SpanGroup] = [groups] if isinstance(groups, SpanGroup) else list(groups)
         submission = Submission(future, parts_left=0, size=0)
-        parts = [
-            Part(encoded, place, submission)
-            for place, group in enumerate(every)
-            for encoded in encode_group(group)
-        ]
+        parts: list[Part] = []
+        for place, group in enumerate(every):
+            for encoded in encode_group(group):
+                if isinstance(encoded, Oversized):
+                    submission.rejected.append(oversized(group, place, encoded))
+                else:
+                    parts.append(Part(encoded, place, submission))
         submission.parts_left = len(parts)
         submission.size = sum(part.encoded.size for part in parts)
         return submission, parts
@@ -190,6 +201,8 @@ class SpanStreamer:
         elif not parts:
             submission.future.set_result(SpanAck(durability=None))
         else:
+            for rejection in submission.rejected:  # before anything was sent: what is too large
+                self._report(rejection)
             self._unsettled.add(submission)
             self._inbox.extend(parts)
             self._pulse(self._arrived)

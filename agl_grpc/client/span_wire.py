@@ -11,6 +11,7 @@ from agl_grpc.v1 import store_service_pb2 as pb
 
 MAX_SPANS = 1000
 MAX_BYTES = 1024 * 1024
+MAX_SPAN_BYTES = 4 * 1024 * 1024
 
 # Tags of length-delimited fields: number << 3 | 2.
 _ROLLOUT_ID, _ATTEMPT_ID, _SPANS, _OPEN_CALLS, _ABANDONED_CALLS = b"\x0a", b"\x12", b"\x1a", b"\x22", b"\x2a"
@@ -48,8 +49,20 @@ class EncodedGroup:
         return len(self.body) + len(self.key[0]) + len(self.key[1]) + 16
 
 
-def encode_group(group: SpanGroup) -> Iterator[EncodedGroup]:
-    """Encode a group in parts of at most 1000 spans and about 1 MiB; calls that begin travel first."""
+@dataclass(slots=True, frozen=True)
+class Oversized:
+    """A span that no store takes, left out; ``index`` is its place in the group."""
+
+    index: int
+    span_id: bytes
+    size: int
+
+
+def encode_group(group: SpanGroup) -> Iterator[EncodedGroup | Oversized]:
+    """Encode a group in parts of at most 1000 spans and about 1 MiB; calls that begin travel first.
+
+    Spans above 4 MiB are told apart: one of them would end the stream for all.
+    """
     key = (group.rollout_id, group.attempt_id)
     body = bytearray()
     for call in group.open_calls:
@@ -58,6 +71,12 @@ def encode_group(group: SpanGroup) -> Iterator[EncodedGroup]:
     calls = bool(group.open_calls)
     for place, span in enumerate(group.spans):
         data = _span_bytes(span)
+        if len(data) > MAX_SPAN_BYTES:
+            if count or calls:
+                yield EncodedGroup(key, bytes(body), first, count, not calls)
+            yield Oversized(place, span_pb2.Span.FromString(data).span_id, len(data))
+            body, first, count, calls = bytearray(), place + 1, 0, False
+            continue
         if count and (count >= MAX_SPANS or len(body) + len(data) > MAX_BYTES):
             yield EncodedGroup(key, bytes(body), first, count, not calls)
             body, first, count, calls = bytearray(), place, 0, False

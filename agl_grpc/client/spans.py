@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from agl_grpc.v1 import store_service_pb2 as pb
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
+_SPANS_PER_GROUP = 100
 _SPANS_PER_CALL = 1000
+_BYTES_PER_CALL = 16 * 1024 * 1024
 
 
 class SpansRejected(StoreError):
@@ -58,11 +60,10 @@ class SpanCalls(Connection):
         """
         stored: list[Span] = []
         rejections: list[tuple[int, StoreError]] = []
-        for start in range(0, len(spans), _SPANS_PER_CALL):
-            part = spans[start : start + _SPANS_PER_CALL]
-            # Groups follow the caller's order, in which sequence ids are given.
-            response = await self.append_spans([_group(run) for run in _runs(part)], return_sequence_ids=True)
-            refused = _places(part, response.rejected)
+        start = 0
+        for part, groups in _calls(spans):
+            response = await self.append_spans(groups, return_sequence_ids=True)
+            refused = _places(groups, response.rejected)
             rejections.extend((start + place, error) for place, error in refused.items())
             numbered = zip(part, response.sequence_ids, strict=True)
             stored.extend(
@@ -70,6 +71,7 @@ class SpanCalls(Connection):
                 for place, (span, number) in enumerate(numbered)
                 if place not in refused
             )
+            start += len(part)
         if rejections:
             raise SpansRejected(rejections, stored)
         return stored
@@ -220,6 +222,23 @@ def _group(spans: Sequence[Span]) -> span_pb2.AttemptSpans:
     )
 
 
+def _calls(spans: Sequence[Span]) -> Iterator[tuple[list[Span], list[span_pb2.AttemptSpans]]]:
+    """Calls of bounded size; groups follow the caller's order, in which sequence ids are given."""
+    part: list[Span] = []
+    groups: list[span_pb2.AttemptSpans] = []
+    size = 0
+    for run in _runs(spans):
+        for start in range(0, len(run), _SPANS_PER_GROUP):
+            piece = run[start : start + _SPANS_PER_GROUP]
+            group = _group(piece)
+            if part and (size + group.ByteSize() > _BYTES_PER_CALL or len(part) >= _SPANS_PER_CALL):
+                yield part, groups
+                part, groups, size = [], [], 0
+            part, groups, size = [*part, *piece], [*groups, group], size + group.ByteSize()
+    if part:
+        yield part, groups
+
+
 def _runs(spans: Sequence[Span]) -> list[list[Span]]:
     runs: list[list[Span]] = []
     for span in spans:
@@ -231,10 +250,12 @@ def _runs(spans: Sequence[Span]) -> list[list[Span]]:
     return runs
 
 
-def _places(spans: Sequence[Span], rejected: Iterable[pb.RejectedSpan]) -> dict[int, StoreError]:
+def _places(
+    groups: Sequence[span_pb2.AttemptSpans], rejected: Iterable[pb.RejectedSpan]
+) -> dict[int, StoreError]:
     starts = [0]
-    for run in _runs(spans):
-        starts.append(starts[-1] + len(run))
+    for group in groups:
+        starts.append(starts[-1] + len(group.spans))
     places: dict[int, StoreError] = {}
     for rejection in rejected:
         start, end = starts[rejection.group_index], starts[rejection.group_index + 1]

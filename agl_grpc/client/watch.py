@@ -11,11 +11,14 @@ import grpc
 
 from agl_grpc.client.channel import is_transient
 from agl_grpc.client.errors import error_from_rpc, retry_after
+from agl_grpc.v1 import store_service_pb2 as pb
 
 if TYPE_CHECKING:
     from agl_grpc.client.connection import Connection
 
 T = TypeVar("T")
+
+_INCLUDES = ("include_existing", "include_latest")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +45,9 @@ async def watch(
 
     A store that stays away longer than the retry policy allows raises `StoreUnavailable`.
     """
+    if not request.cursor and not any(getattr(request, flag, False) for flag in _INCLUDES):
+        # "From now on" is fixed here: a stream that breaks before its first message leaves no gap.
+        request.cursor = await _position(connection)
     async for message in resumed(connection, method, request, _advance, endless=True):
         yield Watched(
             items=list(read(message)),
@@ -51,9 +57,14 @@ async def watch(
         )
 
 
+async def _position(connection: Connection) -> int:
+    request = pb.GetLatestResourcesRequest(run_id=connection.run_id)
+    return (await connection.call(connection.bound.store.GetLatestResources, request)).position
+
+
 def _advance(request: Any, message: Any) -> None:
     request.cursor = message.cursor
-    for flag in ("include_existing", "include_latest"):
+    for flag in _INCLUDES:
         if flag in request.DESCRIPTOR.fields_by_name:
             setattr(request, flag, False)
 

@@ -19,7 +19,7 @@ from agl_grpc.client import StoreError
 from agl_grpc.learner.checkpoint import Checkpoints, resume_keys
 from agl_grpc.learner.errors import StoppedError
 from agl_grpc.learner.progress import step_line, with_summary
-from agl_grpc.learner.ray_runtime import local_ray, worker_environment
+from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingRun
@@ -51,6 +51,8 @@ def run(config: RunConfig, store: str) -> None:
     Raises:
         LearnerError: anything a person has to know; the training run is then FAILED in the store.
     """
+    # Some packages read these when they are imported, and choosing a device imports torch.
+    os.environ.update(common_environment())
     device = choose_device(config.device)
     output = Path(config.output_dir).expanduser().resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,9 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
             "model": {"path": str(Path(config.model.path).expanduser())},
             "rollout": {
                 "checkpoint_engine": {
-                    "engine_kwargs": {"agl": {"host": config.engines.host, "backend": config.engines.backend}}
+                    "engine_kwargs": {
+                        "agl": {"host": config.engines.host, "collective": config.engines.backend}
+                    }
                 }
             },
         },
@@ -135,7 +139,9 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
     from agl_grpc.learner.publication import newest_committed
 
-    warnings.filterwarnings("ignore", message=".*engine is not available.*")
+    for message in (".*engine is not available.*", "Disabled critic.*", ".*set_vital.*"):
+        # verl and torchdata say these of themselves at every start; none of them is about this run.
+        warnings.filterwarnings("ignore", message=message)
     resume: dict[str, Any] = {}
     if config.resume and training.checkpoint_id:
         resume = resume_keys(output / "checkpoints", training.checkpoint_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -16,12 +16,14 @@ CPUS_PER_GPU = 10
 OTHER_CPUS = 8
 
 
-def worker_environment(device: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of the learner and of every Ray worker."""
-    environment = {
+def common_environment() -> dict[str, str]:
+    """Environment of the learner on any device: quiet, and what verl needs to be told this way."""
+    return {
+        # At INFO verl's separate_async trainer crashes on one of its own messages.
         "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "WARNING"),
         "TRANSFER_QUEUE_ENABLE": "1",
         "TQ_LOGGING_LEVEL": os.environ.get("TQ_LOGGING_LEVEL", "WARNING"),
+        # Progress is a line a step, not a bar.
         "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1"),
         # The TransferQueue asks for eight threads in each of its processes and warns where there are fewer
         # cores.
@@ -31,21 +33,26 @@ def worker_environment(device: str, extra: Mapping[str, str] | None = None) -> d
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+
+
+def worker_environment(device: str) -> dict[str, str]:
+    """Environment of the learner and of every Ray worker on a device, ``cpu`` or ``cuda``."""
+    environment = common_environment()
     if device == "cpu":
-        environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TORCHDYNAMO_DISABLE": "1"}
-    return environment | dict(extra or {})
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    return environment
 
 
 @contextmanager
-def local_ray(*, device: str, gpus: int, extra: Mapping[str, str] | None = None) -> Iterator[None]:
+def local_ray(*, device: str, gpus: int) -> Iterator[None]:
     """Starts Ray in this process's session and stops it at the end.
 
     Args:
         device: ``cpu`` gives verl ``gpus`` nominal GPUs, because its resource pools count nothing else.
         gpus: accelerators that the trainer uses.
-        extra: more environment for the workers.
     """
-    environment = worker_environment(device, extra)
+    environment = worker_environment(device)
     os.environ.update(environment)
     import ray
 

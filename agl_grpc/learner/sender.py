@@ -30,23 +30,23 @@ class TransferEngine(CheckpointEngine):  # type: ignore[misc]  # verl is untyped
             (``rollout.checkpoint_engine.update_weights_bucket_megabytes``); at most 512 MiB are used.
         is_master: whether this rank sends.
         host: address under which engines reach this process.
-        backend: ``auto``, ``gloo`` or ``nccl``.
+        collective: ``auto``, ``gloo`` or ``nccl``.
     """
 
     def __init__(
-        self, bucket_size: int, is_master: bool = False, host: str = "127.0.0.1", backend: str = "auto"
+        self, bucket_size: int, is_master: bool = False, host: str = "127.0.0.1", collective: str = "auto"
     ) -> None:
         self._bucket_bytes = min(bucket_size, DEFAULT_BUCKET_BYTES)
         self._is_master = is_master
         self._host = host
-        self._backend = backend
+        self._collective = collective
         self._sender: WeightSender | None = None
         self._transfer: tuple[str, int, float] = ("", 0, 0.0)
 
     def prepare(self) -> dict[str, Any]:
         """Opens the rendezvous on rank 0; answers its endpoint."""
         if self._is_master and self._sender is None:
-            self._sender = WeightSender(self._host, bucket_bytes=self._bucket_bytes, backend=self._backend)
+            self._sender = WeightSender(self._host, bucket_bytes=self._bucket_bytes, backend=self._collective)
         return {"endpoint": self._sender.endpoint if self._sender else ""}
 
     @classmethod

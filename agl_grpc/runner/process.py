@@ -17,6 +17,9 @@ from agl_grpc.runner.logs import configure_logging
 
 log = logging.getLogger(__name__)
 
+EXIT_DEFECT = 1
+"""Something in the worker broke; its log has the traceback."""
+
 EXIT_FATAL = 3
 """The worker can never run; its report says why."""
 
@@ -29,18 +32,22 @@ def run_worker_process(config: RunnerConfig, index: int, reports: Connection) ->
     # Ctrl-C reaches the whole group of processes; only the supervisor's SIGTERM counts here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging(config.log_level)
-    from agl_grpc.client import StoreError, StoreUnavailable
+    from agl_grpc.client import Overloaded, StoreError, StoreUnavailable
 
     try:
         code = _run(config, index, reports)
     except LoadError as error:
         reports.send(str(error))
         code = EXIT_FATAL
-    except StoreUnavailable:
-        raise
+    except (StoreUnavailable, Overloaded):
+        log.exception("the store has been away for too long")
+        code = EXIT_DEFECT
     except StoreError as error:
         reports.send(f"the store at {config.store} refuses {config.worker_id(index)}: {error}")
         code = EXIT_FATAL
+    except Exception:
+        log.exception("the worker is broken")
+        code = EXIT_DEFECT
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

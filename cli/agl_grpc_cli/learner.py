@@ -26,9 +26,15 @@ def learner(
     environment.
     """
     import dataclasses
+    import os
 
+    # Ray forks to start its processes; gRPC's fork handlers only complain about it.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    from agl_grpc.client import StoreError
     from agl_grpc.learner.errors import LearnerError, StoppedError
     from agl_grpc.learner.run_config import load
+    from agl_grpc.sample import SampleError
+    from agl_grpc.weights import TransferError
 
     try:
         loaded = load(config)
@@ -43,5 +49,5 @@ def learner(
             ) from error
     except StoppedError as error:
         raise CliError(str(error), exit_code=EXIT_INTERRUPTED) from error
-    except LearnerError as error:
+    except (LearnerError, StoreError, SampleError, TransferError) as error:
         raise CliError(str(error)) from error

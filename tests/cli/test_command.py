@@ -17,6 +17,10 @@ from agl_grpc_cli.registry import COMMANDS
 from agl_grpc.client import SyncStoreClient
 from agl_grpc.model import Span
 from tests.support.store_process import StoreProcess
+from tests.support.waiting import free_port
+
+# Nobody listens there.
+FREE = f"127.0.0.1:{free_port()}"
 
 
 def run(*arguments: str, within: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -83,11 +87,11 @@ def test_version() -> None:
         (["store", "--port", "1", "serve"], 2, "write --port after `serve`"),
         (["store", "serve", "--log-level", "loud"], 2, "log level 'loud' is none of"),
         (["store", "serve", "--host", "no.such.host.invalid"], 1, "no.such.host.invalid"),
-        (["runner", "start", "--agent", "nonsense", "--store", "127.0.0.1:1"], 1, "is not an import path"),
-        (["runner", "start", "--agent", "no_such:agent", "--store", "127.0.0.1:1"], 1, "no module 'no_such'"),
-        (["runner", "start", "--agent", "json:dumps", "--store", "127.0.0.1:1"], 1, "must be a LitAgent"),
+        (["runner", "start", "--agent", "nonsense", "--store", FREE], 1, "is not an import path"),
+        (["runner", "start", "--agent", "no_such:agent", "--store", FREE], 1, "no module 'no_such'"),
+        (["runner", "start", "--agent", "json:dumps", "--store", FREE], 1, "must be a LitAgent"),
         (["runner", "start", "--agent", "a:b", "--label", "x"], 2, "write KEY=VALUE"),
-        (["rollouts", "ls", "--store", "127.0.0.1:1"], 1, "the store at 127.0.0.1:1 cannot be reached"),
+        (["rollouts", "ls", "--store", FREE], 1, f"the store at {FREE} cannot be reached"),
         (["rollouts", "ls", "--status", "happy"], 1, "'happy' is not a RolloutStatus"),
     ],
 )

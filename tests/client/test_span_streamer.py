@@ -19,7 +19,7 @@ from agl_grpc.client import (
     StoreClient,
     StreamFenced,
 )
-from agl_grpc.client.span_wire import encode_group, encode_groups, encode_message
+from agl_grpc.client.span_wire import EncodedGroup, encode_group, encode_groups, encode_message
 from agl_grpc.model import AttemptedRollout, Durability, Span
 from agl_grpc.store.app import StoreServer
 from agl_grpc.v1 import span_pb2
@@ -56,6 +56,7 @@ def test_messages_are_the_contracts_own_bytes() -> None:
         abandoned_calls=[b"1"],
     )
     (encoded,) = encode_group(group)
+    assert isinstance(encoded, EncodedGroup)
     data = encode_message(2**40, encode_groups([[encoded]]))
     message = pb.StreamSpansRequest.FromString(data)
     expected = span_pb2.AttemptSpans(
@@ -71,7 +72,8 @@ def test_messages_are_the_contracts_own_bytes() -> None:
 
 def test_large_groups_travel_in_parts() -> None:
     span = Span(rollout_id="r", attempt_id="a", name="n").to_proto().SerializeToString()
-    parts = list(encode_group(SpanGroup(rollout_id="r", attempt_id="a", spans=[span] * 2500)))
+    parts = [*encode_group(SpanGroup(rollout_id="r", attempt_id="a", spans=[span] * 2500))]
+    assert all(isinstance(part, EncodedGroup) for part in parts)
     assert [(part.first_span, part.span_count) for part in parts] == [(0, 1000), (1000, 1000), (2000, 500)]
     big = Span(rollout_id="r", attempt_id="a", name="n", attributes={"x": "y" * 600_000}).to_proto()
     assert len(list(encode_group(SpanGroup(rollout_id="r", attempt_id="a", spans=[big] * 3)))) == 3
@@ -108,6 +110,18 @@ async def test_refused_spans_are_told_to_their_sender_alone(client: StoreClient)
     assert isinstance(stranger.rejected[0].error, NotFound)
     assert set(told) == {*mixed.rejected, *stranger.rejected}
     assert await _names(client, rollout) == ["a", "b", "c"]
+
+
+async def test_a_span_that_is_too_large_harms_nobody_else(client: StoreClient) -> None:
+    rollout = await client.start_rollout(1)
+    huge = _span(rollout, "huge", size=5 * 1024 * 1024)
+    async with SpanStreamer(client) as streamer:
+        ack = await streamer.send(_group(rollout, _span(rollout, "a"), huge, _span(rollout, "b")))
+        ((place, span_id),) = [(rejection.index, rejection.span_id.hex()) for rejection in ack.rejected]
+        assert (place, span_id) == (1, huge.span_id)
+        assert "at most 4194304 are allowed" in str(ack.rejected[0].error)
+        assert len((await streamer.send(_group(rollout, huge))).rejected) == 1
+    assert await _names(client, rollout) == ["a", "b"]
 
 
 async def test_exactly_once_through_cut_connections(store: StoreServer, client: StoreClient) -> None:
@@ -229,8 +243,8 @@ async def test_announced_calls_keep_their_attempt_unsealed(client: StoreClient) 
     assert (sealed.sealed, sealed.open_calls, sealed.capture_incomplete) == (True, 0, False)
 
 
-async def test_closing_while_the_store_is_away_says_what_was_given_up() -> None:
-    client = StoreClient("127.0.0.1:1")
+async def test_closing_while_the_store_is_away_says_what_was_given_up(nowhere: str) -> None:
+    client = StoreClient(nowhere)
     streamer = SpanStreamer(client).start()
     future = await streamer.post(SpanGroup(rollout_id="r", attempt_id="a", spans=[b""]))
     with pytest.raises(TimeoutError):

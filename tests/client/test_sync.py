@@ -106,9 +106,9 @@ def test_the_io_thread_never_waits_for_itself() -> None:
         io_thread().run(wait_for_itself())
 
 
-def test_a_store_that_is_away_is_a_clear_error() -> None:
+def test_a_store_that_is_away_is_a_clear_error(nowhere: str) -> None:
     with (
-        SyncStoreClient("127.0.0.1:1", retry=RetryPolicy(timeout=0.2)) as client,
+        SyncStoreClient(nowhere, retry=RetryPolicy(timeout=0.2)) as client,
         pytest.raises(StoreUnavailable, match="cannot be reached"),
     ):
         client.statistics()

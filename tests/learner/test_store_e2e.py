@@ -57,9 +57,13 @@ class Learner:
 
     def finish(self) -> int:
         """Waits for the end; the exit code."""
-        code = self.process.wait(300)
-        self._reader.join()
-        return code
+        try:
+            return self.process.wait(300)
+        finally:
+            self.process.kill()
+            self._reader.join()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
 
 
 @pytest.fixture

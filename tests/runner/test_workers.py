@@ -110,11 +110,11 @@ async def test_a_lost_lease_stops_the_agent_and_nothing_more_is_written(
         assert {reward.attempt_id for reward in rewards} == {second}
 
 
+@pytest.mark.parametrize("agent", ["AsyncAgent", "SyncAgent"])
 async def test_a_blocking_agent_does_not_lose_its_lease(
-    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path, agent: str
 ) -> None:
-    options = ("--run", run_id, "--lease", "1")
-    with RunnerProcess(store.address, "SyncAgent", folder, *options):
+    with RunnerProcess(store.address, agent, folder, "--run", run_id, "--lease", "1"):
         rollout = await client.enqueue_rollout({"do": "block", "seconds": 3})
         (done,) = await ended(client, rollout)
         assert (done.status, done.attempt_count) == (RolloutStatus.SUCCEEDED, 1)
@@ -201,6 +201,35 @@ async def test_a_runner_leaves_after_its_share(
         await ended(client, *rollouts[:3])
         assert runner.wait() == 0
     assert [r.status for r in await client.query_rollouts(status_in=["queuing"])] == ["queuing"]
+
+
+async def test_a_worker_full_of_hung_agents_is_replaced(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+) -> None:
+    with RunnerProcess(store.address, "SyncAgent", folder, "--run", run_id, "--concurrency", "8") as runner:
+        hung = [await client.enqueue_rollout({"do": "block", "seconds": 600}) for _ in range(8)]
+        await started(runner, 8)
+        await client.cancel_rollouts([rollout.rollout_id for rollout in hung])
+        await eventually(lambda: runner.says("w-0 is replaced"), within=LONG, what="the worker is replaced")
+        after = await client.enqueue_rollout({"do": "nothing"})
+        (done,) = await ended(client, after)
+        assert done.status is RolloutStatus.SUCCEEDED
+
+
+async def test_workers_leave_when_their_supervisor_is_killed(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+) -> None:
+    with RunnerProcess(store.address, "AsyncAgent", folder, "--run", run_id) as runner:
+        rollout = await client.enqueue_rollout(wait_at("gate"))
+        await started(runner)
+        (worker,) = runner.workers()
+        assert runner.process is not None
+        runner.process.kill()
+        await eventually(lambda: runner.says("the supervisor has gone"), within=LONG, what="it is noticed")
+        runner.open_gate("gate")
+        (done,) = await ended(client, rollout)
+        assert done.status is RolloutStatus.SUCCEEDED
+        await eventually(lambda: not worker.is_running(), within=LONG, what="the worker leaves")
 
 
 async def _equals(read: Any, expected: str) -> bool:

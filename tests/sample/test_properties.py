@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agl_grpc.sample import Sample, build_attempt, sample_digest, token_digest
@@ -13,6 +13,8 @@ from agl_grpc.v1.span_pb2 import StoredSpan
 from tests.sample.calls import call, choice, record
 
 Row = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
+# How quick a machine is must not decide whether a property holds.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 token = st.integers(0, 2)
 tokens = st.lists(token, min_size=1, max_size=3)
 
@@ -26,7 +28,7 @@ def attempts(draw: st.DrawFn) -> list[StoredSpan]:
         prompt = draw(tokens)
         grows: bool = draw(st.booleans())
         if sequences and grows:
-            prompt = draw(st.sampled_from(sequences)) + draw(st.lists(token, max_size=2))
+            prompt = draw(st.sampled_from(tuple(sequences))) + draw(st.lists(token, max_size=2))
         answers = draw(st.lists(st.lists(token, max_size=3), min_size=1, max_size=3))
         mode = draw(st.sampled_from(["train", "train", "train", "val"]))
         finish = draw(st.sampled_from(["stop", "stop", "length"]))
@@ -43,12 +45,16 @@ def oracle_trained_answers(spans: list[StoredSpan]) -> Counter[tuple[int, ...]]:
         for m in (stored.span.model_call for stored in spans)
         for c in m.choices
     ]
-    prompts = [p for p, _, _, _ in flat]
+    continued = []
+    for prompt, _, _, _ in flat:
+        begun = [p + i for p, i, _, _ in flat if i and prompt[: len(p + i)] == p + i]
+        # A prompt goes on with the longest sequence that it begins with, not with beginnings of that one.
+        continued += [sequence for sequence in begun if len(sequence) == max(map(len, begun))]
     trained: Counter[tuple[int, ...]] = Counter()
     for prompt, ids, mode, finish in flat:
         if mode == "train" and ids and finish != "length":
             siblings = [i for p, i, _, _ in flat if p == prompt and i]
-            used = [i for i in siblings if any(q[: len(prompt + i)] == prompt + i for q in prompts)]
+            used = [i for i in siblings if prompt + i in continued]
             if not used or ids in used:
                 trained[tuple(prompt + ids)] += 1
     return trained
@@ -74,6 +80,7 @@ def trained_answers(row: Sample, calls: dict[bytes, ModelCall]) -> list[tuple[in
     return found
 
 
+@patient
 @given(attempts())
 def test_the_account_balances_and_masks_agree(spans: list[StoredSpan]) -> None:
     out = build_attempt(record(*spans))
@@ -93,6 +100,7 @@ def test_the_account_balances_and_masks_agree(spans: list[StoredSpan]) -> None:
         assert abs(row.logprobs[sampled] + 0.01 * row.response_ids[sampled]).max(initial=0) < 1e-6
 
 
+@patient
 @given(attempts())
 def test_every_selected_answer_is_trained_and_no_other(spans: list[StoredSpan]) -> None:
     """Sequences of trained answers, as sets: identical siblings may be told apart only by who is used."""
@@ -106,6 +114,7 @@ def test_every_selected_answer_is_trained_and_no_other(spans: list[StoredSpan]) 
     assert all(got[key] <= expected[key] for key in got), "an answer was trained twice"
 
 
+@patient
 @given(attempts(), st.data())
 def test_digests_see_every_swap(spans: list[StoredSpan], data: st.DataObject) -> None:
     one = build_attempt(record(*spans, rollout="a", group="g", reward=1.0)).rows

@@ -321,7 +321,7 @@ def _state(db: Any) -> tuple[dict[str, Any], dict[str, Any], int]:
     return rollouts, attempts, position
 
 
-@pytest.mark.timeout(110)
+@pytest.mark.timeout(400)
 def test_the_store_keeps_to_the_model() -> None:
     chosen_seed = int(os.environ.get("AGL_TEST_SEED", random.SystemRandom().getrandbits(32)))
     print(f"AGL_TEST_SEED={chosen_seed}")

@@ -58,11 +58,10 @@ class Failure:
         )
 
 
+# Half characters (lone surrogates) are shown as escapes: a failure must never fail to be told.
 def _head(text: str, limit: int) -> str:
-    data = text.encode(errors="replace")
-    return text if len(data) <= limit else data[:limit].decode(errors="ignore")
+    return text.encode(errors="backslashreplace")[:limit].decode(errors="ignore")
 
 
 def _tail(text: str, limit: int) -> str:
-    data = text.encode(errors="replace")
-    return text if len(data) <= limit else data[-limit:].decode(errors="ignore")
+    return text.encode(errors="backslashreplace")[-limit:].decode(errors="ignore")

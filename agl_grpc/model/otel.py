@@ -17,7 +17,10 @@ _KIND_OFFSET = 1
 
 
 def span_from_readable(span: ReadableSpan) -> span_pb2.Span:
-    """Turn a finished span of the OpenTelemetry SDK into a span of the contract."""
+    """Turn a finished span of the OpenTelemetry SDK into a span of the contract.
+
+    What the contract cannot hold becomes text: integers beyond 64 bits, and half characters as escapes.
+    """
     context = span.context
     if context is None:
         raise ValueError(f"span {span.name!r} has no context")
@@ -28,7 +31,7 @@ def span_from_readable(span: ReadableSpan) -> span_pb2.Span:
         span_id=context.span_id.to_bytes(8, "big"),
         trace_state=context.trace_state.to_header(),
         parent_span_id=parent.span_id.to_bytes(8, "big") if parent else b"",
-        name=span.name,
+        name=_utf8(span.name),
         kind=_number(span.kind.value + _KIND_OFFSET),
         start_time_unix_nano=span.start_time or 0,
         end_time_unix_nano=span.end_time or span.start_time or 0,
@@ -39,7 +42,7 @@ def span_from_readable(span: ReadableSpan) -> span_pb2.Span:
         links=[_link(link) for link in span.links],
         dropped_links_count=span.dropped_links,
         status=span_pb2.SpanStatus(
-            message=span.status.description or "", code=_number(span.status.status_code.value)
+            message=_utf8(span.status.description or ""), code=_number(span.status.status_code.value)
         ),
         flags=int(context.trace_flags),
         resource=span_pb2.SpanResource(attributes=_attributes(span.resource.attributes)),
@@ -53,12 +56,27 @@ def _number(value: int) -> Any:  # the stubs give every enum an int type of its 
 
 
 def _attributes(attributes: Mapping[str, Any] | None) -> Any:
-    return to_key_values(attributes, "attributes")
+    try:
+        return to_key_values(attributes, "attributes")
+    except (ValueError, TypeError):
+        return to_key_values({_utf8(key): _plain(value) for key, value in (attributes or {}).items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(element) for element in value]
+    if isinstance(value, bool | float | bytes) or (isinstance(value, int) and value.bit_length() < 64):
+        return value
+    return _utf8(str(value))
+
+
+def _utf8(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _event(event: Event) -> span_pb2.SpanEvent:
     return span_pb2.SpanEvent(
-        name=event.name, time_unix_nano=event.timestamp, attributes=_attributes(event.attributes)
+        name=_utf8(event.name), time_unix_nano=event.timestamp, attributes=_attributes(event.attributes)
     )
 
 

@@ -53,7 +53,7 @@ def to_any_value(value: Any, path: str = "value") -> common_pb2.AnyValue:
         case bool():
             return common_pb2.AnyValue(bool_value=value)
         case str():
-            return common_pb2.AnyValue(string_value=str(value))
+            return _text(str(value), path)
         case int():
             if not _INT64_MIN <= value <= _INT64_MAX:
                 raise ValueError(f"{path} is {value}, which does not fit 64 bits; pass it as text")
@@ -73,6 +73,13 @@ def to_any_value(value: Any, path: str = "value") -> common_pb2.AnyValue:
         return to_any_value(scalar(), path)
     kind = type(value).__name__
     raise TypeError(f"{path} is a {kind}; allowed: None, bool, int, float, str, bytes, list, dict")
+
+
+def _text(value: str, path: str) -> common_pb2.AnyValue:
+    try:
+        return common_pb2.AnyValue(string_value=value)
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} is text with half a character (a lone surrogate), not UTF-8") from None
 
 
 def from_any_value(message: common_pb2.AnyValue) -> Any:
@@ -159,12 +166,17 @@ def encode_json(value: Any, path: str = "value") -> bytes:
 def decode_json(data: bytes) -> Any:
     """Decode JSON; integers of any size keep their value."""
     # orjson reads integers beyond 64 bits as floats, which the standard library does not.
-    return json.loads(data) if _LONG_INTEGER.search(data) else orjson.loads(data)
+    if _LONG_INTEGER.search(data):
+        return json.loads(data)
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:  # it refuses lone surrogates, which the standard library keeps
+        return json.loads(data)
 
 
 def _encode_slowly(value: Any, path: str, cause: TypeError) -> bytes:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
     except TypeError:
         raise TypeError(f"{path} is not JSON data: {cause}") from None
     except ValueError:

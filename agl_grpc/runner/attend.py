@@ -9,6 +9,7 @@ from typing import Any
 
 from agl_grpc.client import Completion, SpanGroup, SpanStreamer
 from agl_grpc.model import AttemptStatus, Failure, FailureKind, Reward
+from agl_grpc.runner.agent_loop import AgentLoop
 from agl_grpc.runner.executor import Executor, Task
 from agl_grpc.runner.failures import failure_of
 from agl_grpc.runner.held import Held
@@ -34,11 +35,13 @@ class Attendant:
     def __init__(
         self,
         executor: Executor,
+        loop: AgentLoop,
         streamer: SpanStreamer,
         agent_ended: Callable[[], None],
         left_behind: Callable[[asyncio.Task[Outcome]], None],
     ) -> None:
         self._executor = executor
+        self._loop = loop
         self._streamer = streamer
         self._agent_ended = agent_ended
         self._left_behind = left_behind
@@ -54,7 +57,10 @@ class Attendant:
         return _completion(held, outcome)
 
     async def _run_agent(self, held: Held) -> Outcome | None:
-        agent = asyncio.create_task(self._executor.execute(_task(held)), name=held.attempt_id)
+        task = _task(held)
+        agent = asyncio.create_task(
+            self._loop.run(lambda: self._executor.execute(task)), name=held.attempt_id
+        )
         limit = held.work.rollout.config.timeout_seconds
         try:
             await _first_of(agent, held.stop, within=limit)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from agl_grpc.client import RetryPolicy, StoreClient, StoreError
 from agl_grpc.model import WorkerStatus
+from agl_grpc.model.enums import number_of
 from agl_grpc.model.value import to_key_values
 from agl_grpc.runner.machine import MachineSnapshot
 from agl_grpc.v1 import runner_service_pb2 as pb
@@ -23,8 +24,8 @@ class WorkerView(Protocol):
         """Its id."""
 
     @property
-    def status(self) -> WorkerStatus:
-        """What it does."""
+    def leaving(self) -> bool:
+        """Whether it takes nothing new any more."""
 
     @property
     def idle_reason(self) -> str:
@@ -69,7 +70,8 @@ class Heartbeat:
             worker_id=self._worker.worker_id,
             stats=to_key_values(self._machine.read(), "stats"),
             idle_reason=self._worker.idle_reason,
-            status=self._worker.status.number,
+            # Idle and busy the store sees by itself, from the leases.
+            status=number_of(WorkerStatus.DRAINING if self._worker.leaving else None),
         )
         policy = RetryPolicy(timeout=self._seconds)
         await self._client.call(self._client.bound.runner.Heartbeat, request, retry=policy)

@@ -29,7 +29,7 @@ class MachineSnapshot:
                 "memory_percent": memory.percent,
                 "memory_total_bytes": memory.total,
                 "memory_available_bytes": memory.available,
-                "disk_percent": psutil.disk_usage(os.getcwd()).percent,
+                "disk_percent": psutil.disk_usage("/").percent,
                 "process_cpu_percent": self._process.cpu_percent(None),
                 "process_memory_bytes": self._process.memory_info().rss,
                 "process_threads": self._process.num_threads(),

@@ -40,6 +40,7 @@ from agl_grpc.model import (
     WorkerCommand,
     WorkerStatus,
 )
+from agl_grpc.runner.agent_loop import AgentLoop
 from agl_grpc.runner.attend import STOP_SECONDS, Attendant
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.runner.executor import Executor
@@ -107,7 +108,10 @@ class Worker:
             lease_duration=config.lease_seconds,
         )
         executor = Executor(agent, self.tracer, hooks, self, self._abandoned)
-        self._attendant = Attendant(executor, self._streamer, self._agent_ended, self._leave_behind)
+        self._agents = AgentLoop()
+        self._attendant = Attendant(
+            executor, self._agents, self._streamer, self._agent_ended, self._leave_behind
+        )
 
     @property
     def status(self) -> WorkerStatus:
@@ -331,3 +335,4 @@ class Worker:
             await self.tracer.teardown_worker(self.worker_id)
             await self._streamer.close(timeout=FAREWELL_SECONDS)
             await self._client.close()
+            self._agents.close()

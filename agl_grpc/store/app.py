@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from agl_grpc.store import limits
 from agl_grpc.store.call import Authenticator
 from agl_grpc.store.clock import Clock
 from agl_grpc.store.credentials import CredentialSigner, new_key
@@ -38,6 +39,8 @@ class ServeConfig:
     """Lowest level of log lines that are shown."""
     limit_pages: int = 0
     """Largest size of the database in pages; 0 = the disk's."""
+    span_queue_bytes: int = limits.QUEUE_BYTES
+    """Most bytes of spans that wait for the disk; beyond it calls are refused and streams held back (R28)."""
 
 
 class StoreServer:
@@ -68,7 +71,7 @@ class StoreServer:
         try:
             signer = CredentialSigner(await store.write(_signing_key))
             side = await WriteSide.start(store, signer)
-            services, parsers = handlers(side, signer)
+            services, parsers = handlers(side, config.span_queue_bytes)
             door = GrpcDoor(services, Authenticator(signer, config.operator_token), parsers)
             port = await door.start(config.host, config.port)
         except BaseException:

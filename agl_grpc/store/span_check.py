@@ -106,17 +106,18 @@ def id_of(ref: int) -> bytes:
     return ref.to_bytes(8, "big", signed=True)
 
 
-def check_group(group: Any, index: int, now_ns: int) -> CheckedGroup:
+def check_group(group: Any, attempt_id: str, index: int, now_ns: int) -> CheckedGroup:
     """Check the spans of a RawAttemptSpans; bad ones are rejected alone.
 
     Args:
         group: The group.
+        attempt_id: The attempt that it is for.
         index: Its place in the message, for paths in errors.
         now_ns: The store's time in nanoseconds.
     """
-    checked = CheckedGroup(index, group.rollout_id, group.attempt_id, len(group.spans))
+    checked = CheckedGroup(index, group.rollout_id, attempt_id, len(group.spans))
     _check_spans(checked, group.spans, now_ns + _AHEAD_NS)
-    if not checked.attempt_id:
+    if not attempt_id:
         checked.refuse(errors.invalid_field(f"groups[{index}].attempt_id", "is required"))
     for call in group.open_calls:
         if len(call.span_id) == 8:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from agl_grpc.store import errors, limits
+from agl_grpc.store import errors
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.span_write import SpanMessage, SpanOutcome, write_messages
 from agl_grpc.store.store import Store
@@ -29,7 +29,7 @@ class SpanQueue:
         max_bytes: Most bytes that may wait or be under way.
     """
 
-    def __init__(self, store: Store, max_bytes: int = limits.QUEUE_BYTES) -> None:
+    def __init__(self, store: Store, max_bytes: int) -> None:
         self._store = store
         self._max_bytes = max_bytes
         self._bytes = 0

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from agl_grpc.agent.context import current_recorder
-from agl_grpc.client import SpanAck, SpanGroup, SpanStreamer, StoreClient, SyncStoreClient
+from agl_grpc.client import SpanAck, SpanGroup, SpanStreamer, StoreClient, StoreError, SyncStoreClient
 from agl_grpc.model import semconv
 from agl_grpc.model.otel import span_from_readable
 from agl_grpc.tracer.trace import Trace
@@ -143,11 +143,20 @@ class OtelTracer:
             return
         sent: Future[SpanAck] | None = None
         if self._streamer is not None and trace.attempt_id:
-            data = span_from_readable(span).SerializeToString()
-            sent = self._streamer.submit(
-                SpanGroup(rollout_id=trace.rollout_id, attempt_id=trace.attempt_id, spans=[data])
-            )
+            sent = self._send(self._streamer, trace, span)
         trace.add(span, sent)
+
+    @staticmethod
+    def _send(streamer: SpanStreamer, trace: Trace, span: ReadableSpan) -> Future[SpanAck]:
+        data = span_from_readable(span).SerializeToString()
+        group = SpanGroup(rollout_id=trace.rollout_id, attempt_id=trace.attempt_id, spans=[data])
+        try:
+            return streamer.submit(group)
+        except (StoreError, RuntimeError) as error:
+            # Told at the flush: an agent that ends a span is not to blame for a stream that has ended.
+            failed: Future[SpanAck] = Future()
+            failed.set_exception(error)
+            return failed
 
     def _trace_of(self, span: ReadableSpan) -> Trace | None:
         if span.context is None:

@@ -333,6 +333,7 @@ def test_failures_are_made_of_exceptions_and_cut_to_size() -> None:
     assert len(message.message.encode()) <= 4096
     assert message.detail.endswith("end")
     assert len(message.detail) == 65_536
+    assert Failure(message="half \ud83d", detail="\ud83d").to_proto().message == "half \\ud83d"
 
 
 def test_bad_values_are_refused_by_name() -> None:

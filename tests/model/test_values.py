@@ -109,3 +109,10 @@ def test_durations_keep_nanoseconds(seconds: float) -> None:
     assert message is not None
     assert abs(from_duration(message) - seconds) <= 1e-9
     assert message.seconds * message.nanos >= 0, "both parts have one sign"
+
+
+def test_half_characters_are_kept_in_json_and_refused_elsewhere() -> None:
+    half = {"text": "\ud83d", "fine": "\U0001f600"}
+    assert from_payload(to_payload(half)) == half
+    with pytest.raises(ValueError, match=r"value\.text is text with half a character"):
+        to_any_value(half)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -100,6 +101,13 @@ class AsyncAgent(LitAgent[Any]):
                     raise
                 note("ended", rollout.attempt.attempt_id)
                 return 1.0
+            case "block":
+                note("started", rollout.attempt.attempt_id)
+                threading.Event().wait(task["seconds"])
+                return 1.0
+            case "subprocess":
+                process = await asyncio.create_subprocess_exec("true")
+                return float(await process.wait() == 0)
             case "stubborn":
                 note("started", rollout.attempt.attempt_id)
                 while True:
@@ -121,6 +129,8 @@ class SyncAgent(LitAgent[Any]):
         match task["do"]:
             case "engine":
                 return asyncio.run(call_engine(task["port"]))
+            case "subprocess":
+                return float(subprocess.run(["true"], check=False).returncode == 0)
             case "wait":
                 note("started", rollout.attempt.attempt_id)
                 gate = Path(os.environ[FOLDER]) / task["gate"]

@@ -181,3 +181,9 @@ async def test_training_rollouts_use_the_training_method(results: StoreClient, r
     validated = await execute(results, runner, {"do": "nothing"}, mode="val")
     assert trained.rollout_id in runner.notes("training")
     assert validated.rollout_id not in runner.notes("training")
+
+
+async def test_an_agent_may_start_processes(results: StoreClient, runner: RunnerProcess) -> None:
+    rollout = await execute(results, runner, {"do": "subprocess"})
+    assert rollout.status == "succeeded", rollout.failure
+    assert await rewards_of(results, rollout) == {"primary": 1.0}

@@ -110,11 +110,11 @@ async def test_a_lost_lease_stops_the_agent_and_nothing_more_is_written(
         assert {reward.attempt_id for reward in rewards} == {second}
 
 
+@pytest.mark.parametrize("agent", ["AsyncAgent", "SyncAgent"])
 async def test_a_blocking_agent_does_not_lose_its_lease(
-    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path, agent: str
 ) -> None:
-    options = ("--run", run_id, "--lease", "1")
-    with RunnerProcess(store.address, "SyncAgent", folder, *options):
+    with RunnerProcess(store.address, agent, folder, "--run", run_id, "--lease", "1"):
         rollout = await client.enqueue_rollout({"do": "block", "seconds": 3})
         (done,) = await ended(client, rollout)
         assert (done.status, done.attempt_count) == (RolloutStatus.SUCCEEDED, 1)

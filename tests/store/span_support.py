@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from agl_grpc.store import limits
 from agl_grpc.store.app import ServeConfig, StoreServer
 from agl_grpc.store.transaction import Tx
 from agl_grpc.v1 import (
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def serving(database: Path | None = None) -> AsyncIterator[tuple[StoreServer, grpc.aio.Channel]]:
+async def serving(
+    database: Path | None = None, span_queue_bytes: int = limits.QUEUE_BYTES
+) -> AsyncIterator[tuple[StoreServer, grpc.aio.Channel]]:
     """A server on a random port and a channel to it."""
-    server = await StoreServer.start(ServeConfig(port=0, database=database, grace=2.0))
+    server = await StoreServer.start(
+        ServeConfig(port=0, database=database, grace=2.0, span_queue_bytes=span_queue_bytes)
+    )
     try:
         async with grpc.aio.insecure_channel(server.address) as channel:
             yield server, channel

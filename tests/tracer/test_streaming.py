@@ -94,3 +94,22 @@ def test_agents_on_threads_without_a_loop(tmp_path: Path) -> None:
         assert trace.flush_blocking() == []
         client.io.run(tracer.teardown_worker(0))
     tracer.teardown()
+
+
+async def test_a_stream_that_has_ended_is_told_at_the_flush_not_to_the_agent(client: StoreClient) -> None:
+    rollout = await client.start_rollout(1)
+    streamer = SpanStreamer(client).start()
+    tracer = OtelTracer(streamer, install_globally=False)
+    ids = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+    done: list[bool] = []
+
+    async def agent() -> None:
+        async with tracer.trace_context("agent", **ids):
+            await streamer.close()
+            emit_message("too late")
+            done.append(True)
+
+    with pytest.raises(RuntimeError, match="the SpanStreamer is closed"):
+        await agent()
+    assert done
+    tracer.teardown()

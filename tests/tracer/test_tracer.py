@@ -249,3 +249,14 @@ def test_a_span_keeps_everything_in_the_contract(tracer: OtelTracer) -> None:
 def test_half_an_identity_is_refused(tracer: OtelTracer) -> None:
     with pytest.raises(ValueError, match="needs both rollout_id and attempt_id"):
         tracer.trace_context("x", rollout_id="ro-1")
+
+
+def test_odd_texts_and_numbers_never_break_an_agent(tracer: OtelTracer) -> None:
+    with tracer.trace_context() as trace:
+        emit_message("half \ud83d", attributes={"huge": 2**80, "list": ["a", "\ud83d"], "fine": 1})
+    message = span_from_readable(trace.spans[0])
+    attributes = from_key_values(message.attributes)
+    assert attributes[semconv.MESSAGE_BODY] == "half \\ud83d"
+    assert attributes["huge"] == str(2**80)
+    assert attributes["list"] == ["a", "\\ud83d"]
+    assert attributes["fine"] == 1

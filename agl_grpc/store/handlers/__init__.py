@@ -8,7 +8,6 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from agl_grpc.model import raw
 from agl_grpc.store.batches import pins
-from agl_grpc.store.credentials import CredentialSigner
 from agl_grpc.store.handlers.attempts import AttemptHandlers
 from agl_grpc.store.handlers.batches import BatchHandlers
 from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
@@ -38,13 +37,13 @@ _TRAINER = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"]
 
 
 def handlers(
-    side: WriteSide, signer: CredentialSigner
+    side: WriteSide, span_queue_bytes: int
 ) -> tuple[Mapping[ServiceDescriptor, Sequence[object]], Mapping[str, Parser]]:
     """The handler objects of each service, and the parsers that replace generated request types.
 
     Args:
         side: What they serve.
-        signer: Mints attempt credentials.
+        span_queue_bytes: Most bytes of spans that wait for the disk.
     """
     services: dict[ServiceDescriptor, list[object]] = {
         _STORE: [
@@ -54,7 +53,7 @@ def handlers(
             AttemptHandlers(side),
             WorkerHandlers(side),
             WatchHandlers(side),
-            SpanWriteHandlers(side.store),
+            SpanWriteHandlers(side.store, span_queue_bytes),
             SpanReadHandlers(side.store),
             RewardHandlers(side.store),
             ResourceHandlers(side),

@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 
 from agl_grpc.store import errors, limits, rows
 from agl_grpc.store.call import Call
+from agl_grpc.store.errors import StoreError
 from agl_grpc.store.handlers.common import change
 from agl_grpc.store.info import durability
 from agl_grpc.store.service import BidiStream
@@ -28,11 +29,12 @@ class SpanWriteHandlers:
 
     Args:
         store: Where they go.
+        queue_bytes: Most bytes that wait for the disk.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, queue_bytes: int) -> None:
         self._store = store
-        self._queue = SpanQueue(store)
+        self._queue = SpanQueue(store, queue_bytes)
         self._streams = SpanStreams()
 
     async def append_spans(self, request: Any, call: Call) -> store_service_pb2.AppendSpansResponse:
@@ -93,21 +95,26 @@ def read_message(groups: Iterable[Any], call: Call, now_ns: int) -> SpanMessage:
             raise errors.invalid_field(
                 "groups", f"hold more than {limits.SPANS_PER_MESSAGE} spans; send fewer"
             )
-        one = check_group(group, index, now_ns)
-        _authorise(one, call)
+        attempt_id, refusal = _target(group.attempt_id, call)
+        one = check_group(group, attempt_id, index, now_ns)
+        if refusal is not None:
+            one.refuse(refusal)
         checked.append(one)
         size += group.ByteSize() + _OVERHEAD * count
     return SpanMessage(checked, size, rows_)
 
 
-def _authorise(group: CheckedGroup, call: Call) -> None:
-    """An agent's credential stands for its own attempt and for no other."""
+def _target(attempt_id: str, call: Call) -> tuple[str, StoreError | None]:
+    """The attempt that a group is for, and why its sender may not write there.
+
+    An agent's credential stands for its own attempt, which need not be named, and for no other.
+    """
     credential = call.caller.credential
-    if credential is None:
-        return
-    group.attempt_id = group.attempt_id or credential.attempt_id
-    if group.attempt_id != credential.attempt_id:
-        group.refuse(errors.not_permitted(f"a credential of attempt {group.attempt_id}"))
+    if credential is None or attempt_id == credential.attempt_id:
+        return attempt_id, None
+    if not attempt_id:
+        return credential.attempt_id, None
+    return attempt_id, errors.not_permitted(f"a credential of attempt {attempt_id}")
 
 
 def rejections(outcome: SpanOutcome) -> Sequence[store_service_pb2.RejectedSpan]:

@@ -1,0 +1,69 @@
+"""The event loop of the agents, in a thread of its own: an agent that blocks it delays no lease renewal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class AgentLoop:
+    """Runs coroutines on a loop of its own.
+
+    The loop is the standard library's: with it agents can start subprocesses from any thread, and it is what
+    their libraries are tested with.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="agents", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Runs `work()` on the agents' loop, with the caller's context variables, and returns its result.
+
+        Cancelling the caller cancels the work; the caller then still waits for its end.
+        """
+        caller = asyncio.get_running_loop()
+        ended: asyncio.Future[asyncio.Task[T]] = caller.create_future()
+        context = contextvars.copy_context()
+        started: list[asyncio.Task[T]] = []
+
+        def settle(task: asyncio.Task[T]) -> None:
+            if not ended.done():
+                ended.set_result(task)
+
+        def tell(task: asyncio.Task[T]) -> None:
+            # Work that was left behind may end after the caller's loop: nobody waits for it then.
+            if not caller.is_closed():
+                caller.call_soon_threadsafe(settle, task)
+
+        def begin() -> None:
+            task = self._loop.create_task(work(), context=context)
+            started.append(task)
+            task.add_done_callback(tell)
+
+        self._loop.call_soon_threadsafe(begin)
+        try:
+            task = await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            self._loop.call_soon_threadsafe(lambda: started[0].cancel())
+            await ended
+            raise
+        return task.result()
+
+    def close(self) -> None:
+        """Stops the loop; work that would not end is left as it is."""
+        self._loop.call_soon_threadsafe(self._loop.stop)

@@ -28,9 +28,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class WarmStart:
-    """How the model is warm-started: steps of `batch` transcripts; tool_share of them use the tool."""
+    """How the model is warm-started: steps of `batch` transcripts; tool_share of them use the tool.
 
-    steps: int = 700
+    threads is 1 because matrices this small gain little from a second one and lose much when cores are shared.
+    """
+
+    steps: int = 500
     batch: int = 64
     learning_rate: float = 3e-3
     tool_share: float = 0.4

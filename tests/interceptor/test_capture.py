@@ -11,7 +11,7 @@ import pytest
 from agl_grpc.v1 import model_call_pb2, span_pb2
 from tests.interceptor.engine import Engine
 from tests.interceptor.scripted_store import ScriptedStore
-from tests.support.environments import run_in_engine
+from tests.support.torch_client import TorchClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -147,7 +147,13 @@ def test_generate_with_its_own_version_spans(
     ],
 )
 def test_dialects_without_token_ids_match_a_recomputation(
-    running: Engine, store: ScriptedStore, http: httpx.Client, path: str, body: dict[str, Any], stream: bool
+    running: Engine,
+    store: ScriptedStore,
+    torch_client: TorchClient,
+    http: httpx.Client,
+    path: str,
+    body: dict[str, Any],
+    stream: bool,
 ) -> None:
     rollout = f"{path}-{stream}"
     response = http.post(
@@ -159,21 +165,18 @@ def test_dialects_without_token_ids_match_a_recomputation(
     chat = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **IDS}
     assert prompt == http.post(f"{running.url}/v1/chat/completions", json=chat).json()["prompt_token_ids"]
     rows = [{"prompt": prompt, "response": list(choice.token_ids)}]
-    (expected,) = recompute(running, rows)
+    (expected,) = recompute(torch_client, running, rows)
     assert list(choice.logprobs) == pytest.approx(expected, abs=1e-4)
     assert span.model_call.api == path
 
 
-def recompute(running: Engine, rows: list[dict[str, Any]]) -> list[list[float]]:
-    asked = json.dumps({"model": str(running.model), "rows": rows})
-    answer: list[list[float]] = json.loads(
-        run_in_engine("tests.interceptor.recompute", stdin=asked).splitlines()[-1]
-    )
+def recompute(client: TorchClient, running: Engine, rows: list[dict[str, Any]]) -> list[list[float]]:
+    answer: list[list[float]] = client.call("logprobs", model=str(running.model), rows=rows)
     return answer
 
 
 def test_logprobs_are_those_of_the_sampled_distribution(
-    running: Engine, store: ScriptedStore, http: httpx.Client
+    running: Engine, store: ScriptedStore, torch_client: TorchClient, http: httpx.Client
 ) -> None:
     rows = []
     for number, temperature in enumerate([1.0, 0.5, 1.7]):
@@ -185,7 +188,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(
             {"prompt": prompt, "response": list(choice_of(span).token_ids), "temperature": temperature}
         )
         rows[-1]["ours"] = list(choice_of(span).logprobs)
-    for row, expected in zip(rows, recompute(running, rows), strict=True):
+    for row, expected in zip(rows, recompute(torch_client, running, rows), strict=True):
         assert row["ours"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -298,7 +301,9 @@ def test_a_call_is_announced_before_it_ends(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cuts_the_call(running: Engine, store: ScriptedStore, stream: bool) -> None:
+def test_a_client_that_leaves_cuts_the_call(
+    running: Engine, store: ScriptedStore, torch_client: TorchClient, stream: bool
+) -> None:
     rollout = f"cut-{stream}"
     body = {
         "model": "tiny",
@@ -325,7 +330,7 @@ def test_a_client_that_leaves_cuts_the_call(running: Engine, store: ScriptedStor
         assert choice.finish_reason == "abort"
         assert [(r.start, r.end) for r in choice.policy_runs] == [(0, len(choice.token_ids))]
     rows = [{"prompt": prompt, "response": list(choice_of(span, i).token_ids)} for i in (0, 1)]
-    for index, expected in enumerate(recompute(running, rows)):
+    for index, expected in enumerate(recompute(torch_client, running, rows)):
         assert list(choice_of(span, index).logprobs) == pytest.approx(expected, abs=1e-4)
 
 

@@ -11,11 +11,11 @@ from tests.support.environments import run_in_engine
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 CHECKS = [
-    "generate_and_abort",
+    "generate",
     "swap_methods",
     "output_processor",
     "request_state",
-    "parent_request",
+    "sampled_logprobs_take_the_place_of_tables",
     "outputs",
     "sampling_parameters",
     "layerwise_reload",

@@ -12,21 +12,19 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 
 def parameters(function: object) -> list[str]:
     return list(inspect.signature(function).parameters)  # type: ignore[arg-type]  # vLLM's functions
 
 
-def check_generate_and_abort() -> None:
+def check_generate() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
     assert parameters(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
     assert "lora_request" in parameters(AsyncLLM.generate)
-    assert parameters(AsyncLLM.abort) == ["self", "request_id", "internal"]
-    # Disconnects must go through `self.abort`, where the snapshot is taken.
-    assert "await self.abort(q.request_id, internal=True)" in inspect.getsource(AsyncLLM.generate)
 
 
 def check_swap_methods() -> None:
@@ -44,8 +42,7 @@ def check_output_processor() -> None:
 
     processor = OutputProcessor(None, log_stats=False)
     assert processor.request_states == {}
-    assert processor.parent_requests == {}
-    assert dict(processor.external_req_ids) == {}
+    assert parameters(processor.add_request)[:2] == ["request", "prompt"]
 
 
 def check_request_state() -> None:
@@ -75,12 +72,40 @@ def check_request_state() -> None:
     assert state.output_kind.name == "DELTA"
 
 
-def check_parent_request() -> None:
-    from vllm.v1.engine.parallel_sampling import ParentRequest
+def check_sampled_logprobs_take_the_place_of_tables() -> None:
+    import numpy as np
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.outputs import LogprobsLists
 
-    source = inspect.getsource(ParentRequest.__init__)
-    assert "self.output_aggregator" in source
-    assert "self.external_req_id" in source
+    from agl_grpc.interceptor.engine_state import keep_sampled_logprobs
+
+    class State:
+        logprobs_processor: object
+
+    request = EngineCoreRequest(
+        request_id="r",
+        prompt_token_ids=[1],
+        mm_features=None,
+        sampling_params=SamplingParams(logprobs=0),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    state = State()
+    state.logprobs_processor = LogprobsProcessor.from_new_request(None, request)
+    keep_sampled_logprobs(state)
+    processor: Any = state.logprobs_processor
+    lists = LogprobsLists(np.array([[7], [8]]), np.array([[-0.5], [-1.5]]), np.array([1, 2]))
+    processor._update_sample_logprobs(lists)
+    assert processor.sampled == [-0.5, -1.5]
+    assert processor.logprobs is None
+    assert processor.cumulative_logprob is None
+    assert processor.pop_prompt_logprobs() is None
+    assert "_update_sample_logprobs" in inspect.getsource(LogprobsProcessor.update_from_output)
 
 
 def check_outputs() -> None:

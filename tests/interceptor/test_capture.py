@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import time
 from typing import Any
 
 import httpx
@@ -290,14 +292,22 @@ def test_a_call_is_announced_before_it_ends(
     running: Engine, store: ScriptedStore, http: httpx.Client
 ) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with http.stream("POST", f"{running.base('announced')}/v1/chat/completions", json=body) as response:
-        lines = response.iter_lines()
-        next(lines)
-        assert not store.calls_of("announced")
-        store.wait(lambda: ("announced", "at-1") in store.open_calls.values(), "the open call")
-        assert len(list(lines)) > 100
-    assert store.calls_of("announced")
+    http.post(f"{running.base('announced')}/v1/chat/completions", json=body)
+    ((span, _),) = store.calls_of("announced")
+    announced = store.request_with(lambda g: any(c.span_id == span.span_id for c in g.open_calls))
+    ended = store.request_with(lambda g: any(s.span_id == span.span_id for s in g.spans))
+    assert announced < ended
     assert ("announced", "at-1") not in store.open_calls.values()
+
+
+def leave_without_answer(running: Engine, store: ScriptedStore, rollout: str, body: dict[str, Any]) -> None:
+    """Send a request, and hang up a moment after the engine has begun with it."""
+    url = httpx.URL(f"{running.base(rollout)}/v1/completions")
+    connection = http.client.HTTPConnection(str(url.host), url.port)
+    connection.request("POST", url.path, json.dumps(body), {"Content-Type": "application/json"})
+    store.wait(lambda: (rollout, "at-1") in store.open_calls.values(), "the open call")
+    time.sleep(0.5)  # for some tokens, which nothing outside can see
+    connection.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -320,13 +330,12 @@ def test_a_client_that_leaves_cuts_the_call(
                 for _ in zip(range(20), response.iter_lines(), strict=False):
                     pass
         else:
-            with pytest.raises(httpx.ReadTimeout):
-                client.post(url, json=body, timeout=0.6)
+            leave_without_answer(running, store, rollout, body)
     ((span, prompt),) = recorded(store, rollout)
     assert span.model_call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_CUT
     for index in (0, 1):
         choice = choice_of(span, index)
-        assert 3 <= len(choice.token_ids) == len(choice.logprobs) < 450
+        assert 1 <= len(choice.token_ids) == len(choice.logprobs) < 450
         assert choice.finish_reason == "abort"
         assert [(r.start, r.end) for r in choice.policy_runs] == [(0, len(choice.token_ids))]
     rows = [{"prompt": prompt, "response": list(choice_of(span, i).token_ids)} for i in (0, 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from agl_grpc.trainer.result import FitResult, Scores
 from agl_grpc.trainer.run_folder import dataset_digest, describe_run
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.settings import setting
+from agl_grpc.trainer.validate import Score
 
 # The learner reports its last step before it ends; the watch has this long to bring it.
 _LAST_METRICS_SECONDS = 10.0
@@ -47,7 +49,9 @@ class VerlSession(Session):
         plan = self.plan
         training = await self._training_run()
         model, version = await self._start_weights(training)
-        validates = bool(plan.val_dataset) and plan.validation.before and not plan.resume
+        before = self._recorded("before")
+        untrained = not training.checkpoint_id and not before
+        validates = bool(plan.val_dataset) and plan.validation.before and untrained
         llm = self._start_engine(self._engine_python, model, self._algorithm.model_name, version)
         await self._publish(llm, self._temperature)
         # The first step may not change the weights under a validation that is still going on.
@@ -64,7 +68,6 @@ class VerlSession(Session):
         try:
             await self.stack.until(self._engine_ready())
             self.progress.say(f"the engine serves policy version {version}")
-            before: Scores = {}
             if validates:
                 before = await self.stack.until(self._validate("before"))
                 self._note_scores("before", before)
@@ -203,6 +206,14 @@ class VerlSession(Session):
             raise PartDied(f"the learner ended, but its training run is {state}: {learner.obituary()}")
         return training
 
+    def _recorded(self, when: str) -> Scores:
+        """Scores that an earlier session of this run wrote down."""
+        recorded: Mapping[str, Any] = self._manifest["validation"].get(when, {})
+        return {
+            name: Score(**{**score, "task_means": tuple(score["task_means"])})
+            for name, score in recorded.items()
+        }
+
     def _workers_command(self) -> str:
         queues = f"--queue {self.plan.run_id} --queue {self.plan.validation_queue}"
         return (
@@ -212,10 +223,7 @@ class VerlSession(Session):
 
     def _note_scores(self, when: str, scores: Scores) -> None:
         if scores:
-            self._manifest["validation"][when] = {
-                name: {"mean": score.mean, "rollouts": score.rollouts, "failures": score.failures}
-                for name, score in scores.items()
-            }
+            self._manifest["validation"][when] = {name: asdict(score) for name, score in scores.items()}
             self.plan.folder.write_manifest(self._manifest)
 
     def _result(

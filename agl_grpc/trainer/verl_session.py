@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,9 @@ from agl_grpc.trainer.validate import Score
 _LAST_METRICS_SECONDS = 10.0
 _TAKE_UP_SECONDS = 0.5
 _LAST_CALLS_SECONDS = 30.0
+_METRICS_SECONDS = 5.0
+# The metric by which the learner names the version that it published after a step.
+PUBLISHED = "weights/policy_version"
 
 
 class VerlSession(Session):
@@ -147,10 +151,26 @@ class VerlSession(Session):
             raise TrainerError(
                 f"checkpoint {training.checkpoint_id} is committed, but {folder} does not exist"
             )
+        return str(folder), await self._published_version(training)
+
+    async def _published_version(self, training: TrainingRun) -> int:
+        """The policy version under which the checkpoint's weights were published."""
+        step = int((training.checkpoint_id or "").rpartition("_")[2])
+        found: int | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_METRICS_SECONDS):
+                changes = self.client.watch_training_run(training.training_run_id, from_step=step)
+                async with contextlib.aclosing(changes):  # type: ignore[type-var]  # it is a generator
+                    async for _, steps in changes:
+                        for item in steps:
+                            if item.step == step and PUBLISHED in item.metrics:
+                                found = int(item.metrics[PUBLISHED])
+                        if found is not None:
+                            return found
+        # The trainer died between the commit and its report: nothing has been published since.
         versions = await self.client.query_policy_versions(self._algorithm.model_name)
         committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
-        # Versions only rise: the learner publishes the checkpoint's weights again, above all of these.
-        return str(folder), max(committed, default=0)
+        return max(committed, default=0)
 
     def _start_learner(self, training: TrainingRun) -> None:
         plan = self.plan

@@ -54,7 +54,9 @@ def test_a_broken_algorithm_raises_and_everything_ends(tmp_path: Path) -> None:
 
 def test_an_agent_that_cannot_be_imported_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     trainer = Trainer(algorithm=agents.summing, run_name="nobody", run_dir=tmp_path)
-    with pytest.raises(TrainerError, match=r"(?s)runner exited with code 1.*has no 'nobody'"):
+    with pytest.raises(
+        TrainerError, match=r"runner exited with code 1: module .* has no 'nobody'; its log is"
+    ):
         trainer.fit("tests.trainer.agents:nobody", TASKS)
 
 

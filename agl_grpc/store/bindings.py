@@ -39,7 +39,20 @@ class ResourceCache:
     """The last publications as messages; they never change. Used in the writer's thread only."""
 
     def __init__(self) -> None:
+        self._latest: dict[int, int | None] = {}
         self._sets: OrderedDict[int, resources_pb2.ResourceSet] = OrderedDict()
+
+    def latest(self, tx: Tx, run_key: int) -> int | None:
+        """The run's last publication in commit order; None = nothing is published yet."""
+        if run_key not in self._latest:
+            self._latest[run_key] = latest_key(tx.connection, run_key)
+        return self._latest[run_key]
+
+    def published(self, tx: Tx, run_key: int) -> None:
+        """Something was published: looks for the run's latest anew, "
+        "also if the publication comes to nothing."""
+        self._latest.pop(run_key, None)
+        tx.after_rollback(lambda: self._latest.pop(run_key, None))
 
     def get(self, tx: Tx, resource_key: int) -> resources_pb2.ResourceSet:
         """The publication with this key, which exists."""

@@ -27,9 +27,11 @@ class Commands:
 
     def __init__(self) -> None:
         self._listeners: dict[int, list[Push]] = {}
+        self._runs: dict[int, int] = {}
 
-    def listen(self, worker_key: int, push: Push) -> None:
-        """Pushes the worker's commands from now on, after their commit."""
+    def listen(self, worker_key: int, run_key: int, push: Push) -> None:
+        """Pushes the worker's commands from now on, after their commit; it works for this run."""
+        self._runs[worker_key] = run_key
         self._listeners.setdefault(worker_key, []).append(push)
 
     def unlisten(self, worker_key: int, push: Push) -> None:
@@ -39,10 +41,11 @@ class Commands:
             listeners.remove(push)
         if not listeners:
             self._listeners.pop(worker_key, None)
+            self._runs.pop(worker_key, None)
 
-    def connected(self) -> list[int]:
-        """Workers with a stream open here."""
-        return list(self._listeners)
+    def connected(self, run_key: int) -> list[int]:
+        """Workers of a run with a stream open here."""
+        return [worker_key for worker_key, of_run in list(self._runs.items()) if of_run == run_key]
 
     def add(
         self,

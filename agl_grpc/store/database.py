@@ -16,7 +16,7 @@ from agl_grpc.store.schema import SchemaTooNew, families, migrate
 
 _APPLICATION_ID = 0x41474C47
 _CHECK_LIMIT = 256 << 20
-_CHECKPOINT_PAGES = 8000
+_CHECKPOINT_PAGES = 16_000
 
 
 class DatabaseError(Exception):
@@ -57,6 +57,12 @@ class Database:
         """A connection that cannot write."""
         connection = self._connect()
         connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    def connect_checkpointer(self) -> sqlite3.Connection:
+        """A connection that moves the write-ahead log into the database, as durably as the writer does."""
+        connection = self._connect()
+        connection.execute(f"PRAGMA synchronous = {'OFF' if self.memory else 'FULL'}")
         return connection
 
     def _connect(self) -> sqlite3.Connection:

@@ -19,7 +19,7 @@ from agl_grpc.store.attempts import (
     seal_timeout,
     settle,
 )
-from agl_grpc.store.bindings import ResourceCache, latest_key
+from agl_grpc.store.bindings import ResourceCache
 from agl_grpc.store.catalog import Catalog
 from agl_grpc.store.commands import CANCEL, Commands
 from agl_grpc.store.credentials import CredentialSigner
@@ -85,7 +85,7 @@ class Moves:
         self.dispatcher = dispatcher
         self.commands = commands
         self.signer = signer
-        self._resources = ResourceCache()
+        self.resources = ResourceCache()
 
     # Beginning
 
@@ -119,7 +119,7 @@ class Moves:
             self._supersede(tx, attempt_by_key(tx.connection, rollout.latest_attempt_key))
         resource_key = rollout.resource_key
         if resource_key is None:
-            resource_key = latest_key(tx.connection, rollout.run_key)
+            resource_key = self.resources.latest(tx, rollout.run_key)
         expire = None if lease_duration is None else tx.now + lease_duration
         clocks = lifecycle.Clocks(tx.now, None, rollout.timeout, rollout.unresponsive, expire, None)
         due = lifecycle.next_due(True, clocks)
@@ -216,7 +216,7 @@ class Moves:
         lease.attempt_credential = self.credential(tx, rollout, begun.attempt_id)
         set_duration(lease.duration, waiter.duration)
         if begun.resource_key is not None:
-            leased.resources.CopyFrom(self._resources.get(tx, begun.resource_key))
+            leased.resources.CopyFrom(self.resources.get(tx, begun.resource_key))
             self.name_resources(tx, leased.rollout, begun.resource_key)
             self.name_resources(tx, attempt, begun.resource_key)
 
@@ -224,7 +224,7 @@ class Moves:
         self, tx: Tx, holder: attempt_pb2.Attempt | rollout_pb2.Rollout, resource_key: int
     ) -> None:
         """Fills in which publication of resources a rollout or an attempt is bound to."""
-        resources = self._resources.get(tx, resource_key)
+        resources = self.resources.get(tx, resource_key)
         holder.resources_id = resources.resources_id
         holder.resources_version = resources.version
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from agl_grpc.store import lifecycle
 from agl_grpc.store.attempts import CREATED, ROLLOUT, UPDATED, seal_rollout, settle
-from agl_grpc.store.bindings import latest_key, named_key
+from agl_grpc.store.bindings import named_key
 from agl_grpc.store.bulk import insert_rows
 from agl_grpc.store.catalog import RunRow, labels_of
 from agl_grpc.store.dispatch import Waiter
@@ -65,7 +65,7 @@ class Rollouts:
             StoreError: INVALID_FIELD, ENTITY_EXISTS, RESOURCE_MISSING; then none is made.
         """
         first = self._catalog.next_key(tx, "rollouts", len(specs))
-        latest = latest_key(tx.connection, run.run_key)
+        latest = self._moves.resources.latest(tx, run.run_key)
         plans = [
             self._plan(tx, run, spec, f"rollouts[{i}]", first + i, latest, retry_of[i] if retry_of else "")
             for i, spec in enumerate(specs)
@@ -80,7 +80,7 @@ class Rollouts:
     def start(self, tx: Tx, run: RunRow, spec: rollout_pb2.RolloutSpec) -> RolloutRow:
         """Makes a rollout that never enters its queue; the caller begins its first attempt."""
         first = self._catalog.next_key(tx, "rollouts")
-        plan = self._plan(tx, run, spec, "rollout", first, latest_key(tx.connection, run.run_key), "")
+        plan = self._plan(tx, run, spec, "rollout", first, self._moves.resources.latest(tx, run.run_key), "")
         plan.queued = False
         self._insert(tx, run, [plan], [None])
         return rollout_by_key(tx.connection, first)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from agl_grpc.store import maintenance
+from agl_grpc.store.checkpoints import Checkpointer
 from agl_grpc.store.clock import Clock, SystemClock
 from agl_grpc.store.database import Database, open_database
 from agl_grpc.store.hub import Hub
@@ -42,6 +43,7 @@ class Store:
         self.reads = ReadPool(database)
         self.writer = Writer(database.connect_writer(), clock, self._committed)
         self.timers = Timers(self.writer, clock)
+        self._checkpointer = Checkpointer(database)
         self.maintenance = maintenance.Maintenance(self.writer)
 
     @classmethod
@@ -58,6 +60,7 @@ class Store:
         """
         store = cls(open_database(path, limit_pages=limit_pages), clock or SystemClock())
         store.writer.start()
+        store._checkpointer.start()
         store.maintenance.start()
         return store
 
@@ -84,5 +87,6 @@ class Store:
         await self.maintenance.close()
         await self.timers.close()
         await self.writer.stop()
+        self._checkpointer.close()
         self.reads.close()
         self.database.close()

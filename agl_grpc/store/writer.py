@@ -165,7 +165,7 @@ class Writer:
     def _group(self) -> None:
         done: list[_Command] = []
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._begin()
             self._touched = False
             self._fill(done)
             self._segment.clear()
@@ -179,6 +179,17 @@ class Writer:
         self._in_savepoint = False
         dues = [command.tx.due for command in done if command.error is None and command.tx and command.tx.due]
         self._answer(done, events, min(dues, default=None))
+
+    def _begin(self) -> None:
+        while True:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                _log.warning("another program holds the database's write lock; waiting for it")
+            else:
+                return
 
     def _finish(self, done: list[_Command], events: list[EventRow]) -> None:
         deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]] = {}
@@ -245,7 +256,7 @@ class Writer:
             self._close_savepoint()
         else:
             self._connection.execute("ROLLBACK")
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._begin()
         again = list(self._segment)
         self._segment.clear()
         for one in reversed(again):

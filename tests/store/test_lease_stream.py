@@ -8,7 +8,14 @@ import time
 import grpc
 import pytest
 
-from agl_grpc.v1 import common_pb2, rollout_pb2, runner_service_pb2, store_service_pb2, worker_pb2
+from agl_grpc.v1 import (
+    common_pb2,
+    resources_pb2,
+    rollout_pb2,
+    runner_service_pb2,
+    store_service_pb2,
+    worker_pb2,
+)
 from tests.store.rig import Rig, WorkerStream, held, reason, running
 from tests.support.waiting import eventually
 
@@ -286,3 +293,24 @@ async def test_an_unknown_run_is_named(rig: Rig) -> None:
         await rig.lease(run_id="nowhere")
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
     assert "nowhere" in (caught.value.details() or "")
+
+
+async def test_new_resources_are_announced_to_connected_workers(rig: Rig) -> None:
+    stream = WorkerStream(rig)
+    await stream.open(granted=1)
+    await rig.enqueue(rollout_id="before")
+    await stream.deliveries(1)
+    for _ in range(2):
+        resource = resources_pb2.Resource(name="prompt", prompt_template={"template": "hello"})
+        request = store_service_pb2.PublishResourcesRequest(resources=[resource], resources_id="rs")
+        await rig.store.PublishResources(request)
+    first = (await stream.read()).commands.commands
+    second = first[1:] or (await stream.read()).commands.commands
+    assert first[0].kind == worker_pb2.COMMAND_KIND_RESOURCES
+    assert (second[0].resources_id, second[0].resources_version) == ("rs", 2)
+    assert len((await rig.renew()).commands) == 1, "the newer announcement replaces the older"
+    await stream.grant(2)
+    await rig.enqueue(rollout_id="after")
+    (leased,) = await stream.deliveries(1)
+    assert leased.resources.version == 2
+    await stream.done()

@@ -243,3 +243,33 @@ def test_a_storage_error_ends_the_process_at_once(tmp_path: Path) -> None:
     kept = database.connect_reader().execute("SELECT value FROM meta WHERE name = 'kept'").fetchall()
     assert kept == [("1",)]
     database.close()
+
+
+async def test_the_write_ahead_log_stays_small_while_commits_go_on(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "store.db")
+    try:
+        for i in range(60):
+            await store.write(
+                lambda tx, i=i: tx.execute("INSERT INTO meta VALUES (?, ?)", (f"n{i}", "x" * (2 << 20)))
+            )
+        log = tmp_path / "store.db-wal"
+        assert log.stat().st_size < 100 << 20
+        assert (tmp_path / "store.db").stat().st_size > 20 << 20, "most of it was moved meanwhile"
+    finally:
+        await store.close()
+
+
+async def test_a_foreign_write_lock_is_waited_for(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "store.db")
+    try:
+        foreign = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+        foreign.execute("BEGIN IMMEDIATE")
+        writing = asyncio.ensure_future(store.write(put("late", "1")))
+        done, _ = await asyncio.wait([writing], timeout=0.2)
+        assert not done
+        foreign.execute("COMMIT")
+        foreign.close()
+        await writing
+        assert "late" in await names(store)
+    finally:
+        await store.close()

@@ -100,14 +100,16 @@ async def test_a_stream_that_has_ended_is_told_at_the_flush_not_to_the_agent(cli
     rollout = await client.start_rollout(1)
     streamer = SpanStreamer(client).start()
     tracer = OtelTracer(streamer, install_globally=False)
-    trace = tracer.trace_context(
-        "agent", rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id
-    )
-    done = False
-    with pytest.raises(RuntimeError, match="the SpanStreamer is closed"):
-        async with trace:
+    ids = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+    done: list[bool] = []
+
+    async def agent() -> None:
+        async with tracer.trace_context("agent", **ids):
             await streamer.close()
             emit_message("too late")
-            done = True
+            done.append(True)
+
+    with pytest.raises(RuntimeError, match="the SpanStreamer is closed"):
+        await agent()
     assert done
     tracer.teardown()

@@ -69,6 +69,7 @@ class LeaseSession:
         self._told_idle = ""
         self._fenced = False
         self._gone = False
+        self._late: asyncio.Task[None] | None = None
 
     async def run(self, call: Call) -> None:
         """Serves the stream until either side ends it."""
@@ -136,7 +137,7 @@ class LeaseSession:
         pending = commands.pending(tx.connection, waiter.worker_key)
         self._waiter, self._sessions[key] = waiter, self
         tx.after_rollback(lambda: self._restore(key, older))
-        tx.after_commit(lambda: self._side.commands.listen(waiter.worker_key, self._ordered))
+        tx.after_commit(lambda: self._side.commands.listen(waiter.worker_key, waiter.run_key, self._ordered))
         for command in pending:
             tx.after_commit(partial(self._ordered, command))
         self._granted = opening.granted
@@ -192,8 +193,8 @@ class LeaseSession:
         self._deliveries.append(leased)
         self._told_idle = ""
         if self._gone:
-            # Too late for the clean-up that has run already.
-            self._late = asyncio.get_running_loop().create_task(self._store.write(self._give_back))
+            # Too late for the clean-up that is under way.
+            self._late = asyncio.get_running_loop().create_task(self.clean_up())
         self._wake.set()
 
     def _ordered(self, command: worker_pb2.WorkerCommand) -> None:

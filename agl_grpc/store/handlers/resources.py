@@ -45,7 +45,9 @@ class ResourceHandlers:
         def run(tx: Tx) -> store_service_pb2.PublishResourcesResponse:
             run_row = self._side.catalog.run(tx, request.run_id)
             key, made = publish(tx, run_row, request.resources_id, request.resources)
-            self._side.commands.announce_resources(tx, key, self._side.commands.connected())
+            self._side.moves.resources.published(tx, run_row.run_key)
+            workers = self._side.commands.connected(run_row.run_key)
+            self._side.commands.announce_resources(tx, key, workers)
             return store_service_pb2.PublishResourcesResponse(resources=made)
 
         return await change(self._store, call, request, run, 4)

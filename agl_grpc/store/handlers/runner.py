@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from agl_grpc.store import commands, idempotency, limits, workers
 from agl_grpc.store.call import Call
@@ -10,7 +11,7 @@ from agl_grpc.store.catalog import labels_of
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.dispatch import Waiter
 from agl_grpc.store.encode import duration_of
-from agl_grpc.store.errors import invalid_field
+from agl_grpc.store.errors import StoreError, invalid_field
 from agl_grpc.store.handlers.common import at_most, change, request_key
 from agl_grpc.store.idempotency import RequestKey
 from agl_grpc.store.leases import wanted_duration
@@ -143,10 +144,16 @@ class RunnerHandlers:
             await self._store.write(lambda tx: poll.begin(tx, seconds > 0 and not call.drain.is_set()))
             return await self._wait(poll, call, seconds)
         except asyncio.CancelledError:
-            task = asyncio.get_running_loop().create_task(self._store.write(poll.give_back))
+            # Beside this call, which is being cancelled.
+            task = asyncio.get_running_loop().create_task(self._clean_up(poll))
             self._cleanups.add(task)
             task.add_done_callback(self._cleanups.discard)
             raise
+
+    async def _clean_up(self, poll: _Poll) -> None:
+        with contextlib.suppress(StoreError):
+            # A store that stops accepts nothing more: the lease then ends by time.
+            await self._store.write(poll.give_back)
 
     async def _wait(self, poll: _Poll, call: Call, seconds: float) -> bytes:
         if poll.answer.done():

@@ -64,6 +64,12 @@ engines: .venv/dev-ready ## Make the engine and learner environments
 	.venv/bin/agl-grpc env create engine --path .venv-engine
 	.venv/bin/agl-grpc env create learner --path .venv-learner
 
+# RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
+.PHONY: train
+train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises
+	.venv/bin/python -m examples.calculator.train $(if $(RUN),--run $(RUN)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
 .PHONY: test
 test: check-proto check-protoc lint test-fast engines ## Everything: lint, the fast suite, real vLLM and real verl
 	.venv/bin/python -m pytest -m e2e

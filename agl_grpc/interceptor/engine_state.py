@@ -6,57 +6,70 @@ pinned by a contract test for the supported vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agl_grpc.interceptor.record import ChoiceRecord
 from agl_grpc.interceptor.versions import runs_from_engine
 
 
-def sampled_logprobs(logprobs: Any, token_ids: Sequence[int]) -> list[float]:
-    """The sampled tokens' own logprobs from vLLM's per-position tables."""
-    if not logprobs:
-        return []
-    return [table[token].logprob for table, token in zip(logprobs, token_ids, strict=True)]
+def watch_requests(output_processor: Any, on_sequence: Callable[[str, Any], None]) -> None:
+    """Call `on_sequence(API's request id, state)` for each sequence that begins, before its first token."""
+    original = output_processor.add_request
 
-
-def request_states(output_processor: Any, external_id: str) -> list[Any]:
-    """States of the sequences of one request that have not finished, by the id that the API gave it."""
-    internal = output_processor.external_req_ids.get(external_id, ())
-    states = (output_processor.request_states.get(request_id) for request_id in internal)
-    return [state for state in states if state is not None]
-
-
-def external_ids(output_processor: Any, request_ids: Iterable[str], internal: bool) -> Iterator[str]:
-    """The API's ids of requests that are named by internal (or already by external) ids."""
-    for request_id in request_ids:
-        if not internal:
-            yield request_id
-            continue
-        state = output_processor.request_states.get(request_id)
-        parent = output_processor.parent_requests.get(request_id)
+    def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
+        original(request, *args, **kwargs)
+        state = output_processor.request_states.get(request.request_id)
         if state is not None:
-            yield state.external_req_id
-        elif parent is not None:
-            yield parent.external_req_id
+            on_sequence(state.external_req_id, state)
+
+    output_processor.add_request = add_request
 
 
-def progress(state: Any) -> tuple[int, int]:
-    """Index of a sequence's choice, and how many tokens it has sampled."""
-    return state.request_index, state.detokenizer.num_output_tokens()
+@functools.cache
+def _sampled_logprobs_class() -> Any:
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    class SampledLogprobs(LogprobsProcessor):  # type: ignore[misc]  # vllm is not type-checked here
+        def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
+            # One row per token; the sampled token comes first in its row.
+            self.sampled.extend(row[0] for row in logprobs_lists[1].tolist())
+
+    return SampledLogprobs
+
+
+def keep_sampled_logprobs(state: Any) -> None:
+    """Let a sequence collect its sampled tokens' logprobs as plain numbers, unseen by the API.
+
+    vLLM's own tables (a dictionary and a decoded text per token) are then not built: the answer is made as
+    if no logprobs had been asked for.
+    """
+    old = state.logprobs_processor
+    values = {each.name: getattr(old, each.name) for each in dataclasses.fields(old)}
+    kept = _sampled_logprobs_class()(**{**values, "logprobs": None, "cumulative_logprob": None})
+    kept.sampled = []
+    state.logprobs_processor = kept
+
+
+def tokens_so_far(state: Any) -> int:
+    """How many tokens a sequence has sampled."""
+    return int(state.detokenizer.num_output_tokens())
 
 
 def snapshot(state: Any) -> ChoiceRecord:
     """A sequence as far as it has come: every token that left the engine core, passed on or not."""
     tokens = list(state.detokenizer.output_token_ids)
+    processor = state.logprobs_processor
+    sampled = getattr(processor, "sampled", None)
     choice = ChoiceRecord(state.request_index, tokens)
-    choice.logprobs = sampled_logprobs(state.logprobs_processor.logprobs, tokens)
+    # A stop string may have taken back tokens of the last step.
+    choice.logprobs = _from_tables(processor.logprobs, tokens) if sampled is None else sampled[: len(tokens)]
     choice.runs = runs_from_engine(state.weight_version_starts, len(tokens)) or []
     return choice
 
 
-def finished_siblings(state: Any) -> list[Any]:
-    """Outputs of the same request (n > 1, not streamed) that have finished and wait for the others."""
-    if state.parent_req is None:
-        return []
-    return [output for output in state.parent_req.output_aggregator if output is not None]
+def _from_tables(tables: Any, tokens: Sequence[int]) -> list[float]:
+    """The sampled tokens' logprobs from vLLM's tables, kept because the API asked for them."""
+    return [table[token].logprob for table, token in zip(tables or (), tokens, strict=False)]

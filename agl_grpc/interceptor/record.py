@@ -56,13 +56,6 @@ class CallRecord:
     total_ns: int = 0
     weights_digest: str = ""
     cache_salt: str = ""
-    start_version: int = 0
-
-    def choice(self, index: int) -> ChoiceRecord:
-        """The choice with this index, made when it is new."""
-        if index not in self.choices:
-            self.choices[index] = ChoiceRecord(index)
-        return self.choices[index]
 
     def untrainable(self, reason: str) -> None:
         """Note why this call must not be trained; the same reason counts once."""

@@ -30,7 +30,7 @@ IGNORED = -100
 class WarmStart:
     """How the model is warm-started: steps of `batch` transcripts; tool_share of them use the tool.
 
-    threads is 1 because matrices this small gain little from a second one and lose much when cores are shared.
+    threads is 1: matrices this small gain little from a second one and lose much when cores are shared.
     """
 
     steps: int = 500
@@ -75,7 +75,8 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=24,
+        # vLLM's CPU kernels have no smaller one.
+        head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,

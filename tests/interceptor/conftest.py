@@ -10,14 +10,21 @@ import pytest
 
 from tests.interceptor.engine import Engine, engine
 from tests.interceptor.scripted_store import ScriptedStore
-from tests.support.environments import run_in_engine
+from tests.support.torch_client import TorchClient
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def torch_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchClient]:
+    """Torch and transformers, in the engine environment."""
+    with TorchClient(tmp_path_factory.mktemp("torch") / "helper.log") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, torch_client: TorchClient) -> Path:
     """Folder of the tiny model."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    run_in_engine("tests.interceptor.tiny_model", str(folder))
+    torch_client.call("make_model", folder=str(folder))
     return folder
 
 

@@ -52,7 +52,7 @@ class _Store(store_service_pb2_grpc.StoreServiceServicer):
             for index, span in enumerate(group.spans):
                 self._store(answer, group, span, number, index)
         owner.changed()
-        if owner.lose_answer:
+        if owner.lose_answer and any(group.spans for group in request.groups):
             owner.lose_answer = False
             await context.abort(grpc.StatusCode.UNAVAILABLE, "stored, but the answer is lost")
         return answer
@@ -181,6 +181,12 @@ class ScriptedStore:
         """Spans of a rollout's model calls with their whole prompts, in order of their start."""
         found = [(span, self.prompts[key]) for key, span in list(self.spans.items()) if key[0] == rollout]
         return sorted(found, key=lambda pair: pair[0].start_time_unix_nano)
+
+    def request_with(self, condition: Callable[[span_pb2.AttemptSpans], bool]) -> int:
+        """Number of the first request with a group that meets the condition."""
+        return next(
+            number for number, request in enumerate(self.requests) if any(map(condition, request.groups))
+        )
 
     def publish(self, version: policy_pb2.PolicyVersion) -> None:
         """Push a policy version to the engine that watches."""

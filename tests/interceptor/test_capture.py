@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import time
 from typing import Any
 
 import httpx
@@ -11,7 +13,7 @@ import pytest
 from agl_grpc.v1 import model_call_pb2, span_pb2
 from tests.interceptor.engine import Engine
 from tests.interceptor.scripted_store import ScriptedStore
-from tests.support.environments import run_in_engine
+from tests.support.torch_client import TorchClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -147,7 +149,13 @@ def test_generate_with_its_own_version_spans(
     ],
 )
 def test_dialects_without_token_ids_match_a_recomputation(
-    running: Engine, store: ScriptedStore, http: httpx.Client, path: str, body: dict[str, Any], stream: bool
+    running: Engine,
+    store: ScriptedStore,
+    torch_client: TorchClient,
+    http: httpx.Client,
+    path: str,
+    body: dict[str, Any],
+    stream: bool,
 ) -> None:
     rollout = f"{path}-{stream}"
     response = http.post(
@@ -159,21 +167,18 @@ def test_dialects_without_token_ids_match_a_recomputation(
     chat = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **IDS}
     assert prompt == http.post(f"{running.url}/v1/chat/completions", json=chat).json()["prompt_token_ids"]
     rows = [{"prompt": prompt, "response": list(choice.token_ids)}]
-    (expected,) = recompute(running, rows)
+    (expected,) = recompute(torch_client, running, rows)
     assert list(choice.logprobs) == pytest.approx(expected, abs=1e-4)
     assert span.model_call.api == path
 
 
-def recompute(running: Engine, rows: list[dict[str, Any]]) -> list[list[float]]:
-    asked = json.dumps({"model": str(running.model), "rows": rows})
-    answer: list[list[float]] = json.loads(
-        run_in_engine("tests.interceptor.recompute", stdin=asked).splitlines()[-1]
-    )
+def recompute(client: TorchClient, running: Engine, rows: list[dict[str, Any]]) -> list[list[float]]:
+    answer: list[list[float]] = client.call("logprobs", model=str(running.model), rows=rows)
     return answer
 
 
 def test_logprobs_are_those_of_the_sampled_distribution(
-    running: Engine, store: ScriptedStore, http: httpx.Client
+    running: Engine, store: ScriptedStore, torch_client: TorchClient, http: httpx.Client
 ) -> None:
     rows = []
     for number, temperature in enumerate([1.0, 0.5, 1.7]):
@@ -185,7 +190,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(
             {"prompt": prompt, "response": list(choice_of(span).token_ids), "temperature": temperature}
         )
         rows[-1]["ours"] = list(choice_of(span).logprobs)
-    for row, expected in zip(rows, recompute(running, rows), strict=True):
+    for row, expected in zip(rows, recompute(torch_client, running, rows), strict=True):
         assert row["ours"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -287,18 +292,28 @@ def test_a_call_is_announced_before_it_ends(
     running: Engine, store: ScriptedStore, http: httpx.Client
 ) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with http.stream("POST", f"{running.base('announced')}/v1/chat/completions", json=body) as response:
-        lines = response.iter_lines()
-        next(lines)
-        assert not store.calls_of("announced")
-        store.wait(lambda: ("announced", "at-1") in store.open_calls.values(), "the open call")
-        assert len(list(lines)) > 100
-    assert store.calls_of("announced")
+    http.post(f"{running.base('announced')}/v1/chat/completions", json=body)
+    ((span, _),) = store.calls_of("announced")
+    announced = store.request_with(lambda g: any(c.span_id == span.span_id for c in g.open_calls))
+    ended = store.request_with(lambda g: any(s.span_id == span.span_id for s in g.spans))
+    assert announced < ended
     assert ("announced", "at-1") not in store.open_calls.values()
 
 
+def leave_without_answer(running: Engine, store: ScriptedStore, rollout: str, body: dict[str, Any]) -> None:
+    """Send a request, and hang up a moment after the engine has begun with it."""
+    url = httpx.URL(f"{running.base(rollout)}/v1/completions")
+    connection = http.client.HTTPConnection(str(url.host), url.port)
+    connection.request("POST", url.path, json.dumps(body), {"Content-Type": "application/json"})
+    store.wait(lambda: (rollout, "at-1") in store.open_calls.values(), "the open call")
+    time.sleep(0.5)  # for some tokens, which nothing outside can see
+    connection.close()
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cuts_the_call(running: Engine, store: ScriptedStore, stream: bool) -> None:
+def test_a_client_that_leaves_cuts_the_call(
+    running: Engine, store: ScriptedStore, torch_client: TorchClient, stream: bool
+) -> None:
     rollout = f"cut-{stream}"
     body = {
         "model": "tiny",
@@ -315,17 +330,16 @@ def test_a_client_that_leaves_cuts_the_call(running: Engine, store: ScriptedStor
                 for _ in zip(range(20), response.iter_lines(), strict=False):
                     pass
         else:
-            with pytest.raises(httpx.ReadTimeout):
-                client.post(url, json=body, timeout=0.6)
+            leave_without_answer(running, store, rollout, body)
     ((span, prompt),) = recorded(store, rollout)
     assert span.model_call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_CUT
     for index in (0, 1):
         choice = choice_of(span, index)
-        assert 3 <= len(choice.token_ids) == len(choice.logprobs) < 450
+        assert 1 <= len(choice.token_ids) == len(choice.logprobs) < 450
         assert choice.finish_reason == "abort"
         assert [(r.start, r.end) for r in choice.policy_runs] == [(0, len(choice.token_ids))]
     rows = [{"prompt": prompt, "response": list(choice_of(span, i).token_ids)} for i in (0, 1)]
-    for index, expected in enumerate(recompute(running, rows)):
+    for index, expected in enumerate(recompute(torch_client, running, rows)):
         assert list(choice_of(span, index).logprobs) == pytest.approx(expected, abs=1e-4)
 
 

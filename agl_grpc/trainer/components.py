@@ -1,0 +1,81 @@
+"""Components as users give them: an instance, a class, a factory, an import path, or a dict."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from agl_grpc.runner.load import LoadError, load_object
+from agl_grpc.trainer.errors import TrainerError
+
+T = TypeVar("T")
+
+
+def build(
+    what: str,
+    spec: Any,
+    kind: type[T],
+    *,
+    registry: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> T | None:
+    """The component that a spec stands for; None stays None.
+
+    Args:
+        what: the component's name in messages, for example ``strategy``.
+        spec: an instance of ``kind``; its class or a factory; an import path (``module:name`` or
+            ``module.name``) or a short name of ``registry``; or a dict with ``type`` and arguments.
+        kind: what has to come out.
+        registry: short names.
+        defaults: arguments for constructors that name them and were not given them.
+
+    Raises:
+        TrainerError: the spec cannot be used; says why.
+    """
+    if spec is None or isinstance(spec, kind):
+        return spec
+    given: dict[str, Any] = {}
+    target = spec
+    if isinstance(spec, Mapping):
+        given = dict(spec)
+        target = given.pop("type", given.pop("name", None))
+        if target is None:
+            raise TrainerError(
+                f"{what}: the dict {dict(spec)!r} has no 'type'; write the class or its import path"
+            )
+    if isinstance(target, str):
+        target = _find(what, target, registry or {})
+    made = target
+    if not isinstance(target, kind):
+        made = _call(what, target, given, defaults or {})
+    if not isinstance(made, kind):
+        raise TrainerError(f"{what} must be a {kind.__name__}, and {spec!r} is a {type(made).__name__}")
+    return made
+
+
+def _find(what: str, path: str, registry: Mapping[str, Any]) -> Any:
+    if path in registry:
+        return registry[path]
+    dotted = path if ":" in path else ":".join(path.rpartition(".")[::2])
+    try:
+        return load_object(dotted)
+    except LoadError as error:
+        known = f"; short names: {', '.join(registry)}" if registry else ""
+        raise TrainerError(f"{what} {path!r}: {error}{known}") from error
+
+
+def _call(what: str, target: Any, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    if not callable(target):
+        raise TrainerError(f"{what}: {target!r} is neither a class nor a factory")
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # some built-in types have none
+        parameters = {}  # type: ignore[assignment]  # an empty mapping serves as well
+    arguments = {name: value for name, value in defaults.items() if name in parameters} | dict(given)
+    try:
+        return target(**arguments)
+    except TypeError as error:
+        raise TrainerError(
+            f"{what}: {getattr(target, '__name__', target)} cannot be made: {error}"
+        ) from error

@@ -1,0 +1,105 @@
+"""What a user may say of the engine, the workers and the validation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from agl_grpc.trainer.errors import TrainerError
+
+T = TypeVar("T")
+
+ENGINE_PYTHON = "AGL_GRPC_ENGINE_PYTHON"
+LEARNER_PYTHON = "AGL_GRPC_LEARNER_PYTHON"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The engine that the trainer starts: `agl-grpc vllm serve`.
+
+    Attributes:
+        arguments: more of vLLM's arguments, for example ``["--max-model-len", "2048"]``.
+        sampling_parameters: given to agents with the endpoint; ``temperature`` is that of training.
+        port: of its HTTP server; 0 = any free one.
+        host: address it binds to and is reached at.
+        start_seconds: longest time until it serves.
+        resource: name under which agents find the endpoint.
+    """
+
+    arguments: Sequence[str] = ()
+    sampling_parameters: Mapping[str, Any] = field(default_factory=dict)
+    port: int = 0
+    host: str = "127.0.0.1"
+    start_seconds: float = 600.0
+    resource: str = "main_llm"
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """The workers that the trainer starts.
+
+    Attributes:
+        concurrency: rollouts that each worker process executes at once.
+        lease_seconds: how long a lease lasts without renewal.
+        drain_seconds: time for agents to finish when the trainer stops.
+        log_level: of the workers' log.
+    """
+
+    concurrency: int = 16
+    lease_seconds: float = 30.0
+    drain_seconds: float = 5.0
+    log_level: str = "info"
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Validation before and after training, on the whole validation dataset.
+
+    Attributes:
+        samples: answers for each task at the training temperature; 0 = none.
+        greedy: whether to answer each task once at temperature 0 too.
+        before: whether to validate before training.
+        after: whether to validate after training.
+        timeout_seconds: longest time of one pass.
+    """
+
+    samples: int = 4
+    greedy: bool = True
+    before: bool = True
+    after: bool = True
+    timeout_seconds: float = 1800.0
+
+
+def options(what: str, given: T | Mapping[str, Any] | None, kind: type[T]) -> T:
+    """Options from an instance, from a dict, or the defaults; TrainerError names what is unknown."""
+    if given is None:
+        return kind()
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise TrainerError(f"{what} must be {kind.__name__} or a dict of its fields, not {given!r}")
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise TrainerError(f"{what}: {error}") from error
+
+
+def find_python(kind: str, given: str | Path | None) -> str:
+    """Python of an environment: as given, else from the environment variable, else ``.venv-KIND``.
+
+    Raises:
+        TrainerError: there is none; says how to make it.
+    """
+    variable = ENGINE_PYTHON if kind == "engine" else LEARNER_PYTHON
+    named = str(given) if given else os.environ.get(variable, "")
+    path = Path(named or Path(f".venv-{kind}") / "bin" / "python").expanduser()
+    if not path.is_file():
+        raise TrainerError(
+            f"no {kind} environment: {path} does not exist; make it with `agl-grpc env create {kind}`, "
+            f"or name its Python by {kind}_python or {variable}"
+        )
+    # Not resolved: a link to the base Python is what makes a virtual environment one.
+    return str(path.absolute())

@@ -1,0 +1,85 @@
+"""Everything that a training run is made of, checked before anything is started."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agl_grpc.model import LLM, NamedResources, Resource
+from agl_grpc.runner.config import RunnerConfig
+from agl_grpc.trainer.errors import TrainerError
+from agl_grpc.trainer.options import EngineOptions, RunnerOptions, ValidationOptions
+from agl_grpc.trainer.run_folder import RunFolder
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+VALIDATION_QUEUE_SUFFIX = "-validation"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run as `Trainer` was told to make it.
+
+    ``store`` is the address of a store that runs already, empty = start one; ``llm`` an endpoint that exists
+    already, None = start an engine.
+    """
+
+    folder: RunFolder
+    agent: Any
+    train_dataset: Sequence[Any]
+    val_dataset: Sequence[Any] | None
+    initial_resources: NamedResources = field(default_factory=dict)
+    store: str = ""
+    store_port: int = 0
+    llm: LLM | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    runner: RunnerOptions = field(default_factory=RunnerOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    n_runners: int = 1
+    max_rollouts: int | None = None
+    hooks: Sequence[Any] = ()
+    engine_python: str | Path | None = None
+    learner_python: str | Path | None = None
+    resume: bool = False
+
+    @property
+    def run_id(self) -> str:
+        """The run's id in the store."""
+        return self.folder.name
+
+    @property
+    def validation_queue(self) -> str:
+        """Queue of validation rollouts; the workers serve it beside the run's own."""
+        return self.run_id + VALIDATION_QUEUE_SUFFIX
+
+    def runner_config(self, store: str) -> RunnerConfig:
+        """What the workers are told."""
+        return RunnerConfig(
+            agent=self.agent,
+            store=store,
+            workers=self.n_runners,
+            concurrency=self.runner.concurrency,
+            run_id=self.run_id,
+            queues=(self.run_id, self.validation_queue),
+            lease_seconds=self.runner.lease_seconds,
+            drain_seconds=self.runner.drain_seconds,
+            hooks=self.hooks,
+            max_rollouts=self.max_rollouts,
+            log_level=self.runner.log_level,
+        )
+
+
+def check_name(name: str) -> str:
+    """A run's name: it becomes a folder and an id."""
+    if not _NAME.fullmatch(name) or name.startswith("."):
+        raise TrainerError(
+            f"the run's name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores"
+        )
+    return name
+
+
+def with_llm(resources: NamedResources, name: str, llm: Resource) -> NamedResources:
+    """The resources with the endpoint first, where agents look for it."""
+    return {name: llm, **{key: value for key, value in resources.items() if key != name}}

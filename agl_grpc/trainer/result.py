@@ -1,0 +1,43 @@
+"""What a training run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agl_grpc.model.training import StepMetrics, TrainingRun
+from agl_grpc.trainer.run_folder import RunFolder
+from agl_grpc.trainer.validate import Score
+
+Scores = dict[str, Score]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Answer of `Trainer.fit`.
+
+    Attributes:
+        folder: where everything lies.
+        training_run: as the store knows it; None for algorithms that run in this process.
+        history: metrics of all steps.
+        before: validation before training, by name (``sampled``, ``greedy``).
+        after: validation after training.
+        checkpoint: folder of the last committed checkpoint; None when there is none.
+        model: folder of that checkpoint's model, for ``transformers``.
+        captured: the engine's counters of model calls, among them ``captured`` and ``delivered``; empty when
+            the engine was not started here.
+        restarts: how often the store was started again.
+        value: what an algorithm in this process answered.
+    """
+
+    folder: RunFolder
+    training_run: TrainingRun | None = None
+    history: list[StepMetrics] = field(default_factory=list)
+    before: Scores = field(default_factory=dict)
+    after: Scores = field(default_factory=dict)
+    checkpoint: Path | None = None
+    model: Path | None = None
+    captured: dict[str, Any] = field(default_factory=dict)
+    restarts: int = 0
+    value: object = None

@@ -1,0 +1,218 @@
+"""What every training run has: its folder, store, workers, resources and progress."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+from agl_grpc.client import StoreClient
+from agl_grpc.model import LLM, NamedResources, ProxyLLM
+from agl_grpc.trainer import commands
+from agl_grpc.trainer.plan import Plan, with_llm
+from agl_grpc.trainer.progress import Progress
+from agl_grpc.trainer.readiness import engine_serves
+from agl_grpc.trainer.result import FitResult, Scores
+from agl_grpc.trainer.stack import Stack
+from agl_grpc.trainer.validate import Score, validate
+
+_STORE_START_SECONDS = 60.0
+
+
+class Session:
+    """One run, from the first process to the last. `run` is a coroutine; `close` ends everything.
+
+    Subclasses say in `_work` what happens once store and folder are there.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self.plan = plan
+        self.progress = progress
+        self.stack = Stack(progress.say)
+        self.address = plan.store
+        self._client: StoreClient | None = None
+        self._resources: dict[str, str] = {}
+
+    @property
+    def client(self) -> StoreClient:
+        """The store's client."""
+        assert self._client is not None, "the store is connected first"
+        return self._client
+
+    async def run(self) -> FitResult:
+        """Runs to the end; whatever it raises, `close` has to follow."""
+        self.stack.bind()
+        with _stopped_by_sigterm():
+            try:
+                self._open_folder()
+                await self._connect()
+                return await self._work()
+            finally:
+                if self._client is not None:
+                    await self._client.close()
+
+    def close(self) -> None:
+        """Ends every process of the run."""
+        left = self.stack.close()
+        if left:
+            self.progress.say(f"ended {left} processes that were left over")
+
+    async def _work(self) -> FitResult:
+        raise TypeError("Session is a base class")
+
+    def _open_folder(self) -> None:
+        """Makes the run's folder, or checks the one that is continued, and writes the manifest."""
+        raise TypeError("Session is a base class")
+
+    async def _connect(self) -> None:
+        plan = self.plan
+        if not self.address:
+            port = plan.store_port or commands.free_port()
+            self.address = f"127.0.0.1:{port}"
+            self.progress.phase(f"starting the store on {self.address}")
+            self.stack.start(lambda: commands.store_part(plan.folder, port, self.stack.mark), restart=True)
+        self._client = StoreClient(self.address, run_id=plan.run_id)
+        async with asyncio.timeout(_STORE_START_SECONDS):
+            await self.stack.until(self._client.get_server_info())
+        self.stack.ready("store")
+        await self._client.create_run(plan.run_id)
+
+    def _start_runners(self) -> None:
+        self.stack.start(
+            lambda: commands.runner_part(
+                self.plan.folder, self.plan.runner_config(self.address), self.stack.mark
+            )
+        )
+
+    def _start_engine(self, python: str, model: str, model_name: str, policy_version: int) -> LLM:
+        """Starts an engine, or takes the one that was given; answers the endpoint for agents."""
+        plan = self.plan
+        if plan.llm is not None:
+            return plan.llm
+        port = plan.engine.port or commands.free_port(plan.engine.host)
+        self.stack.start(
+            lambda: commands.engine_part(
+                plan.folder,
+                python,
+                model=model,
+                model_name=model_name,
+                store=self.address,
+                port=port,
+                policy_version=policy_version,
+                options=plan.engine,
+                mark=self.stack.mark,
+            )
+        )
+        self._engine_port = port
+        return ProxyLLM(
+            endpoint=f"http://{plan.engine.host}:{port}/v1",
+            model=model_name,
+            sampling_parameters=dict(plan.engine.sampling_parameters),
+        )
+
+    async def _engine_ready(self) -> None:
+        if self.plan.llm is None:
+            await engine_serves(self.plan.engine.host, self._engine_port, self.plan.engine.start_seconds)
+            self.stack.ready("engine")
+
+    async def _publish(self, llm: LLM, temperature: float) -> None:
+        """Publishes what agents work with: for greedy and sampled validation, and last for training."""
+        for name, value in (("greedy", 0.0), ("sampled", temperature), ("train", temperature)):
+            parameters = {**llm.sampling_parameters, "temperature": value}
+            endpoint = dataclasses.replace(llm, sampling_parameters=parameters)
+            resources: NamedResources = with_llm(
+                self.plan.initial_resources, self.plan.engine.resource, endpoint
+            )
+            update = await self.client.update_resources(f"{self.plan.run_id}-{name}", resources)
+            self._resources[name] = update.resources_id
+
+    async def _validate(self, when: str) -> Scores:
+        """Sampled and greedy scores on the validation dataset."""
+        plan = self.plan
+        wanted = {"sampled": plan.validation.samples, "greedy": int(plan.validation.greedy)}
+        scores: Scores = {}
+        for name, samples in wanted.items():
+            if not plan.val_dataset or not samples:
+                continue
+            self.progress.phase(f"validation {when} training, {name} (mean of {samples})")
+            scores[name] = await self._validate_one(name, samples)
+            self.progress.say(f"validation {when} training, {name}: {describe_score(scores[name])}")
+        return scores
+
+    async def _validate_one(self, name: str, samples: int) -> Score:
+        plan = self.plan
+        return await validate(
+            self.client,
+            plan.val_dataset or (),
+            resources_id=self._resources[name],
+            samples=samples,
+            queue=plan.validation_queue,
+            timeout=plan.validation.timeout_seconds,
+            on_progress=self.progress.count,
+        )
+
+
+def describe_score(score: Score) -> str:
+    """For example ``0.203 (200 tasks, 800 rollouts, 4.1 s; 2 without a reward: agent 2)``."""
+    text = f"{score.mean:.3f} ({score.tasks} tasks, {score.rollouts} rollouts, {score.seconds:.1f} s"
+    if score.failures:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in score.failures.items())
+        text += f"; {sum(score.failures.values())} without a reward: {kinds}"
+    return text + ")"
+
+
+class _stopped_by_sigterm:  # lower case: it reads as a statement where it is used
+    """SIGTERM cancels the running task and ends the program with 143 once everything has stopped."""
+
+    def __enter__(self) -> None:
+        self._told = False
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._loop.add_signal_handler(signal.SIGTERM, self._on_signal)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._main:
+            self._loop.remove_signal_handler(signal.SIGTERM)
+        if self._told:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _on_signal(self) -> None:
+        self._told = True
+        assert self._task is not None
+        self._task.cancel()
+
+
+def run_to_end(session: Session) -> FitResult:
+    """Runs a session and ends its processes, also after an error or Ctrl-C; a running loop may be there."""
+    try:
+        return _run(session.run())
+    finally:
+        session.close()
+
+
+def _run(work: Coroutine[Any, Any, FitResult]) -> FitResult:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    # A notebook: its loop runs in this thread already.
+    results: list[FitResult] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            results.append(asyncio.run(work))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=body, name="agl-grpc-fit")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]

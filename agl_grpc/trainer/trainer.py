@@ -1,0 +1,277 @@
+"""`Trainer`: one call trains an agent, with everything that this needs started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agl_grpc.agent import LitAgent
+from agl_grpc.algorithm import VERL, Algorithm
+from agl_grpc.algorithm.base import FunctionalAlgorithm
+from agl_grpc.client import StoreClient
+from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
+from agl_grpc.runner.lit_agent_runner import LitAgentRunner
+from agl_grpc.tracer import OtelTracer
+from agl_grpc.trainer.components import build
+from agl_grpc.trainer.dev import dev_run
+from agl_grpc.trainer.errors import TrainerError
+from agl_grpc.trainer.local_session import LocalSession
+from agl_grpc.trainer.options import EngineOptions, RunnerOptions, ValidationOptions, options
+from agl_grpc.trainer.plan import Plan, check_name
+from agl_grpc.trainer.progress import Progress
+from agl_grpc.trainer.result import FitResult
+from agl_grpc.trainer.run_folder import RunFolder
+from agl_grpc.trainer.session import Session, run_to_end
+from agl_grpc.trainer.strategy import STRATEGIES, ClientServerExecutionStrategy, ExecutionStrategy
+from agl_grpc.trainer.verl_session import VerlSession
+
+_ADDRESS = re.compile(r"[^:/\s]+:\d+")
+_ALGORITHMS: Mapping[str, Any] = {"verl": VERL}
+
+
+class Trainer:
+    """Trains an agent, from the user's own environment: torch, ray and vLLM stay in theirs.
+
+    Components (``algorithm``, ``runner``, ``strategy``, ``tracer``, ``adapter``) are given as an instance, a
+    class, a factory, an import path or a dict ``{"type": …, argument: …}``.
+
+    Args:
+        algorithm: `VERL` (or ``{"type": "verl", "config": …}``), or one that runs in this process; None =
+            only workers.
+        store: ``host:port`` or a client of a store that runs; None = one is started in the run's folder.
+        runner: a dict of `RunnerOptions` for worker processes; a `LitAgentRunner` for `dev` and for threads.
+        initial_resources: published for agents, by name.
+        n_runners: worker processes (or threads).
+        max_rollouts: each worker leaves after so many; None = never.
+        strategy: ``"cs"`` (processes, the default), ``"shm"`` (threads), or one of their classes.
+        tracer: records agents' spans in `dev` and in threads; processes make their own `OtelTracer`.
+        hooks: around rollouts: `Hook` objects or import paths.
+        adapter: turns spans into what an algorithm in this process learns from.
+        llm_proxy: a dict of `EngineOptions` for the engine that is started; or an endpoint that exists.
+        run_name: folder and id of the run; default: the time.
+        run_dir: where runs' folders lie.
+        resume: continue this run from its last committed checkpoint.
+        validation: `ValidationOptions` or a dict of them.
+        engine_python: Python of the engine environment; default: ``AGL_GRPC_ENGINE_PYTHON`` or
+            ``.venv-engine``.
+        learner_python: Python of the learner environment; default: ``AGL_GRPC_LEARNER_PYTHON`` or
+            ``.venv-learner``.
+        port: of the store that is started; None = any free one.
+
+    Raises:
+        TrainerError: a component cannot be made of what was given.
+    """
+
+    def __init__(
+        self,
+        *,
+        algorithm: Any = None,
+        store: str | StoreClient | None = None,
+        runner: Any = None,
+        initial_resources: NamedResources | None = None,
+        n_runners: int = 1,
+        max_rollouts: int | None = None,
+        strategy: Any = None,
+        tracer: Any = None,
+        hooks: Any = None,
+        adapter: Any = None,
+        llm_proxy: Any = None,
+        run_name: str | None = None,
+        run_dir: str | Path = "runs",
+        resume: bool = False,
+        validation: ValidationOptions | Mapping[str, Any] | None = None,
+        engine_python: str | Path | None = None,
+        learner_python: str | Path | None = None,
+        port: int | None = None,
+    ) -> None:
+        if n_runners < 1:
+            raise TrainerError(f"n_runners is {n_runners}; it must be 1 or more")
+        self.algorithm = _algorithm(algorithm)
+        self.strategy: ExecutionStrategy = (
+            build("strategy", strategy, ExecutionStrategy, registry=STRATEGIES)
+            or ClientServerExecutionStrategy()
+        )
+        self.tracer = build("tracer", tracer, OtelTracer)
+        self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
+        self.adapter = adapter
+        self.hooks = (
+            list(hooks) if isinstance(hooks, Sequence) and not isinstance(hooks, str) else _one(hooks)
+        )
+        self.engine, self.llm = _engine(llm_proxy)
+        self.store = _address(store)
+        self.initial_resources = dict(initial_resources or {})
+        self.n_runners = n_runners
+        self.max_rollouts = max_rollouts
+        self.run_name = check_name(run_name or time.strftime("%Y%m%d-%H%M%S"))
+        self.run_dir = Path(run_dir)
+        self.resume = resume
+        self.validation = options("validation", validation, ValidationOptions)
+        self.engine_python = engine_python
+        self.learner_python = learner_python
+        self.port = port
+        if resume and run_name is None:
+            raise TrainerError("resume needs run_name: which run goes on?")
+
+    def fit(
+        self,
+        agent: Any,
+        train_dataset: Sequence[Any] | None = None,
+        *,
+        val_dataset: Sequence[Any] | None = None,
+    ) -> FitResult:
+        """Trains ``agent``; returns when the algorithm has ended and everything that was started has stopped.
+
+        Args:
+            agent: a `LitAgent`, its class, a decorated function, or ``module:name``; importable
+                or picklable, because workers are processes.
+            train_dataset: tasks; each item is a JSON value and becomes a rollout's input.
+            val_dataset: tasks of validation; never trained.
+
+        Raises:
+            TrainerError: something does not start, ends too early or is given wrongly.
+            KeyboardInterrupt: after Ctrl-C, once everything has stopped.
+        """
+        plan = self._plan(_agent(agent), train_dataset or (), val_dataset)
+        with Progress(plan.run_id) as progress:
+            return run_to_end(self._session(plan, progress))
+
+    def dev(
+        self,
+        agent: Any,
+        train_dataset: Sequence[Any] | None = None,
+        *,
+        val_dataset: Sequence[Any] | None = None,
+        limit: int = 3,
+    ) -> list[Rollout]:
+        """Tries an agent out in this process, on a few tasks and without training; answers the rollouts.
+
+        The store is the one given, else a throw-away one. Resources are ``initial_resources`` and the
+        endpoint given as ``llm_proxy``. ``limit`` tasks of the training dataset are done in mode ``train``,
+        else of the validation dataset in mode ``val``. A failure of the agent is raised, with its traceback.
+        """
+        resources = dict(self.initial_resources)
+        if self.llm is not None:
+            resources = {self.engine.resource: self.llm, **resources}
+        tasks, mode = (train_dataset, RolloutMode.TRAIN) if train_dataset else (val_dataset, RolloutMode.VAL)
+        if not tasks:
+            raise TrainerError("dev needs tasks: give train_dataset or val_dataset")
+        runner = self.runner or LitAgentRunner(self.tracer)
+        return asyncio.run(
+            dev_run(
+                runner,
+                _agent_object(_agent(agent)),
+                list(tasks)[:limit],
+                mode,
+                resources=resources,
+                store=self.store,
+                run_id=self.run_name,
+                hooks=self.hooks,
+            )
+        )
+
+    def _plan(self, agent: Any, train: Sequence[Any], val: Sequence[Any] | None) -> Plan:
+        strategy = self.strategy
+        store, port = self.store, self.port or 0
+        if isinstance(strategy, ClientServerExecutionStrategy):
+            port = port or strategy.server_port or 0
+            if strategy.role == "runner" and not store:
+                store = f"{strategy.server_host}:{strategy.server_port or 4747}"
+        return Plan(
+            folder=RunFolder(self.run_dir / self.run_name),
+            agent=agent,
+            train_dataset=train,
+            val_dataset=val,
+            initial_resources=self.initial_resources,
+            store=store,
+            store_port=port,
+            llm=self.llm,
+            engine=self.engine,
+            runner=self.runner_options,
+            validation=self.validation,
+            n_runners=self.n_runners,
+            max_rollouts=self.max_rollouts,
+            hooks=self.hooks,
+            engine_python=self.engine_python,
+            learner_python=self.learner_python,
+            resume=self.resume,
+        )
+
+    def _session(self, plan: Plan, progress: Progress) -> Session:
+        processes = isinstance(self.strategy, ClientServerExecutionStrategy)
+        if processes and self.tracer is not None:
+            raise TrainerError(
+                "a tracer cannot be handed to worker processes: use strategy='shm', or leave it out"
+            )
+        if isinstance(self.algorithm, VERL) and self.strategy.runs_algorithm:
+            if not processes:
+                raise TrainerError("VERL needs worker processes: leave strategy='shm' out")
+            if not plan.train_dataset:
+                raise TrainerError("VERL needs train_dataset")
+            return VerlSession(plan, progress, self.algorithm, start_workers=self.strategy.runs_workers)
+        return LocalSession(plan, progress, self.algorithm, self.strategy, self.runner, self.adapter, self)
+
+
+def _algorithm(spec: Any) -> Algorithm | None:
+    if (
+        callable(spec)
+        and not isinstance(spec, Algorithm | type)
+        and getattr(spec, "__name__", "") != "<lambda>"
+    ):
+        with contextlib.suppress(TypeError):  # not a function of an algorithm's arguments: a factory
+            return FunctionalAlgorithm(spec)
+    return build("algorithm", spec, Algorithm, registry=_ALGORITHMS)
+
+
+def _runner(
+    spec: Any, tracer: OtelTracer | None, max_rollouts: int | None
+) -> tuple[RunnerOptions, LitAgentRunner | None]:
+    if spec is None or isinstance(spec, RunnerOptions) or (isinstance(spec, Mapping) and "type" not in spec):
+        return options("runner", spec, RunnerOptions), None
+    defaults = {"tracer": tracer, "max_rollouts": max_rollouts}
+    return RunnerOptions(), build("runner", spec, LitAgentRunner, defaults=defaults)
+
+
+def _engine(spec: Any) -> tuple[EngineOptions, LLM | None]:
+    if isinstance(spec, LLM):
+        return EngineOptions(), spec
+    if isinstance(spec, Mapping) and "endpoint" in spec:
+        try:
+            return EngineOptions(), ProxyLLM(**spec)
+        except TypeError as error:
+            raise TrainerError(f"llm_proxy: {error}") from error
+    return options("llm_proxy", spec, EngineOptions), None
+
+
+def _address(store: str | StoreClient | None) -> str:
+    if store is None:
+        return ""
+    if isinstance(store, StoreClient):
+        return store.target
+    if not _ADDRESS.fullmatch(store):
+        raise TrainerError(f"store {store!r} is not host:port, for example 127.0.0.1:4747")
+    return store
+
+
+def _agent(agent: Any) -> Any:
+    """An import path, or an agent."""
+    if isinstance(agent, str | LitAgent):
+        return agent
+    made = build("agent", agent, LitAgent)
+    if made is None:
+        raise TrainerError("fit needs an agent: a LitAgent, a decorated function, or module:name")
+    return made
+
+
+def _agent_object(agent: Any) -> LitAgent[Any]:
+    made = build("agent", agent, LitAgent)
+    assert made is not None, "an agent was given"
+    return made
+
+
+def _one(hooks: Any) -> list[Any]:
+    return [] if hooks is None else [hooks]

@@ -1,0 +1,262 @@
+"""A training run with verl: engine and learner in environments of their own, workers here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agl_grpc.algorithm import VERL
+from agl_grpc.learner.checkpoint import hugging_face_folder
+from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
+from agl_grpc.model.training import StepMetrics, TrainingRun
+from agl_grpc.trainer import commands
+from agl_grpc.trainer.charts import ChartsMissing, draw_rewards
+from agl_grpc.trainer.errors import PartDied, TrainerError
+from agl_grpc.trainer.options import find_python
+from agl_grpc.trainer.plan import Plan
+from agl_grpc.trainer.progress import Progress
+from agl_grpc.trainer.readiness import captured
+from agl_grpc.trainer.result import FitResult, Scores
+from agl_grpc.trainer.run_folder import dataset_digest, describe_run
+from agl_grpc.trainer.session import Session
+from agl_grpc.trainer.settings import setting
+
+# The learner reports its last step before it ends; the watch has this long to bring it.
+_LAST_METRICS_SECONDS = 10.0
+_TAKE_UP_SECONDS = 0.5
+_LAST_CALLS_SECONDS = 30.0
+
+
+class VerlSession(Session):
+    """Starts store, engine, learner and workers, follows the training run, validates before and after."""
+
+    def __init__(
+        self, plan: Plan, progress: Progress, algorithm: VERL, *, start_workers: bool = True
+    ) -> None:
+        super().__init__(plan, progress)
+        self._start_workers = start_workers
+        self._algorithm = algorithm
+        self._learner_python = find_python("learner", plan.learner_python)
+        self._engine_python = "" if plan.llm else find_python("engine", plan.engine_python)
+        self._history: dict[int, StepMetrics] = {}
+        self._manifest: dict[str, Any] = {}
+
+    async def _work(self) -> FitResult:
+        plan = self.plan
+        training = await self._training_run()
+        model, version = await self._start_weights(training)
+        validates = bool(plan.val_dataset) and plan.validation.before and not plan.resume
+        llm = self._start_engine(self._engine_python, model, self._algorithm.model_name, version)
+        await self._publish(llm, self._temperature)
+        # The first step may not change the weights under a validation that is still going on.
+        await self.client.resume_dispatch()
+        gate = self.client.pause_dispatch if validates else self.client.resume_dispatch
+        await gate(queue=plan.run_id)
+        self._start_learner(training)
+        if self._start_workers:
+            self._start_runners()
+        else:
+            self.progress.say(self._workers_command())
+        self.progress.phase("starting engine, learner and workers")
+        following = asyncio.create_task(self._follow(training.training_run_id, training.trainer_epoch))
+        try:
+            await self.stack.until(self._engine_ready())
+            self.progress.say(f"the engine serves policy version {version}")
+            before: Scores = {}
+            if validates:
+                before = await self.stack.until(self._validate("before"))
+                self._note_scores("before", before)
+                await self.client.resume_dispatch(queue=plan.run_id)
+            self.progress.phase("training")
+            training = await self._trained(training.training_run_id, following)
+        finally:
+            following.cancel()
+            await asyncio.wait({following})
+        after = {}
+        if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
+            after = await self.stack.until(self._validate("after"))
+            self._note_scores("after", after)
+        counters = await self.stack.until(self._captured())
+        return self._result(training, before, after, counters)
+
+    @property
+    def _temperature(self) -> float:
+        return float(setting(self._algorithm.config, "actor_rollout_ref.rollout.temperature", 1.0))
+
+    def _open_folder(self) -> None:
+        plan, algorithm = self.plan, self._algorithm
+        datasets = {"train": dataset_digest(plan.train_dataset), "val": dataset_digest(plan.val_dataset)}
+        old = plan.folder.open(resume=plan.resume)
+        if plan.resume and old.get("datasets") != datasets:
+            raise TrainerError(
+                f"{plan.folder.path} was trained on other datasets (see manifest.json): use the same ones"
+            )
+        session = {
+            **describe_run(self._engine_python or None, self._learner_python),
+            "seed": algorithm.seed,
+            "config": {
+                "model": algorithm.model_path,
+                "verl": algorithm.config,
+                "engine": [*plan.engine.arguments],
+                "n_runners": plan.n_runners,
+                "concurrency": plan.runner.concurrency,
+            },
+        }
+        self._manifest = {
+            "run": plan.run_id,
+            "training_run_id": f"{plan.run_id}-training",
+            "datasets": datasets,
+            "validation": {},
+            **old,
+            "sessions": [*old.get("sessions", []), session],
+        }
+        plan.folder.write_manifest(self._manifest)
+
+    async def _training_run(self) -> TrainingRun:
+        """The training run, made or found."""
+        name = str(self._manifest["training_run_id"])
+        found = await self.client.get_training_run_by_id(name)
+        if found is not None and not self.plan.resume:
+            raise TrainerError(
+                f"the store at {self.address} has a training run {name!r} already: choose another run name"
+            )
+        if found is not None and found.status is TrainingRunStatus.SUCCEEDED:
+            raise TrainerError(f"run {self.plan.run_id!r} has finished: there is nothing to resume")
+        if found is not None:
+            return found
+        wanted = TrainingRun(
+            training_run_id=name,
+            run_id=self.plan.run_id,
+            algorithm="verl",
+            config=self._algorithm.config,
+            metadata={"seed": self._algorithm.seed, "model": self._algorithm.model_path},
+        )
+        return await self.client.create_training_run(wanted)
+
+    async def _start_weights(self, training: TrainingRun) -> tuple[str, int]:
+        """Folder and policy version of the weights that the engine begins with."""
+        if not training.checkpoint_id:
+            return self._algorithm.model_path, 0
+        folder = hugging_face_folder(self.plan.folder.checkpoints / training.checkpoint_id)
+        if not folder.is_dir():
+            raise TrainerError(
+                f"checkpoint {training.checkpoint_id} is committed, but {folder} does not exist"
+            )
+        versions = await self.client.query_policy_versions(self._algorithm.model_name)
+        committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
+        # Versions only rise: the learner publishes the checkpoint's weights again, above all of these.
+        return str(folder), max(committed, default=0)
+
+    def _start_learner(self, training: TrainingRun) -> None:
+        plan = self.plan
+        config = self._algorithm.write_run(
+            plan.folder.path,
+            run_id=plan.run_id,
+            training_run_id=training.training_run_id,
+            train_dataset=plan.train_dataset,
+            val_dataset=plan.val_dataset,
+        )
+        self.stack.start(
+            lambda: commands.learner_part(
+                plan.folder,
+                self._learner_python,
+                config=config,
+                store=self.address,
+                resume=plan.resume,
+                mark=self.stack.mark,
+            ),
+            may_end=True,
+        )
+
+    async def _follow(self, training_run_id: str, older_epoch: int) -> None:
+        """Shows each step as the learner reports it."""
+        total = self._total_steps()
+        while True:
+            async for run, steps in self.client.watch_training_run(training_run_id):
+                for item in steps:
+                    self._history[item.step] = item
+                    self.progress.step(item.step, total, item.metrics)
+                if run is not None and run.status.is_terminal and run.trainer_epoch > older_epoch:
+                    return
+            # The end that the watch has shown is the one that is being resumed; the learner is on its way.
+            await asyncio.sleep(_TAKE_UP_SECONDS)
+
+    def _total_steps(self) -> int | None:
+        config = self._algorithm.config
+        steps = setting(config, "trainer.total_training_steps")
+        if steps is not None:
+            return int(steps)
+        batch, epochs = setting(config, "data.train_batch_size"), setting(config, "trainer.total_epochs", 1)
+        return len(self.plan.train_dataset) // int(batch) * int(epochs) if batch else None
+
+    async def _trained(self, training_run_id: str, following: asyncio.Task[None]) -> TrainingRun:
+        """Waits for the learner's end; the training run as it ended."""
+        code = await self.stack.until(self.stack.ended("learner"))
+        assert code == 0, "another end of the learner is PartDied"
+        await asyncio.wait({following}, timeout=_LAST_METRICS_SECONDS)
+        training = await self.client.get_training_run_by_id(training_run_id)
+        if training is None or not training.status.is_terminal:
+            state = training.status.value if training else "unknown to the store"
+            learner = self.stack.part("learner")
+            raise PartDied(f"the learner ended, but its training run is {state}: {learner.obituary()}")
+        return training
+
+    def _workers_command(self) -> str:
+        queues = f"--queue {self.plan.run_id} --queue {self.plan.validation_queue}"
+        return (
+            f"start workers: agl-grpc runner start --agent MODULE:NAME --store {self.address} "
+            f"--run {self.plan.run_id} {queues}"
+        )
+
+    def _note_scores(self, when: str, scores: Scores) -> None:
+        if scores:
+            self._manifest["validation"][when] = {
+                name: {"mean": score.mean, "rollouts": score.rollouts, "failures": score.failures}
+                for name, score in scores.items()
+            }
+            self.plan.folder.write_manifest(self._manifest)
+
+    def _result(
+        self, training: TrainingRun, before: Scores, after: Scores, counters: dict[str, Any]
+    ) -> FitResult:
+        folder = self.plan.folder
+        checkpoint: Path | None = None
+        if training.checkpoint_id:
+            checkpoint = folder.checkpoints / training.checkpoint_id
+        history = [self._history[step] for step in sorted(self._history)]
+        self._draw(history, training.step)
+        return FitResult(
+            folder=folder,
+            training_run=training,
+            history=history,
+            before=before,
+            after=after,
+            checkpoint=checkpoint,
+            model=hugging_face_folder(checkpoint) if checkpoint else None,
+            captured=counters,
+            restarts=self.stack.restarts,
+        )
+
+    async def _captured(self) -> dict[str, Any]:
+        if self.plan.llm is not None:
+            return {}
+        counters = await captured(self.plan.engine.host, self._engine_port, _LAST_CALLS_SECONDS)
+        sessions = self._manifest["sessions"]
+        sessions[-1]["captured"] = counters
+        self.plan.folder.write_manifest(self._manifest)
+        return counters
+
+    def _draw(self, history: list[StepMetrics], last: int) -> None:
+        recorded: Mapping[str, Any] = self._manifest["validation"]
+        points = {
+            step: {name: float(score["mean"]) for name, score in recorded[when].items()}
+            for when, step in (("before", 0), ("after", last))
+            if when in recorded
+        }
+        picture = self.plan.folder.path / "reward.png"
+        try:
+            draw_rewards(picture, history, points, f"{self.plan.run_id}: reward")
+        except ChartsMissing as missing:
+            self.progress.say(str(missing))

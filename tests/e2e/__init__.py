@@ -1,0 +1,3 @@
+"""The whole loop: real agent, store, workers, vLLM and verl."""
+
+from __future__ import annotations

@@ -1,0 +1,164 @@
+"""Engine and store, both real: capture, sealing, a killed store, and a swap through TrainerService."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from agl_grpc.v1 import (
+    policy_pb2,
+    run_pb2,
+    span_pb2,
+    store_service_pb2,
+    store_service_pb2_grpc,
+    trainer_service_pb2,
+    trainer_service_pb2_grpc,
+)
+from tests.interceptor.engine import Engine, engine
+from tests.support.store_process import StoreProcess
+from tests.support.torch_client import TorchClient
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+HELLO = [{"role": "user", "content": "hello world"}]
+
+
+class Together:
+    """An engine and the store that it reports to."""
+
+    def __init__(self, server: StoreProcess, running: Engine, channel: grpc.Channel) -> None:
+        self.server = server
+        self.running = running
+        self.store: Any = store_service_pb2_grpc.StoreServiceStub(channel)
+        self.trainer: Any = trainer_service_pb2_grpc.TrainerServiceStub(channel)
+        self.credential = ""
+
+    def start_rollout(self) -> tuple[str, str]:
+        """A rollout with one attempt without a lease."""
+        request = store_service_pb2.StartRolloutRequest(run_id="run-1")
+        answer = self.store.StartRollout(request, wait_for_ready=True)
+        self.credential = answer.attempt_credential
+        return answer.rollout.rollout.rollout_id, answer.rollout.attempt.attempt_id
+
+    def calls(self, rollout: str, count: int) -> list[span_pb2.StoredSpan]:
+        request = store_service_pb2.ListSpansRequest(rollout_id=rollout, page_size=1000)
+        until = time.monotonic() + 30
+        while True:
+            found = list(self.store.ListSpans(request, wait_for_ready=True).spans)
+            if len(found) >= count or time.monotonic() > until:
+                return found
+            time.sleep(0.05)
+
+    def ask(self, rollout: str, attempt: str, **more: Any) -> dict[str, Any]:
+        body = {"model": "tiny", "messages": HELLO, "max_tokens": 10, "return_token_ids": True, **more}
+        url = f"{self.running.base(rollout, attempt)}/v1/chat/completions"
+        response = httpx.post(url, json=body, timeout=120)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def version(self, number: int, phase: int, limit: float = 60.0) -> policy_pb2.EngineState:
+        """The engine's state of a policy version once it has reached a phase."""
+        request = trainer_service_pb2.GetPolicyVersionRequest(
+            run_id="run-1", model="tiny", policy_version=number
+        )
+        until = time.monotonic() + limit
+        while True:
+            version = self.trainer.GetPolicyVersion(request, wait_for_ready=True).policy_version
+            for state in version.engine_states:
+                if state.phase == phase:
+                    return state
+            assert time.monotonic() < until, version
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def together(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
+    folder = tmp_path_factory.mktemp("together")
+    with (
+        StoreProcess(folder / "store.db") as server,
+        engine(tiny_model, server.address, folder) as running,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        made = Together(server, running, channel)
+        made.store.CreateRun(store_service_pb2.CreateRunRequest(run=run_pb2.Run(run_id="run-1")))
+        yield made
+
+
+def test_a_conversation_is_stored_whole(together: Together) -> None:
+    rollout, attempt = together.start_rollout()
+    messages = list(HELLO)
+    expected = []
+    for _ in range(3):
+        answer = together.ask(rollout, attempt, messages=messages)
+        choice = answer["choices"][0]
+        expected.append((answer["prompt_token_ids"], choice["token_ids"]))
+        messages += [choice["message"] | {"role": "assistant"}, {"role": "user", "content": "and then?"}]
+        messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    found = together.calls(rollout, 3)
+    calls = [stored.span.model_call for stored in found]
+    assert [(list(c.prompt.token_ids), list(c.choices[0].token_ids)) for c in calls] == expected
+    assert not any(stored.late for stored in found)
+
+
+def test_an_attempt_credential_as_api_key_attributes_the_call(together: Together) -> None:
+    rollout, _ = together.start_rollout()
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
+    headers = {"Authorization": f"Bearer {together.credential}"}
+    url = f"{together.running.url}/v1/chat/completions"
+    assert httpx.post(url, json=body, headers=headers, timeout=60).status_code == 200
+    assert len(together.calls(rollout, 1)) == 1
+
+
+def test_a_killed_store_loses_nothing_and_stores_nothing_twice(together: Together) -> None:
+    rollout, attempt = together.start_rollout()
+    for number in range(12):
+        if number == 3:
+            together.server.kill()
+        if number == 8:
+            together.server.start()
+        together.ask(rollout, attempt)
+    found = together.calls(rollout, 12)
+    assert len(found) == 12
+    assert len({stored.span.span_id for stored in found}) == 12
+    assert all(stored.span.model_call.choices[0].token_ids for stored in found)
+
+
+def test_a_swap_through_the_trainer_service(
+    together: Together, torch_client: TorchClient, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "v1.safetensors")
+    model = str(together.running.model)
+    endpoint = torch_client.call("perturb", model=model, out=out, seed=1, rename={})
+    request = trainer_service_pb2.PreparePolicyVersionRequest(
+        request_id="p1", run_id="run-1", model="tiny", policy_version=1, deadline=Duration(seconds=60)
+    )
+    request.source.rendezvous = endpoint
+    request.source.group_id = "real/1"
+    request.source.engine_ids.append("engine-1")
+    together.trainer.PreparePolicyVersion(request, wait_for_ready=True)
+    digest = torch_client.call("send", out=out, transfer="real/1")["digest"]
+    assert together.version(1, policy_pb2.ENGINE_PHASE_RECEIVED).weights_digest == digest
+    together.trainer.CommitPolicyVersion(
+        trainer_service_pb2.CommitPolicyVersionRequest(
+            request_id="c1", run_id="run-1", model="tiny", policy_version=1, weights_digest=digest
+        )
+    )
+    assert together.version(1, policy_pb2.ENGINE_PHASE_ACTIVE).pause_ns > 0
+    rollout, attempt = together.start_rollout()
+    together.ask(rollout, attempt)
+    (stored,) = together.calls(rollout, 1)
+    choice = stored.span.model_call.choices[0]
+    assert [run.policy_version for run in choice.policy_runs] == [1]
+    rows = [{"prompt": list(stored.span.model_call.prompt.token_ids), "response": list(choice.token_ids)}]
+    (expected,) = torch_client.call("logprobs", model=model, weights=out, rows=rows)
+    assert list(choice.logprobs) == pytest.approx(expected, abs=1e-4)
+    engines = together.trainer.ListEngines(trainer_service_pb2.ListEnginesRequest(run_id="run-1")).engines
+    assert [(e.engine_id, e.active_policy_version, e.connected) for e in engines] == [("engine-1", 1, True)]

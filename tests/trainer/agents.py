@@ -1,0 +1,46 @@
+"""Agents and algorithms that the tests hand to `Trainer`, here so that worker processes can import them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agl_grpc import NamedResources, PromptTemplate, StoreClient, rollout
+from agl_grpc.algorithm import algo
+from agl_grpc.model import RolloutMode
+
+
+@rollout
+def halver(task: Any, resources: NamedResources) -> float:
+    """Half the number that it is given; fails for negative ones."""
+    if task["number"] < 0:
+        raise ValueError("negative numbers cannot be halved")
+    return float(task["number"]) / 2
+
+
+@rollout
+def prompted(task: str, prompt_template: PromptTemplate) -> float:
+    """The length of the prompt."""
+    return float(len(prompt_template.format(task=task)))
+
+
+@algo
+async def summing(store: StoreClient, train_dataset: Any) -> float:
+    """Has every task done once and answers the sum of the rewards."""
+    ids = [(await store.enqueue_rollout(task, RolloutMode.TRAIN)).rollout_id for task in train_dataset]
+    await store.wait_for_rollouts(rollout_ids=ids, timeout=60)
+    return sum(reward.value for reward in await store.query_rewards(ids))
+
+
+@algo
+async def endless(store: StoreClient) -> None:
+    """Says that it runs and waits for ever."""
+    import asyncio
+
+    print("algorithm is running", flush=True)
+    await asyncio.get_running_loop().create_future()
+
+
+@algo
+def failing(train_dataset: Any) -> None:
+    """An algorithm with a defect."""
+    raise RuntimeError("this algorithm is broken")

@@ -1,0 +1,148 @@
+"""`Trainer.fit` with algorithms of this process: real store, real workers, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+import pytest
+
+from agl_grpc.model import PromptTemplate
+from agl_grpc.trainer import Trainer, TrainerError
+from agl_grpc.trainer.sweep import MARK
+from tests.support.waiting import eventually
+from tests.trainer import agents
+
+TASKS = [{"number": number} for number in (2, 4, 6)]
+
+
+@pytest.mark.parametrize("strategy", ["cs", "shm"])
+def test_an_algorithm_of_this_process_has_its_rollouts_done(strategy: str, tmp_path: Path) -> None:
+    trainer = Trainer(algorithm=agents.summing, strategy=strategy, run_name="sum", run_dir=tmp_path)
+    result = trainer.fit(agents.halver, TASKS)
+    assert result.value == 6.0
+    manifest = orjson.loads(result.folder.manifest.read_bytes())
+    assert manifest["datasets"]["train"]["tasks"] == 3
+    assert manifest["sessions"][0]["versions"]["user"]["python"] == sys.version.split()[0]
+    assert result.folder.database.exists()
+    assert not _processes_of(tmp_path)
+
+
+def test_components_may_be_import_paths_and_resources_reach_the_agent(tmp_path: Path) -> None:
+    trainer = Trainer(
+        algorithm="tests.trainer.agents:summing",
+        initial_resources={"prompt": PromptTemplate(template="do {task}")},
+        run_name="paths",
+        run_dir=tmp_path,
+    )
+    assert trainer.fit("tests.trainer.agents:prompted", ["this", "that one"]).value == float(7 + 11)
+
+
+def test_a_broken_algorithm_raises_and_everything_ends(tmp_path: Path) -> None:
+    trainer = Trainer(algorithm=agents.failing, run_name="broken", run_dir=tmp_path)
+    with pytest.raises(RuntimeError, match="this algorithm is broken"):
+        trainer.fit(agents.halver, TASKS)
+    assert not _processes_of(tmp_path)
+
+
+def test_an_agent_that_cannot_be_imported_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    trainer = Trainer(algorithm=agents.summing, run_name="nobody", run_dir=tmp_path)
+    with pytest.raises(TrainerError, match=r"(?s)runner exited with code 1.*has no 'nobody'"):
+        trainer.fit("tests.trainer.agents:nobody", TASKS)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    Trainer(algorithm=agents.summing, run_name="once", run_dir=tmp_path).fit(agents.halver, TASKS)
+    with pytest.raises(TrainerError, match="holds a run already"):
+        Trainer(algorithm=agents.summing, run_name="once", run_dir=tmp_path).fit(agents.halver, TASKS)
+    again = Trainer(algorithm=agents.summing, run_name="once", run_dir=tmp_path, resume=True)
+    assert again.fit(agents.halver, TASKS).value == 6.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"store": "somewhere"}, "not host:port"),
+        ({"run_name": "../up"}, "run's name"),
+        ({"n_runners": 0}, "n_runners is 0"),
+        ({"resume": True}, "resume needs run_name"),
+        ({"algorithm": "no.such:thing"}, "there is no module 'no'"),
+        ({"llm_proxy": {"prot": 1}}, "llm_proxy"),
+    ],
+)
+def test_wrong_arguments_are_named_at_once(arguments: dict[str, Any], part: str) -> None:
+    with pytest.raises(TrainerError, match=part):
+        Trainer(**arguments)
+
+
+def test_missing_environments_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    trainer = Trainer(
+        algorithm={"type": "verl", "config": {"actor_rollout_ref.model.path": str(tmp_path / "model")}},
+        learner_python=tmp_path / "nowhere" / "python",
+        run_dir=tmp_path,
+    )
+    with pytest.raises(TrainerError, match="agl-grpc env create learner"):
+        trainer.fit(agents.halver, TASKS)
+
+
+def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
+    trainer = Trainer(run_dir=tmp_path)
+    ended = trainer.dev(agents.halver, TASKS, limit=2)
+    assert [rollout.status.value for rollout in ended] == ["succeeded", "succeeded"]
+    with pytest.raises(TrainerError, match="negative numbers cannot be halved"):
+        trainer.dev(agents.halver, [{"number": -1}])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_everything(number: signal.Signals, tmp_path: Path) -> None:
+    code = f"""
+from agl_grpc.trainer import Trainer
+from tests.trainer import agents
+if __name__ == "__main__":
+    Trainer(algorithm=agents.endless, run_name="endless", run_dir={str(tmp_path)!r}).fit(agents.halver)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    log = tmp_path / "script.log"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        runs = eventually(
+            lambda: b"algorithm is running" in log.read_bytes(), within=60, what="the algorithm"
+        )
+        asyncio.run(runs)
+        assert len(_processes_of(tmp_path)) >= 2, "store and worker run"
+        process.send_signal(number)
+        ended = process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+    assert ended == (-signal.SIGINT if number is signal.SIGINT else 128 + signal.SIGTERM), log.read_text()
+    assert not _processes_of(tmp_path)
+
+
+def _processes_of(folder: Path) -> list[str]:
+    """Command lines of processes of a trainer whose files lie in ``folder``."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if MARK in process.environ() and any(str(folder) in entry.path for entry in process.open_files()):
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

@@ -138,6 +138,7 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
 
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
     from agl_grpc.learner.publication import newest_committed
+    from agl_grpc.learner.verl_config import validate
 
     for message in (".*engine is not available.*", "Disabled critic.*", ".*set_vital.*"):
         # verl and torchdata say these of themselves at every start; none of them is about this run.
@@ -165,6 +166,7 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
 
         tq.init(verl.transfer_queue)
         imported.result()
+        validate(verl)
         trainer, manager = _assemble(config, verl, output, link, training, committed)
         try:
             say("loading the model")

@@ -13,18 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import numpy as np
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrainerSeparateAsync
 from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
+from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, label_group
@@ -37,6 +40,14 @@ from agl_grpc.learner.sampler import StoreSampler
 
 # verl looks the class up by name even when it creates no replica of it.
 RolloutReplicaRegistry.register("agl_external", lambda: RolloutReplica)
+
+
+class NoServers(LLMServerManager):  # type: ignore[misc]  # verl is untyped
+    """verl's manager of its own engines, of which there are none: nor is there anything to balance."""
+
+    async def _init_global_load_balancer(self) -> None:
+        # verl's would be a process of its own that imports all of verl.
+        self.global_load_balancer = None
 
 
 class WeightPublication(Protocol):
@@ -117,7 +128,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def _setup(self) -> None:
         # Not the direct parent's: it would start replicas of verl's own engines.
-        PPOTrainer._setup(self)
+        with patch.object(trainer_base, "LLMServerManager", NoServers):
+            PPOTrainer._setup(self)
         self.hooks.publication.bind(self.actor_rollout_wg)
         self.standalone_checkpoint_manager = self.hooks.publication
         self.current_mode = HybridEngineMode.TRAINER

@@ -228,6 +228,28 @@ def _check_supported(config: DictConfig, user: Mapping[str, Any]) -> None:
         )
 
 
+def validate(config: DictConfig) -> None:
+    """verl's own checks of a composed configuration; imports verl.
+
+    Raises:
+        ConfigError: with verl's words, in one line.
+    """
+    import contextlib
+    import io
+
+    from hydra.errors import InstantiationException
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    try:
+        # verl says on standard output that all is well.
+        with contextlib.redirect_stdout(io.StringIO()):
+            validate_config(config, need_reference_policy(config), need_critic(config))
+    except (AssertionError, ValueError, NotImplementedError, TypeError, InstantiationException) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"verl refuses the configuration: {words}") from error
+
+
 def _verl_config_folder() -> Path:
     """verl's own YAML files, found without importing verl: that takes seconds."""
     spec = importlib.util.find_spec("verl")

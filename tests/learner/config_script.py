@@ -1,0 +1,34 @@
+"""Composes verl configurations in the learner environment; the end-to-end tests run it.
+
+Reads a JSON list of verl keys on its command line; prints for each what came of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.verl_config import compose, validate
+
+
+def outcome(keys: dict[str, Any]) -> dict[str, Any]:
+    try:
+        config = compose(keys, device="cpu")
+        validate(config)
+    except ConfigError as error:
+        return {"error": str(error)}
+    return {
+        "error": "",
+        "mini": config.actor_rollout_ref.actor.ppo_mini_batch_size,
+        "updates": config.trainer.v1.separate_async.parameter_sync_step,
+        "mode": config.trainer.v1.trainer_mode,
+        "rollout": config.actor_rollout_ref.rollout.name,
+        "lr": config.actor_rollout_ref.actor.optim.lr,
+        "override": dict(config.actor_rollout_ref.model.override_config),
+    }
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps([outcome(keys) for keys in json.loads(sys.argv[1])]))

@@ -1,0 +1,82 @@
+"""verl's keys are taken as they are; unknown ones and impossible ones are refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.learner.environment import learner_python
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+MODEL = {"actor_rollout_ref.model.path": "somewhere"}
+GIVEN: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "users": {
+        "data": {"train_batch_size": 32},
+        "actor_rollout_ref": {
+            "actor": {"ppo_mini_batch_size": 8, "optim": {"lr": 3e-4}},
+            "rollout": {"name": "vllm", "n": 4},
+            "model": {"override_config": {"sliding_window": 7}},
+        },
+        "trainer": {"v1": {"trainer_mode": "sync"}},
+    },
+    "typing_error": {"actor_rollout_ref": {"rolout": {"n": 4}}},
+    "unknown_leaf": {"trainer.save_frequency": 3},
+    "estimator": {"algorithm.adv_estimator": "remax"},
+    "mode": {"trainer.v1.trainer_mode": "colocate_async"},
+    "minibatch": {"data.train_batch_size": 10, "actor_rollout_ref.actor.ppo_mini_batch_size": 4},
+    "verls_own_rule": {"actor_rollout_ref.actor.loss_agg_mode": "nonsense"},
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, Any]]:
+    repository = Path(__file__).parents[2]
+    keys = [{**MODEL, **given} for given in GIVEN.values()]
+    # A nested model section would be replaced by the dotted key's: written into it instead.
+    keys[1] = {**GIVEN["users"]}
+    keys[1]["actor_rollout_ref"]["model"]["path"] = "somewhere"
+    done = subprocess.run(
+        [learner_python(), "-m", "tests.learner.config_script", json.dumps(keys)],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(GIVEN, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def test_users_keys_win_over_defaults_and_the_learner_holds_its_own(outcomes: dict[str, Any]) -> None:
+    assert outcomes["defaults"]["error"] == ""
+    users = outcomes["users"]
+    assert users["error"] == ""
+    assert (users["mini"], users["updates"], users["lr"]) == (8, 4, 3e-4)
+    assert users["override"] == {"attn_implementation": "sdpa", "sliding_window": 7}
+    # Engines are outside verl, whatever the user's keys say of verl's own.
+    assert (users["mode"], users["rollout"]) == ("separate_async", "agl_external")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("typing_error", "no configuration key 'actor_rollout_ref.rolout'"),
+        ("unknown_leaf", "no configuration key 'trainer.save_frequency'"),
+        ("estimator", "algorithm.adv_estimator='remax' is not supported"),
+        ("mode", "trainer.v1.trainer_mode='colocate_async'"),
+        ("minibatch", "must divide data.train_batch_size=10"),
+        ("verls_own_rule", "verl refuses the configuration"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(outcomes: dict[str, Any], name: str, words: str) -> None:
+    error = outcomes[name]["error"]
+    assert words in error
+    assert "\n" not in error

@@ -38,7 +38,7 @@ class ServeConfig:
     log_level: str = "INFO"
     """Lowest level of log lines that are shown."""
     limit_pages: int = 0
-    """Largest size of the database in pages; 0 = the disk's."""
+    """Largest size of the database in pages of 8 KiB; 0 = the disk's."""
     span_queue_bytes: int = limits.QUEUE_BYTES
     """Most bytes of spans that wait for the disk; beyond it calls are refused and streams held back (R28)."""
 

@@ -53,7 +53,7 @@ class Store:
         Args:
             path: The file; None = a private throw-away file (`--memory`).
             clock: The store's time; default the system's.
-            limit_pages: Largest size in pages of 4 KiB; 0 = the disk's.
+            limit_pages: Largest size in pages of 8 KiB; 0 = the disk's.
 
         Raises:
             DatabaseError: The database cannot be used; one line says why.

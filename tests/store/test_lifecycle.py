@@ -1,13 +1,14 @@
-"""Every state by every event, cell by cell, against a table written out by hand (R3-R7, R9-R11)."""
+"""Every state by every event, cell by cell, against the documentation's tables (R3-R7, R9-R11)."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
-from agl_grpc.store import lifecycle
-from agl_grpc.store.lifecycle import (
+from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.lifecycle import (
     AttemptEvent,
     Clocks,
     Outcome,
@@ -43,57 +44,43 @@ ROLLOUTS = {
     "requeuing": lifecycle.REQUEUING,
 }
 
-# A cell: the state afterwards; `-` = kept, `!` = refused. `revivable` is a silent attempt that may come back.
-ATTEMPT_TABLE = """
-              SIGNAL   SUCCEED    FAIL    TIME_OUT  FALL_SILENT   LOSE_LEASE    RELEASE    CANCEL
-preparing     running  succeeded  failed  timeout   unresponsive  unresponsive  cancelled  cancelled
-running       -        succeeded  failed  timeout   unresponsive  unresponsive  cancelled  cancelled
-succeeded     -        -          !       -         -             -             !          -
-failed        -        !          -       -         -             -             !          -
-timeout       -        !          !       -         -             -             !          -
-unresponsive  -        !          !       -         -             -             !          -
-revivable     running  succeeded  failed  -         -             -             cancelled  cancelled
-cancelled     -        !          !       -         -             -             -          -
-"""
-ROLLOUT_TABLE = """
-            DELIVER    SIGNAL   SUCCEED    RETRY      FAIL    CANCEL
-queuing     preparing  running  succeeded  requeuing  failed  cancelled
-preparing   -          running  succeeded  requeuing  failed  cancelled
-running     preparing  -        succeeded  requeuing  failed  cancelled
-requeuing   preparing  running  succeeded  -          failed  cancelled
-succeeded   !          -        -          -          -       -
-failed      !          -        -          -          -       -
-cancelled   !          -        -          -          -       -
-"""
+PAGE = (Path(__file__).parents[2] / "docs" / "lifecycle.md").read_text()
 
 
-def cells(table: str) -> list[tuple[str, str, str]]:
-    head, *lines = [line.split() for line in table.strip().splitlines()]
-    return [(line[0], event, cell) for line in lines for event, cell in zip(head, line[1:], strict=True)]
+def cells(heading: str) -> list[tuple[str, str, str]]:
+    """State, event and cell of the first table below a heading of the documentation."""
+    section = PAGE.split(f"## {heading}\n", 1)[1]
+    lines = [line for line in section.split("\n\n")[0].splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [
+        (row[0], event, cell) for row in rows[2:] for event, cell in zip(rows[0][1:], row[1:], strict=True)
+    ]
 
 
-@pytest.mark.parametrize(("state", "event", "cell"), cells(ATTEMPT_TABLE))
+ATTEMPT_TABLE = cells("Attempts")
+ROLLOUT_TABLE = cells("Rollouts")
+
+
+@pytest.mark.parametrize(("state", "event", "cell"), ATTEMPT_TABLE)
 def test_attempt_cell(state: str, event: str, cell: str) -> None:
     status = ATTEMPTS["unresponsive" if state == "revivable" else state]
     move = move_attempt(status, AttemptEvent[event], revivable=state == "revivable")
-    expected = {"-": (Outcome.KEPT, status), "!": (Outcome.REFUSED, status)}.get(cell)
+    expected = {"-": (Outcome.KEPT, status), "✗": (Outcome.REFUSED, status)}.get(cell)
     assert (move.outcome, move.status) == (expected or (Outcome.CHANGED, ATTEMPTS[cell]))
 
 
-@pytest.mark.parametrize(("state", "event", "cell"), cells(ROLLOUT_TABLE))
+@pytest.mark.parametrize(("state", "event", "cell"), ROLLOUT_TABLE)
 def test_rollout_cell(state: str, event: str, cell: str) -> None:
     status = ROLLOUTS[state]
     move = move_rollout(status, RolloutEvent[event])
-    expected = {"-": (Outcome.KEPT, status), "!": (Outcome.REFUSED, status)}.get(cell)
+    expected = {"-": (Outcome.KEPT, status), "✗": (Outcome.REFUSED, status)}.get(cell)
     assert (move.outcome, move.status) == (expected or (Outcome.CHANGED, ROLLOUTS[cell]))
 
 
 def test_the_tables_are_complete() -> None:
     states = {*ATTEMPTS, "revivable"}
-    assert {cell[:2] for cell in cells(ATTEMPT_TABLE)} == {(s, e.name) for s in states for e in AttemptEvent}
-    assert {cell[:2] for cell in cells(ROLLOUT_TABLE)} == {
-        (s, e.name) for s in ROLLOUTS for e in RolloutEvent
-    }
+    assert {cell[:2] for cell in ATTEMPT_TABLE} == {(s, e.name) for s in states for e in AttemptEvent}
+    assert {cell[:2] for cell in ROLLOUT_TABLE} == {(s, e.name) for s in ROLLOUTS for e in RolloutEvent}
     assert set(ATTEMPTS.values()) == set(lifecycle.ATTEMPT_STATES)
     assert set(ROLLOUTS.values()) == set(lifecycle.ROLLOUT_STATES)
 

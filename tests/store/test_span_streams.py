@@ -12,7 +12,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from agl_grpc.store.app import ServeConfig, StoreServer
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.errors import RETRY_TRAILER
 from agl_grpc.v1 import (
     attempt_pb2,

@@ -13,7 +13,7 @@ from agl_grpc.store.dispatch import Waiter
 from agl_grpc.store.encode import load_rollout
 from agl_grpc.store.errors import exists, illegal_transition, invalid_field
 from agl_grpc.store.lifecycle import AttemptEvent, Outcome, RolloutEvent
-from agl_grpc.store.moves import Moves
+from agl_grpc.store.moves import Beginnings, Moves, write_begun
 from agl_grpc.store.names import rollout_status
 from agl_grpc.store.rows import (
     AttemptRow,
@@ -72,9 +72,11 @@ class Rollouts:
         ]
         matches = [self._match(tx, plan) for plan in plans]
         self._insert(tx, run, plans, matches)
+        later = Beginnings()
         for plan, waiter in zip(plans, matches, strict=True):
             if waiter is not None:
-                self._moves.lease(tx, waiter, plan.row(run.run_key), plan.message)
+                self._moves.lease(tx, waiter, plan.row(run.run_key), plan.message, later=later)
+        write_begun(tx, later)
         return [plan.message for plan in plans]
 
     def start(self, tx: Tx, run: RunRow, spec: rollout_pb2.RolloutSpec) -> RolloutRow:

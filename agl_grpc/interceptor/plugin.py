@@ -153,6 +153,8 @@ class Interceptor:
             logger.critical("%s; the engine stops, it must not serve half-loaded weights", broken)
             _note_failure(str(broken))
             os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:  # a defect here must be seen: without the watch this engine takes no new weights
+            logger.exception("the watch of policy versions ended for good; restart the engine")
 
 
 def served_model(args: Any) -> str:

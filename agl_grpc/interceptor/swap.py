@@ -109,7 +109,7 @@ class WeightSwapper:
         except (SwapError, TimeoutError) as error:
             reason = str(error) or "the deadline passed before all weights had arrived"
             logger.warning("policy version %d not staged: %s", number, reason)
-            await self._rpc("agl_abort_weights", transfer, reason)
+            await self._abort_workers(transfer, reason)
             self._preparing_version = -1
             await self._report(number, policy_pb2.ENGINE_PHASE_FAILED, error=reason)
             return
@@ -215,14 +215,18 @@ class WeightSwapper:
             self._preparing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._preparing
-            await self._abort_workers(reason)
+            await self._abort_workers("", reason)
         staging = self._staging
         if staging is not None and staging.policy_version == number:
             self._forget_staging()
-            await self._rpc("agl_abort_weights", staging.transfer_id, reason)
+            await self._abort_workers(staging.transfer_id, reason)
 
-    async def _abort_workers(self, reason: str) -> None:
-        await self._rpc("agl_abort_weights", "", reason)
+    async def _abort_workers(self, transfer: str, reason: str) -> None:
+        """Free the workers' staging memory; a worker that cannot be asked must not stop the watch."""
+        try:
+            await self._rpc("agl_abort_weights", transfer, reason)
+        except SwapError as error:
+            logger.warning("staging memory of %s not freed: %s", transfer or "the current transfer", error)
 
     def _forget_staging(self) -> None:
         self._staging = None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 
-from agl_grpc.store.catalog import RunRow, require_id
-from agl_grpc.store.encode import set_time
 from agl_grpc.store.errors import exists, invalid_field
 from agl_grpc.store.ids import mint
-from agl_grpc.store.transaction import Tx
+from agl_grpc.store.rollouts.encode import set_time
+from agl_grpc.store.storage.catalog import RunRow, require_id
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, resources_pb2
 
 RESOURCES = int(event_pb2.ENTITY_KIND_RESOURCES)

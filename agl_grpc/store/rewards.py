@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from agl_grpc.store import errors
-from agl_grpc.store.encode import key_values, key_values_blob, set_time
-from agl_grpc.store.rows import AttemptRow
-from agl_grpc.store.span_check import id_of, ref_of
-from agl_grpc.store.transaction import Tx
+from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_time
+from agl_grpc.store.rollouts.rows import AttemptRow
+from agl_grpc.store.spans.check import id_of, ref_of
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, reward_pb2
 
 PRIMARY = "primary"

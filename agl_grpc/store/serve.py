@@ -8,9 +8,9 @@ import logging
 import signal
 import sys
 
-from agl_grpc.store.app import ServeConfig, StoreServer
+from agl_grpc.store.door.app import ServeConfig, StoreServer
+from agl_grpc.store.door.server import StartError
 from agl_grpc.store.logs import setup_logging
-from agl_grpc.store.server import StartError
 
 log = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from agl_grpc.store import maintenance
-from agl_grpc.store.checkpoints import Checkpointer
 from agl_grpc.store.clock import Clock, SystemClock
-from agl_grpc.store.database import Database, open_database
-from agl_grpc.store.hub import Hub
-from agl_grpc.store.idempotency import RequestKey, once
-from agl_grpc.store.reads import ReadPool
-from agl_grpc.store.timers import Timers
-from agl_grpc.store.transaction import EventRow, Tx
-from agl_grpc.store.writer import Lane, Writer
+from agl_grpc.store.events.hub import Hub
+from agl_grpc.store.events.timers import Timers
+from agl_grpc.store.storage import maintenance
+from agl_grpc.store.storage.checkpoints import Checkpointer
+from agl_grpc.store.storage.database import Database, open_database
+from agl_grpc.store.storage.idempotency import RequestKey, once
+from agl_grpc.store.storage.reads import ReadPool
+from agl_grpc.store.storage.transaction import EventRow, Tx
+from agl_grpc.store.storage.writer import Lane, Writer
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Store:
         Args:
             path: The file; None = a private throw-away file (`--memory`).
             clock: The store's time; default the system's.
-            limit_pages: Largest size in pages of 4 KiB; 0 = the disk's.
+            limit_pages: Largest size in pages of 8 KiB; 0 = the disk's.
 
         Raises:
             DatabaseError: The database cannot be used; one line says why.

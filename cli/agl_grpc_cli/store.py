@@ -69,7 +69,7 @@ def serve(
 def _serve(host: str, port: int, database: Path, memory: bool, grace: float, log_level: str) -> None:
     if log_level.lower() not in LEVELS:
         raise CliError(f"log level {log_level!r} is none of {', '.join(LEVELS)}", exit_code=EXIT_USAGE)
-    from agl_grpc.store.app import ServeConfig
+    from agl_grpc.store.door.app import ServeConfig
     from agl_grpc.store.serve import serve as serve_store
 
     config = ServeConfig(

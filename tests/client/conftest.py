@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from agl_grpc.client import StoreClient
-from agl_grpc.store.app import ServeConfig, StoreServer
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 
 
 @pytest.fixture

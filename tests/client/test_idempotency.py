@@ -8,7 +8,7 @@ import random
 
 from agl_grpc.client import Completion, LeasedRollout, RetryPolicy, StoreClient
 from agl_grpc.model import RolloutStatus
-from agl_grpc.store.app import StoreServer
+from agl_grpc.store.door.app import StoreServer
 from tests.client.flaky import FlakyProxy
 
 QUICK = RetryPolicy(timeout=30.0, first_wait=0.005, longest_wait=0.02)

@@ -22,7 +22,7 @@ from agl_grpc.client import (
     StoreClient,
 )
 from agl_grpc.model import CommandKind, EnqueueRolloutRequest, Failure, Reward, RolloutStatus
-from agl_grpc.store.app import StoreServer
+from agl_grpc.store.door.app import StoreServer
 from tests.client.flaky import FlakyProxy
 from tests.support.waiting import eventually
 

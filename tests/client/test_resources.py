@@ -6,7 +6,7 @@ import asyncio
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, PromptTemplate
-from agl_grpc.store.app import StoreServer
+from agl_grpc.store.door.app import StoreServer
 from tests.client.flaky import FlakyProxy
 from tests.support.waiting import eventually
 

@@ -21,7 +21,7 @@ from agl_grpc.client import (
 )
 from agl_grpc.client.span_wire import EncodedGroup, encode_group, encode_groups, encode_message
 from agl_grpc.model import AttemptedRollout, Durability, Span
-from agl_grpc.store.app import StoreServer
+from agl_grpc.store.door.app import StoreServer
 from agl_grpc.v1 import span_pb2
 from agl_grpc.v1 import store_service_pb2 as pb
 from tests.client.flaky import FlakyProxy

@@ -12,8 +12,8 @@ from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from agl_grpc.store.app import ServeConfig, StoreServer
 from agl_grpc.store.clock import Clock, ManualClock
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.errors import STATUS_TRAILER
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_service_pb2
 from agl_grpc.v1.runner_service_pb2_grpc import RunnerServiceStub

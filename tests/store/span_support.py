@@ -13,8 +13,8 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from agl_grpc.store import limits
-from agl_grpc.store.app import ServeConfig, StoreServer
-from agl_grpc.store.transaction import Tx
+from agl_grpc.store.door.app import ServeConfig, StoreServer
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import (
     model_call_pb2,
     span_pb2,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agl_grpc.store import lifecycle
-from agl_grpc.store.lifecycle import (
+from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.lifecycle import (
     AttemptEvent,
     Clocks,
     Outcome,

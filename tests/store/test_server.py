@@ -19,9 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from agl_grpc.store import errors
-from agl_grpc.store.call import Authenticator, Call
-from agl_grpc.store.credentials import CredentialSigner, new_key
-from agl_grpc.store.server import GrpcDoor, StartError
+from agl_grpc.store.door.call import Authenticator, Call
+from agl_grpc.store.door.credentials import CredentialSigner, new_key
+from agl_grpc.store.door.server import GrpcDoor, StartError
 from agl_grpc.v1 import (
     common_pb2,
     error_reason_pb2,

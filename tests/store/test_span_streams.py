@@ -12,7 +12,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from agl_grpc.store.app import ServeConfig, StoreServer
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.errors import RETRY_TRAILER
 from agl_grpc.v1 import (
     attempt_pb2,
@@ -354,7 +354,7 @@ async def fill(stub: Any, batches: list[list[span_pb2.Span]]) -> int:
 
 
 async def test_a_full_disk_refuses_writes_and_recovers(tmp_path: Any) -> None:
-    config = ServeConfig(port=0, database=tmp_path / "store.db", limit_pages=400)
+    config = ServeConfig(port=0, database=tmp_path / "store.db", limit_pages=200)
     server = await StoreServer.start(config)
     try:
         await make_attempts(server, "1")

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from agl_grpc.model import raw
-from agl_grpc.store.app import StoreServer
+from agl_grpc.store.door.app import StoreServer
 from agl_grpc.v1 import error_reason_pb2, model_call_pb2, span_pb2, store_service_pb2, store_service_pb2_grpc
 from tests.store.span_support import (
     append,

@@ -21,17 +21,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from agl_grpc.store.attempts import set_open_calls, signal
-from agl_grpc.store.call import Call
 from agl_grpc.store.clock import ManualClock
-from agl_grpc.store.credentials import CredentialSigner
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.credentials import CredentialSigner
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.handlers.attempts import AttemptHandlers
 from agl_grpc.store.handlers.rollouts import RolloutHandlers
 from agl_grpc.store.handlers.runner import RunnerHandlers
-from agl_grpc.store.names import attempt_status, rollout_status
+from agl_grpc.store.rollouts.attempts import set_open_calls, signal
+from agl_grpc.store.rollouts.names import attempt_status, rollout_status
+from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.store import Store
-from agl_grpc.store.write_side import WriteSide
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_service_pb2
 from tests.store.model import Attempt, Model, Refused, Rollout
 from tests.store.rig import FAILED, SUCCEEDED, TIMEOUT, UNRESPONSIVE, seconds

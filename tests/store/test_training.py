@@ -11,8 +11,8 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 
-from agl_grpc.store import batches
-from agl_grpc.store.app import StoreServer
+from agl_grpc.store.door.app import StoreServer
+from agl_grpc.store.training import batches
 from agl_grpc.v1 import (
     attempt_pb2,
     batch_pb2,

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from agl_grpc.store import maintenance
+from agl_grpc.store.storage import maintenance
 from agl_grpc.v1 import rollout_pb2, span_pb2, store_service_pb2
 from tests.store.rig import Rig, reason, running, seconds
 

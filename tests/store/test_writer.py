@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from agl_grpc.store import idempotency, maintenance
 from agl_grpc.store.clock import ManualClock
-from agl_grpc.store.database import DatabaseError, open_database
 from agl_grpc.store.errors import StoreError
-from agl_grpc.store.idempotency import RequestKey
+from agl_grpc.store.storage import idempotency, maintenance
+from agl_grpc.store.storage.database import DatabaseError, open_database
+from agl_grpc.store.storage.idempotency import RequestKey
+from agl_grpc.store.storage.transaction import Tx
+from agl_grpc.store.storage.writer import Lane
 from agl_grpc.store.store import Store
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.writer import Lane
 from agl_grpc.v1 import error_reason_pb2, event_pb2
 
 

@@ -11,7 +11,7 @@ import pytest
 from agl_grpc.agent import emit_message, emit_reward, find_final_reward, operation
 from agl_grpc.client import NotFound, SpanStreamer, StoreClient, SyncStoreClient
 from agl_grpc.model import AttemptedRollout
-from agl_grpc.store.app import ServeConfig, StoreServer
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.tracer import OtelTracer
 from tests.support.store_process import StoreProcess
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from google.protobuf.descriptor import ServiceDescriptor
 
 from agl_grpc.model import raw
-from agl_grpc.store.batches import pins
+from agl_grpc.store.door.info import InfoHandlers
+from agl_grpc.store.door.service import Parser
 from agl_grpc.store.handlers.attempts import AttemptHandlers
 from agl_grpc.store.handlers.batches import BatchHandlers
 from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
@@ -22,13 +23,12 @@ from agl_grpc.store.handlers.span_writes import SpanWriteHandlers
 from agl_grpc.store.handlers.training import TrainingHandlers
 from agl_grpc.store.handlers.watches import WatchHandlers
 from agl_grpc.store.handlers.workers import WorkerHandlers
-from agl_grpc.store.info import InfoHandlers
-from agl_grpc.store.policies import sweep as abort_overdue
 from agl_grpc.store.rewards import forget_rewards
-from agl_grpc.store.service import Parser
-from agl_grpc.store.span_stream import prune_producers
-from agl_grpc.store.span_write import forget_spans
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.spans.stream import prune_producers
+from agl_grpc.store.spans.write import forget_spans
+from agl_grpc.store.training.batches import pins
+from agl_grpc.store.training.policies import sweep as abort_overdue
 from agl_grpc.v1 import runner_service_pb2, store_service_pb2, trainer_service_pb2
 
 _STORE = store_service_pb2.DESCRIPTOR.services_by_name["StoreService"]

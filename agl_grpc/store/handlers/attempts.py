@@ -5,17 +5,17 @@ from __future__ import annotations
 import hmac
 import sqlite3
 
-from agl_grpc.store import lifecycle
-from agl_grpc.store.attempts import ATTEMPT, UPDATED, signal
-from agl_grpc.store.call import Call
-from agl_grpc.store.encode import key_values_blob, load_attempt, time_of
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import illegal_transition, invalid_field, lease_lost, not_found
 from agl_grpc.store.handlers.common import change, mask_paths
-from agl_grpc.store.names import attempt_status
-from agl_grpc.store.paging import PageRequest, check_size, fetch_page, order_of
-from agl_grpc.store.rows import AttemptRow, attempt_by_key, attempt_by_name, rollout_by_id
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.attempts import ATTEMPT, UPDATED, signal
+from agl_grpc.store.rollouts.encode import key_values_blob, load_attempt, time_of
+from agl_grpc.store.rollouts.names import attempt_status
+from agl_grpc.store.rollouts.rows import AttemptRow, attempt_by_key, attempt_by_name, rollout_by_id
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, store_service_pb2
 
 _UPDATABLE = ("status", "worker_id", "last_heartbeat_time", "metadata", "failure")

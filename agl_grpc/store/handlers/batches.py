@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 
-from agl_grpc.store import batches, limits
-from agl_grpc.store.batches import load_batch
-from agl_grpc.store.call import Call
+from agl_grpc.store import limits
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.handlers.common import at_most, change
-from agl_grpc.store.paging import Order, PageRequest, check_size, fetch_page
-from agl_grpc.store.training import held_training, load_training, training_by_id
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.transaction import Tx
+from agl_grpc.store.training import batches
+from agl_grpc.store.training.batches import load_batch
+from agl_grpc.store.training.runs import held_training, load_training, training_by_id
 from agl_grpc.v1 import trainer_service_pb2 as pb
 
 _DEFAULT_PAGE = 20

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from google.protobuf import field_mask_pb2
 from google.protobuf.message import Message
 
-from agl_grpc.store.call import Call
+from agl_grpc.store.door.call import Call
 from agl_grpc.store.errors import invalid_field
-from agl_grpc.store.idempotency import RequestKey
+from agl_grpc.store.storage.idempotency import RequestKey
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
-from agl_grpc.store.transaction import Tx
 
 
 def request_key(call: Call, request: Message) -> RequestKey:

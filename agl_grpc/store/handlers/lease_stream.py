@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 from functools import partial
 
-from agl_grpc.store import commands
-from agl_grpc.store.call import Call
-from agl_grpc.store.dispatch import Waiter
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.service import BidiStream
 from agl_grpc.store.errors import StoreError, invalid_field, stream_fenced
 from agl_grpc.store.handlers.runner import waiter_of
-from agl_grpc.store.service import BidiStream
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts import commands
+from agl_grpc.store.rollouts.dispatch import Waiter
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import runner_service_pb2, worker_pb2
 
 _MESSAGE_BYTES = 4 << 20

@@ -7,20 +7,20 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from agl_grpc.store import policies
-from agl_grpc.store.call import Call
 from agl_grpc.store.clock import SECOND
-from agl_grpc.store.encode import duration_of
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.errors import invalid_field, not_found
-from agl_grpc.store.filters import run_key_of
+from agl_grpc.store.events.watches import LogEntry, LogWatch
 from agl_grpc.store.handlers.common import change
-from agl_grpc.store.paging import Order, PageRequest, check_size, fetch_page
-from agl_grpc.store.policies import load_engine, load_policy
-from agl_grpc.store.reads import position
-from agl_grpc.store.training import held_training
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.watches import LogEntry, LogWatch
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts.encode import duration_of
+from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.reads import position
+from agl_grpc.store.storage.transaction import Tx
+from agl_grpc.store.training import policies
+from agl_grpc.store.training.policies import load_engine, load_policy
+from agl_grpc.store.training.runs import held_training
 from agl_grpc.v1 import policy_pb2
 from agl_grpc.v1 import trainer_service_pb2 as pb
 

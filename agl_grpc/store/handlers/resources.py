@@ -5,17 +5,17 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import AsyncIterator
 
-from agl_grpc.store.bindings import latest_key
-from agl_grpc.store.call import Call
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import invalid_field, not_found
-from agl_grpc.store.filters import run_key_of
+from agl_grpc.store.events.watches import LogEntry, LogWatch
 from agl_grpc.store.handlers.common import change
-from agl_grpc.store.paging import PageRequest, check_size, fetch_page, order_of
-from agl_grpc.store.reads import position
 from agl_grpc.store.resources import RESOURCES, check_resources, load_resources, publish
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.watches import LogEntry, LogWatch
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts.bindings import latest_key
+from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.reads import position
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import store_service_pb2
 
 _COLUMNS = {

@@ -8,14 +8,14 @@ import sqlite3
 from google.protobuf.message import Message
 
 from agl_grpc.store import errors, limits
-from agl_grpc.store.call import Call
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.handlers.common import change
-from agl_grpc.store.names import attempt_status
-from agl_grpc.store.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.rewards import load_rewards, put_rewards
-from agl_grpc.store.rows import AttemptRow, attempt_by_name, rollout_by_key
+from agl_grpc.store.rollouts.names import attempt_status
+from agl_grpc.store.rollouts.rows import AttemptRow, attempt_by_name, rollout_by_key
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
-from agl_grpc.store.transaction import Tx
 from agl_grpc.v1 import store_service_pb2
 
 _SOURCE = (

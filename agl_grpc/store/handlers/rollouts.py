@@ -5,20 +5,20 @@ from __future__ import annotations
 import sqlite3
 
 from agl_grpc.store import limits
-from agl_grpc.store.call import Call
-from agl_grpc.store.catalog import RunRow
 from agl_grpc.store.clock import SECOND
-from agl_grpc.store.encode import attempted_message, duration_of, load_attempted, select_rollouts
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import invalid_field, not_found
-from agl_grpc.store.filters import condition_of
+from agl_grpc.store.events.waits import Wait
 from agl_grpc.store.handlers.common import at_most, change, mask_paths
-from agl_grpc.store.lifecycle import CANCELLED, FAILED, SUCCEEDED
-from agl_grpc.store.paging import PageRequest, check_size, fetch_page, order_of
-from agl_grpc.store.reads import position
-from agl_grpc.store.rows import RolloutRow, rollout_by_key
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.waits import Wait
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts.encode import attempted_message, duration_of, load_attempted, select_rollouts
+from agl_grpc.store.rollouts.filters import condition_of
+from agl_grpc.store.rollouts.lifecycle import CANCELLED, FAILED, SUCCEEDED
+from agl_grpc.store.rollouts.rows import RolloutRow, rollout_by_key
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.catalog import RunRow
+from agl_grpc.store.storage.reads import position
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import rollout_pb2, store_service_pb2
 
 _MOST_DEQUEUED = 1000

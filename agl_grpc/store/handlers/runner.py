@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from agl_grpc.store import commands, idempotency, limits, workers
-from agl_grpc.store.call import Call
-from agl_grpc.store.catalog import labels_of
+from agl_grpc.store import limits
 from agl_grpc.store.clock import SECOND
-from agl_grpc.store.dispatch import Waiter
-from agl_grpc.store.encode import duration_of
+from agl_grpc.store.door.call import Call
 from agl_grpc.store.errors import StoreError, invalid_field
 from agl_grpc.store.handlers.common import at_most, change, request_key
-from agl_grpc.store.idempotency import RequestKey
-from agl_grpc.store.leases import wanted_duration
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts import commands, workers
+from agl_grpc.store.rollouts.dispatch import Waiter
+from agl_grpc.store.rollouts.encode import duration_of
+from agl_grpc.store.rollouts.leases import wanted_duration
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage import idempotency
+from agl_grpc.store.storage.catalog import labels_of
+from agl_grpc.store.storage.idempotency import RequestKey
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import runner_service_pb2
 
 _MOST_LEASES = 1000

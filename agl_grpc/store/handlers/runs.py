@@ -5,16 +5,16 @@ from __future__ import annotations
 import sqlite3
 from functools import partial
 
-from agl_grpc.store import lifecycle
-from agl_grpc.store.call import Call
-from agl_grpc.store.catalog import QueueRow, RunRow, require_id
-from agl_grpc.store.encode import duration_of, key_values_blob, load_run
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.errors import invalid_field, not_found
-from agl_grpc.store.filters import run_key_of
 from agl_grpc.store.handlers.common import change, mask_paths
-from agl_grpc.store.paging import Order, PageRequest, check_size, fetch_page
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.encode import duration_of, key_values_blob, load_run
+from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.catalog import QueueRow, RunRow, require_id
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, run_pb2, store_service_pb2
 
 _RUN = int(event_pb2.ENTITY_KIND_RUN)

@@ -10,14 +10,14 @@ from hashlib import blake2b
 
 from agl_grpc.model import raw
 from agl_grpc.store import errors, limits
-from agl_grpc.store.call import Call
-from agl_grpc.store.filters import run_key_of
-from agl_grpc.store.paging import check_size
-from agl_grpc.store.rows import attempt_by_name, rollout_by_id
-from agl_grpc.store.span_check import MODEL_CALL
-from agl_grpc.store.span_read import SpanReader, rows_by_key, rows_where
-from agl_grpc.store.span_select import COLUMNS, scan, sort_name
-from agl_grpc.store.span_watch import SpanWatch
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import check_size
+from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.rollouts.rows import attempt_by_name, rollout_by_id
+from agl_grpc.store.spans.check import MODEL_CALL
+from agl_grpc.store.spans.read import SpanReader, rows_by_key, rows_where
+from agl_grpc.store.spans.select import COLUMNS, scan, sort_name
+from agl_grpc.store.spans.watch import SpanWatch
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import common_pb2, store_service_pb2
 

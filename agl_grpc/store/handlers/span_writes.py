@@ -7,18 +7,19 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from agl_grpc.store import errors, limits, rows
-from agl_grpc.store.call import Call
+from agl_grpc.store import errors, limits
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.info import durability
+from agl_grpc.store.door.service import BidiStream
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.handlers.common import change
-from agl_grpc.store.info import durability
-from agl_grpc.store.service import BidiStream
-from agl_grpc.store.span_check import CheckedGroup, check_group
-from agl_grpc.store.span_queue import SpanQueue
-from agl_grpc.store.span_stream import SpanStream, SpanStreams
-from agl_grpc.store.span_write import SpanMessage, SpanOutcome, last_sequence, raise_sequence
+from agl_grpc.store.rollouts import rows
+from agl_grpc.store.spans.check import CheckedGroup, check_group
+from agl_grpc.store.spans.queue import SpanQueue
+from agl_grpc.store.spans.stream import SpanStream, SpanStreams
+from agl_grpc.store.spans.write import SpanMessage, SpanOutcome, last_sequence, raise_sequence
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
-from agl_grpc.store.transaction import Tx
 from agl_grpc.v1 import store_service_pb2
 
 _OVERHEAD = 200  # bytes of Python objects for each span

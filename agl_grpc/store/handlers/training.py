@@ -6,16 +6,18 @@ import sqlite3
 from collections.abc import AsyncIterator
 from functools import partial
 
-from agl_grpc.store import batches, limits, training
-from agl_grpc.store.call import Call
+from agl_grpc.store import limits
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.errors import draining, invalid_field
-from agl_grpc.store.filters import run_key_of
+from agl_grpc.store.events.watches import CHECKPOINT_SECONDS
 from agl_grpc.store.handlers.common import at_most, change
-from agl_grpc.store.paging import Order, PageRequest, check_size, fetch_page
-from agl_grpc.store.training import TERMINAL, TRAINING_RUN, load_metrics, load_training, training_by_id
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.watches import CHECKPOINT_SECONDS
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.transaction import Tx
+from agl_grpc.store.training import batches
+from agl_grpc.store.training import runs as training
+from agl_grpc.store.training.runs import TERMINAL, TRAINING_RUN, load_metrics, load_training, training_by_id
 from agl_grpc.v1 import trainer_service_pb2 as pb
 
 _METRICS_PAGE = 200

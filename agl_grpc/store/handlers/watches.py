@@ -6,14 +6,14 @@ import sqlite3
 from collections.abc import AsyncIterator
 from functools import partial
 
-from agl_grpc.store.attempts import ATTEMPT, ROLLOUT
-from agl_grpc.store.call import Call
-from agl_grpc.store.encode import load_attempt
+from agl_grpc.store.door.call import Call
 from agl_grpc.store.errors import invalid_field
-from agl_grpc.store.filters import condition_of, run_key_of
+from agl_grpc.store.events.watches import LogEntry, LogWatch
 from agl_grpc.store.handlers.rollouts import load_listed
-from agl_grpc.store.watches import LogEntry, LogWatch
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts.attempts import ATTEMPT, ROLLOUT
+from agl_grpc.store.rollouts.encode import load_attempt
+from agl_grpc.store.rollouts.filters import condition_of, run_key_of
+from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.v1 import event_pb2, rollout_pb2, store_service_pb2
 
 _DELETED = int(event_pb2.EVENT_KIND_DELETED)

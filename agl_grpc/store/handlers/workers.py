@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sqlite3
 
-from agl_grpc.store import workers
-from agl_grpc.store.call import Call
-from agl_grpc.store.encode import set_duration
+from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import invalid_field, not_found
-from agl_grpc.store.filters import run_key_of
 from agl_grpc.store.handlers.common import at_most, change
 from agl_grpc.store.limits import BATCH_ITEMS
-from agl_grpc.store.names import rollout_status
-from agl_grpc.store.paging import Order, PageRequest, check_size, fetch_page, order_of
-from agl_grpc.store.reads import oldest_position, position
-from agl_grpc.store.rows import AttemptRow, attempts_where, find_attempt
-from agl_grpc.store.transaction import Tx
-from agl_grpc.store.write_side import WriteSide
+from agl_grpc.store.rollouts import workers
+from agl_grpc.store.rollouts.encode import set_duration
+from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.rollouts.names import rollout_status
+from agl_grpc.store.rollouts.rows import AttemptRow, attempts_where, find_attempt
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.reads import oldest_position, position
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import common_pb2, store_service_pb2
 
 _LAST = 9223372036854775807

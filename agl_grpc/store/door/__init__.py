@@ -1,0 +1,3 @@
+"""The gRPC door: server, services, callers, credentials."""
+
+from __future__ import annotations

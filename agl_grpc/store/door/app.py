@@ -1,0 +1,109 @@
+"""One store server: the store, its handlers and its doors, put together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from agl_grpc.store import limits
+from agl_grpc.store.clock import Clock
+from agl_grpc.store.door.call import Authenticator
+from agl_grpc.store.door.credentials import CredentialSigner, new_key
+from agl_grpc.store.door.server import GrpcDoor, StartError
+from agl_grpc.store.handlers import handlers
+from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.database import DatabaseError
+from agl_grpc.store.storage.transaction import Tx
+from agl_grpc.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How a store server runs."""
+
+    host: str = "127.0.0.1"
+    """Address of the gRPC door."""
+    port: int = 4747
+    """Port of the gRPC door; 0 = any free one."""
+    database: Path | None = Path("agl-grpc.db")
+    """The SQLite file; None = a throw-away one that is gone at the end (`--memory`)."""
+    operator_token: str | None = None
+    """When set, every caller needs it, or an attempt credential; None = local callers are trusted."""
+    grace: float = 10.0
+    """Seconds that calls under way may take while draining."""
+    log_level: str = "INFO"
+    """Lowest level of log lines that are shown."""
+    limit_pages: int = 0
+    """Largest size of the database in pages of 8 KiB; 0 = the disk's."""
+    span_queue_bytes: int = limits.QUEUE_BYTES
+    """Most bytes of spans that wait for the disk; beyond it calls are refused and streams held back (R28)."""
+
+
+class StoreServer:
+    """A running store server. Make it with `StoreServer.start`, on the event loop that serves.
+
+    Attributes:
+        store: The store.
+        port: Port of the gRPC door.
+    """
+
+    def __init__(self, config: ServeConfig, store: Store, door: GrpcDoor, port: int) -> None:
+        self.config = config
+        self.store = store
+        self.port = port
+        self._door = door
+
+    @classmethod
+    async def start(cls, config: ServeConfig, clock: Clock | None = None) -> StoreServer:
+        """Opens the database and the doors.
+
+        Raises:
+            StartError: The database or a port cannot be used; one line says why and what to do.
+        """
+        try:
+            store = await Store.open(config.database, clock=clock, limit_pages=config.limit_pages)
+        except DatabaseError as error:
+            raise StartError(str(error)) from error
+        try:
+            signer = CredentialSigner(await store.write(_signing_key))
+            side = await WriteSide.start(store, signer)
+            services, parsers = handlers(side, config.span_queue_bytes)
+            door = GrpcDoor(services, Authenticator(signer, config.operator_token), parsers)
+            port = await door.start(config.host, config.port)
+        except BaseException:
+            await store.close()
+            raise
+        return cls(config, store, door, port)
+
+    @property
+    def address(self) -> str:
+        """`host:port` of the gRPC door."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"{host}:{self.port}"
+
+    def describe(self) -> str:
+        """One line that names every door and the database."""
+        database = self.store.database
+        where = "in memory (lost at exit)" if database.memory else f"database {database.path.absolute()}"
+        return (
+            f"Starting server at grpc://{self.address} (store, runner, trainer, health, reflection); "
+            f"HTTP off; OTLP off; {where}; process {os.getpid()}"
+        )
+
+    async def stop(self) -> None:
+        """Drains: NOT_SERVING, polls and streams end politely, what was accepted is on disk."""
+        # Waits end first: calls that wait for an event would else use up the whole grace.
+        self._door.draining.set()
+        self.store.hub.close()
+        await self._door.stop(self.config.grace)
+        await self.store.close()
+
+
+def _signing_key(tx: Tx) -> bytes:
+    tx.execute("INSERT OR IGNORE INTO meta VALUES ('credential_key', ?)", (new_key().hex(),))
+    (key,) = tx.execute("SELECT value FROM meta WHERE name = 'credential_key'").fetchone()
+    return bytes.fromhex(key)

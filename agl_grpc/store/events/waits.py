@@ -1,0 +1,141 @@
+"""WaitRollouts: a long poll that is woken by the event log's hub and reads only what has changed."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Collection, Iterable
+from functools import partial
+
+from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.attempts import ROLLOUT
+from agl_grpc.store.rollouts.encode import load_rollouts
+from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.storage.reads import position
+from agl_grpc.store.store import Store
+from agl_grpc.v1 import rollout_pb2
+
+_CHUNK = 500
+_LOOK_AGAIN = 5.0
+
+
+class Wait:
+    """One wait.
+
+    Args:
+        store: The store.
+        rollout_ids: Rollouts; unknown ones are ignored.
+        run_id: The run of the groups.
+        group_ids: Groups, with whatever rollouts they have or get.
+        sealed: Whether to wait for sealing, not only for the end.
+        until_any: Whether one rollout is enough.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rollout_ids: Collection[str],
+        run_id: str,
+        group_ids: Collection[str],
+        *,
+        sealed: bool,
+        until_any: bool,
+    ) -> None:
+        self._store = store
+        self._ids = rollout_ids
+        self._run_id = run_id
+        self._group_ids = group_ids
+        self._sealed = sealed
+        self._any = until_any
+        self._pending: set[int] = set()
+        self._there: dict[int, None] = {}
+        self._groups: list[int] = []
+        self._run_key: int | None = None
+        self.position = 0
+
+    async def run(self, seconds: float) -> tuple[list[rollout_pb2.Rollout], bool]:
+        """Waits at most so long; returns the rollouts that are there, and whether those are all.
+
+        Raises:
+            StoreError: NOT_FOUND for an unknown run.
+        """
+        end = time.monotonic() + seconds
+        await self._store.read(self._begin)
+        waiter = self._store.hub.add(
+            [ROLLOUT],
+            run_keys=None if self._run_key is None else [self._run_key],
+            refs=None if self._groups else self._pending,
+        )
+        try:
+            # What changed before the waiter was known to the hub is found by looking once more.
+            await self._store.read(partial(self._look, None))
+            while not self._done() and not self._store.hub.closed:
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                # A wake-up is a hint only: correctness rests on looking again.
+                woken = await waiter.wait(min(left, _LOOK_AGAIN))
+                changed = waiter.take() if woken and not self._groups else None
+                await self._store.read(partial(self._look, changed))
+        finally:
+            self._store.hub.remove(waiter)
+        return await self._collect(), not self._pending
+
+    def _done(self) -> bool:
+        return not self._pending or (self._any and bool(self._there))
+
+    def _begin(self, db: sqlite3.Connection) -> None:
+        if self._group_ids:
+            self._run_key = run_key_of(db, self._run_id)
+            marks = ",".join("?" * len(self._group_ids))
+            self._groups = [
+                key
+                for (key,) in db.execute(
+                    f"SELECT group_key FROM groups WHERE run_key = ? AND group_id IN ({marks})",
+                    [self._run_key, *self._group_ids],
+                )
+            ]
+            if self._ids:
+                # Rollouts by id may be of any run.
+                self._run_key = None
+        for rollout_id in self._ids:
+            row = db.execute(
+                "SELECT rollout_key FROM rollouts WHERE rollout_id = ?", (rollout_id,)
+            ).fetchone()
+            if row is not None:
+                self._pending.add(row[0])
+        self._look(None, db)
+
+    def _look(self, changed: Iterable[int] | None, db: sqlite3.Connection) -> None:
+        self.position = position(db)
+        for group_key in self._groups:
+            members = db.execute("SELECT rollout_key FROM rollouts WHERE group_key = ?", (group_key,))
+            self._pending.update(key for (key,) in members if key not in self._there)
+        keys = list(self._pending if changed is None else self._pending.intersection(changed))
+        for start in range(0, len(keys), _CHUNK):
+            part = keys[start : start + _CHUNK]
+            found = {
+                key: self._is_there(status, sealed)
+                for key, status, sealed in db.execute(
+                    "SELECT rollout_key, status, sealed FROM rollouts "
+                    f"WHERE rollout_key IN ({','.join('?' * len(part))})",
+                    part,
+                )
+            }
+            for key in part:
+                # A rollout that was deleted meanwhile is as unknown as one that never was.
+                if found.get(key, True):
+                    self._pending.discard(key)
+                    if key in found:
+                        self._there[key] = None
+
+    def _is_there(self, status: int, sealed: int) -> bool:
+        return status in lifecycle.ROLLOUT_TERMINAL and (bool(sealed) or not self._sealed)
+
+    async def _collect(self) -> list[rollout_pb2.Rollout]:
+        keys = sorted(self._there)
+        rollouts: list[rollout_pb2.Rollout] = []
+        for start in range(0, len(keys), _CHUNK):
+            part = keys[start : start + _CHUNK]
+            rollouts += (await self._store.read(partial(load_rollouts, keys=part))).values()
+        return rollouts

@@ -1,0 +1,140 @@
+"""Signs of life and sealing of attempts (R10, R11, R14). Writer's thread only."""
+
+from __future__ import annotations
+
+from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.lifecycle import AttemptEvent, Outcome, RolloutEvent
+from agl_grpc.store.rollouts.rows import AttemptRow, RolloutRow, attempt_by_key, rollout_by_key
+from agl_grpc.store.storage.transaction import Tx
+from agl_grpc.v1 import attempt_pb2, event_pb2
+
+ROLLOUT = int(event_pb2.ENTITY_KIND_ROLLOUT)
+ATTEMPT = int(event_pb2.ENTITY_KIND_ATTEMPT)
+CREATED = int(event_pb2.EVENT_KIND_CREATED)
+UPDATED = int(event_pb2.EVENT_KIND_UPDATED)
+TERMINAL = int(event_pb2.EVENT_KIND_TERMINAL)
+SEALED = int(event_pb2.EVENT_KIND_SEALED)
+
+
+_HEARTBEAT = "UPDATE attempts SET last_heartbeat_time = ? WHERE attempt_key = ? AND status = ?"
+
+
+def signal(tx: Tx, attempt_key: int) -> None:
+    """A span (or a duplicate of one) arrived: the agent is at work.
+
+    PREPARING becomes RUNNING, and so does the rollout of the newest attempt. A silent attempt
+    without a lease comes back while it can. An attempt that is over stays as it is.
+    """
+    if tx.execute(_HEARTBEAT, (tx.now, attempt_key, lifecycle.A_RUNNING)).rowcount:
+        return
+    attempt = attempt_by_key(tx.connection, attempt_key)
+    if attempt.status not in (lifecycle.A_PREPARING, lifecycle.A_UNRESPONSIVE):
+        return
+    rollout = rollout_by_key(tx.connection, attempt.rollout_key)
+    move = lifecycle.move_attempt(attempt.status, AttemptEvent.SIGNAL, revivable=revivable(attempt, rollout))
+    if move.outcome is not Outcome.CHANGED:
+        return
+    due = lifecycle.next_due(True, attempt._replace(last_heartbeat=tx.now).clocks)
+    tx.execute(
+        "UPDATE attempts SET status = ?, last_heartbeat_time = ?, end_time = NULL, due = ?, "
+        "failure_kind = 0, "
+        "failure = NULL WHERE attempt_key = ?",
+        (move.status, tx.now, due, attempt.key),
+    )
+    tx.arm(due)
+    tx.event(attempt.run_key, ATTEMPT, UPDATED, attempt.key)
+    if rollout.latest_attempt_key == attempt.key:
+        _signal_rollout(tx, rollout, back=attempt.status == lifecycle.A_UNRESPONSIVE)
+
+
+def _signal_rollout(tx: Tx, rollout: RolloutRow, *, back: bool) -> None:
+    move = lifecycle.move_rollout(rollout.status, RolloutEvent.SIGNAL)
+    if move.outcome is Outcome.CHANGED:
+        tx.execute(
+            "UPDATE rollouts SET status = ?, ready = 0, due = NULL, ended_attempts = ? WHERE rollout_key = ?",
+            (move.status, rollout.ended_attempts - back, rollout.key),
+        )
+        tx.event(rollout.run_key, ROLLOUT, UPDATED, rollout.key)
+
+
+def set_open_calls(tx: Tx, attempt_key: int, count: int) -> None:
+    """Says how many model calls are open; the last one to close seals an attempt that is over."""
+    tx.execute("UPDATE attempts SET open_calls = ? WHERE attempt_key = ?", (count, attempt_key))
+    if count == 0:
+        attempt = attempt_by_key(tx.connection, attempt_key)
+        if attempt.seal_due is not None and not attempt.sealed:
+            settle(tx, attempt)
+
+
+def settle(tx: Tx, attempt: AttemptRow) -> None:
+    """Seals an attempt that is over, or sets the moment when it will be."""
+    seal = lifecycle.seal(
+        over=True,
+        open_calls=attempt.open_calls,
+        now=tx.now,
+        seal_due=attempt.seal_due,
+        seal_timeout=seal_timeout(tx, attempt),
+    )
+    tx.execute(
+        "UPDATE attempts SET sealed = ?, seal_time = ?, seal_due = ?, due = ?, capture_incomplete = ? "
+        "WHERE attempt_key = ?",
+        (
+            *(int(seal.now), tx.now if seal.now else None, seal.due, seal.due),
+            *(int(seal.incomplete), attempt.key),
+        ),
+    )
+    tx.arm(seal.due)
+    if not seal.now:
+        return
+    tx.event(attempt.run_key, ATTEMPT, SEALED, attempt.key)
+    rollout = rollout_by_key(tx.connection, attempt.rollout_key)
+    if rollout.latest_attempt_key == attempt.key and rollout.status in lifecycle.ROLLOUT_TERMINAL:
+        seal_rollout(tx, rollout)
+
+
+def seal_rollout(tx: Tx, rollout: RolloutRow) -> None:
+    """Marks a finished rollout as sealed."""
+    tx.execute("UPDATE rollouts SET sealed = 1 WHERE rollout_key = ?", (rollout.key,))
+    tx.event(rollout.run_key, ROLLOUT, SEALED, rollout.key)
+
+
+def seal_timeout(tx: Tx, attempt: AttemptRow) -> int:
+    """Microseconds that the attempt's open calls are waited for; 0 when it has none."""
+    if attempt.open_calls <= 0:
+        return 0
+    row = tx.execute("SELECT seal_timeout FROM runs WHERE run_key = ?", (attempt.run_key,)).fetchone()
+    return int(row[0])
+
+
+def complete_failure(event: AttemptEvent, failure: attempt_pb2.Failure | None) -> attempt_pb2.Failure | None:
+    """The failure as it is stored: limits kept, a kind filled in; None when the attempt succeeded."""
+    kind = lifecycle.default_kind(event)
+    if not kind:
+        return None
+    full = attempt_pb2.Failure()
+    if failure is not None:
+        full.CopyFrom(failure)
+    if not full.kind:
+        full.kind = attempt_pb2.FailureKind.ValueType(kind)
+    full.message = clip(full.message, 4 << 10)
+    full.type = clip(full.type, 256)
+    full.detail = clip(full.detail, 64 << 10, keep_end=True)
+    return full
+
+
+def clip(text: str, limit: int, *, keep_end: bool = False) -> str:
+    """Text of at most `limit` bytes of UTF-8, cut at the back, or at the front with `keep_end`."""
+    raw = text.encode()
+    if len(raw) <= limit:
+        return text
+    return (raw[-limit:] if keep_end else raw[:limit]).decode(errors="ignore")
+
+
+def revivable(attempt: AttemptRow, rollout: RolloutRow) -> bool:
+    """Whether a silent attempt may come back."""
+    return not attempt.sealed and lifecycle.is_revivable(
+        attempt.status,
+        leased=bool(attempt.leased),
+        newest=rollout.latest_attempt_key == attempt.key,
+        rollout_status=rollout.status,
+    )

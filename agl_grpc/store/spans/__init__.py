@@ -1,0 +1,3 @@
+"""Spans and model calls: checked, queued, written, streamed, read."""
+
+from __future__ import annotations

@@ -1,0 +1,133 @@
+"""Stored spans as readers get them: the bytes that arrived, prompts whole (R14, R19)."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from agl_grpc.model import raw
+from agl_grpc.store.rollouts.encode import set_time
+from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, ref_of
+
+_TOKEN_BYTES = 4
+_CHUNK = 500
+
+
+class SpanRow(NamedTuple):
+    """A stored span with the names of what it belongs to."""
+
+    span_key: int
+    attempt_key: int
+    span_ref: int
+    sequence_id: int
+    received_time: int
+    flags: int
+    data: bytes
+    rollout_id: str
+    attempt_id: str
+
+
+_ROWS = (
+    "SELECT s.span_key, s.attempt_key, s.span_ref, s.sequence_id, s.received_time, s.flags, s.data, "
+    "r.rollout_id, a.attempt_id FROM spans s JOIN attempts a ON a.attempt_key = s.attempt_key "
+    "JOIN rollouts r ON r.rollout_key = a.rollout_key "
+)
+
+
+def rows_by_key(db: sqlite3.Connection, keys: Sequence[int]) -> list[SpanRow]:
+    """Spans by their keys, in that order; deleted ones are left out."""
+    found: dict[int, SpanRow] = {}
+    for start in range(0, len(keys), _CHUNK):
+        part = keys[start : start + _CHUNK]
+        marks = ",".join("?" * len(part))
+        for row in db.execute(f"{_ROWS}WHERE s.span_key IN ({marks})", part):
+            found[row[0]] = SpanRow._make(row)
+    return [found[key] for key in keys if key in found]
+
+
+def rows_where(db: sqlite3.Connection, where: str, values: Iterable[object]) -> list[SpanRow]:
+    """Spans by a condition of this package's own making."""
+    return [SpanRow._make(row) for row in db.execute(_ROWS + where, list(values))]
+
+
+class SpanReader:
+    """Turns rows into RawStoredSpans. Remembers prompts, so that a conversation is put together once.
+
+    Args:
+        db: A read transaction.
+        omit_tokens: Whether to leave token arrays out.
+    """
+
+    def __init__(self, db: sqlite3.Connection, *, omit_tokens: bool = False) -> None:
+        self._db = db
+        self._omit = omit_tokens
+        self._sequences: dict[tuple[int, int], tuple[bytes, Any]] = {}
+
+    def message(self, row: SpanRow) -> Any:
+        """The row as RawStoredSpan."""
+        stored = raw.RawStoredSpan(
+            rollout_id=row.rollout_id,
+            attempt_id=row.attempt_id,
+            sequence_id=row.sequence_id,
+            late=bool(row.flags & LATE),
+            span=self.data(row),
+        )
+        set_time(stored.received_time, row.received_time)
+        return stored
+
+    def data(self, row: SpanRow) -> bytes:
+        """The span's bytes with the whole prompt, or without any tokens."""
+        if not row.flags & MODEL_CALL:
+            return row.data
+        if self._omit:
+            return _without_tokens(row.data)
+        if not row.flags & DELTA:
+            return row.data
+        span = raw.RawSpan.FromString(row.data)
+        prompt = self._prompt(row.attempt_key, row.span_ref, span.model_call)
+        span.model_call.prompt.Clear()
+        span.model_call.prompt.token_ids = prompt
+        data: bytes = span.SerializeToString()
+        return data
+
+    def _prompt(self, attempt_key: int, ref: int, call: Any) -> bytes:
+        """The whole prompt of a call, put together from the first call of its chain on."""
+        chain = [(ref, call)]
+        while chain[-1][1].prompt.base_span_id:
+            base = ref_of(chain[-1][1].prompt.base_span_id)
+            if (attempt_key, base) in self._sequences:
+                break
+            chain.append((base, self._load(attempt_key, base)))
+        for ref_, call_ in reversed(chain):
+            self._sequences[attempt_key, ref_] = (self._join(attempt_key, call_.prompt), call_)
+        return self._sequences[attempt_key, ref][0]
+
+    def _join(self, attempt_key: int, prompt: Any) -> bytes:
+        own: bytes = prompt.token_ids
+        if not prompt.base_span_id:
+            return own
+        before, call = self._sequences[attempt_key, ref_of(prompt.base_span_id)]
+        wanted = prompt.base_length * _TOKEN_BYTES
+        if wanted > len(before):
+            before += call.choices[prompt.base_choice].token_ids
+        return before[:wanted] + own
+
+    def _load(self, attempt_key: int, ref: int) -> Any:
+        row = self._db.execute(
+            "SELECT data FROM spans WHERE attempt_key = ? AND span_ref = ?", (attempt_key, ref)
+        ).fetchone()
+        if row is None:
+            # Spans go only with their whole attempt, so a base cannot be missing in a sound database.
+            raise LookupError(f"base {ref:#x} of attempt {attempt_key} is missing")
+        return raw.RawSpan.FromString(row[0]).model_call
+
+
+def _without_tokens(data: bytes) -> bytes:
+    span = raw.RawSpan.FromString(data)
+    span.model_call.prompt.Clear()
+    for choice in span.model_call.choices:
+        for name in ("token_ids", "logprobs", "routed_experts", "kept_set_sizes"):
+            choice.ClearField(name)
+    stripped: bytes = span.SerializeToString()
+    return stripped

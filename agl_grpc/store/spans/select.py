@@ -1,0 +1,98 @@
+"""Which spans of a rollout a query means, in which order."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from agl_grpc.model import raw
+from agl_grpc.store.errors import invalid_field
+from agl_grpc.store.spans.check import MODEL_CALL
+from agl_grpc.v1 import common_pb2, store_service_pb2
+
+COLUMNS = {"sequence_id": "sequence_id", "received_time": "received_time"}
+"""Orders that the database sorts by itself."""
+
+Sortable = tuple[bool, int | str]
+"""A sort value with a flag that puts nulls last."""
+
+_KEYS: dict[str, Callable[[Any], Sortable]] = {
+    "start_time": lambda span: (False, span.start_time_unix_nano),
+    "end_time": lambda span: (not span.end_time_unix_nano, span.end_time_unix_nano),
+    "name": lambda span: (False, span.name),
+    "trace_id": lambda span: (not span.trace_id, span.trace_id.hex()),
+    "span_id": lambda span: (False, span.span_id.hex()),
+    "parent_id": lambda span: (not span.parent_span_id, span.parent_span_id.hex()),
+}
+
+Test = Callable[[Any], bool]
+
+
+def sort_name(order_by: str) -> str:
+    """The order's name.
+
+    Raises:
+        StoreError: INVALID_FIELD for an unknown one.
+    """
+    name = order_by or "sequence_id"
+    if name not in COLUMNS and name not in _KEYS:
+        raise invalid_field("order_by", f"must be one of {', '.join(sorted([*COLUMNS, *_KEYS]))}")
+    return name
+
+
+def tests_of(chosen: store_service_pb2.SpanFilter) -> list[Test]:
+    """A filter's conditions on a span's keys, model_calls_only excepted."""
+    tests: list[Test] = []
+    for name in ("trace_id", "span_id", "parent_span_id"):
+        if getattr(chosen, name):
+            tests.append(partial(_equals, name, getattr(chosen, name)))
+        if getattr(chosen, f"{name}_contains"):
+            tests.append(partial(_contains, name, getattr(chosen, f"{name}_contains").lower()))
+    if chosen.name:
+        tests.append(lambda span: span.name == chosen.name)
+    if chosen.name_contains:
+        tests.append(lambda span: chosen.name_contains in span.name)
+    return tests
+
+
+def _equals(name: str, wanted: bytes, span: Any) -> bool:
+    return bool(getattr(span, name) == wanted)
+
+
+def _contains(name: str, part: str, span: Any) -> bool:
+    return part in getattr(span, name).hex()
+
+
+def scan(
+    db: sqlite3.Connection,
+    attempt_keys: Sequence[int],
+    chosen: store_service_pb2.SpanFilter,
+    order: str,
+    descending: bool,
+) -> list[int]:
+    """Keys of all matching spans of some attempts, sorted; their bytes are looked into one by one."""
+    tests = tests_of(chosen)
+    combine = any if chosen.logic == common_pb2.FILTER_LOGIC_OR else all
+    flags = MODEL_CALL if chosen.model_calls_only else 0
+    found: list[tuple[Sortable, int]] = []
+    marks = ",".join("?" * len(attempt_keys))
+    rows = db.execute(
+        "SELECT span_key, sequence_id, received_time, data FROM spans "
+        f"WHERE attempt_key IN ({marks}) AND flags & ? = ?",
+        [*attempt_keys, flags, flags],
+    )
+    for key, sequence, received, data in rows:
+        span = raw.RawSpanKeys.FromString(data)
+        if tests and not combine(test(span) for test in tests):
+            continue
+        if order == "sequence_id":
+            value: Sortable = (False, sequence)
+        elif order == "received_time":
+            value = (False, received)
+        else:
+            value = _KEYS[order](span)
+        found.append((value, key))
+    found.sort(reverse=descending)
+    return [key for _, key in found]

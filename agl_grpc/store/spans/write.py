@@ -1,0 +1,431 @@
+"""Spans into the database, many messages in one transaction (R11, R14-R16, R19). Writer's thread only."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from agl_grpc.model import raw
+from agl_grpc.store import errors
+from agl_grpc.store.errors import StoreError
+from agl_grpc.store.rollouts import attempts
+from agl_grpc.store.rollouts.lifecycle import ATTEMPT_LIVE
+from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, CheckedCall, CheckedGroup, id_of
+from agl_grpc.store.storage.transaction import Tx
+from agl_grpc.v1 import event_pb2
+
+_COLUMNS = 8
+_SIZES = tuple(1 << power for power in range(8, -1, -1))
+# One statement for many rows: each statement costs one hand-over of the interpreter lock.
+_INSERTS = {size: f"INSERT INTO spans VALUES {','.join(['(?,?,?,?,?,?,?,?)'] * size)}" for size in _SIZES}
+_STORED = {
+    size: "SELECT span_ref, sequence_id FROM spans "
+    f"WHERE attempt_key = ? AND span_ref IN ({','.join('?' * size)})"
+    for size in _SIZES
+}
+
+_ATTEMPT = (
+    "SELECT a.attempt_key, a.rollout_key, a.run_key, a.status, a.end_time, a.sealed, a.open_calls, "
+    "r.rollout_id, coalesce(s.last, 0) FROM attempts a JOIN rollouts r ON r.rollout_key = a.rollout_key "
+    "LEFT JOIN span_sequences s ON s.rollout_key = a.rollout_key WHERE a.attempt_id = ?"
+)
+
+
+class Producer(NamedTuple):
+    """Where a message of a span stream comes from.
+
+    Attributes:
+        producer_id: The producer.
+        epoch: Of its stream; an older one than the stored is fenced.
+        sequence: The message's number.
+    """
+
+    producer_id: str
+    epoch: int
+    sequence: int
+
+
+@dataclass
+class SpanMessage:
+    """One message of checked spans on its way to the disk.
+
+    Attributes:
+        groups: Spans by attempt.
+        size: Bytes that it occupies in memory.
+        rows: Spans that it holds.
+        producer: Set for messages of a stream.
+    """
+
+    groups: Sequence[CheckedGroup]
+    size: int
+    rows: int
+    producer: Producer | None = None
+
+
+@dataclass
+class SpanOutcome:
+    """What became of a message.
+
+    Attributes:
+        stored: New spans.
+        duplicates: Spans that were there before.
+        sequence_ids: One for each span in the order sent, 0 for rejected ones.
+        groups: The message's groups, whose `rejected` lists are complete now.
+    """
+
+    groups: Sequence[CheckedGroup]
+    stored: int = 0
+    duplicates: int = 0
+    sequence_ids: list[int] = field(default_factory=list)
+
+
+class _Attempt(NamedTuple):
+    key: int
+    rollout_key: int
+    run_key: int
+    status: int
+    end_time: int | None
+    sealed: int
+    open_calls: int
+    rollout_id: str
+    last_sequence: int
+
+
+class _Call(NamedTuple):
+    """A model call that a prompt may be a difference to."""
+
+    prompt_tokens: int
+    data: bytes
+
+
+@dataclass
+class _Totals:
+    spans: int = 0
+    size: int = 0
+    late: int = 0
+
+
+def write_messages(tx: Tx, messages: Sequence[SpanMessage]) -> list[SpanOutcome | StoreError]:
+    """Store the messages' spans in order.
+
+    Returns:
+        For each message what became of it, or why it was refused as a whole (an older stream).
+    """
+    return _Flush(tx).run(messages)
+
+
+class _Flush:
+    """State of one transaction's worth of messages."""
+
+    def __init__(self, tx: Tx) -> None:
+        self._tx = tx
+        self._values: list[int | bytes] = []  # rows of spans, one after the other
+        self._attempts: dict[str, _Attempt | None] = {}
+        self._sequences: dict[int, int] = {}
+        self._new: dict[int, dict[int, int]] = {}
+        self._calls: dict[tuple[int, int], _Call] = {}
+        self._open: dict[int, int] = {}
+        self._ranges: dict[int, tuple[int, int]] = {}
+        self._totals: dict[int, _Totals] = {}
+        self._marks: dict[str, int] = {}
+        (self._last_key,) = tx.execute(
+            "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'spans'), 0)"
+        ).fetchone()
+
+    def run(self, messages: Sequence[SpanMessage]) -> list[SpanOutcome | StoreError]:
+        outcomes = [self._message(message) for message in messages]
+        self._insert()
+        self._finish()
+        return outcomes
+
+    def _message(self, message: SpanMessage) -> SpanOutcome | StoreError:
+        if message.producer is not None:
+            fenced = self._fence(message.producer)
+            if fenced is not None:
+                return fenced
+        outcome = SpanOutcome(message.groups)
+        for group in message.groups:
+            self._group(group, outcome)
+        return outcome
+
+    def _fence(self, producer: Producer) -> StoreError | None:
+        row = self._tx.execute(
+            "SELECT epoch, last_sequence FROM span_producers WHERE producer_id = ?", (producer.producer_id,)
+        ).fetchone()
+        if row is None or row[0] != producer.epoch:
+            return errors.stream_fenced(producer.producer_id, row[0] if row else 0)
+        known = self._marks.get(producer.producer_id, row[1])
+        self._marks[producer.producer_id] = max(known, producer.sequence)
+        return None
+
+    def _group(self, group: CheckedGroup, outcome: SpanOutcome) -> None:
+        attempt = self._attempt(group)
+        if attempt is None:
+            outcome.sequence_ids.extend([0] * group.count)
+            return
+        key = attempt.key
+        self._new.setdefault(key, {})
+        self._announce(attempt, group.open_calls)
+        have = self._stored(key, group.refs)
+        if have or group.calls or group.explicit or not self._plain(attempt, group):
+            numbers = self._one_by_one(attempt, group, have, outcome)
+        else:
+            numbers = self._at_once(attempt, group, outcome)
+        outcome.sequence_ids.extend(numbers)
+        calls = [ref for place, ref in zip(group.places, group.refs, strict=True) if place in group.calls]
+        self._close(attempt, calls + group.abandoned)
+
+    def _plain(self, attempt: _Attempt, group: CheckedGroup) -> bool:
+        """Whether all spans of the group are new, in time, and different from each other."""
+        new = self._new[attempt.key]
+        return (
+            attempt.status in ATTEMPT_LIVE
+            and not attempt.sealed
+            and len(set(group.refs)) == group.count
+            and new.keys().isdisjoint(group.refs)
+        )
+
+    def _at_once(self, attempt: _Attempt, group: CheckedGroup, outcome: SpanOutcome) -> Iterable[int]:
+        """Store spans that need no look at each."""
+        key, now, count = attempt.key, self._tx.now, group.count
+        last = self._last_sequence(attempt)
+        numbers = range(last + 1, last + 1 + count)
+        self._sequences[attempt.rollout_key] = last + count
+        first = self._last_key + 1
+        self._last_key += count
+        values = self._values
+        for span_key, ref, number, data in zip(
+            range(first, first + count), group.refs, numbers, group.data, strict=True
+        ):
+            values += (span_key, key, ref, number, now, 0, 0, data)
+        self._new[key].update(zip(group.refs, numbers, strict=True))
+        self._count(attempt, first, count, sum(map(len, group.data)), 0)
+        outcome.stored += count
+        return numbers
+
+    def _one_by_one(
+        self, attempt: _Attempt, group: CheckedGroup, have: dict[int, int], outcome: SpanOutcome
+    ) -> Iterable[int]:
+        """Store spans of which each has to be looked at."""
+        numbers = [0] * group.count
+        new = self._new[attempt.key]
+        for place, ref, start, data in zip(group.places, group.refs, group.starts, group.data, strict=True):
+            call = group.calls.get(place)
+            length = 0
+            if call is not None:
+                problem = self._delta_problem(attempt.key, call)
+                if problem is not None:
+                    group.rejected.append((place, id_of(ref), problem))
+                    continue
+                length = call.base_length + call.new_tokens
+                self._calls[attempt.key, ref] = _Call(length, data)
+            sequence = have.get(ref) or new.get(ref)
+            if sequence is None:
+                sequence = new[ref] = self._next_sequence(attempt, group.explicit.get(place, 0))
+                self._row(attempt, ref, sequence, start, call, length, data)
+                outcome.stored += 1
+            else:
+                outcome.duplicates += 1
+            numbers[place] = sequence
+        return numbers
+
+    def _row(
+        self,
+        attempt: _Attempt,
+        ref: int,
+        sequence: int,
+        start: int,
+        call: CheckedCall | None,
+        length: int,
+        data: bytes,
+    ) -> None:
+        late = _is_late(attempt, start)
+        flags = LATE if late else 0
+        if call is not None:
+            flags |= MODEL_CALL | (DELTA if call.base else 0)
+        self._last_key += 1
+        self._values += (self._last_key, attempt.key, ref, sequence, self._tx.now, flags, length, data)
+        self._count(attempt, self._last_key, 1, len(data), int(late))
+
+    def _count(self, attempt: _Attempt, first: int, count: int, size: int, late: int) -> None:
+        low, _ = self._ranges.get(attempt.key, (first, 0))
+        self._ranges[attempt.key] = (low, first + count - 1)
+        totals = self._totals.setdefault(attempt.run_key, _Totals())
+        totals.spans += count
+        totals.size += size
+        totals.late += late
+
+    def _attempt(self, group: CheckedGroup) -> _Attempt | None:
+        if group.refused:
+            return None
+        attempt_id = group.attempt_id
+        if attempt_id not in self._attempts:
+            row = self._tx.execute(_ATTEMPT, (attempt_id,)).fetchone()
+            self._attempts[attempt_id] = _Attempt._make(row) if row else None
+        attempt = self._attempts[attempt_id]
+        if attempt is None:
+            group.refuse(errors.not_found("attempt", attempt_id))
+        elif group.rollout_id and group.rollout_id != attempt.rollout_id:
+            group.refuse(errors.not_found("attempt", f"{attempt_id} of rollout {group.rollout_id}"))
+            return None
+        return attempt
+
+    def _delta_problem(self, attempt_key: int, span: CheckedCall) -> StoreError | None:
+        """Why a prompt cannot be put together from its base; None = it can, or needs none."""
+        if not span.base:
+            return None
+        base = self._call(attempt_key, span.base)
+        if base is None:
+            return errors.delta_base_unknown(id_of(span.base))
+        have = base.prompt_tokens
+        if span.base_length > have:
+            choices = raw.RawSpan.FromString(base.data).model_call.choices
+            if span.base_choice < len(choices):
+                have += len(choices[span.base_choice].token_ids) // 4
+        if span.base_length > have:
+            return errors.delta_base_unknown(id_of(span.base), f"has only {have} tokens")
+        return None
+
+    def _call(self, attempt_key: int, ref: int) -> _Call | None:
+        known = self._calls.get((attempt_key, ref))
+        if known is None:
+            row = self._tx.execute(
+                "SELECT prompt_tokens, data FROM spans WHERE attempt_key = ? AND span_ref = ? AND flags & ?",
+                (attempt_key, ref, MODEL_CALL),
+            ).fetchone()
+            if row is None:
+                return None
+            known = self._calls[attempt_key, ref] = _Call(*row)
+        return known
+
+    def _stored(self, attempt_key: int, refs: Sequence[int]) -> dict[int, int]:
+        have: dict[int, int] = {}
+        for start in range(0, len(refs), _SIZES[0]):
+            some = list(refs[start : start + _SIZES[0]])
+            size = 1 << (len(some) - 1).bit_length()
+            some += some[-1:] * (size - len(some))
+            have.update(self._tx.execute(_STORED[size], (attempt_key, *some)))
+        return have
+
+    def _next_sequence(self, attempt: _Attempt, explicit: int) -> int:
+        last = self._last_sequence(attempt)
+        sequence = explicit or last + 1
+        self._sequences[attempt.rollout_key] = max(last, sequence)
+        return sequence
+
+    def _last_sequence(self, attempt: _Attempt) -> int:
+        return self._sequences.get(attempt.rollout_key, attempt.last_sequence)
+
+    def _announce(self, attempt: _Attempt, calls: Sequence[tuple[int, int]]) -> None:
+        if not calls or attempt.sealed:
+            return
+        key = attempt.key
+        done = self._stored(key, [ref for ref, _ in calls])
+        done.update(self._new.get(key, {}))
+        for ref, start in calls:
+            # An announcement that overtakes nothing: its span may have come by another stream already.
+            if ref not in done and not _is_late(attempt, start):
+                cursor = self._tx.execute(
+                    "INSERT INTO open_calls VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (key, ref, start)
+                )
+                self._count_open(attempt, cursor.rowcount)
+
+    def _close(self, attempt: _Attempt, refs: Sequence[int]) -> None:
+        for ref in refs:
+            if attempt.open_calls + self._open.get(attempt.key, 0) <= 0:
+                return
+            cursor = self._tx.execute(
+                "DELETE FROM open_calls WHERE attempt_key = ? AND span_ref = ?", (attempt.key, ref)
+            )
+            self._count_open(attempt, -cursor.rowcount)
+
+    def _count_open(self, attempt: _Attempt, change: int) -> None:
+        self._open[attempt.key] = self._open.get(attempt.key, 0) + change
+
+    def _insert(self) -> None:
+        start, rows = 0, len(self._values) // _COLUMNS
+        while start < rows:
+            size = min(_SIZES[0], 1 << ((rows - start).bit_length() - 1))
+            self._tx.execute(_INSERTS[size], self._values[start * _COLUMNS : (start + size) * _COLUMNS])
+            start += size
+
+    def _finish(self) -> None:
+        tx = self._tx
+        for rollout_key, last in self._sequences.items():
+            raise_sequence(tx, rollout_key, last)
+        for producer_id, sequence in self._marks.items():
+            tx.execute(
+                "UPDATE span_producers SET last_sequence = ?, update_time = ? WHERE producer_id = ?",
+                (sequence, tx.now, producer_id),
+            )
+        for run_key, totals in self._totals.items():
+            tx.execute(
+                "INSERT INTO span_totals VALUES (?, ?, ?, ?) ON CONFLICT (run_key) DO UPDATE SET "
+                "spans = spans + excluded.spans, bytes = bytes + excluded.bytes, late = late + excluded.late",
+                (run_key, totals.spans, totals.size, totals.late),
+            )
+        for attempt in self._attempts.values():
+            if attempt is not None and attempt.key in self._new:
+                self._tell(attempt)
+
+    def _tell(self, attempt: _Attempt) -> None:
+        """The log, the attempt's life and its seal learn of the spans."""
+        key = attempt.key
+        if key in self._ranges:
+            low, high = self._ranges[key]
+            self._tx.event(
+                attempt.run_key,
+                event_pb2.ENTITY_KIND_SPANS,
+                event_pb2.EVENT_KIND_CREATED,
+                key,
+                low=low,
+                high=high,
+            )
+        attempts.signal(self._tx, key)
+        change = self._open.get(key, 0)
+        if change:
+            attempts.set_open_calls(self._tx, key, attempt.open_calls + change)
+
+
+def _is_late(attempt: _Attempt, start_ns: int) -> bool:
+    """Whether what began at this moment can no longer be trained (R11)."""
+    if attempt.sealed:
+        return True
+    if attempt.status in ATTEMPT_LIVE or attempt.end_time is None:
+        return False
+    return start_ns > attempt.end_time * 1000
+
+
+def last_sequence(db: sqlite3.Connection, rollout_key: int) -> int:
+    """The rollout's highest sequence id so far; 0 = none."""
+    row = db.execute("SELECT last FROM span_sequences WHERE rollout_key = ?", (rollout_key,)).fetchone()
+    return int(row[0]) if row else 0
+
+
+def raise_sequence(tx: Tx, rollout_key: int, last: int) -> None:
+    """Set the rollout's highest sequence id."""
+    tx.execute(
+        "INSERT INTO span_sequences VALUES (?, ?) "
+        "ON CONFLICT (rollout_key) DO UPDATE SET last = excluded.last",
+        (rollout_key, last),
+    )
+
+
+def forget_spans(tx: Tx, rollout_key: int, attempt_keys: Iterable[int]) -> None:
+    """Delete the spans of attempts that are deleted."""
+    for key in attempt_keys:
+        (run_key,) = tx.execute("SELECT run_key FROM attempts WHERE attempt_key = ?", (key,)).fetchone()
+        gone = tx.execute(
+            f"SELECT count(*), coalesce(sum(length(data)), 0), coalesce(sum(flags & {LATE} <> 0), 0) "
+            "FROM spans WHERE attempt_key = ?",
+            (key,),
+        ).fetchone()
+        tx.execute(
+            "UPDATE span_totals SET spans = spans - ?, bytes = bytes - ?, late = late - ? WHERE run_key = ?",
+            (*gone, run_key),
+        )
+        tx.execute("DELETE FROM spans WHERE attempt_key = ?", (key,))
+        tx.execute("DELETE FROM open_calls WHERE attempt_key = ?", (key,))
+    tx.execute("DELETE FROM span_sequences WHERE rollout_key = ?", (rollout_key,))

@@ -1,0 +1,368 @@
+"""The single writer: a thread that groups waiting commands into transactions.
+
+Durability costs one fsync per group. Each command has a savepoint of its own: one that fails is
+undone alone. Nobody is answered before the group is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import os
+import sqlite3
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar, cast
+
+from agl_grpc.store.clock import Clock
+from agl_grpc.store.errors import StoreError, draining, internal, overloaded, storage_full
+from agl_grpc.store.storage.bulk import insert_rows
+from agl_grpc.store.storage.database import explain
+from agl_grpc.store.storage.transaction import EventRow, Redo, Tx
+
+T = TypeVar("T")
+Run = Callable[[Tx], Any]
+
+_log = logging.getLogger(__name__)
+
+MIXED_SECONDS = 0.005
+MIXED_ROWS = 500
+ALONE_SECONDS = 0.020
+ALONE_ROWS = 5_000
+_MAX_WAITING = 50_000
+
+_INSERT_EVENT = "INSERT INTO events (run_key, entity, kind, ref, low, high, time, entity_id)"
+
+
+class Lane(enum.IntEnum):
+    """Which queue a command waits in; lifecycle goes first."""
+
+    LIFECYCLE = 0
+    SPANS = 1
+
+
+class _Command:
+    __slots__ = ("error", "future", "result", "rows", "run", "tx")
+
+    def __init__(self, run: Run, future: asyncio.Future[Any], rows: int) -> None:
+        self.run = run
+        self.future = future
+        self.rows = rows
+        self.tx: Tx | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+def exit_process(line: str) -> NoReturn:
+    """Ends the process at once: after a failed fsync nothing held in memory can be trusted."""
+    print(f"agl-grpc store: {line}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class Writer:
+    """The only thread that writes.
+
+    Args:
+        connection: The writing connection; the writer closes it.
+        clock: The store's time.
+        on_commit: Called on the event loop after each group with its events and the earliest timer armed.
+        on_fatal: Called in the writer's thread when storage can no longer be trusted; must not return.
+    """
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        clock: Clock,
+        on_commit: Callable[[Sequence[EventRow], int | None], None],
+        on_fatal: Callable[[str], NoReturn] = exit_process,
+    ) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._on_commit = on_commit
+        self._on_fatal = on_fatal
+        self._lanes: tuple[deque[_Command], deque[_Command]] = (deque(), deque())
+        self._wake = threading.Condition(threading.Lock())
+        self._idle = False
+        self._stopping = False
+        self._segment: list[_Command] = []
+        self._in_savepoint = False
+        self._touched = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._serve, name="store-writer", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread; answers arrive on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Carries out what waits, then ends the thread. Later commands are refused."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._connection.close()
+
+    def waiting(self) -> tuple[int, int]:
+        """Commands that wait, by lane."""
+        return len(self._lanes[0]), len(self._lanes[1])
+
+    def submit(self, run: Callable[[Tx], T], lane: Lane = Lane.LIFECYCLE, rows: int = 1) -> asyncio.Future[T]:
+        """Queues a command; called on the event loop.
+
+        Args:
+            run: Executed in the writer's thread; may raise StoreError, which undoes what it did.
+            lane: Lifecycle commands pass before span batches.
+            rows: Roughly how many rows it writes.
+
+        Returns:
+            A future that is done once the command is on disk (or refused). Cancelling it undoes nothing.
+
+        Raises:
+            StoreError: OVERLOADED when too much waits, DRAINING after `stop`.
+        """
+        if self._stopping:
+            raise draining()
+        assert self._loop is not None, "start() comes first"
+        queue = self._lanes[lane]
+        if len(queue) >= _MAX_WAITING:
+            raise overloaded("write_queue")
+        future: asyncio.Future[T] = self._loop.create_future()
+        queue.append(_Command(run, future, rows))
+        # Read without the lock: the writer looks at the queues again after it has set `_idle`.
+        if self._idle:
+            with self._wake:
+                self._wake.notify()
+        return future
+
+    # In the writer's thread from here on.
+
+    def _serve(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            _log.exception("the writer failed")
+            self._on_fatal(f"the writer failed, stopping at once: {error}")
+
+    def _work(self) -> None:
+        lifecycle, spans = self._lanes
+        while True:
+            if not lifecycle and not spans:
+                with self._wake:
+                    self._idle = True
+                    while not lifecycle and not spans:
+                        if self._stopping:
+                            return
+                        self._wake.wait()
+                    self._idle = False
+            self._group()
+
+    def _group(self) -> None:
+        done: list[_Command] = []
+        try:
+            self._begin()
+            self._touched = False
+            self._fill(done)
+            self._segment.clear()
+            events = [event for command in done if command.error is None for event in _tx(command).events]
+            self._finish(done, events)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._segment.clear()
+            self._fail(done, error)
+            return
+        self._in_savepoint = False
+        dues = [command.tx.due for command in done if command.error is None and command.tx and command.tx.due]
+        self._answer(done, events, min(dues, default=None))
+
+    def _begin(self) -> None:
+        while True:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                _log.warning("another program holds the database's write lock; waiting for it")
+            else:
+                return
+
+    def _finish(self, done: list[_Command], events: list[EventRow]) -> None:
+        deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]] = {}
+        for command in done:
+            if command.error is None:
+                for key, write in _tx(command).deferred.items():
+                    deferred.pop(key, None)
+                    deferred[key] = write
+        for sql, values in deferred.values():
+            self._connection.execute(sql, values)
+        if events:
+            insert_rows(self._connection.execute, _INSERT_EVENT, events)
+
+    def _fill(self, done: list[_Command]) -> None:
+        lifecycle, spans = self._lanes
+        mixed = bool(lifecycle and spans)
+        seconds, most = (MIXED_SECONDS, MIXED_ROWS) if mixed else (ALONE_SECONDS, ALONE_ROWS)
+        end = time.monotonic() + seconds
+        rows = 0
+        while lifecycle or spans:
+            if lifecycle:
+                command = lifecycle.popleft()
+                done.append(command)
+                self._hopeful(command)
+            else:
+                command = spans.popleft()
+                done.append(command)
+                self._close_segment()
+                self._careful(command)
+            rows += command.rows
+            if rows >= most or time.monotonic() >= end:
+                return
+            if not mixed and lifecycle and spans:
+                mixed, most, end = True, MIXED_ROWS, min(end, time.monotonic() + MIXED_SECONDS)
+
+    # A savepoint for each command costs two statements each, and hardly any command fails after its first
+    # write. So lifecycle commands run in segments without savepoints of their own; when one fails that has
+    # written something, the segment is undone and its commands run again, each in its own savepoint.
+
+    def _hopeful(self, command: _Command) -> None:
+        if self._touched and not self._segment:
+            self._connection.execute("SAVEPOINT segment")
+            self._in_savepoint = True
+        before = self._connection.total_changes
+        self._segment.append(command)
+        try:
+            self._run(command, careful=False)
+        except sqlite3.Error as error:
+            if _is_storage(error):
+                raise
+            self._failed(command, error, before)
+        except Exception as error:
+            self._failed(command, error, before)
+
+    def _failed(self, command: _Command, error: Exception, before: int) -> None:
+        if self._connection.total_changes == before and not isinstance(error, Redo):
+            self._refuse(command, error)
+            self._segment.remove(command)
+            if not self._segment:
+                self._close_savepoint()
+            return
+        if self._in_savepoint:
+            self._connection.execute("ROLLBACK TO segment")
+            self._close_savepoint()
+        else:
+            self._connection.execute("ROLLBACK")
+            self._begin()
+        again = list(self._segment)
+        self._segment.clear()
+        for one in reversed(again):
+            _rolled_back(one)
+        for one in again:
+            self._careful(one)
+
+    def _careful(self, command: _Command) -> None:
+        self._touched = True
+        self._connection.execute("SAVEPOINT command")
+        try:
+            self._run(command, careful=True)
+        except sqlite3.Error as error:
+            if _is_storage(error):
+                raise
+            self._undo(command, error)
+        except Exception as error:
+            self._undo(command, error)
+        else:
+            self._connection.execute("RELEASE command")
+
+    def _run(self, command: _Command, careful: bool) -> None:
+        tx = command.tx = Tx(self._connection, self._clock.now(), careful)
+        command.result = command.run(tx)
+        for callback in tx.finals:
+            callback()
+
+    def _close_segment(self) -> None:
+        if self._segment:
+            self._touched = True
+            self._segment.clear()
+            self._close_savepoint()
+
+    def _close_savepoint(self) -> None:
+        if self._in_savepoint:
+            self._connection.execute("RELEASE segment")
+            self._in_savepoint = False
+
+    def _undo(self, command: _Command, error: Exception) -> None:
+        self._connection.execute("ROLLBACK TO command")
+        self._connection.execute("RELEASE command")
+        self._refuse(command, error)
+
+    def _refuse(self, command: _Command, error: Exception) -> None:
+        _rolled_back(command)
+        if isinstance(error, StoreError):
+            command.error = error
+        else:
+            _log.error("a command failed", exc_info=error)
+            command.error = internal()
+
+    def _fail(self, done: list[_Command], error: sqlite3.Error) -> None:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code != sqlite3.SQLITE_FULL:
+            self._on_fatal(f"storage failed, stopping at once: {explain(error)}")
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+        self._in_savepoint = False
+        for command in reversed(done):
+            if command.error is None:
+                _rolled_back(command)
+                command.error = storage_full()
+        _log.warning("the disk is full: %d writes refused", len(done))
+        self._answer(done, [], None)
+
+    def _answer(self, done: list[_Command], events: Sequence[EventRow], due: int | None) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, done, events, due)
+        except RuntimeError:
+            # The loop was closed under us: nobody is left to be answered.
+            _log.warning("%d commands were written after the event loop had ended", len(done))
+
+    def _deliver(self, done: list[_Command], events: Sequence[EventRow], due: int | None) -> None:
+        self._on_commit(events, due)
+        for command in done:
+            if command.error is None:
+                for callback in _tx(command).on_commit:
+                    callback()
+        for command in done:
+            if command.future.done():
+                continue
+            if command.error is None:
+                command.future.set_result(command.result)
+            else:
+                command.future.set_exception(command.error)
+
+
+def _tx(command: _Command) -> Tx:
+    return cast(Tx, command.tx)
+
+
+def _rolled_back(command: _Command) -> None:
+    if command.tx is not None:
+        for callback in reversed(command.tx.on_rollback):
+            callback()
+
+
+def _is_storage(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_NOMEM,
+    )

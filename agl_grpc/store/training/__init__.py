@@ -1,0 +1,3 @@
+"""Training runs, batches and policy versions."""
+
+from __future__ import annotations

@@ -1,0 +1,237 @@
+"""Batches: sealed attempts frozen into a content-hashed manifest, trained exactly once (R24, R25)."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from agl_grpc.store.errors import exists, illegal_transition, invalid_field, not_found
+from agl_grpc.store.ids import mint
+from agl_grpc.store.rewards import final_reward
+from agl_grpc.store.rollouts.encode import set_time
+from agl_grpc.store.rollouts.rows import RolloutRow, attempt_by_key, rollout_by_id
+from agl_grpc.store.spans.check import LATE, MODEL_CALL, id_of
+from agl_grpc.store.storage.transaction import Tx
+from agl_grpc.store.training.runs import TRAINING_RUN, TrainingRow
+from agl_grpc.v1 import batch_pb2, event_pb2
+
+CLAIMED = int(batch_pb2.BATCH_STATUS_CLAIMED)
+COMMITTED = int(batch_pb2.BATCH_STATUS_COMMITTED)
+RELEASED = int(batch_pb2.BATCH_STATUS_RELEASED)
+
+_BATCH = event_pb2.ENTITY_KIND_BATCH
+_UPDATED = event_pb2.EVENT_KIND_UPDATED
+_NAMES = {CLAIMED: "claimed", COMMITTED: "committed", RELEASED: "released"}
+
+
+@dataclass
+class Claim:
+    """What became of a claim.
+
+    Attributes:
+        key: The new batch; None = some rollouts are not sealed and nothing was claimed.
+        unsealed: Those rollouts.
+    """
+
+    key: int | None = None
+    unsealed: list[str] = field(default_factory=list)
+
+
+def claim(tx: Tx, training: TrainingRow, step: int, rollout_ids: Sequence[str]) -> Claim:
+    """Freeze the newest attempts of sealed rollouts into a batch.
+
+    Args:
+        tx: The transaction.
+        training: The training run that the caller holds.
+        step: The step that the batch is for.
+        rollout_ids: The rollouts in the order in which they are trained.
+
+    Raises:
+        StoreError: INVALID_FIELD, NOT_FOUND, or ILLEGAL_TRANSITION for a rollout that is claimed already.
+    """
+    if not rollout_ids or len(set(rollout_ids)) != len(rollout_ids):
+        raise invalid_field("rollout_ids", "must name at least one rollout, each once")
+    rollouts = [rollout_by_id(tx.connection, rollout_id) for rollout_id in rollout_ids]
+    unsealed = [rollout.rollout_id for rollout in rollouts if not rollout.sealed]
+    if unsealed:
+        return Claim(unsealed=unsealed)
+    entries = [_entry(tx, training, rollout) for rollout in rollouts]
+    raw = [entry.SerializeToString(deterministic=True) for entry in entries]
+    key = tx.execute(
+        "INSERT INTO batches (batch_id, training_key, status, content_hash, trainer_epoch, step, "
+        "create_time) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (mint("ba"), training.key, CLAIMED, content_hash(raw), training.trainer_epoch, step, tx.now),
+    ).lastrowid
+    assert key is not None
+    tx.executemany(
+        "INSERT INTO batch_entries VALUES (?, ?, ?, ?)",
+        [(key, place, rollouts[place].key, data) for place, data in enumerate(raw)],
+    )
+    tx.event(training.run_key, _BATCH, event_pb2.EVENT_KIND_CREATED, key)
+    return Claim(key)
+
+
+def content_hash(entries: Iterable[bytes]) -> str:
+    """`sha256:<hex>` over serialised manifest entries, each preceded by its length in 8 bytes."""
+    digest = hashlib.sha256()
+    for data in entries:
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _entry(tx: Tx, training: TrainingRow, rollout: RolloutRow) -> batch_pb2.ManifestEntry:
+    if rollout.run_key != training.run_key:
+        raise invalid_field("rollout_ids", f"names {rollout.rollout_id}, which belongs to another run")
+    if rollout.latest_attempt_key is None:
+        raise invalid_field("rollout_ids", f"names {rollout.rollout_id}, which never had an attempt")
+    taken = tx.execute(
+        "SELECT b.batch_id FROM batch_entries e JOIN batches b ON b.batch_key = e.batch_key "
+        "WHERE e.rollout_key = ? AND b.training_key = ? AND b.status <> ?",
+        (rollout.key, training.key, RELEASED),
+    ).fetchone()
+    if taken is not None:
+        raise illegal_transition("rollout", rollout.rollout_id, f"part of batch {taken[0]}", "claimed again")
+    attempt = attempt_by_key(tx.connection, rollout.latest_attempt_key)
+    entry = batch_pb2.ManifestEntry(
+        rollout_id=rollout.rollout_id, attempt_id=attempt.attempt_id, group_id=_group_id(tx, rollout.key)
+    )
+    reward = final_reward(tx.connection, attempt.key)
+    if reward is not None:
+        entry.reward, entry.reward_revision = reward
+    refs = tx.execute(
+        "SELECT span_ref FROM spans WHERE attempt_key = ? AND flags & ? = ? ORDER BY sequence_id, span_key",
+        (attempt.key, MODEL_CALL | LATE, MODEL_CALL),
+    )
+    entry.span_ids.extend(id_of(ref) for (ref,) in refs)
+    return entry
+
+
+def _group_id(tx: Tx, rollout_key: int) -> str:
+    row = tx.execute(
+        "SELECT g.group_id FROM rollouts r JOIN groups g ON g.group_key = r.group_key "
+        "WHERE r.rollout_key = ?",
+        (rollout_key,),
+    ).fetchone()
+    return str(row[0]) if row else ""
+
+
+def commit(
+    tx: Tx, training: TrainingRow, batch_ids: Sequence[str], checkpoint_id: str, step: int, digest: str
+) -> None:
+    """Mark batches as trained by a checkpoint that was saved; the training run goes on from there.
+
+    Raises:
+        StoreError: INVALID_FIELD, NOT_FOUND, ENTITY_EXISTS, or ILLEGAL_TRANSITION for a batch of another
+            epoch or checkpoint.
+    """
+    if not 1 <= len(checkpoint_id.encode()) <= 256:
+        raise invalid_field("checkpoint_id", "must have 1 to 256 bytes")
+    if step < 0:
+        raise invalid_field("step", "must not be negative")
+    known = tx.execute(
+        "SELECT step, digest FROM checkpoints WHERE training_key = ? AND checkpoint_id = ?",
+        (training.key, checkpoint_id),
+    ).fetchone()
+    if known is not None and known != (step, digest):
+        raise exists("checkpoint", checkpoint_id)
+    for batch_id in batch_ids:
+        key, status, epoch, checkpoint = _batch(tx, training, batch_id)
+        if status == COMMITTED and checkpoint == checkpoint_id:
+            continue
+        if status != CLAIMED or epoch != training.trainer_epoch:
+            raise illegal_transition("batch", batch_id, _NAMES[status], f"committed by {checkpoint_id}")
+        tx.execute(
+            "UPDATE batches SET status = ?, checkpoint_id = ?, commit_time = ? WHERE batch_key = ?",
+            (COMMITTED, checkpoint_id, tx.now, key),
+        )
+        tx.event(training.run_key, _BATCH, _UPDATED, key)
+    if known is None:
+        tx.execute(
+            "INSERT INTO checkpoints (training_key, checkpoint_id, step, digest, create_time) "
+            "VALUES (?, ?, ?, ?, ?)",
+            (training.key, checkpoint_id, step, digest, tx.now),
+        )
+    tx.execute(
+        "UPDATE training_runs SET checkpoint_id = ?, step = max(step, ?) WHERE training_key = ?",
+        (checkpoint_id, step, training.key),
+    )
+    tx.event(training.run_key, TRAINING_RUN, _UPDATED, training.key)
+
+
+def release(tx: Tx, training: TrainingRow, batch_ids: Sequence[str]) -> None:
+    """Give claimed batches back; their rollouts may be claimed again.
+
+    Raises:
+        StoreError: NOT_FOUND, or ILLEGAL_TRANSITION for a committed batch.
+    """
+    for batch_id in batch_ids:
+        key, status, _, _ = _batch(tx, training, batch_id)
+        if status == COMMITTED:
+            raise illegal_transition("batch", batch_id, "committed", "released")
+        if status == CLAIMED:
+            _release(tx, training, key)
+
+
+def release_all(tx: Tx, training: TrainingRow) -> None:
+    """Give back whatever an older epoch had claimed and not committed (R25)."""
+    rows = tx.execute(
+        "SELECT batch_key FROM batches WHERE training_key = ? AND status = ? ORDER BY batch_key",
+        (training.key, CLAIMED),
+    ).fetchall()
+    for (key,) in rows:
+        _release(tx, training, key)
+
+
+def _release(tx: Tx, training: TrainingRow, key: int) -> None:
+    tx.execute("UPDATE batches SET status = ? WHERE batch_key = ?", (RELEASED, key))
+    tx.event(training.run_key, _BATCH, _UPDATED, key)
+
+
+def _batch(tx: Tx, training: TrainingRow, batch_id: str) -> tuple[int, int, int, str]:
+    row = tx.execute(
+        "SELECT batch_key, status, trainer_epoch, checkpoint_id FROM batches "
+        "WHERE batch_id = ? AND training_key = ?",
+        (batch_id, training.key),
+    ).fetchone()
+    if row is None:
+        raise not_found("batch", batch_id)
+    return row[0], row[1], row[2], row[3]
+
+
+def load_batch(db: sqlite3.Connection, key: int) -> batch_pb2.Batch:
+    """A batch that exists, with its manifest."""
+    row = db.execute(
+        "SELECT b.batch_id, t.training_run_id, r.run_id, b.status, b.content_hash, b.trainer_epoch, b.step, "
+        "b.checkpoint_id, b.create_time, b.commit_time FROM batches b "
+        "JOIN training_runs t ON t.training_key = b.training_key JOIN runs r ON r.run_key = t.run_key "
+        "WHERE b.batch_key = ?",
+        (key,),
+    ).fetchone()
+    batch = batch_pb2.Batch(
+        batch_id=row[0],
+        training_run_id=row[1],
+        run_id=row[2],
+        status=row[3],
+        content_hash=row[4],
+        trainer_epoch=row[5],
+        step=row[6],
+        checkpoint_id=row[7],
+    )
+    set_time(batch.create_time, row[8])
+    set_time(batch.commit_time, row[9])
+    for (data,) in db.execute("SELECT entry FROM batch_entries WHERE batch_key = ? ORDER BY place", (key,)):
+        batch.entries.append(batch_pb2.ManifestEntry.FromString(data))
+    return batch
+
+
+def pins(tx: Tx, rollout_key: int) -> bool:
+    """Whether a manifest that was not given back names the rollout (R24)."""
+    row = tx.execute(
+        "SELECT 1 FROM batch_entries e JOIN batches b ON b.batch_key = e.batch_key "
+        "WHERE e.rollout_key = ? AND b.status <> ? LIMIT 1",
+        (rollout_key, RELEASED),
+    ).fetchone()
+    return row is not None

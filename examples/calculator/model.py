@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 QUESTION = "State the final answer to the following arithmetic problem: {} ="
 IGNORED = -100
+HIDDEN = 96
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class WarmStart:
     threads is 1: matrices this small gain little from a second one and lose much when cores are shared.
     """
 
-    steps: int = 500
+    steps: int = 600
     batch: int = 64
     learning_rate: float = 3e-3
     tool_share: float = 0.4
@@ -70,8 +70,8 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -90,7 +90,10 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 def transcripts(
     rng: random.Random, tool_share: float, held_out: frozenset[str]
 ) -> Iterator[list[dict[str, str]]]:
-    """Endless conversations: a question, then a guess, or a calculator call, its result and the answer."""
+    """Endless conversations: a question, then a guess, or a calculator call, its result and the answer.
+
+    A guess is one of the question's numbers: drawn at random it would drown what there is to learn in noise.
+    """
     while True:
         expression = _expression(rng)
         question = QUESTION.format(expression)
@@ -103,7 +106,7 @@ def transcripts(
             turns.append({"role": "tool", "content": result})
             turns.append({"role": "assistant", "content": f"Answer: {result}"})
         else:
-            turns.append({"role": "assistant", "content": f"Answer: {rng.randint(-99, 298)}"})
+            turns.append({"role": "assistant", "content": f"Answer: {rng.choice(expression.split()[::2])}"})
         yield turns
 
 
@@ -162,10 +165,8 @@ def _train(
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: up over 50 steps, then along a cosine down to a tenth."""
-    if step < 50:
-        return step / 50
-    return 0.55 + 0.45 * math.cos(math.pi * (step - 50) / max(1, steps - 50))
+    """Share of the learning rate: up over 50 steps, full, and in the last fifth down to a twentieth."""
+    return min(1.0, step / 50, 0.05 + 0.95 * (steps - step) / (0.2 * steps))
 
 
 def _backward(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]], pad: int) -> float:

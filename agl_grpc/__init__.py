@@ -68,6 +68,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "agl_grpc.runner": ("Hook", "LitAgentRunner"),
     "agl_grpc.tracer": ("OtelTracer",),
+    "agl_grpc.trainer": ("Trainer", "TrainerError"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -128,6 +129,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.runner import Hook as Hook
     from agl_grpc.runner import LitAgentRunner as LitAgentRunner
     from agl_grpc.tracer import OtelTracer as OtelTracer
+    from agl_grpc.trainer import Trainer as Trainer
+    from agl_grpc.trainer import TrainerError as TrainerError
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,8 @@ NAMES = {
     "StoreClient",
     "StoreError",
     "SyncStoreClient",
+    "Trainer",
+    "TrainerError",
     "VERL",
     "Worker",
     "WorkerStatus",

@@ -62,6 +62,10 @@ class LocalSession(Session):
 
     def _open_folder(self) -> None:
         plan = self.plan
+        if not self._strategy.runs_algorithm:
+            # The run's folder is the algorithm's; here lie the workers' logs only.
+            plan.folder.path.mkdir(parents=True, exist_ok=True)
+            return
         old = plan.folder.open(resume=plan.resume)
         datasets = {"train": dataset_digest(plan.train_dataset), "val": dataset_digest(plan.val_dataset)}
         session = describe_run(None, None)

@@ -16,6 +16,7 @@ from typing import Any
 from agl_grpc.trainer.sweep import MARK
 
 TAIL_LINES = 15
+_ERROR = "error: "
 _spawning = threading.Lock()
 
 
@@ -87,10 +88,12 @@ class Part:
         return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
 
     def obituary(self) -> str:
-        """How it ended, where its log lies, and the log's last lines."""
+        """How it ended, the error that it named, where its log lies, and the log's last lines."""
         said = self.tail()
+        errors = [line for line in said.splitlines() if line.startswith(_ERROR)]
+        reason = f": {errors[-1].removeprefix(_ERROR).strip()}" if errors else ""
         shown = "\n".join(f"  | {line}" for line in said.splitlines()) or "  | (it wrote nothing)"
-        return f"{self.name} {describe_exit(self.code)}; its log is {self.log}, which ends:\n{shown}"
+        return f"{self.name} {describe_exit(self.code)}{reason}; its log is {self.log}, which ends:\n{shown}"
 
     def _signal(self, number: signal.Signals, *, group: bool = False) -> None:
         if self._ended.is_set():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,15 @@ from agl_grpc.trainer.result import FitResult, Scores
 from agl_grpc.trainer.run_folder import dataset_digest, describe_run
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.settings import setting
+from agl_grpc.trainer.validate import Score
 
 # The learner reports its last step before it ends; the watch has this long to bring it.
 _LAST_METRICS_SECONDS = 10.0
 _TAKE_UP_SECONDS = 0.5
 _LAST_CALLS_SECONDS = 30.0
+_METRICS_SECONDS = 5.0
+# The metric by which the learner names the version that it published after a step.
+PUBLISHED = "weights/policy_version"
 
 
 class VerlSession(Session):
@@ -47,7 +53,9 @@ class VerlSession(Session):
         plan = self.plan
         training = await self._training_run()
         model, version = await self._start_weights(training)
-        validates = bool(plan.val_dataset) and plan.validation.before and not plan.resume
+        before = self._recorded("before")
+        untrained = not training.checkpoint_id and not before
+        validates = bool(plan.val_dataset) and plan.validation.before and untrained
         llm = self._start_engine(self._engine_python, model, self._algorithm.model_name, version)
         await self._publish(llm, self._temperature)
         # The first step may not change the weights under a validation that is still going on.
@@ -64,7 +72,6 @@ class VerlSession(Session):
         try:
             await self.stack.until(self._engine_ready())
             self.progress.say(f"the engine serves policy version {version}")
-            before: Scores = {}
             if validates:
                 before = await self.stack.until(self._validate("before"))
                 self._note_scores("before", before)
@@ -144,10 +151,26 @@ class VerlSession(Session):
             raise TrainerError(
                 f"checkpoint {training.checkpoint_id} is committed, but {folder} does not exist"
             )
+        return str(folder), await self._published_version(training)
+
+    async def _published_version(self, training: TrainingRun) -> int:
+        """The policy version under which the checkpoint's weights were published."""
+        step = int((training.checkpoint_id or "").rpartition("_")[2])
+        found: int | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_METRICS_SECONDS):
+                changes = self.client.watch_training_run(training.training_run_id, from_step=step)
+                async with contextlib.aclosing(changes):  # type: ignore[type-var]  # it is a generator
+                    async for _, steps in changes:
+                        for item in steps:
+                            if item.step == step and PUBLISHED in item.metrics:
+                                found = int(item.metrics[PUBLISHED])
+                        if found is not None:
+                            return found
+        # The trainer died between the commit and its report: nothing has been published since.
         versions = await self.client.query_policy_versions(self._algorithm.model_name)
         committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
-        # Versions only rise: the learner publishes the checkpoint's weights again, above all of these.
-        return str(folder), max(committed, default=0)
+        return max(committed, default=0)
 
     def _start_learner(self, training: TrainingRun) -> None:
         plan = self.plan
@@ -203,6 +226,14 @@ class VerlSession(Session):
             raise PartDied(f"the learner ended, but its training run is {state}: {learner.obituary()}")
         return training
 
+    def _recorded(self, when: str) -> Scores:
+        """Scores that an earlier session of this run wrote down."""
+        recorded: Mapping[str, Any] = self._manifest["validation"].get(when, {})
+        return {
+            name: Score(**{**score, "task_means": tuple(score["task_means"])})
+            for name, score in recorded.items()
+        }
+
     def _workers_command(self) -> str:
         queues = f"--queue {self.plan.run_id} --queue {self.plan.validation_queue}"
         return (
@@ -212,10 +243,7 @@ class VerlSession(Session):
 
     def _note_scores(self, when: str, scores: Scores) -> None:
         if scores:
-            self._manifest["validation"][when] = {
-                name: {"mean": score.mean, "rollouts": score.rollouts, "failures": score.failures}
-                for name, score in scores.items()
-            }
+            self._manifest["validation"][when] = {name: asdict(score) for name, score in scores.items()}
             self.plan.folder.write_manifest(self._manifest)
 
     def _result(

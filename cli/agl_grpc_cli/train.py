@@ -9,7 +9,7 @@ import typer
 
 from agl_grpc_cli.errors import EXIT_INTERRUPTED, CliError
 
-app = typer.Typer(help="Train an agent.", rich_markup_mode=None)
+app = typer.Typer(help="Train an agent.", rich_markup_mode=None, add_completion=False)
 
 
 @app.command()

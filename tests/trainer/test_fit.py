@@ -17,7 +17,7 @@ import pytest
 from agl_grpc.model import PromptTemplate
 from agl_grpc.trainer import Trainer, TrainerError
 from agl_grpc.trainer.sweep import MARK
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, free_port
 from tests.trainer import agents
 
 TASKS = [{"number": number} for number in (2, 4, 6)]
@@ -54,7 +54,9 @@ def test_a_broken_algorithm_raises_and_everything_ends(tmp_path: Path) -> None:
 
 def test_an_agent_that_cannot_be_imported_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     trainer = Trainer(algorithm=agents.summing, run_name="nobody", run_dir=tmp_path)
-    with pytest.raises(TrainerError, match=r"(?s)runner exited with code 1.*has no 'nobody'"):
+    with pytest.raises(
+        TrainerError, match=r"runner exited with code 1: module .* has no 'nobody'; its log is"
+    ):
         trainer.fit("tests.trainer.agents:nobody", TASKS)
 
 
@@ -133,6 +135,35 @@ if __name__ == "__main__":
         process.kill()
         process.wait()
     assert ended == (-signal.SIGINT if number is signal.SIGINT else 128 + signal.SIGTERM), log.read_text()
+    assert not _processes_of(tmp_path)
+
+
+def test_algorithm_and_workers_may_be_started_apart(tmp_path: Path) -> None:
+    port = free_port()
+    workers = f"""
+from agl_grpc.trainer import Trainer
+from tests.trainer import agents
+if __name__ == "__main__":
+    strategy = {{"type": "cs", "role": "runner", "server_port": {port}}}
+    Trainer(strategy=strategy, run_name="apart", run_dir={str(tmp_path / "workers")!r}).fit(agents.halver)
+"""
+    script = tmp_path / "workers.py"
+    script.write_text(workers)
+    log = tmp_path / "workers.log"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(script)], stdout=output, stderr=output, env=environment
+        )
+    try:
+        strategy = {"type": "cs", "role": "algorithm", "server_port": port}
+        trainer = Trainer(
+            algorithm=agents.summing, strategy=strategy, run_name="apart", run_dir=tmp_path / "algorithm"
+        )
+        assert trainer.fit(agents.halver, TASKS).value == 6.0, log.read_text()
+    finally:
+        process.terminate()
+        process.wait(60)
     assert not _processes_of(tmp_path)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.environments import learner_python
+
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = Path(os.environ.get("AGL_GRPC_LEARNER_PYTHON", ROOT / ".venv-learner" / "bin" / "python"))
 
 pytestmark = pytest.mark.e2e
 
@@ -18,7 +19,7 @@ def run(*arguments: str) -> str:
     """Run Python of the learner environment in the repository's root; its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [str(PYTHON), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [learner_python(), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -15,7 +15,7 @@ import pytest
 from agl_grpc.client import StoreClient
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import TrainingRun
-from tests.learner.environment import learner_python
+from tests.support.environments import learner_python
 from tests.support.store_process import StoreProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.learner.environment import learner_python
+from tests.support.environments import learner_python
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 

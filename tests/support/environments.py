@@ -1,29 +1,29 @@
-"""The Python of the engine environment, where vLLM and torch are."""
+"""The environments beside this one: the engine's (vLLM) and the learner's (verl)."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def engine_python() -> str:
-    """AGL_ENGINE_PYTHON, else the environment that `make engines` makes, else this one if it has vLLM."""
-    candidates = [
-        os.environ.get("AGL_ENGINE_PYTHON", ""),
-        str(REPOSITORY / ".venv-engine" / "bin" / "python"),
-    ]
-    for candidate in candidates:
-        if candidate and Path(candidate).exists():
-            return candidate
-    try:
-        import vllm  # noqa: F401 -- only whether it is there
-    except ImportError as error:
-        raise AssertionError("no engine environment: run `make engines`, or set AGL_ENGINE_PYTHON") from error
-    return sys.executable
+    """Python of the engine environment: AGL_GRPC_ENGINE_PYTHON, else what `make engines` makes."""
+    return _python("engine")
+
+
+def learner_python() -> str:
+    """Python of the learner environment: AGL_GRPC_LEARNER_PYTHON, else what `make engines` makes."""
+    return _python("learner")
+
+
+def _python(kind: str) -> str:
+    variable = f"AGL_GRPC_{kind.upper()}_PYTHON"
+    path = os.environ.get(variable) or str(REPOSITORY / f".venv-{kind}" / "bin" / "python")
+    assert Path(path).exists(), f"no {kind} environment at {path}: run `make engines`, or set {variable}"
+    return path
 
 
 def engine_environment(**extra: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ _ROLLOUT = (
     "LEFT JOIN attempts a ON a.attempt_key = r.latest_attempt_key "
     "LEFT JOIN resources s ON s.resource_key = r.resource_key "
 )
+_CHUNK = 200
 _ATTEMPT = (
     "SELECT a.attempt_key, a.attempt_id, a.sequence_id, a.status, a.start_time, a.end_time, w.worker_id, "
     "a.last_heartbeat_time, a.metadata, a.failure, s.resources_id, s.version, a.leased, a.sealed, "
@@ -81,12 +82,18 @@ def load_rollout(db: sqlite3.Connection, key: int) -> rollout_pb2.Rollout:
 
 
 def load_rollouts(db: sqlite3.Connection, keys: Iterable[int]) -> dict[int, rollout_pb2.Rollout]:
-    """Those of the rollouts that exist, by key."""
-    found: dict[int, rollout_pb2.Rollout] = {}
-    for key in keys:
-        for row in select_rollouts(db, "WHERE r.rollout_key = ?", key):
-            found[key] = rollout_message(row)
-    return found
+    """Those of the rollouts that exist, by key, in the order given."""
+    wanted = list(keys)
+    rows: list[Any] = []
+    if len(wanted) == 1:
+        rows = select_rollouts(db, "WHERE r.rollout_key = ?", wanted[0])
+    else:
+        for start in range(0, len(wanted), _CHUNK):
+            # One statement for every number of keys, so that it stays prepared.
+            part = f"[{','.join(map(str, wanted[start : start + _CHUNK]))}]"
+            rows += select_rollouts(db, "WHERE r.rollout_key IN (SELECT value FROM json_each(?))", part)
+    found = {row[0]: rollout_message(row) for row in rows}
+    return {key: found[key] for key in wanted if key in found}
 
 
 def attempt_message(row: Any) -> attempt_pb2.Attempt:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.errors import StoreError, invalid_field, lease_lost
-from agl_grpc.store.rollouts.encode import duration_of, load_rollout, set_duration
+from agl_grpc.store.rollouts.encode import duration_of, load_rollouts, set_duration
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent
 from agl_grpc.store.rollouts.moves import Moves
 from agl_grpc.store.rollouts.names import attempt_status
@@ -93,15 +93,16 @@ class Leases:
     ) -> list[runner_service_pb2.CompletionResult]:
         """Ends attempts with their rewards; one that is refused never blocks the others."""
         results = []
+        done: dict[int, runner_service_pb2.CompletionResult] = {}
         for i, completion in enumerate(completions):
             result = runner_service_pb2.CompletionResult(attempt_id=completion.attempt_id)
             try:
-                key = self._complete(tx, completion, f"completions[{i}]")
+                done[self._complete(tx, completion, f"completions[{i}]")] = result
             except StoreError as error:
                 result.error.CopyFrom(error.to_item())
-            else:
-                result.rollout.CopyFrom(load_rollout(tx.connection, key))
             results.append(result)
+        for key, rollout in load_rollouts(tx.connection, done).items():
+            done[key].rollout.CopyFrom(rollout)
         return results
 
     def _complete(self, tx: Tx, completion: runner_service_pb2.Completion, path: str) -> int:

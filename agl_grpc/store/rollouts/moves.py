@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from agl_grpc.store.door.credentials import CredentialSigner
 from agl_grpc.store.errors import illegal_transition
@@ -35,6 +35,7 @@ from agl_grpc.store.rollouts.rows import (
     attempts_where,
     rollout_by_key,
 )
+from agl_grpc.store.storage.bulk import insert_rows, update_rows
 from agl_grpc.store.storage.catalog import Catalog
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2
@@ -43,10 +44,14 @@ _INSERT_ATTEMPT = (
     "INSERT INTO attempts (attempt_key, attempt_id, rollout_key, run_key, sequence_id, status, "
     "start_time, worker_key, "
     "session_id, timeout, unresponsive, leased, lease_token, lease_duration, lease_expire_time, due, "
-    "resource_key) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "resource_key)"
 )
 _DELIVERED = (
+    "UPDATE rollouts SET status = v.column1, ready = 0, due = NULL, attempt_count = v.column2, "
+    "latest_attempt_key = v.column3, resource_key = v.column4 FROM (VALUES {rows}) AS v "
+    "WHERE rollout_key = v.column5"
+)
+_DELIVERED_ONE = (
     "UPDATE rollouts SET status = ?, ready = 0, due = NULL, attempt_count = ?, latest_attempt_key = ?, "
     "resource_key = ? WHERE rollout_key = ?"
 )
@@ -81,6 +86,23 @@ class Begun:
     resource_key: int | None
 
 
+@dataclass(slots=True)
+class Beginnings:
+    """Rows of attempts that begin together, so that they are written with few statements."""
+
+    attempts: list[tuple[object, ...]] = field(default_factory=list)
+    rollouts: list[tuple[object, ...]] = field(default_factory=list)
+
+
+def write_begun(tx: Tx, beginnings: Beginnings) -> None:
+    """Writes new attempts and what they change in their rollouts."""
+    insert_rows(tx.execute, _INSERT_ATTEMPT, beginnings.attempts)
+    if len(beginnings.rollouts) == 1:
+        tx.execute(_DELIVERED_ONE, beginnings.rollouts[0])
+    else:
+        update_rows(tx.execute, _DELIVERED, beginnings.rollouts)
+
+
 class Moves:
     """Begins and ends attempts, and moves rollouts with them."""
 
@@ -103,6 +125,7 @@ class Moves:
         *,
         session_id: str | None = None,
         lease_duration: int | None = None,
+        later: Beginnings | None = None,
     ) -> Begun:
         """A new attempt at a rollout.
 
@@ -112,6 +135,7 @@ class Moves:
             worker_key: Who does it; None = unknown.
             session_id: The worker's session, when leased.
             lease_duration: Microseconds; None = no lease.
+            later: Where the rows are gathered that `write_begun` writes; None = they are written at once.
 
         Raises:
             StoreError: ILLEGAL_TRANSITION when the rollout is terminal.
@@ -132,15 +156,17 @@ class Moves:
         begun_id, token = mint("at"), None if lease_duration is None else os.urandom(16)
         sequence_id = rollout.attempt_count + 1
         key = self.catalog.next_key(tx, "attempts")
-        tx.execute(
-            _INSERT_ATTEMPT,
+        beginnings = Beginnings() if later is None else later
+        beginnings.attempts.append(
             (
                 *(key, begun_id, rollout.key, rollout.run_key, sequence_id, lifecycle.A_PREPARING, tx.now),
                 *(worker_key, session_id, rollout.timeout, rollout.unresponsive, int(token is not None)),
                 *(token, lease_duration, expire, due, resource_key),
             ),
         )
-        tx.execute(_DELIVERED, (move.status, sequence_id, key, resource_key, rollout.key))
+        beginnings.rollouts.append((move.status, sequence_id, key, resource_key, rollout.key))
+        if later is None:
+            write_begun(tx, beginnings)
         tx.arm(due)
         if worker_key is not None:
             tx.defer("busy", worker_key, _WORKER_BUSY, (tx.now, tx.now, tx.now, key, worker_key))
@@ -160,6 +186,7 @@ class Moves:
         rollout: RolloutRow,
         message: rollout_pb2.Rollout | None = None,
         body: bytes | None = None,
+        later: Beginnings | None = None,
     ) -> runner_service_pb2.LeasedRollout:
         """Leases a rollout to a waiter that gave a credit for it; delivered after the commit.
 
@@ -169,9 +196,15 @@ class Moves:
             rollout: Queued.
             message: The rollout as a message, when the caller has it already; a copy is changed.
             body: Its unchanging part, when the caller has that.
+            later: As for `begin`.
         """
         begun = self.begin(
-            tx, rollout, waiter.worker_key, session_id=waiter.session_id, lease_duration=waiter.duration
+            tx,
+            rollout,
+            waiter.worker_key,
+            session_id=waiter.session_id,
+            lease_duration=waiter.duration,
+            later=later,
         )
         leased = runner_service_pb2.LeasedRollout()
         if message is not None:
@@ -192,8 +225,10 @@ class Moves:
     def serve(self, tx: Tx, waiter: Waiter) -> int:
         """Leases to a waiter what is ready for it; returns how much."""
         found = self.dispatcher.serve(tx, waiter)
+        later = Beginnings()
         for ready in found:
-            self.lease(tx, waiter, ready.row, body=ready.body)
+            self.lease(tx, waiter, ready.row, body=ready.body, later=later)
+        write_begun(tx, later)
         return len(found)
 
     def _describe(

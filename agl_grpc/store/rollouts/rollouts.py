@@ -11,7 +11,7 @@ from agl_grpc.store.rollouts.bindings import named_key
 from agl_grpc.store.rollouts.dispatch import Waiter
 from agl_grpc.store.rollouts.encode import load_rollout
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent, Outcome, RolloutEvent
-from agl_grpc.store.rollouts.moves import Moves
+from agl_grpc.store.rollouts.moves import Beginnings, Moves, write_begun
 from agl_grpc.store.rollouts.names import rollout_status
 from agl_grpc.store.rollouts.rows import (
     AttemptRow,
@@ -72,9 +72,11 @@ class Rollouts:
         ]
         matches = [self._match(tx, plan) for plan in plans]
         self._insert(tx, run, plans, matches)
+        later = Beginnings()
         for plan, waiter in zip(plans, matches, strict=True):
             if waiter is not None:
-                self._moves.lease(tx, waiter, plan.row(run.run_key), plan.message)
+                self._moves.lease(tx, waiter, plan.row(run.run_key), plan.message, later=later)
+        write_begun(tx, later)
         return [plan.message for plan in plans]
 
     def start(self, tx: Tx, run: RunRow, spec: rollout_pb2.RolloutSpec) -> RolloutRow:

@@ -11,15 +11,25 @@ Execute = Callable[[str, Sequence[object]], object]
 
 def insert_rows(execute: Execute, head: str, rows: Sequence[Sequence[object]]) -> None:
     """Inserts rows of equal width; `head` is the statement up to VALUES."""
+    _in_chunks(execute, head + " VALUES {rows}", rows)
+
+
+def update_rows(execute: Execute, template: str, rows: Sequence[Sequence[object]]) -> None:
+    """Updates rows by the values of rows of equal width; `{rows}` in the template stands for those."""
+    _in_chunks(execute, template, rows)
+
+
+def _in_chunks(execute: Execute, template: str, rows: Sequence[Sequence[object]]) -> None:
+    # Sizes are powers of two: few different statements, all of them stay prepared.
     start = 0
     while start < len(rows):
         size = min(_LARGEST, 1 << ((len(rows) - start).bit_length() - 1))
         values = [value for row in rows[start : start + size] for value in row]
-        execute(_statement(head, size, len(rows[start])), values)
+        execute(_statement(template, size, len(rows[start])), values)
         start += size
 
 
 @lru_cache(maxsize=256)
-def _statement(head: str, count: int, width: int) -> str:
+def _statement(template: str, count: int, width: int) -> str:
     row = f"({','.join('?' * width)})"
-    return f"{head} VALUES {','.join([row] * count)}"
+    return template.format(rows=",".join([row] * count))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from agl_grpc.model.training import StepMetrics
 
+_SPAN = 5
+
 
 class ChartsMissing(Exception):
     """matplotlib is not installed."""
@@ -15,7 +17,7 @@ class ChartsMissing(Exception):
 def draw_rewards(
     path: Path, history: Sequence[StepMetrics], validation: Mapping[int, Mapping[str, float]], title: str
 ) -> None:
-    """Writes mean reward (and its spread) by step, and the validation scores as points.
+    """Writes the batches' mean reward by step, its running mean, and the validation scores as points.
 
     Args:
         path: the PNG.
@@ -34,22 +36,23 @@ def draw_rewards(
     points = [step for step in history if "reward/mean" in step.metrics]
     steps = [point.step for point in points]
     means = [point.metrics["reward/mean"] for point in points]
-    spreads = [point.metrics.get("reward/std", 0.0) for point in points]
+    running = [_mean(means[max(0, at - _SPAN) : at]) for at in range(1, len(means) + 1)]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-    axes.fill_between(steps, low, high, alpha=0.15, linewidth=0, label="± one standard deviation")
-    axes.plot(steps, means, label="training reward (mean of the batch)")
-    names = dict.fromkeys(name for scores in validation.values() for name in scores)
+    axes.plot(steps, means, alpha=0.35, label="training reward, mean of the batch")
+    axes.plot(steps, running, color="C0", linewidth=2, label=f"mean of the last {_SPAN} batches")
+    names = dict.fromkeys(name for measured in validation.values() for name in measured)
     for name, marker in zip(names, "osD^v", strict=False):
         at = [step for step, scores in validation.items() if name in scores]
-        axes.plot(
-            at, [validation[step][name] for step in at], marker, linestyle=":", label=f"validation, {name}"
-        )
+        scores = [validation[step][name] for step in at]
+        axes.plot(at, scores, marker, markersize=9, label=f"validation, {name}")
     axes.set(title=title, xlabel="step", ylabel="reward")
     axes.set_ylim(min(-0.02, *means), max(1.02, *means))
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     figure.savefig(path, dpi=130)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

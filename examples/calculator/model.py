@@ -30,7 +30,7 @@ HIDDEN = 96
 class WarmStart:
     """How the model is warm-started: steps of `batch` transcripts; tool_share of them use the tool.
 
-    threads is 1: matrices this small gain little from a second one and lose much when cores are shared.
+    threads is 1 because such small matrices gain little from two and lose much on shared cores.
     """
 
     steps: int = 600

@@ -45,10 +45,13 @@ class InterceptorPlugin:
         @contextlib.asynccontextmanager
         async def lifespan(served: Any) -> AsyncIterator[Any]:
             async with original(served) as state:
-                yield state
-            running: Interceptor | None = getattr(served.state, "agl_interceptor", None)
-            if running is not None:
-                await running.stop()
+                try:
+                    yield state
+                finally:
+                    # Before vLLM's own end: it deletes the application's state.
+                    running: Interceptor | None = getattr(served.state, "agl_interceptor", None)
+                    if running is not None:
+                        await running.stop()
 
         app.router.lifespan_context = lifespan
 

@@ -144,11 +144,11 @@ def _run(command: list[str], what: str) -> str:
 def report(result: FitResult) -> None:
     """What was learned, and where everything lies."""
     print()
-    for name, label in (("sampled", "sampled (mean of 4)"), ("greedy", "greedy")):
-        before, after = result.before.get(name), result.after.get(name)
-        if before and after:
-            questions = f"{after.tasks} questions"
-            print(f"accuracy, {label}: {before.mean:.1%} before, {after.mean:.1%} after ({questions})")
+    for name, after in result.after.items():
+        before = result.before.get(name)
+        start = f"{before.mean:.1%} before, " if before else ""
+        label = f"{name} (mean of {after.rollouts // after.tasks})" if name == "sampled" else name
+        print(f"accuracy, {label}: {start}{after.mean:.1%} after ({after.tasks} questions)")
     folder = result.folder
     for label, path in (
         ("checkpoint", result.model),

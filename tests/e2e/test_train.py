@@ -20,7 +20,6 @@ import pytest
 from agl_grpc import StoreClient
 from agl_grpc.model.enums import AttemptStatus, RolloutMode
 from agl_grpc.trainer.sweep import MARK
-from agl_grpc.v1 import span_pb2
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
 
@@ -180,9 +179,8 @@ async def test_every_acknowledged_call_is_stored_exactly_once(trained: Trained, 
         async with StoreClient(store.address, run_id=trained.folder.name) as client:
             ids = [rollout.rollout_id for rollout in await client.query_rollouts()]
             async for span in client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=False):
-                stored = span_pb2.Span.FromString(span.span)
-                calls[span.rollout_id, span.attempt_id, stored.span_id] += 1
-                of_last_engine += stored.model_call.engine_id == counters["engine_id"]
+                calls[span.rollout_id, span.attempt_id, span.span.span_id] += 1
+                of_last_engine += span.span.model_call.engine_id == counters["engine_id"]
     assert max(calls.values()) == 1
     assert of_last_engine == counters["delivered"]
 

@@ -8,7 +8,6 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,13 +158,13 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     say("starting Ray and importing verl")
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     os.environ.update(worker_environment(device))
-    # Both take seconds, and Ray's start is other processes' work.
-    imported = ThreadPoolExecutor(1).submit(importlib.import_module, "agl_grpc.learner.trainer")
+    # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
+    # Ray's start walks through.
+    importlib.import_module("agl_grpc.learner.trainer")
     with local_ray(device=device, gpus=gpus):
         import transfer_queue as tq
 
         tq.init(verl.transfer_queue)
-        imported.result()
         validate(verl)
         trainer, manager = _assemble(config, verl, output, link, training, committed)
         try:

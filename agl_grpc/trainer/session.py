@@ -9,9 +9,10 @@ import threading
 from collections.abc import Coroutine
 from typing import Any
 
-from agl_grpc.client import StoreClient
+from agl_grpc.client import StoreClient, StoreError
 from agl_grpc.model import LLM, NamedResources, ProxyLLM
 from agl_grpc.trainer import commands
+from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import engine_serves
@@ -75,8 +76,13 @@ class Session:
             self.progress.phase(f"starting the store on {self.address}")
             self.stack.start(lambda: commands.store_part(plan.folder, port, self.stack.mark), restart=True)
         self._client = StoreClient(self.address, run_id=plan.run_id)
-        async with asyncio.timeout(_STORE_START_SECONDS):
-            await self.stack.until(self._client.get_server_info())
+        try:
+            async with asyncio.timeout(_STORE_START_SECONDS):
+                await self.stack.until(self._client.get_server_info())
+        except TimeoutError as error:
+            raise TrainerError(
+                f"the store at {self.address} did not answer within {_STORE_START_SECONDS:g} s"
+            ) from error
         self.stack.ready("store")
         await self._client.create_run(plan.run_id)
 
@@ -191,6 +197,8 @@ def run_to_end(session: Session) -> FitResult:
     """Runs a session and ends its processes, also after an error or Ctrl-C; a running loop may be there."""
     try:
         return _run(session.run())
+    except StoreError as error:
+        raise TrainerError(f"the store at {session.address}: {error}") from error
     finally:
         session.close()
 

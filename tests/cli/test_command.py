@@ -20,7 +20,8 @@ from tests.support.store_process import StoreProcess
 from tests.support.waiting import free_port
 
 # Nobody listens there.
-FREE = f"127.0.0.1:{free_port()}"
+# Stands for an address where nobody listens: parameters have to be the same in every test process.
+NOBODY = "NOBODY"
 
 
 def run(*arguments: str, within: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -87,20 +88,21 @@ def test_version() -> None:
         (["store", "--port", "1", "serve"], 2, "write --port after `serve`"),
         (["store", "serve", "--log-level", "loud"], 2, "log level 'loud' is none of"),
         (["store", "serve", "--host", "no.such.host.invalid"], 1, "no.such.host.invalid"),
-        (["runner", "start", "--agent", "nonsense", "--store", FREE], 1, "is not an import path"),
-        (["runner", "start", "--agent", "no_such:agent", "--store", FREE], 1, "no module 'no_such'"),
-        (["runner", "start", "--agent", "json:dumps", "--store", FREE], 1, "must be a LitAgent"),
+        (["runner", "start", "--agent", "nonsense", "--store", NOBODY], 1, "is not an import path"),
+        (["runner", "start", "--agent", "no_such:agent", "--store", NOBODY], 1, "no module 'no_such'"),
+        (["runner", "start", "--agent", "json:dumps", "--store", NOBODY], 1, "must be a LitAgent"),
         (["runner", "start", "--agent", "a:b", "--label", "x"], 2, "write KEY=VALUE"),
-        (["rollouts", "ls", "--store", FREE], 1, f"the store at {FREE} cannot be reached"),
+        (["rollouts", "ls", "--store", NOBODY], 1, "the store at NOBODY cannot be reached"),
         (["rollouts", "ls", "--status", "happy"], 1, "'happy' is not a RolloutStatus"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
     if arguments[0] == "store":
         arguments = [*arguments, "--database", str(tmp_path / "store.db")]
-    answer = run(*arguments)
+    address = f"127.0.0.1:{free_port()}"
+    answer = run(*(argument.replace(NOBODY, address) for argument in arguments))
     assert answer.returncode == code
-    assert message in " ".join(answer.stderr.split())
+    assert message.replace(NOBODY, address) in " ".join(answer.stderr.split())
     assert "Traceback" not in answer.stderr
 
 

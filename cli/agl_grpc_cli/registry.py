@@ -7,7 +7,6 @@ that help and completion stay quick however heavy the command is.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,24 +24,17 @@ class CommandEntry(NamedTuple):
     """One line for the list of commands."""
 
 
-def _installed(table: Mapping[str, CommandEntry]) -> dict[str, CommandEntry]:
-    # Some commands come with an extra package or a later release; a name that cannot run is not shown.
-    return {name: entry for name, entry in table.items() if importlib.util.find_spec(entry.module)}
-
-
-COMMANDS: Mapping[str, CommandEntry] = _installed(
-    {
-        "store": CommandEntry("agl_grpc_cli.store", "Serve the store over gRPC."),
-        "runner": CommandEntry("agl_grpc_cli.runner", "Start workers that execute rollouts with your agent."),
-        "vllm": CommandEntry("agl_grpc_cli.vllm", "Serve a model with vLLM, its exact tokens captured."),
-        "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),
-        "train": CommandEntry("agl_grpc_cli.train", "Train an agent."),
-        "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),
-        "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show and cancel rollouts."),
-        "spans": CommandEntry("agl_grpc_cli.spans", "List the spans of a rollout."),
-        "workers": CommandEntry("agl_grpc_cli.workers", "List workers and what they do."),
-    }
-)
+COMMANDS: Mapping[str, CommandEntry] = {
+    "store": CommandEntry("agl_grpc_cli.store", "Serve the store over gRPC."),
+    "runner": CommandEntry("agl_grpc_cli.runner", "Start workers that execute rollouts with your agent."),
+    "vllm": CommandEntry("agl_grpc_cli.vllm", "Serve a model with vLLM, its exact tokens captured."),
+    "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),
+    "train": CommandEntry("agl_grpc_cli.train", "Train an agent."),
+    "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),
+    "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show and cancel rollouts."),
+    "spans": CommandEntry("agl_grpc_cli.spans", "List the spans of a rollout."),
+    "workers": CommandEntry("agl_grpc_cli.workers", "List workers and what they do."),
+}
 
 
 class LazyGroup(TyperGroup):

@@ -104,7 +104,7 @@ async def stream(address: str, producer: str, messages: Messages, seconds: float
     parse = store_service_pb2.StreamSpansResponse.FromString
     async with grpc.aio.insecure_channel(address) as channel:
         # Any: the stubs of grpc cannot know that requests are bytes already.
-        call: Any = channel.stream_stream(_METHOD, response_deserializer=parse)()
+        call: Any = channel.stream_stream(_METHOD, response_deserializer=parse)(wait_for_ready=True)
         opening = store_service_pb2.SpanStreamOpen(producer_id=producer)
         await call.write(store_service_pb2.StreamSpansRequest(open=opening).SerializeToString())
         await call.read()

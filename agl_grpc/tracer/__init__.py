@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from agl_grpc.tracer.otel import OtelTracer
+from agl_grpc.tracer.base import Tracer
+from agl_grpc.tracer.otel import OtelTracer, get_active_tracer
 from agl_grpc.tracer.trace import Trace
 
-__all__ = ["OtelTracer", "Trace"]
+__all__ = ["OtelTracer", "Trace", "Tracer", "get_active_tracer"]

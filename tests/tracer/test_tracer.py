@@ -18,9 +18,12 @@ from agl_grpc.agent import (
     emit_object,
     emit_reward,
     find_final_reward,
+    find_message_spans,
+    find_object_spans,
     find_reward_spans,
     get_message_value,
     get_object_value,
+    get_reward_value,
     get_rewards_from_span,
     operation,
 )
@@ -103,32 +106,36 @@ def test_emitters_and_readers_agree(tracer: OtelTracer) -> None:
         emit_reward(1)
         emit_reward({"style": 0.25, "correct": 1.5}, primary_key="correct", attributes={"judge": "j"})
         emit_reward(0.5, step=3)
+        emit_reward(0.75, name="tidy")
         emit_message("hello", attributes={"to": "you"})
         emit_object({"a": [1, {"b": None}]})
         emit_object(b"\x00\x01")
         emit_annotation({"outer": {"inner": [1, 2], "mixed": [1, "x"]}, "none": None})
         emit_exception(ValueError("broken"))
     spans = trace.spans
-    assert find_final_reward(spans) == 0.5
+    assert find_final_reward(spans) == 1.5
+    assert [get_reward_value(span) for span in find_reward_spans(spans)] == [1.0, 1.5, 0.5, None]
     assert [get_rewards_from_span(span) for span in find_reward_spans(spans)] == [
         [("primary", 1.0)],
         [("correct", 1.5), ("style", 0.25)],
         [("primary", 0.5)],
+        [("tidy", 0.75)],
     ]
-    assert [(reward.name, reward.value, reward.step) for reward in trace.rewards] == [
-        ("primary", 1.0, None),
-        ("primary", 1.5, None),
-        ("style", 0.25, None),
-        ("primary", 0.5, 3),
-    ]
-    assert [get_message_value(span) for span in spans if get_message_value(span)] == ["hello"]
-    assert [get_object_value(span) for span in spans if span.name == semconv.SPAN_OBJECT] == [
+    assert {(reward.name, reward.step): reward.value for reward in trace.rewards} == {
+        ("primary", None): 1.5,
+        ("correct", None): 1.5,
+        ("style", None): 0.25,
+        ("primary", 3): 0.5,
+        ("tidy", None): 0.75,
+    }
+    assert [get_message_value(span) for span in find_message_spans(spans)] == ["hello"]
+    assert [get_object_value(span) for span in find_object_spans(spans)] == [
         {"a": [1, {"b": None}]},
         b"\x00\x01",
     ]
-    note = _attributes(spans[6])
+    note = _attributes(spans[7])
     assert note == {"outer.inner": (1, 2), "outer.mixed.0": 1, "outer.mixed.1": "x"}
-    failure = _attributes(spans[7])
+    failure = _attributes(spans[8])
     assert failure[semconv.EXCEPTION_TYPE] == "ValueError"
     assert failure[semconv.EXCEPTION_MESSAGE] == "broken"
 

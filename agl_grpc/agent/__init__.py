@@ -5,7 +5,8 @@ from __future__ import annotations
 from agl_grpc.agent.context import Recorder, current_recorder
 from agl_grpc.agent.decorators import FunctionalLitAgent, llm_rollout, prompt_rollout, rollout
 from agl_grpc.agent.emit import emit_annotation, emit_exception, emit_message, emit_object, emit_reward
-from agl_grpc.agent.lit_agent import LitAgent, RolloutRawResult
+from agl_grpc.agent.lit_agent import LitAgent, Purpose, RolloutRawResult
+from agl_grpc.agent.missing import PublishedResources, ResourceMissing
 from agl_grpc.agent.operation import OperationContext, operation
 from agl_grpc.model.reading import (
     NamedReward,
@@ -27,7 +28,10 @@ __all__ = [
     "LitAgent",
     "NamedReward",
     "OperationContext",
+    "PublishedResources",
+    "Purpose",
     "Recorder",
+    "ResourceMissing",
     "RolloutRawResult",
     "current_recorder",
     "emit_annotation",

@@ -63,7 +63,8 @@ class OtelTracer(Tracer):
             shutdown_on_exit=False,
         )
         self._listener = _Listener(self)
-        self._provider.add_span_processor(self._listener)
+        self._heard: list[TracerProvider] = []
+        self.listen_to(self._provider)
         self.otel = self._provider.get_tracer("agl_grpc")
         self._open: dict[int, Trace] = {}
         # Spans that outlive their trace still reach the store, which marks them as late.
@@ -80,7 +81,26 @@ class OtelTracer(Tracer):
         self._listener.tracer = self
         if self._install_globally and not self._installed:
             self._installed = True
-            _listen_globally(self._provider, self._listener)
+            self._listen_globally()
+
+    def listen_to(self, provider: TracerProvider) -> None:
+        """Take spans of another provider too, where they belong to a trace of ours."""
+        if not any(heard is provider for heard in self._heard):
+            self._heard.append(provider)
+            provider.add_span_processor(self._listener)
+
+    def _listen_globally(self) -> None:
+        existing = otel_api.get_tracer_provider()
+        if isinstance(existing, otel_api.ProxyTracerProvider):
+            otel_api.set_tracer_provider(self._provider)
+        elif isinstance(existing, TracerProvider):
+            self.listen_to(existing)
+        else:
+            logger.warning(
+                "OpenTelemetry's global provider is a %s, which cannot be listened to; only spans of this "
+                "tracer are recorded",
+                type(existing).__name__,
+            )
 
     def init_worker(
         self, worker_id: int | str = 0, store: StoreClient | SyncStoreClient | SpanSink | None = None
@@ -201,17 +221,3 @@ class _Listener(SpanProcessor):
 
 async def _started(streamer: SpanStreamer) -> SpanStreamer:
     return streamer.start()
-
-
-def _listen_globally(provider: TracerProvider, listener: SpanProcessor) -> None:
-    existing = otel_api.get_tracer_provider()
-    if isinstance(existing, otel_api.ProxyTracerProvider):
-        otel_api.set_tracer_provider(provider)
-    elif isinstance(existing, TracerProvider):
-        existing.add_span_processor(listener)
-    else:
-        logger.warning(
-            "OpenTelemetry's global provider is a %s, which cannot be listened to; only spans of this tracer "
-            "are recorded",
-            type(existing).__name__,
-        )

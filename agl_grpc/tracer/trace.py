@@ -163,7 +163,7 @@ class Trace:
         start = None if span.start_time is None else round(span.start_time * 1e9)
         end = None if span.end_time is None else round(span.end_time * 1e9)
         otel_span = self._tracer.otel.start_span(
-            span.name, self._context(), attributes=span.attributes, start_time=start
+            span.name, self.context(), attributes=span.attributes, start_time=start
         )
         OpenOtelSpan(otel_span).set_status(span.status)
         otel_span.end(end)
@@ -174,7 +174,7 @@ class Trace:
     ) -> Iterator[OpenOtelSpan]:
         """Open a span under the span that is open now, until the block ends."""
         start = None if start_time is None else round(start_time * 1e9)
-        span = self._tracer.otel.start_span(name, self._context(), attributes=attributes, start_time=start)
+        span = self._tracer.otel.start_span(name, self.context(), attributes=attributes, start_time=start)
         token = otel_context.attach(set_span_in_context(span))
         try:
             yield OpenOtelSpan(span)
@@ -268,8 +268,8 @@ class Trace:
         self._root.end()
         self._tracer.closed(self)
 
-    def _context(self) -> otel_context.Context | None:
-        """The current context where a span of this trace is open, else that of the root."""
+    def context(self) -> otel_context.Context | None:
+        """Where a new span goes: the current context (None) if it is this trace's, else under the root."""
         if get_current_span().get_span_context().trace_id == self.trace_id or self._root is None:
             return None
         return set_span_in_context(self._root)

@@ -13,7 +13,7 @@ from agl_grpc.agent.context import needed_recorder
 from agl_grpc.agent.target import SpanTarget, span_id_of
 from agl_grpc.model import semconv
 from agl_grpc.model.enums import StatusCode
-from agl_grpc.model.failure import Failure
+from agl_grpc.model.failure import Failure, text_of
 from agl_grpc.model.reward import NAME_BYTES, PRIMARY
 from agl_grpc.model.span import SpanCoreFields, TraceStatus
 from agl_grpc.model.value import encode_json
@@ -91,7 +91,7 @@ def emit_exception(
     fields = {
         **(attributes or {}),
         semconv.EXCEPTION_TYPE: failure.type,
-        semconv.EXCEPTION_MESSAGE: str(exception),
+        semconv.EXCEPTION_MESSAGE: text_of(exception),
         semconv.EXCEPTION_STACKTRACE: failure.detail,
     }
     return _emit("emit_exception", semconv.SPAN_EXCEPTION, fields, propagate)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from agl_grpc.agent import LitAgent, Purpose, emit_reward
-from agl_grpc.model import AttemptedRollout, NamedResources, RolloutMode
+from agl_grpc.model import AttemptedRollout, Failure, FailureKind, NamedResources, RolloutMode
 from agl_grpc.model.reward import PRIMARY
 from agl_grpc.model.value import JSON, RawPayload
-from agl_grpc.runner.failures import AgentFailure, failure_of
+from agl_grpc.runner.failures import failure_of
 from agl_grpc.runner.hooks import Hook, HookCalls, call_reported
 from agl_grpc.runner.outcome import Outcome, read_result
 from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
@@ -58,6 +58,8 @@ class Executor:
     async def execute(self, task: Task) -> Outcome:
         """Runs the agent to its end. What it raises becomes a failure; only cancellation passes."""
         agent, rollout, tracer = self._agent, task.rollout, self._tracer
+        if isinstance(rollout.input, RawPayload) and rollout.input.media_type == JSON:
+            return Outcome(failure=_undecodable(rollout.input))
         hooks = HookCalls(self._hooks, {"agent": agent, "runner": self._runner, "rollout": rollout})
         await hooks.call("on_rollout_start")
         await call_reported(agent.on_rollout_start, rollout.input, self._runner, tracer)
@@ -75,7 +77,6 @@ class Executor:
 
     async def _run_agent(self, task: Task) -> Outcome:
         try:
-            _check_task(task.rollout)
             outcome = read_result(await self._call(task))
         except (asyncio.CancelledError, GeneratorExit):
             raise
@@ -108,12 +109,9 @@ class Executor:
         return await run_in_thread(call, self._abandoned)
 
 
-def _check_task(rollout: AttemptedRollout) -> None:
-    if isinstance(rollout.input, RawPayload) and rollout.input.media_type == JSON:
-        start = rollout.input.data[:80]
-        raise AgentFailure(
-            f"the task cannot be decoded: it is said to be JSON and begins with {start!r}", kind="environment"
-        )
+def _undecodable(task: RawPayload) -> Failure:
+    message = f"the task cannot be decoded: it is said to be JSON and begins with {task.data[:80]!r}"
+    return Failure(kind=FailureKind.ENVIRONMENT, type="UNDECODABLE_TASK", message=message)
 
 
 @contextlib.contextmanager

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from opentelemetry.trace import Span, Status, StatusCode, set_span_in_context
+from opentelemetry.trace import Span, set_span_in_context
 
 from agl_grpc.agent.attributes import flatten
 from agl_grpc.agent.context import current_recorder
-from agl_grpc.tracer.trace import Trace
+from agl_grpc.tracer.trace import OpenOtelSpan, Trace
 
 if TYPE_CHECKING:
     from agl_grpc.tracer.base import Tracer
@@ -56,10 +56,10 @@ class _Runs:
             span = self._open.pop(run_id, None)
         if span is None:
             return
-        span.set_attributes(flatten(attributes))
+        ended = OpenOtelSpan(span)
+        ended.set_attributes(flatten(attributes))
         if error is not None:
-            span.record_exception(error)
-            span.set_status(Status(StatusCode.ERROR, str(error)))
+            ended.record_exception(error)
         span.end()
 
 

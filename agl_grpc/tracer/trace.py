@@ -22,7 +22,8 @@ from opentelemetry.trace import Status, StatusCode, get_current_span, set_span_i
 
 from agl_grpc.agent.context import Recorder, reset_recorder, set_recorder
 from agl_grpc.client import SpanAck, SpanRejection
-from agl_grpc.model import enums
+from agl_grpc.model import enums, semconv
+from agl_grpc.model.failure import Failure, text_of
 from agl_grpc.model.reading import read_rewards
 from agl_grpc.model.reward import Reward, RewardKey
 from agl_grpc.model.span import SpanCoreFields, TraceStatus
@@ -72,8 +73,15 @@ class OpenOtelSpan:
 
     def record_exception(self, error: BaseException) -> None:
         """Note an exception, and that the work failed."""
-        self._span.record_exception(error)
-        self._span.set_status(Status(StatusCode.ERROR, str(error)))
+        failure = Failure.from_exception(error)
+        attributes = {
+            semconv.EXCEPTION_TYPE: failure.type,
+            semconv.EXCEPTION_MESSAGE: text_of(error),
+            semconv.EXCEPTION_STACKTRACE: failure.detail,
+        }
+        # Not the SDK's own way: it breaks on an exception whose text cannot be had.
+        self._span.add_event("exception", attributes)
+        self._span.set_status(Status(StatusCode.ERROR, text_of(error)))
 
 
 class Trace:

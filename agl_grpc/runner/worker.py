@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agl_grpc.agent import LitAgent
@@ -16,6 +16,7 @@ from agl_grpc.client import (
     LeaseLost,
     LeaseStream,
     NotFound,
+    NotPermitted,
     RetryPolicy,
     SpanStreamer,
     StoreClient,
@@ -43,10 +44,11 @@ from agl_grpc.model import (
 from agl_grpc.runner.agent_loop import AgentLoop
 from agl_grpc.runner.attend import STOP_SECONDS, Attendant
 from agl_grpc.runner.config import RunnerConfig
-from agl_grpc.runner.executor import Executor
+from agl_grpc.runner.executor import Execution, Executor
 from agl_grpc.runner.heartbeat import Heartbeat
 from agl_grpc.runner.held import Held, StopReason
 from agl_grpc.runner.hooks import Hook
+from agl_grpc.runner.process_pool import ProcessPool
 from agl_grpc.runner.threads import AbandonedThreads
 from agl_grpc.tracer import OtelTracer
 
@@ -70,21 +72,24 @@ RESULTS = RetryPolicy(timeout=24 * 3600.0)
 class Worker:
     """A worker of one process and one event loop; `run` returns when it has left.
 
+    Without an `agent` each rollout runs in a process of its own, which loads the agent that `config` names.
     `drain` and `release_now` may be called any time on the loop. `worn_out` tells whether it left because of
-    agents that would not stop.
+    agents that would not stop; `on_first_rollout` is called when it takes its first one.
     """
 
     def __init__(
         self,
         config: RunnerConfig,
         worker_id: str,
-        agent: LitAgent[Any],
+        agent: LitAgent[Any] | None,
         hooks: Sequence[Hook] = (),
         tracer: OtelTracer | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.tracer = tracer or OtelTracer()
         self.worn_out = False
+        self.on_first_rollout: Callable[[], None] = lambda: None
+        self._drain_order: int | None = None
         self._idle_reason = CONNECTING
         self._config = config
         self._held: dict[str, Held] = {}
@@ -107,10 +112,14 @@ class Worker:
             labels=config.labels,
             lease_duration=config.lease_seconds,
         )
-        executor = Executor(agent, self.tracer, hooks, self, self._abandoned)
+        self._execution: Execution
+        if agent is None:
+            self._execution = ProcessPool(config, worker_id, self._streamer)
+        else:
+            self._execution = Executor(agent, self.tracer, hooks, self, self._abandoned)
         self._agents = AgentLoop()
         self._attendant = Attendant(
-            executor, self._agents, self._streamer, self._agent_ended, self._leave_behind
+            self._execution, self._agents, self._streamer, self._agent_ended, self._leave_behind
         )
 
     @property
@@ -149,7 +158,9 @@ class Worker:
 
         Raises:
             StoreError: the store will never serve this worker, for example as a queue's name is not valid.
+            LoadError: the agent's processes cannot load it.
         """
+        await self._agents.run(self._execution.start)
         self.tracer.init_worker(self.worker_id, self._streamer.start())
         self._grant(self._config.concurrency)
         events = asyncio.create_task(self._follow(), name=f"{self.worker_id} events")
@@ -175,7 +186,10 @@ class Worker:
 
     async def _follow(self) -> None:
         # Workers may be there before whoever fills the run.
-        await self._client.create_run(self._config.run_id)
+        try:
+            await self._client.create_run(self._config.run_id)
+        except NotPermitted as error:
+            log.info("%s makes no run, which has to be there: %s", self.worker_id, error)
         self._stream.start()
         async for event in self._stream:
             self._react(event)
@@ -204,6 +218,8 @@ class Worker:
     def _take(self, work: LeasedRollout) -> None:
         held = Held(work)
         self._taken += 1
+        if self._taken == 1:
+            self.on_first_rollout()
         self._held[held.attempt_id] = held
         log.debug("took attempt %s of %s", held.attempt_id, held.rollout_id)
         task = asyncio.create_task(self._attend(held), name=f"attend {held.attempt_id}")
@@ -258,6 +274,7 @@ class Worker:
             case CommandKind.CANCEL:
                 self._stop(command.attempt_id, StopReason.CANCELLED, command.reason)
             case CommandKind.DRAIN:
+                self._drain_order = command.command_id
                 self.drain(command.reason or "the store asked for it")
             case CommandKind.RESOURCES:
                 # Each delivery brings the resources that its rollout is bound to: nothing to fetch.
@@ -314,6 +331,12 @@ class Worker:
         if self._attending:
             await asyncio.wait(self._attending, timeout=FAREWELL_SECONDS)
 
+    async def _confirm_drain(self) -> None:
+        # The stream may have closed before its acknowledgement was written, and an order that stays would
+        # send away the next worker of this name.
+        if self._drain_order is not None:
+            await self._client.renew_leases(self.worker_id, [], acknowledged_command_ids=[self._drain_order])
+
     async def _say_farewell(self) -> None:
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
@@ -321,6 +344,7 @@ class Worker:
                 await self._stream.close()
                 self._held.clear()
                 if connected:
+                    await self._confirm_drain()
                     self._idle_reason = "it has left"
                     await self._heartbeat.beat()
         except (TimeoutError, StoreUnavailable):
@@ -335,4 +359,5 @@ class Worker:
             await self.tracer.teardown_worker(self.worker_id)
             await self._streamer.close(timeout=FAREWELL_SECONDS)
             await self._client.close()
+            await self._agents.run(self._execution.close)
             self._agents.close()

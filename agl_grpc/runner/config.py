@@ -55,6 +55,8 @@ class RunnerConfig:
     """Where agents run: `thread` (in the worker), `process` (each rollout in one of its own), `command`."""
     command: str = ""
     """For isolation `command`: the shell command that is the agent."""
+    wait_for_resources: bool = False
+    """Whether workers take nothing before the run has resources."""
     restart_seconds: float = 1.0
     """First pause before a worker that died is started again; it doubles up to 30 s."""
 

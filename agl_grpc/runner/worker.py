@@ -97,6 +97,8 @@ class Worker:
         self._left_behind: set[asyncio.Task[Any]] = set()
         self._abandoned = AbandonedThreads()
         self._credits_left = config.max_rollouts
+        self._withheld = config.concurrency
+        self._background: set[asyncio.Task[None]] = set()
         self._taken = 0
         self._leave = asyncio.Event()
         self._release = asyncio.Event()
@@ -162,7 +164,8 @@ class Worker:
         """
         await self._agents.run(self._execution.start)
         self.tracer.init_worker(self.worker_id, self._streamer.start())
-        self._grant(self._config.concurrency)
+        if not self._config.wait_for_resources:
+            self._grant_first()
         events = asyncio.create_task(self._follow(), name=f"{self.worker_id} events")
         asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._say_if_waiting)
         beats = asyncio.create_task(self._heartbeat.run(), name=f"{self.worker_id} heartbeats")
@@ -206,7 +209,7 @@ class Worker:
                 self._idle(reason)
             case Connected():
                 log.info("%s is connected to the store at %s", self.worker_id, self._config.store)
-                self._idle("no work")
+                self._greeted()
             case Disconnected(reason):
                 log.warning(
                     "the store is away (%s): %d rollouts go on, their results are kept",
@@ -214,6 +217,27 @@ class Worker:
                     len(self._held),
                 )
                 self._idle("the store is away")
+
+    def _greeted(self) -> None:
+        if not self._withheld:
+            self._idle("no work")
+            return
+        self._idle("no resources")
+        # Only now: what is published from here on is announced on the stream.
+        task = asyncio.create_task(self._look_for_resources(), name=f"{self.worker_id} resources")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _look_for_resources(self) -> None:
+        try:
+            if await self._client.get_latest_resources() is not None:
+                self._grant_first()
+        except StoreError as error:
+            log.warning("%s cannot read the run's resources: %s", self.worker_id, error)
+
+    def _grant_first(self) -> None:
+        withheld, self._withheld = self._withheld, 0
+        self._grant(withheld)
 
     def _take(self, work: LeasedRollout) -> None:
         held = Held(work)
@@ -279,6 +303,7 @@ class Worker:
             case CommandKind.RESOURCES:
                 # Each delivery brings the resources that its rollout is bound to: nothing to fetch.
                 log.info("resources %s@%d are published", command.resources_id, command.resources_version)
+                self._grant_first()
         self._stream.acknowledge(command)
 
     def _idle(self, reason: str) -> None:
@@ -353,9 +378,10 @@ class Worker:
                 self.worker_id, len(self._stream.held),
             )  # fmt: skip
         finally:
-            for task in self._attending:
+            unfinished = self._attending | self._background
+            for task in unfinished:
                 task.cancel()
-            await asyncio.gather(*self._attending, return_exceptions=True)
+            await asyncio.gather(*unfinished, return_exceptions=True)
             await self.tracer.teardown_worker(self.worker_id)
             await self._streamer.close(timeout=FAREWELL_SECONDS)
             await self._client.close()

@@ -63,6 +63,9 @@ def start(
     max_rollouts: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Leave after N rollouts of each worker.")
     ] = None,
+    wait_for_resources: Annotated[
+        bool, typer.Option("--wait-for-resources", help="Take nothing before the run has resources.")
+    ] = False,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Start workers that take rollouts from a store and execute them with your agent.
@@ -99,6 +102,7 @@ def start(
             lease_seconds=lease,
             drain_seconds=drain,
             max_rollouts=max_rollouts,
+            wait_for_resources=wait_for_resources,
             app_dir=os.getcwd(),
             log_level=log_level,
         )

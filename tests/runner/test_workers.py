@@ -195,8 +195,9 @@ async def test_a_worker_says_why_it_idles(
         await eventually(lambda: _equals(reason, "paused"), within=LONG, what="it is paused")
         await client.resume_dispatch()
         await eventually(lambda: _equals(reason, "no work"), within=LONG, what="it goes on")
-    await client.enqueue_rollout({"do": "nothing"}, labels={"gpu": "yes"})
-    options = ("--run", run_id, "--label", "disk=fast")
+    # A queue of its own: the worker before, which was killed, may still count as waiting.
+    await client.enqueue_rollout({"do": "nothing"}, queue="labelled", labels={"gpu": "yes"})
+    options = ("--run", run_id, "--queue", "labelled", "--label", "disk=fast")
     with RunnerProcess(store.address, "AsyncAgent", folder, *options, name=run_id) as runner:
         what = "no work with its labels"
         await eventually(lambda: _equals(reason, what), within=LONG, what=what)

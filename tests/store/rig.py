@@ -18,6 +18,7 @@ from agl_grpc.store.errors import STATUS_TRAILER
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_service_pb2
 from agl_grpc.v1.runner_service_pb2_grpc import RunnerServiceStub
 from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
+from agl_grpc.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
 SUCCEEDED = attempt_pb2.ATTEMPT_STATUS_SUCCEEDED
 FAILED = attempt_pb2.ATTEMPT_STATUS_FAILED
@@ -39,6 +40,7 @@ class Rig:
         self.channel = grpc.aio.insecure_channel(server.address)
         self.store: Any = StoreServiceStub(self.channel)
         self.runner: Any = RunnerServiceStub(self.channel)
+        self.trainer: Any = TrainerServiceStub(self.channel)
 
     async def close(self) -> None:
         """Stops client and server."""

@@ -1,6 +1,6 @@
 """R13 for every mutation of the contract: a repeat answers the same, changes nothing, and survives a restart.
 
-The methods are found in the contract's descriptors: one that takes a `request_id` and has no scene here fails.
+The methods are found in the contract's descriptors: one with a `request_id` that has no scene here fails.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from agl_grpc.store.rollouts.rollouts import Rollouts
 from agl_grpc.store.storage.catalog import Catalog
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
+from agl_grpc.v1 import event_pb2
 
 
 class WriteSide:
@@ -48,7 +49,13 @@ class WriteSide:
         return side
 
     def _take_up(self, tx: Tx) -> None:
-        tx.execute("INSERT OR IGNORE INTO runs (run_id, create_time) VALUES ('default', ?)", (tx.now,))
+        made = tx.execute(
+            "INSERT INTO runs (run_id, create_time) VALUES ('default', ?) ON CONFLICT DO NOTHING", (tx.now,)
+        )
+        if made.rowcount:
+            # The log is never empty: 0 is no position, so that a list's position is always one to watch from.
+            run_key = self.catalog.run(tx, "default").run_key
+            tx.event(run_key, event_pb2.ENTITY_KIND_RUN, event_pb2.EVENT_KIND_CREATED, run_key)
         self.leases.extend_all(tx)
         (earliest,) = tx.execute("SELECT min(due) FROM rollouts WHERE due IS NOT NULL").fetchone()
         tx.arm(earliest)

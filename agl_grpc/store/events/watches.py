@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 
 from agl_grpc.store.errors import cursor_compacted, draining, invalid_field
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.store import Store
 
@@ -60,7 +60,7 @@ class LogWatch(Generic[T]):
         store: Store,
         entity: int,
         run_key: int | None,
-        build: Callable[[sqlite3.Connection, list[LogEntry]], T | None],
+        build: Callable[[Connection, list[LogEntry]], T | None],
     ) -> None:
         self._store = store
         self._entity = entity
@@ -100,7 +100,7 @@ class LogWatch(Generic[T]):
         finally:
             self._store.hub.remove(waiter)
 
-    def _page(self, after: int, db: sqlite3.Connection) -> tuple[Found[T], bool]:
+    def _page(self, after: int, db: Connection) -> tuple[Found[T], bool]:
         oldest = oldest_position(db)
         if after < oldest - 1:
             raise cursor_compacted(oldest)

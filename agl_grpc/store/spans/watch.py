@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator, Collection
 from functools import partial
 
@@ -11,6 +10,7 @@ from agl_grpc.store import errors
 from agl_grpc.store.events.watches import CHECKPOINT_SECONDS
 from agl_grpc.store.spans.check import MODEL_CALL
 from agl_grpc.store.spans.read import SpanReader, rows_where
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import event_pb2
@@ -61,7 +61,7 @@ class SpanWatch:
         finally:
             self._store.hub.remove(waiter)
 
-    def _page(self, db: sqlite3.Connection, at: int) -> tuple[bytes | None, int, bool]:
+    def _page(self, db: Connection, at: int) -> tuple[bytes | None, int, bool]:
         """The next message (None = nothing of interest), how far it goes, and whether there is more."""
         if at < oldest_position(db) - 1:
             raise errors.cursor_compacted(oldest_position(db))
@@ -100,7 +100,7 @@ def _checkpoint(cursor: int) -> bytes:
     return serialised
 
 
-def _start(db: sqlite3.Connection, cursor: int) -> int:
+def _start(db: Connection, cursor: int) -> int:
     """The position to begin after; 0 = from now on."""
     if cursor < 0:
         raise errors.invalid_field("cursor", "must not be negative")

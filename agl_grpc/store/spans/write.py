@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,6 +12,8 @@ from agl_grpc.store.errors import StoreError
 from agl_grpc.store.rollouts import attempts
 from agl_grpc.store.rollouts.lifecycle import ATTEMPT_LIVE
 from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, CheckedCall, CheckedGroup, id_of
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import padded
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2
 
@@ -153,9 +154,6 @@ class _Flush:
         self._ranges: dict[int, list[_Range]] = {}
         self._totals: dict[int, _Totals] = {}
         self._marks: dict[str, int] = {}
-        (self._last_key,) = tx.execute(
-            "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'spans'), 0)"
-        ).fetchone()
 
     def run(self, messages: Sequence[SpanMessage]) -> list[SpanOutcome | StoreError]:
         outcomes = [self._message(message) for message in messages]
@@ -216,8 +214,7 @@ class _Flush:
         last = self._last_sequence(attempt)
         numbers = range(last + 1, last + 1 + count)
         self._sequences[attempt.rollout_key] = last + count
-        first = self._last_key + 1
-        self._last_key += count
+        first = self._tx.counters.take("spans", count)
         values = self._values
         for span_key, ref, number, data in zip(
             range(first, first + count), group.refs, numbers, group.data, strict=True
@@ -274,10 +271,10 @@ class _Flush:
         flags = LATE if late else 0
         if call is not None:
             flags |= MODEL_CALL | (DELTA if call.base else 0)
-        self._last_key += 1
-        self._values += (self._last_key, attempt.key, ref, sequence, self._tx.now, flags, length, data)
+        key = self._tx.counters.take("spans")
+        self._values += (key, attempt.key, ref, sequence, self._tx.now, flags, length, data)
         # A prompt that is stored as a difference is read whole.
-        self._extend(attempt.key, self._last_key, 1, len(data) + (4 * length if flags & DELTA else 0))
+        self._extend(attempt.key, key, 1, len(data) + (4 * length if flags & DELTA else 0))
         self._count(attempt, 1, len(data), int(late))
 
     def _extend(self, attempt_key: int, first: int, count: int, size: int) -> None:
@@ -340,11 +337,8 @@ class _Flush:
 
     def _stored(self, attempt_key: int, refs: Sequence[int]) -> dict[int, int]:
         have: dict[int, int] = {}
-        for start in range(0, len(refs), _SIZES[0]):
-            some = list(refs[start : start + _SIZES[0]])
-            size = 1 << (len(some) - 1).bit_length()
-            some += some[-1:] * (size - len(some))
-            have.update(self._tx.execute(_STORED[size], (attempt_key, *some)))
+        for some in padded(refs, _SIZES[0]):
+            have.update(self._tx.execute(_STORED[len(some)], (attempt_key, *some)))
         return have
 
     def _next_sequence(self, attempt: _Attempt, explicit: int) -> int:
@@ -401,7 +395,8 @@ class _Flush:
         for run_key, totals in self._totals.items():
             tx.execute(
                 "INSERT INTO span_totals VALUES (?, ?, ?, ?) ON CONFLICT (run_key) DO UPDATE SET "
-                "spans = spans + excluded.spans, bytes = bytes + excluded.bytes, late = late + excluded.late",
+                "spans = span_totals.spans + excluded.spans, bytes = span_totals.bytes + excluded.bytes, "
+                "late = span_totals.late + excluded.late",
                 (run_key, totals.spans, totals.size, totals.late),
             )
         for attempt in self._attempts.values():
@@ -435,7 +430,7 @@ def _is_late(attempt: _Attempt, start_ns: int) -> bool:
     return start_ns > attempt.end_time * 1000
 
 
-def last_sequence(db: sqlite3.Connection, rollout_key: int) -> int:
+def last_sequence(db: Connection, rollout_key: int) -> int:
     """The rollout's highest sequence id so far; 0 = none."""
     row = db.execute("SELECT last FROM span_sequences WHERE rollout_key = ?", (rollout_key,)).fetchone()
     return int(row[0]) if row else 0
@@ -455,8 +450,8 @@ def forget_spans(tx: Tx, rollout_key: int, attempt_keys: Iterable[int]) -> None:
     for key in attempt_keys:
         (run_key,) = tx.execute("SELECT run_key FROM attempts WHERE attempt_key = ?", (key,)).fetchone()
         gone = tx.execute(
-            f"SELECT count(*), coalesce(sum(length(data)), 0), coalesce(sum(flags & {LATE} <> 0), 0) "
-            "FROM spans WHERE attempt_key = ?",
+            "SELECT count(*), CAST(coalesce(sum(length(data)), 0) AS BIGINT), "
+            f"count(CASE WHEN flags & {LATE} <> 0 THEN 1 END) FROM spans WHERE attempt_key = ?",
             (key,),
         ).fetchone()
         tx.execute(

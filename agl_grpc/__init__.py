@@ -6,9 +6,14 @@ The names below are imported when they are first used, so that ``import agl_grpc
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Before gRPC is imported: its own fork handlers crash children that agents fork while a call is under way.
+# Ours is never used in a forked child.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 _ROOMS: dict[str, tuple[str, ...]] = {
     "agl_grpc.agent": (

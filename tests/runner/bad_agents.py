@@ -43,8 +43,8 @@ def fork_and_ask() -> None:
     answers = context.SimpleQueue()
     process = context.Process(target=emit_in_child, args=(answers,))
     process.start()
-    process.join()
-    raise ValueError(answers.get())
+    process.join(20)
+    raise ValueError(f"the child died: {process.exitcode}" if answers.empty() else answers.get())
 
 
 def fork_and_return() -> float:

@@ -17,15 +17,20 @@ ROOT = Path(__file__).parents[2]
 
 
 class RunnerProcess:
-    """A supervisor with its workers, on an agent of `tests.runner.agents` or an import path."""
+    """A supervisor with its workers; a context manager.
 
-    def __init__(self, store: str, agent: str, folder: Path, *options: str, name: str = "w") -> None:
+    The agent is one of `tests.runner.agents`, an import path, or None: the options say.
+    """
+
+    def __init__(self, store: str, agent: str | None, folder: Path, *options: str, name: str = "w") -> None:
         self.name = name
         self.folder = folder
         self.log = folder / f"{name}.log"
         self._command = [sys.executable, "-m", "agl_grpc_cli", "runner", "start", "--store", store]
-        path = agent if ":" in agent else f"tests.runner.agents:{agent}"
-        self._command += ["--agent", path, "--name", name, *options]
+        self._command += ["--name", name, *options]
+        if agent is not None:
+            path = agent if ":" in agent else f"tests.runner.agents:{agent}"
+            self._command += ["--agent", path]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -110,7 +110,7 @@ class Worker:
         executor = Executor(agent, self.tracer, hooks, self, self._abandoned)
         self._agents = AgentLoop()
         self._attendant = Attendant(
-            executor, self._agents, self._streamer, self._agent_ended, self._leave_behind
+            executor, self._agents, self._streamer, self._client.load, self._agent_ended, self._leave_behind
         )
 
     @property

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from google.protobuf.descriptor import ServiceDescriptor
 
 from agl_grpc.model import raw
+from agl_grpc.store.blobs import forget_refs
+from agl_grpc.store.blobs import prune as prune_blobs
 from agl_grpc.store.door.info import InfoHandlers
 from agl_grpc.store.door.service import Parser
 from agl_grpc.store.handlers.attempts import AttemptHandlers
 from agl_grpc.store.handlers.batches import BatchHandlers
+from agl_grpc.store.handlers.blobs import BlobHandlers
 from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
 from agl_grpc.store.handlers.policies import PolicyHandlers
 from agl_grpc.store.handlers.resources import ResourceHandlers
@@ -57,6 +60,7 @@ def handlers(
             SpanReadHandlers(side.store),
             RewardHandlers(side.store),
             ResourceHandlers(side),
+            BlobHandlers(side.store),
         ],
         _RUNNER: [RunnerHandlers(side), LeaseStreamHandlers(side)],
         _TRAINER: [TrainingHandlers(side), BatchHandlers(side), PolicyHandlers(side)],
@@ -66,9 +70,10 @@ def handlers(
         "StreamSpans": raw.RawStreamSpansRequest.FromString,
     }
     side.store.maintenance.register(prune_producers)
+    side.store.maintenance.register(prune_blobs)
     side.store.timers.register(abort_overdue)
     # What came due while no server ran.
     side.store.timers.arm(side.store.clock.now())
     side.rollouts.is_pinned.append(pins)
-    side.rollouts.on_delete += [forget_spans, forget_rewards]
+    side.rollouts.on_delete += [forget_spans, forget_rewards, forget_refs]
     return services, parsers

@@ -131,6 +131,26 @@ class WorkerHandlers:
 
         return await change(self._store, call, request, run, 4 * len(request.attempt_ids) + 1)
 
+    async def drain_workers(self, request: store_service_pb2.DrainWorkersRequest, call: Call) -> bytes:
+        """Orders workers to leave; an order that is not yet acknowledged is not repeated."""
+        at_most(len(request.worker_ids), BATCH_ITEMS, "worker_ids")
+        if not request.worker_ids:
+            raise invalid_field("worker_ids", "must name at least one worker")
+
+        def run(tx: Tx) -> store_service_pb2.DrainWorkersResponse:
+            answer = store_service_pb2.DrainWorkersResponse()
+            for worker_id in dict.fromkeys(request.worker_ids):
+                row = tx.execute(
+                    "SELECT worker_key FROM workers WHERE worker_id = ?", (worker_id,)
+                ).fetchone()
+                if row is None:
+                    raise not_found("worker", worker_id)
+                self._side.commands.order_drain(tx, row[0], request.reason or "an operator asked for it")
+                answer.worker_ids.append(worker_id)
+            return answer
+
+        return await change(self._store, call, request, run, len(request.worker_ids))
+
     async def get_statistics(
         self, request: store_service_pb2.GetStatisticsRequest, _call: Call
     ) -> store_service_pb2.GetStatisticsResponse:
@@ -172,6 +192,8 @@ def _count(db: sqlite3.Connection, run_key: int | None) -> store_service_pb2.Get
         total_spans=one(f"SELECT sum(spans) FROM span_totals {scope}"),
         total_span_bytes=one(f"SELECT sum(bytes) FROM span_totals {scope}"),
         late_spans=one(f"SELECT sum(late) FROM span_totals {scope}"),
+        total_blobs=one("SELECT count(*) FROM blobs WHERE digest IS NOT NULL"),
+        total_blob_bytes=one("SELECT sum(size) FROM blobs"),
         last_position=position(db),
         oldest_position=oldest_position(db),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from agl_grpc.store import blobs
 from agl_grpc.store.errors import exists, illegal_transition, invalid_field
 from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.attempts import CREATED, ROLLOUT, UPDATED, seal_rollout, settle
@@ -99,6 +100,7 @@ class Rollouts:
     ) -> Plan:
         plan = plan_of(spec, path, key, run.run_id, tx.now)
         plan.message.retry_of = retry_of
+        blobs.refer(tx, key, plan.message.input, f"{path}.input")
         if (
             spec.rollout_id
             and tx.execute("SELECT 1 FROM rollouts WHERE rollout_id = ?", (spec.rollout_id,)).fetchone()
@@ -166,6 +168,7 @@ class Rollouts:
                 raise invalid_field("update_mask", f"may name {', '.join(_UPDATABLE)}; not {path!r}")
             if path in ("input", "config"):
                 getattr(message, path).CopyFrom(getattr(wanted, path))
+                blobs.refer(tx, row.key, message.input, "rollout.input")
             elif path in ("metadata", "labels"):
                 del getattr(message, path)[:]
                 getattr(message, path).extend(getattr(wanted, path))

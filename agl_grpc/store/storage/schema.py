@@ -32,6 +32,7 @@ class SchemaTooNew(Exception):
 def families() -> tuple[Family, ...]:
     """All families in the order in which they are created."""
     from agl_grpc.store.storage import (
+        schema_blobs,
         schema_core,
         schema_lifecycle,
         schema_resources,
@@ -40,7 +41,10 @@ def families() -> tuple[Family, ...]:
         schema_training,
     )
 
-    modules = (schema_core, schema_resources, schema_lifecycle, schema_spans, schema_rewards, schema_training)
+    modules = (
+        *(schema_core, schema_resources, schema_lifecycle, schema_spans, schema_rewards, schema_training),
+        schema_blobs,
+    )
     return tuple(module.FAMILY for module in modules)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ class Store:
         hub: Wakes watchers after commits.
         timers: Fires what is due.
         maintenance: Prunes in the background.
+        on_close: Coroutines that end what else runs in the background.
         start_time: Microseconds since the epoch.
     """
 
@@ -45,6 +46,7 @@ class Store:
         self.timers = Timers(self.writer, clock)
         self._checkpointer = Checkpointer(database)
         self.maintenance = maintenance.Maintenance(self.writer)
+        self.on_close: list[Callable[[], Coroutine[object, object, None]]] = []
 
     @classmethod
     async def open(cls, path: Path | None, *, clock: Clock | None = None, limit_pages: int = 0) -> Store:
@@ -85,6 +87,8 @@ class Store:
         """Ends waits, carries out what was accepted, closes the database."""
         self.hub.close()
         await self.maintenance.close()
+        for close in self.on_close:
+            await close()
         await self.timers.close()
         await self.writer.stop()
         self._checkpointer.close()

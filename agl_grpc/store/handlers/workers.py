@@ -15,6 +15,7 @@ from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.names import rollout_status
 from agl_grpc.store.rollouts.rows import AttemptRow, attempts_where, find_attempt
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.spans.evict import EvictionLimits
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import common_pb2, store_service_pb2
@@ -25,9 +26,10 @@ _LAST = 9223372036854775807
 class WorkerHandlers:
     """Serves the methods about workers, leases and statistics."""
 
-    def __init__(self, side: WriteSide) -> None:
+    def __init__(self, side: WriteSide, eviction: EvictionLimits | None = None) -> None:
         self._side = side
         self._store = side.store
+        self._eviction = eviction
 
     async def list_workers(
         self, request: store_service_pb2.ListWorkersRequest, _call: Call
@@ -164,6 +166,10 @@ class WorkerHandlers:
             answer.name = "memory" if database.memory else "sqlite"
             answer.database_bytes = database.size_bytes()
             set_duration(answer.uptime, now - self._store.start_time)
+            if self._eviction is not None:
+                answer.eviction_threshold_bytes = self._eviction.above
+                answer.safe_threshold_bytes = self._eviction.down_to
+                answer.memory_capacity_bytes = self._eviction.capacity
             return answer
 
         return await self._store.read(read)
@@ -192,6 +198,7 @@ def _count(db: sqlite3.Connection, run_key: int | None) -> store_service_pb2.Get
         total_spans=one(f"SELECT sum(spans) FROM span_totals {scope}"),
         total_span_bytes=one(f"SELECT sum(bytes) FROM span_totals {scope}"),
         late_spans=one(f"SELECT sum(late) FROM span_totals {scope}"),
+        evicted_attempts=one(f"SELECT count(*) FROM attempts WHERE spans_evicted = 1 {also}"),
         total_blobs=one("SELECT count(*) FROM blobs WHERE digest IS NOT NULL"),
         total_blob_bytes=one("SELECT sum(size) FROM blobs"),
         last_position=position(db),

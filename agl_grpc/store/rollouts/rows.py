@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from agl_grpc.store.errors import not_found
+from agl_grpc.store.errors import not_found, spans_evicted
 from agl_grpc.store.rollouts.lifecycle import Clocks, Rules
 
 
@@ -201,6 +201,21 @@ def attempt_by_name(db: sqlite3.Connection, rollout_id: str, attempt_id: str) ->
     if attempt is None or (rollout_id and rollout_by_id(db, rollout_id).key != attempt.rollout_key):
         raise not_found("attempt", attempt_id)
     return attempt
+
+
+def refuse_evicted(db: sqlite3.Connection, attempt_keys: Sequence[int]) -> None:
+    """Checks that the spans of these attempts are still there.
+
+    Raises:
+        StoreError: SPANS_EVICTED.
+    """
+    marks = ",".join("?" * len(attempt_keys))
+    row = db.execute(
+        f"SELECT attempt_id FROM attempts WHERE spans_evicted = 1 AND attempt_key IN ({marks}) LIMIT 1",
+        list(attempt_keys),
+    ).fetchone()
+    if row is not None:
+        raise spans_evicted(row[0])
 
 
 def attempts_where(db: sqlite3.Connection, where: str, *values: object) -> list[AttemptRow]:

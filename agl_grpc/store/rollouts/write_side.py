@@ -7,6 +7,7 @@ from agl_grpc.store.door.credentials import CredentialSigner
 from agl_grpc.store.events.timers import FIRE_LIMIT
 from agl_grpc.store.rollouts import commands
 from agl_grpc.store.rollouts.commands import Commands
+from agl_grpc.store.rollouts.deletion import Deletion, Retention
 from agl_grpc.store.rollouts.dispatch import Dispatcher
 from agl_grpc.store.rollouts.leases import Leases
 from agl_grpc.store.rollouts.moves import Moves
@@ -27,6 +28,7 @@ class WriteSide:
         moves: Begins and ends attempts.
         rollouts: Changes rollouts.
         leases: Changes leases.
+        deletion: Deletes rollouts.
     """
 
     def __init__(self, store: Store, signer: CredentialSigner) -> None:
@@ -37,6 +39,7 @@ class WriteSide:
         self.moves = Moves(self.catalog, self.dispatcher, self.commands, signer)
         self.rollouts = Rollouts(self.moves)
         self.leases = Leases(self.moves, rewards.put_rewards)
+        self.deletion = Deletion(self.catalog)
 
     @classmethod
     async def start(cls, store: Store, signer: CredentialSigner) -> WriteSide:
@@ -44,6 +47,7 @@ class WriteSide:
         side = cls(store, signer)
         store.timers.register(side._sweep)
         store.maintenance.register(commands.prune)
+        store.maintenance.register(Retention(side.deletion).prune)
         await store.write(side._take_up)
         return side
 

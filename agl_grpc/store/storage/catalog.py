@@ -167,6 +167,10 @@ class Catalog:
             tx.after_rollback(lambda: self._groups.pop(name, None))
         return key
 
+    def forget_group(self, run_key: int, group_id: str) -> None:
+        """Looks for the group anew next time; call when it is deleted."""
+        self._groups.pop((run_key, group_id), None)
+
     def worker(self, tx: Tx, worker_id: str) -> int | None:
         """The key of a worker, made if need be; None for an empty id."""
         if not worker_id:

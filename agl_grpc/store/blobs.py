@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import sqlite3
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.errors import invalid_field, not_found
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import common_pb2
 
@@ -39,13 +39,13 @@ def check_digest(digest: str, path: str) -> None:
         raise invalid_field(path, "must be `sha256:` and 64 lower-case hex digits")
 
 
-def find(db: sqlite3.Connection, digest: str) -> Blob | None:
+def find(db: Connection, digest: str) -> Blob | None:
     """A complete blob; None = there is none."""
     row = db.execute("SELECT blob_key, size FROM blobs WHERE digest = ?", (digest,)).fetchone()
     return None if row is None else Blob._make(row)
 
 
-def require(db: sqlite3.Connection, digest: str) -> Blob:
+def require(db: Connection, digest: str) -> Blob:
     """A complete blob.
 
     Raises:
@@ -90,7 +90,7 @@ def discard(tx: Tx, blob_key: int) -> None:
     tx.execute("DELETE FROM blobs WHERE blob_key = ?", (blob_key,))
 
 
-def piece(db: sqlite3.Connection, blob_key: int, place: int) -> bytes | None:
+def piece(db: Connection, blob_key: int, place: int) -> bytes | None:
     """A piece of a blob; None = it is gone."""
     row = db.execute(
         "SELECT data FROM blob_pieces WHERE blob_key = ? AND place = ?", (blob_key, place)

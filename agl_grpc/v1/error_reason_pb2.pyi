@@ -100,7 +100,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 22
     """A defect of the server; its log has the traceback. Example: {"reason":"INTERNAL"}"""
-    ERROR_REASON_SPANS_EVICTED: _ErrorReason.ValueType  # 23
+    ERROR_REASON_STORAGE_AWAY: _ErrorReason.ValueType  # 23
+    """The store's database does not answer: the store connects again by itself, RetryInfo says when to try.
+    Example: {"reason":"STORAGE_AWAY"}
+    """
+    ERROR_REASON_SPANS_EVICTED: _ErrorReason.ValueType  # 24
     """The attempt's spans were evicted from a throw-away store. Example:
     {"reason":"SPANS_EVICTED","metadata":{"attempt_id":"at-1"}}
     """
@@ -185,7 +189,11 @@ ERROR_REASON_WEIGHTS_REJECTED: ErrorReason.ValueType  # 21
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 22
 """A defect of the server; its log has the traceback. Example: {"reason":"INTERNAL"}"""
-ERROR_REASON_SPANS_EVICTED: ErrorReason.ValueType  # 23
+ERROR_REASON_STORAGE_AWAY: ErrorReason.ValueType  # 23
+"""The store's database does not answer: the store connects again by itself, RetryInfo says when to try.
+Example: {"reason":"STORAGE_AWAY"}
+"""
+ERROR_REASON_SPANS_EVICTED: ErrorReason.ValueType  # 24
 """The attempt's spans were evicted from a throw-away store. Example:
 {"reason":"SPANS_EVICTED","metadata":{"attempt_id":"at-1"}}
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -262,9 +261,9 @@ async def test_a_store_full_of_spans_that_must_stay_refuses_more(small: Rig) -> 
     assert await evicted(rig, "live") == ["live"]
 
 
-def test_limits_of_eviction_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_limits_of_eviction_that_do_not_fit_are_refused() -> None:
     for above, down_to in ((0, None), (10, 11), (-1, None), (10, -1)):
         with pytest.raises(ValueError, match="cannot be evicted"):
-            EvictionLimits.choose(tmp_path, above, down_to)
-    chosen = EvictionLimits.choose(tmp_path)
+            EvictionLimits.choose(above, down_to)
+    chosen = EvictionLimits.choose()
     assert 0 < chosen.down_to < chosen.above < chosen.capacity

@@ -15,7 +15,7 @@ from agl_grpc.store.door.server import GrpcDoor, StartError
 from agl_grpc.store.handlers import handlers
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.spans.evict import EvictionLimits
-from agl_grpc.store.storage.database import DatabaseError
+from agl_grpc.store.storage.engine import DatabaseError
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
 
@@ -30,8 +30,9 @@ class ServeConfig:
     """Address of the gRPC door."""
     port: int = 4747
     """Port of the gRPC door; 0 = any free one."""
-    database: Path | None = Path("agl-grpc.db")
-    """The SQLite file; None = a throw-away one that is gone at the end (`--memory`)."""
+    database: Path | str | None = Path("agl-grpc.db")
+    """The SQLite file, or `postgresql://user@host/name`; None = a throw-away file that is gone at the end
+    (`--memory`)."""
     operator_token: str | None = None
     """When set, every caller needs it, or an attempt credential; None = local callers are trusted."""
     grace: float = 10.0
@@ -77,8 +78,8 @@ class StoreServer:
             signer = CredentialSigner(await store.write(_signing_key))
             side = await WriteSide.start(store, signer)
             eviction = None
-            if store.database.memory:
-                eviction = _eviction(store, config)
+            if store.database.backend == "memory":
+                eviction = _eviction(config)
             services, parsers = handlers(side, config.span_queue_bytes, eviction)
             door = GrpcDoor(services, Authenticator(signer, config.operator_token), parsers)
             port = await door.start(config.host, config.port)
@@ -96,10 +97,9 @@ class StoreServer:
     def describe(self) -> str:
         """One line that names every door and the database."""
         database = self.store.database
-        where = "in memory (lost at exit)" if database.memory else f"database {database.path.absolute()}"
         return (
             f"Starting server at grpc://{self.address} (store, runner, trainer, health, reflection); "
-            f"HTTP off; OTLP off; {where}; process {os.getpid()}"
+            f"HTTP off; OTLP off; {database.describe()}; process {os.getpid()}"
         )
 
     async def stop(self) -> None:
@@ -111,14 +111,14 @@ class StoreServer:
         await self.store.close()
 
 
-def _eviction(store: Store, config: ServeConfig) -> EvictionLimits:
+def _eviction(config: ServeConfig) -> EvictionLimits:
     try:
-        return EvictionLimits.choose(store.database.path.parent, config.evict_above, config.evict_to)
+        return EvictionLimits.choose(config.evict_above, config.evict_to)
     except ValueError as error:
         raise StartError(f"{error}; the first must be positive and the second no larger") from error
 
 
 def _signing_key(tx: Tx) -> bytes:
-    tx.execute("INSERT OR IGNORE INTO meta VALUES ('credential_key', ?)", (new_key().hex(),))
+    tx.execute("INSERT INTO meta VALUES ('credential_key', ?) ON CONFLICT DO NOTHING", (new_key().hex(),))
     (key,) = tx.execute("SELECT value FROM meta WHERE name = 'credential_key'").fetchone()
     return bytes.fromhex(key)

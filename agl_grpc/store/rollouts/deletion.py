@@ -10,6 +10,7 @@ from agl_grpc.store.rollouts.attempts import ROLLOUT
 from agl_grpc.store.rollouts.lifecycle import ROLLOUT_TERMINAL
 from agl_grpc.store.rollouts.rows import RolloutRow, rollouts_where
 from agl_grpc.store.storage.catalog import Catalog
+from agl_grpc.store.storage.sql import marks
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2
 
@@ -57,7 +58,6 @@ class Deletion:
 
         Stops early when it has taken long enough, at least one rollout later.
         """
-        self._catalog.keep_keys(tx)
         end = time.monotonic() + _BUDGET_SECONDS
         done = Deleted()
         gone: list[int] = []
@@ -97,10 +97,10 @@ class Deletion:
         """Forgets what pointed to deleted rows: orders to workers, what workers last did, empty groups."""
         for start in range(0, len(attempt_keys), STEP):
             part = attempt_keys[start : start + STEP]
-            marks = ",".join("?" * len(part))
-            tx.execute(f"DELETE FROM worker_commands WHERE attempt_key IN ({marks})", part)
+            some = marks(len(part))
+            tx.execute(f"DELETE FROM worker_commands WHERE attempt_key IN ({some})", part)
             tx.execute(
-                f"UPDATE workers SET current_attempt_key = NULL WHERE current_attempt_key IN ({marks})", part
+                f"UPDATE workers SET current_attempt_key = NULL WHERE current_attempt_key IN ({some})", part
             )
         for group_key in groups:
             gone = tx.execute(
@@ -109,7 +109,7 @@ class Deletion:
                 (group_key,),
             ).fetchall()
             for run_key, group_id in gone:
-                self._catalog.forget_group(run_key, group_id)
+                self._catalog.group_deleted(tx, run_key, group_id)
 
 
 class Retention:
@@ -149,8 +149,8 @@ class Retention:
         due = [key for key, end in old if end is not None and end < oldest_kept]
         last = old[-1][0]
         if due:
-            marks = ",".join("?" * len(due))
-            rows = rollouts_where(tx.connection, f"WHERE rollout_key IN ({marks}) ORDER BY rollout_key", *due)
+            some = marks(len(due))
+            rows = rollouts_where(tx.connection, f"WHERE rollout_key IN ({some}) ORDER BY rollout_key", *due)
             done = self._deletion.delete(tx, rows)
             last = last if done.last_key == due[-1] else done.last_key
             walk.kept -= done.deleted

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from agl_grpc.store.errors import StoreError, overloaded
 from agl_grpc.store.rollouts.attempts import ATTEMPT, UPDATED
@@ -39,14 +39,14 @@ class EvictionLimits:
     capacity: int
 
     @classmethod
-    def choose(cls, folder: Path, above: int | None = None, down_to: int | None = None) -> EvictionLimits:
+    def choose(cls, above: int | None = None, down_to: int | None = None) -> EvictionLimits:
         """Limits as given, else 70 % of what the machine has and 80 % of that.
 
         Raises:
             ValueError: They do not fit each other.
         """
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        capacity = min(memory, shutil.disk_usage(folder).free)
+        capacity = min(memory, shutil.disk_usage(tempfile.gettempdir()).free)
         above = capacity * 7 // 10 if above is None else above
         down_to = above * 8 // 10 if down_to is None else down_to
         if not 0 <= down_to <= above or above <= 0:

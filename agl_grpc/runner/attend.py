@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agl_grpc.client import Completion, SpanGroup, SpanStreamer, StoreError
-from agl_grpc.model import AttemptStatus, Failure, FailureKind, Reward
+from agl_grpc.model import AttemptStatus, BlobReference, Failure, FailureKind, Reward
 from agl_grpc.runner.agent_loop import AgentLoop
-from agl_grpc.runner.executor import Executor, Task
+from agl_grpc.runner.executor import Execution, Task
 from agl_grpc.runner.failures import failure_of
 from agl_grpc.runner.held import Held
 from agl_grpc.runner.outcome import Outcome
@@ -35,7 +35,7 @@ class Attendant:
 
     def __init__(
         self,
-        executor: Executor,
+        executor: Execution,
         loop: AgentLoop,
         streamer: SpanStreamer,
         load: Callable[[Any], Awaitable[Any]],
@@ -62,6 +62,8 @@ class Attendant:
     async def _load_input(self, held: Held) -> Outcome | None:
         """Brings a large input from the store; answers why the attempt fails when that is not possible."""
         rollout = held.work.rollout
+        if not isinstance(rollout.input, BlobReference):
+            return None
         loading = asyncio.ensure_future(self._load(rollout.input))
         await _first_of(loading, held.stop)
         if not loading.done():
@@ -161,4 +163,5 @@ def _completion(held: Held, outcome: Outcome) -> Completion:
         status=AttemptStatus.FAILED if outcome.failure else AttemptStatus.SUCCEEDED,
         failure=outcome.failure,
         rewards=rewards_of(outcome, held.rollout_id, held.attempt_id),
+        output=outcome.output,
     )

@@ -9,6 +9,7 @@ from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_pag
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.handlers.common import change, mask_paths
 from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.dispatch import Waiter
 from agl_grpc.store.rollouts.encode import duration_of, key_values_blob, load_run
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
@@ -95,10 +96,7 @@ class RunHandlers:
         def run(tx: Tx) -> store_service_pb2.PauseDispatchResponse:
             row, queues = self._set_paused(tx, request.run_id, request.queue, paused=True)
             for waiter in self._side.dispatcher.waiting(queue.queue_key for queue in queues):
-                if waiter.notice is not None:
-                    notice = waiter.notice
-                    reason = self._side.dispatcher.idle_reason(tx, waiter)
-                    tx.after_commit(partial(notice, reason))
+                self._tell(tx, waiter)
             return store_service_pb2.PauseDispatchResponse(run=load_run(tx.connection, row.run_key))
 
         return await change(self._store, call, request, run)
@@ -110,9 +108,15 @@ class RunHandlers:
             row, queues = self._set_paused(tx, request.run_id, request.queue, paused=False)
             for waiter in self._side.dispatcher.waiting(queue.queue_key for queue in queues):
                 self._side.moves.serve(tx, waiter)
+                self._tell(tx, waiter)
             return store_service_pb2.ResumeDispatchResponse(run=load_run(tx.connection, row.run_key))
 
         return await change(self._store, call, request, run)
+
+    def _tell(self, tx: Tx, waiter: Waiter) -> None:
+        """Tells a waiter that still gets nothing why."""
+        if waiter.notice is not None and waiter.credits > 0:
+            tx.after_commit(partial(waiter.notice, self._side.dispatcher.idle_reason(tx, waiter)))
 
     def _set_paused(
         self, tx: Tx, run_id: str, queue_name: str, *, paused: bool

@@ -16,6 +16,7 @@ from agl_grpc.store.storage.catalog import Catalog
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
+from agl_grpc.v1 import event_pb2
 
 
 class WriteSide:
@@ -52,9 +53,13 @@ class WriteSide:
         return side
 
     def _take_up(self, tx: Tx) -> None:
-        tx.execute(
+        made = tx.execute(
             "INSERT INTO runs (run_id, create_time) VALUES ('default', ?) ON CONFLICT DO NOTHING", (tx.now,)
         )
+        if made.rowcount:
+            # The log is never empty: 0 is no position, so that a list's position is always one to watch from.
+            run_key = self.catalog.run(tx, "default").run_key
+            tx.event(run_key, event_pb2.ENTITY_KIND_RUN, event_pb2.EVENT_KIND_CREATED, run_key)
         if not self.store.database.is_shared(tx.connection):
             self.leases.extend_all(tx)
         tx.arm(next_rollout_due(tx.connection))

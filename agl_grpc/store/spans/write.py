@@ -17,6 +17,12 @@ from agl_grpc.store.storage.sql import padded
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2
 
+ENTRY_SPANS = 1000
+"""Most spans that one entry of the log names."""
+
+ENTRY_BYTES = 256 << 10
+"""Most bytes, as they are read, of the spans that one entry of the log names; a larger span stands alone."""
+
 _COLUMNS = 8
 _SIZES = tuple(1 << power for power in range(8, -1, -1))
 # One statement for many rows: each statement costs one hand-over of the interpreter lock.
@@ -102,6 +108,23 @@ class _Call(NamedTuple):
 
 
 @dataclass
+class _Range:
+    """Neighbouring new rows of an attempt that one entry of the log names.
+
+    Attributes:
+        low: Key of the first.
+        high: Key of the last.
+        spans: How many they are.
+        size: Bytes that they have when they are read.
+    """
+
+    low: int
+    high: int
+    spans: int
+    size: int
+
+
+@dataclass
 class _Totals:
     spans: int = 0
     size: int = 0
@@ -128,7 +151,7 @@ class _Flush:
         self._new: dict[int, dict[int, int]] = {}
         self._calls: dict[tuple[int, int], _Call] = {}
         self._open: dict[int, int] = {}
-        self._ranges: dict[int, tuple[int, int]] = {}
+        self._ranges: dict[int, list[_Range]] = {}
         self._totals: dict[int, _Totals] = {}
         self._marks: dict[str, int] = {}
 
@@ -198,7 +221,13 @@ class _Flush:
         ):
             values += (span_key, key, ref, number, now, 0, 0, data)
         self._new[key].update(zip(group.refs, numbers, strict=True))
-        self._count(attempt, first, count, sum(map(len, group.data)), 0)
+        size = sum(map(len, group.data))
+        self._count(attempt, count, size, 0)
+        if count <= ENTRY_SPANS and size <= ENTRY_BYTES:
+            self._extend(key, first, count, size)
+        else:
+            for place, data in enumerate(group.data):
+                self._extend(key, first + place, 1, len(data))
         outcome.stored += count
         return numbers
 
@@ -244,11 +273,20 @@ class _Flush:
             flags |= MODEL_CALL | (DELTA if call.base else 0)
         key = self._tx.counters.take("spans")
         self._values += (key, attempt.key, ref, sequence, self._tx.now, flags, length, data)
-        self._count(attempt, key, 1, len(data), int(late))
+        # A prompt that is stored as a difference is read whole.
+        self._extend(attempt.key, key, 1, len(data) + (4 * length if flags & DELTA else 0))
+        self._count(attempt, 1, len(data), int(late))
 
-    def _count(self, attempt: _Attempt, first: int, count: int, size: int, late: int) -> None:
-        low, _ = self._ranges.get(attempt.key, (first, 0))
-        self._ranges[attempt.key] = (low, first + count - 1)
+    def _extend(self, attempt_key: int, first: int, count: int, size: int) -> None:
+        """Notes new rows for the log, in entries that a watch can send whole."""
+        ranges = self._ranges.setdefault(attempt_key, [])
+        last = ranges[-1] if ranges else None
+        if last is None or last.spans + count > ENTRY_SPANS or last.size + size > ENTRY_BYTES:
+            ranges.append(_Range(first, first + count - 1, count, size))
+        else:
+            last.high, last.spans, last.size = first + count - 1, last.spans + count, last.size + size
+
+    def _count(self, attempt: _Attempt, count: int, size: int, late: int) -> None:
         totals = self._totals.setdefault(attempt.run_key, _Totals())
         totals.spans += count
         totals.size += size
@@ -369,15 +407,14 @@ class _Flush:
     def _tell(self, attempt: _Attempt) -> None:
         """The log, the attempt's life and its seal learn of the spans."""
         key = attempt.key
-        if key in self._ranges:
-            low, high = self._ranges[key]
+        for some in self._ranges.get(key, ()):
             self._tx.event(
                 attempt.run_key,
                 event_pb2.ENTITY_KIND_SPANS,
                 event_pb2.EVENT_KIND_CREATED,
                 key,
-                low=low,
-                high=high,
+                low=some.low,
+                high=some.high,
             )
         attempts.signal(self._tx, key)
         change = self._open.get(key, 0)

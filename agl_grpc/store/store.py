@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from agl_grpc.store.clock import Clock
 from agl_grpc.store.errors import StoreError
@@ -23,6 +24,7 @@ from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.storage.writer import Lane, Writer
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Store:
@@ -50,6 +52,7 @@ class Store:
         self.timers = Timers(self.writer, clock)
         self.maintenance = maintenance.Maintenance(self.writer)
         self.on_news: list[Callable[[Sequence[EventRow]], None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -90,8 +93,22 @@ class Store:
             self.hub.publish(events)
         self.timers.arm(due)
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does something beside the calls; `close` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, StoreError):
+            _log.error("work beside the calls failed", exc_info=error)
+
     def _news(self, news: News) -> None:
         """What other servers did."""
+        if self.hub.closed:
+            return
         if news.events:
             self.hub.publish(news.events)
             for tell in self.on_news:
@@ -104,6 +121,7 @@ class Store:
     async def close(self) -> None:
         """Ends waits, carries out what was accepted, closes the database."""
         self.hub.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.maintenance.close()
         await self.timers.close()
         await self.writer.stop()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from agl_grpc.store.errors import not_found
 from agl_grpc.store.rollouts.lifecycle import Clocks, Rules
 from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 
 
 class RolloutRow(NamedTuple):
@@ -206,6 +207,16 @@ def attempt_by_name(db: Connection, rollout_id: str, attempt_id: str) -> Attempt
 def attempts_where(db: Connection, where: str, *values: object) -> list[AttemptRow]:
     """Attempts by a condition of this package's own making."""
     return [AttemptRow._make(row) for row in db.execute(_ATTEMPT + where, values)]
+
+
+def queues_with_work(db: Connection, queue_keys: Sequence[int]) -> list[int]:
+    """Those of the queues that have a rollout which can be delivered now."""
+    rows = db.execute(
+        f"SELECT queue_key FROM queues WHERE queue_key IN ({marks(len(queue_keys))}) AND EXISTS "
+        "(SELECT 1 FROM rollouts WHERE rollouts.queue_key = queues.queue_key AND ready = 1)",
+        queue_keys,
+    )
+    return [key for (key,) in rows]
 
 
 def next_attempt_due(db: Connection) -> int | None:

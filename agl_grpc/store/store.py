@@ -38,6 +38,7 @@ class Store:
         hub: Wakes watchers after commits.
         timers: Fires what is due.
         maintenance: Prunes in the background.
+        on_close: Coroutines that end what else runs in the background.
         on_news: Called on the event loop with what other servers have added to the event log.
         start_time: Microseconds since the epoch.
     """
@@ -51,6 +52,7 @@ class Store:
         self.writer = Writer(database, clock, self._committed)
         self.timers = Timers(self.writer, clock)
         self.maintenance = maintenance.Maintenance(self.writer)
+        self.on_close: list[Callable[[], Coroutine[object, object, None]]] = []
         self.on_news: list[Callable[[Sequence[EventRow]], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -123,6 +125,8 @@ class Store:
         self.hub.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.maintenance.close()
+        for close in self.on_close:
+            await close()
         await self.timers.close()
         await self.writer.stop()
         self.reads.close()

@@ -203,8 +203,8 @@ async def test_an_older_attempt_does_not_move_its_rollout(rig: Rig) -> None:
     assert reason(caught.value) == "ILLEGAL_TRANSITION"
 
 
-async def test_timers_fire_by_themselves_on_an_idle_store() -> None:
-    async with running(None, SystemClock()) as rig:
+async def test_timers_fire_by_themselves_on_an_idle_store(database: Path | str | None) -> None:
+    async with running(database, SystemClock()) as rig:
         await rig.enqueue(rollout_id="r", config={"max_redeliveries": 0})
         await rig.lease(lease_duration=seconds(1))
         answer = await rig.wait("r", timeout=seconds(20))

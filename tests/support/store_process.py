@@ -18,15 +18,16 @@ from tests.support.waiting import free_port
 class StoreProcess:
     """`agl-grpc store serve` on a random port of the loopback interface.
 
-    Use it as a context manager; ``kill`` and ``start`` may be called again and again on one database.
+    Use it as a context manager; ``kill`` and ``start`` may be called again and again on one database, which
+    is a file or the URL of a PostgreSQL database (then ``log`` says where the server's lines go).
     """
 
-    def __init__(self, database: Path, *options: str) -> None:
+    def __init__(self, database: Path | str, *options: str, log: Path | None = None) -> None:
         self.database = database
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.options = options
-        self.log = database.with_suffix(".log")
+        self.log = log or Path(database).with_suffix(".log")
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, within: float = 20.0) -> None:

@@ -137,7 +137,7 @@ class SqliteDatabase:
         """One line for people about what SQLite says."""
         return explain(error)
 
-    def size_bytes(self) -> int:
+    def size_bytes(self, _connection: Connection) -> int:
         """Bytes of the file and its write-ahead log."""
         total = 0
         for path in (self.path, self.path.with_name(self.path.name + "-wal")):

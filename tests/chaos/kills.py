@@ -232,7 +232,11 @@ async def _all_over(reader: Client, rollouts: list[str]) -> None:
                 return False
         return True
 
-    await eventually(over, within=120, what="the end of every rollout")
+    try:
+        await eventually(over, within=60, what="the end of every rollout")
+    except AssertionError as late:
+        # Noted, not raised: the check then names the rollouts and shows their histories.
+        reader.history.wrong.append(str(late))
 
 
 async def _collect(reader: Client, rollouts: list[str]) -> Final:

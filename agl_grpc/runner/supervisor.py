@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import Any
 
 import grpc
 
@@ -24,6 +25,8 @@ from agl_grpc.runner.sweep import end_programs
 from agl_grpc.v1 import store_service_pb2, store_service_pb2_grpc
 
 log = logging.getLogger(__name__)
+
+_END_LEASES_SECONDS = 5.0
 
 LONGEST_BACKOFF_SECONDS = 30.0
 MOST_CRASHES = 5
@@ -49,7 +52,7 @@ class _Due:
 @dataclass(slots=True)
 class _Child:
     index: int
-    process: SpawnProcess
+    process: BaseProcess
     reports: Connection
     started: float
     failures: int
@@ -68,6 +71,21 @@ class _Child:
                     self.report = said
 
 
+def _end_leases(store: str, worker_id: str) -> None:
+    # Counts as lost leases: a rollout that kills every worker is given up after max_redeliveries.
+    request = store_service_pb2.ExpireLeasesRequest(worker_id=worker_id)
+    with grpc.insecure_channel(store) as channel:
+        try:
+            store_service_pb2_grpc.StoreServiceStub(channel).ExpireLeases(
+                request, timeout=_END_LEASES_SECONDS
+            )
+        except grpc.RpcError as error:
+            log.warning(
+                "the leases of %s could not be ended (%s); its rollouts come back when they expire",
+                worker_id, error.code().name,
+            )  # fmt: skip
+
+
 class Supervisor:
     """Runs `config.workers` worker processes until they have all left or `stop` is called.
 
@@ -79,7 +97,7 @@ class Supervisor:
 
     def __init__(self, config: RunnerConfig) -> None:
         self._config = config
-        self._context = multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context(config.start_method)
         self._children: dict[int, _Child] = {}
         self._due: dict[int, _Due] = {}
         self._stops = 0
@@ -224,13 +242,13 @@ class Supervisor:
         self._children.clear()
 
     def _end_leases(self, worker_id: str) -> None:
-        # Counts as lost leases: a rollout that kills every worker is given up after max_redeliveries.
-        request = store_service_pb2.ExpireLeasesRequest(worker_id=worker_id)
-        with grpc.insecure_channel(self._config.store) as channel:
-            try:
-                store_service_pb2_grpc.StoreServiceStub(channel).ExpireLeases(request, timeout=5.0)
-            except grpc.RpcError as error:
-                log.warning(
-                    "the leases of %s could not be ended (%s); its rollouts come back when they expire",
-                    worker_id, error.code().name,
-                )  # fmt: skip
+        if self._config.start_method != "fork":
+            _end_leases(self._config.store, worker_id)
+            return
+        # Workers are copies of this process, which therefore must not use gRPC itself.
+        process = self._context.Process(target=_end_leases, args=(self._config.store, worker_id))
+        process.start()
+        process.join(2 * _END_LEASES_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -84,8 +84,8 @@ async def test_workers_over_a_cluster_that_loses_a_node(
         config = RolloutConfig(max_redeliveries=10)
         rollouts = [await client.enqueue_rollout(task, config=config) for _ in range(4)]
         await eventually(lambda: len(runner.notes("started")) >= 4, within=LONG, what="four agents started")
-        places = _places(runner)
-        assert len(set(places.values())) == 2
+        await eventually(lambda: len(_places(runner)) == 4, within=LONG, what="all places are told")
+        assert len(set(_places(runner).values())) == 2
         await asyncio.to_thread(cluster.tell, "kill 1")
         await eventually(lambda: runner.says("was lost ("), within=LONG, what="the loss is noticed")
         await asyncio.to_thread(cluster.tell, "add")

@@ -69,7 +69,8 @@ STUBS = {
     "srun": 'while [[ "$1" == --* ]]; do echo -n "$1 " >> srun; shift; done; echo >> srun; exec "$@"',
     "hostname": "echo 10.0.0.1 10.0.0.2",
     "ray": 'echo "$@" >> ray; [[ "$*" == *--block* ]] && exec sleep 60; exit 0',
-    "agl-grpc": """echo "$@" > fleet; trap 'kill %1; echo drained > drained; exit 7' TERM; sleep 60 & : > running; wait""",
+    "agl-grpc": """echo "$@" > fleet; trap 'kill %1; echo drained > drained; exit 7' TERM
+        sleep 60 & : > running; wait""",
 }
 
 

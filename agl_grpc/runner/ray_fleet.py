@@ -163,7 +163,8 @@ class RayFleet:
         Raises:
             WorkerStartError: Ray cannot be used, or a worker cannot run at all; the others have been stopped.
         """
-        with self._signals(), _ray(self._placement) as ray:
+        # Ray sets handlers of its own when it connects; ours come afterwards.
+        with _ray(self._placement) as ray, self._signals():
             self._warn_of_loopback(ray)
             with SyncStoreClient(self._config.store, run_id=self._config.run_id) as store:
                 while not self._over():
@@ -270,6 +271,8 @@ class RayFleet:
             try:
                 verdict, reason = ray.get(reference)
             except ray.exceptions.RayError as error:
+                # One that is only out of reach must not come back beside its successor.
+                ray.kill(actor.handle)
                 self._died(actor, error, store)
             else:
                 self._judge(actor, verdict, reason)

@@ -1,7 +1,7 @@
 """Fleets of real workers under fire, and what a trainer has to see of them: every rollout ends exactly once.
 
 A machine is a supervisor with its workers. Sizes are the caller's: the suite runs small fleets,
-`python -m tests.runner.reliability` full ones.
+`make reliability` full ones.
 """
 
 from __future__ import annotations

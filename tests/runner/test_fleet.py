@@ -1,4 +1,4 @@
-"""Small fleets under fire; `python -m tests.runner.reliability` runs the full ones."""
+"""Small fleets under fire; `make reliability` runs the full ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers as Ray actors over a cluster: placed by what they need, restarted when lost, scaled with the queue."""
+"""Workers as Ray actors over a cluster: placed by what they need, replaced when lost, scaled with work."""
 
 from __future__ import annotations
 

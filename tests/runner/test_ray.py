@@ -58,8 +58,10 @@ class RayCluster:
     def close(self) -> None:
         """Ends it with all its processes."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(60)
+        self.process.stdout.close()
 
 
 @pytest.fixture

@@ -22,8 +22,6 @@ logger = logging.getLogger("agl_grpc.interceptor")
 
 _FIRST_PAUSE = 0.05
 _LAST_PAUSE = 1.0
-_SEED_STEP = 0x9E3779B97F4A7C15
-_SEED_RANGE = 2**63
 
 
 class AbortedByEngine(Exception):
@@ -173,9 +171,9 @@ def continued(request: Any, state: Any) -> Any:
     params = again.sampling_params = copy.copy(request.sampling_params)
     params.max_tokens -= len(sampled)
     params.min_tokens = max(0, params.min_tokens - len(sampled))
-    if params.seed is not None:
-        # The same seed would repeat the random numbers of the answer's beginning.
-        params.seed = (params.seed + len(sampled) * _SEED_STEP) % _SEED_RANGE
+    # A seed would repeat the random numbers of the answer's beginning; what an abort falls into cannot be
+    # reproduced in any case.
+    params.seed = None
     params.prompt_logprobs = None
     again.prompt_token_ids = [*request.prompt_token_ids, *sampled]
     return again

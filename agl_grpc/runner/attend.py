@@ -10,7 +10,7 @@ from typing import Any
 from agl_grpc.client import Completion, SpanGroup, SpanStreamer
 from agl_grpc.model import AttemptStatus, Failure, FailureKind, Reward
 from agl_grpc.runner.agent_loop import AgentLoop
-from agl_grpc.runner.executor import Executor, Task
+from agl_grpc.runner.executor import Execution, Task
 from agl_grpc.runner.failures import failure_of
 from agl_grpc.runner.held import Held
 from agl_grpc.runner.outcome import Outcome
@@ -34,7 +34,7 @@ class Attendant:
 
     def __init__(
         self,
-        executor: Executor,
+        executor: Execution,
         loop: AgentLoop,
         streamer: SpanStreamer,
         agent_ended: Callable[[], None],
@@ -140,4 +140,5 @@ def _completion(held: Held, outcome: Outcome) -> Completion:
         status=AttemptStatus.FAILED if outcome.failure else AttemptStatus.SUCCEEDED,
         failure=outcome.failure,
         rewards=rewards_of(outcome, held.rollout_id, held.attempt_id),
+        output=outcome.output,
     )

@@ -16,24 +16,27 @@ from tests.support.waiting import free_port
 RUN = "results"
 
 
-@pytest.fixture(scope="module", params=["AsyncAgent", "SyncAgent"])
+@pytest.fixture(scope="module", params=["AsyncAgent", "SyncAgent", "SyncAgent-process"])
 def runner(
     request: pytest.FixtureRequest, store: StoreProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunnerProcess]:
-    """One worker for all tests of the module, with an async and with a sync agent."""
-    agent = request.param
-    folder = tmp_path_factory.mktemp(agent)
+    """One worker for all tests of the module: an async and a sync agent, and one in processes of its own."""
+    queue = request.param
+    agent, _, isolation = queue.partition("-")
+    folder = tmp_path_factory.mktemp(queue)
     options = (
         "--run",
         RUN,
         "--queue",
-        agent,
+        queue,
+        "--isolation",
+        isolation or "thread",
         "--concurrency",
         "8",
         "--hook",
         "tests.runner.agents:NotingHook",
     )
-    with RunnerProcess(store.address, agent, folder, *options, name=agent) as process:
+    with RunnerProcess(store.address, agent, folder, *options, name=queue) as process:
         yield process
 
 

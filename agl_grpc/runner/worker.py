@@ -121,7 +121,12 @@ class Worker:
             self._execution = Executor(agent, self.tracer, hooks, self, self._abandoned)
         self._agents = AgentLoop()
         self._attendant = Attendant(
-            self._execution, self._agents, self._streamer, self._agent_ended, self._leave_behind
+            self._execution,
+            self._agents,
+            self._streamer,
+            self._client.load,
+            self._agent_ended,
+            self._leave_behind,
         )
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agl_grpc.client import StoreClient
-from agl_grpc.model import AttemptStatus, FailureKind, ProxyLLM, Rollout, RolloutConfig
+from agl_grpc.model import AttemptStatus, BlobReference, FailureKind, ProxyLLM, Rollout, RolloutConfig
 from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import free_port
@@ -70,6 +70,12 @@ async def test_a_number_is_the_primary_reward(results: StoreClient, runner: Runn
     names = [span.name for span in await results.query_spans(rollout.rollout_id)]
     assert "thinking" in names
     assert "agentlightning.annotation" in names
+
+
+async def test_a_large_task_reaches_the_agent(results: StoreClient, runner: RunnerProcess) -> None:
+    rollout = await execute(results, runner, {"do": "number", "ballast": "x" * (2 << 20)})
+    assert isinstance(rollout.input, BlobReference)
+    assert await rewards_of(results, rollout) == {"primary": 1.0}
 
 
 async def test_named_rewards(results: StoreClient, runner: RunnerProcess) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agl_grpc.client import StoreClient
-from agl_grpc.model import AttemptStatus, CommandKind, ProxyLLM, Rollout, RolloutConfig, RolloutStatus
+from agl_grpc.model import AttemptStatus, ProxyLLM, Rollout, RolloutConfig, RolloutStatus
 from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
@@ -224,8 +221,7 @@ async def test_an_order_to_drain_is_obeyed_once(
     with RunnerProcess(store.address, "AsyncAgent", folder, *options, name=run_id) as runner:
         rollout = await client.enqueue_rollout(wait_at("gate"))
         await started(runner)
-        order_drain(store, f"{run_id}-0")
-        # Read at the next renewal or reconnect: this order did not come through the server.
+        assert await client.drain_workers([f"{run_id}-0"], reason="maintenance") == [f"{run_id}-0"]
         await eventually(lambda: runner.says("drains (maintenance): 1 rollouts"), within=LONG, what="drain")
         runner.open_gate("gate")
         (done,) = await ended(client, rollout)
@@ -275,16 +271,6 @@ async def test_workers_leave_when_their_supervisor_is_killed(
         (done,) = await ended(client, rollout)
         assert done.status is RolloutStatus.SUCCEEDED
         await eventually(lambda: not worker.is_running(), within=LONG, what="the worker leaves")
-
-
-def order_drain(store: StoreProcess, worker_id: str) -> None:
-    """Writes the row that an order to drain is."""
-    with contextlib.closing(sqlite3.connect(store.database, timeout=20)) as database, database:
-        database.execute(
-            "INSERT INTO worker_commands (worker_key, kind, reason, create_time) "
-            "SELECT worker_key, ?, 'maintenance', ? FROM workers WHERE worker_id = ?",
-            (CommandKind.DRAIN.number, time.time_ns() // 1000, worker_id),
-        )
 
 
 async def _equals(read: Any, expected: str) -> bool:

@@ -22,7 +22,7 @@ _RUN = int(event_pb2.ENTITY_KIND_RUN)
 _CREATED = int(event_pb2.EVENT_KIND_CREATED)
 _UPDATED = int(event_pb2.EVENT_KIND_UPDATED)
 _BY_ID = Order("u.run_id", "u.run_key", descending=False)
-_UPDATABLE = ("metadata", "allow_self_grading", "retention", "seal_timeout")
+_UPDATABLE = ("metadata", "allow_self_grading", "retention", "seal_timeout", "replay_retention")
 
 
 class RunHandlers:
@@ -154,6 +154,7 @@ def _is_given(wanted: run_pb2.Run, path: str) -> bool:
         "metadata": len(wanted.metadata) > 0,
         "retention": wanted.HasField("retention"),
         "seal_timeout": wanted.HasField("seal_timeout"),
+        "replay_retention": wanted.HasField("replay_retention"),
     }[path]
 
 
@@ -165,6 +166,9 @@ def _write(tx: Tx, run_key: int, wanted: run_pb2.Run, paths: list[str]) -> None:
             value = int(wanted.allow_self_grading)
         elif path == "retention":
             value = duration_of(wanted.retention) if wanted.HasField("retention") else None
+            _require_positive(value, path)
+        elif path == "replay_retention":
+            value = duration_of(wanted.replay_retention) if wanted.HasField("replay_retention") else None
             _require_positive(value, path)
         elif path == "seal_timeout":
             value = duration_of(wanted.seal_timeout) if wanted.HasField("seal_timeout") else 60_000_000

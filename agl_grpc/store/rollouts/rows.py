@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from agl_grpc.store.errors import not_found
+from agl_grpc.store.errors import not_found, spans_evicted
 from agl_grpc.store.rollouts.lifecycle import Clocks, Rules
 from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 
 
 class RolloutRow(NamedTuple):
@@ -110,8 +111,10 @@ _READY = (
 )
 _BOTH = (
     "SELECT " + _columns(_ATTEMPT, "a") + ", " + _columns(_ROLLOUT, "r") + " FROM attempts a "
-    "JOIN rollouts r ON r.rollout_key = a.rollout_key WHERE a.attempt_id = ?"
+    "JOIN rollouts r ON r.rollout_key = a.rollout_key "
 )
+_BOTH_BY_ID = _BOTH + "WHERE a.attempt_id = ?"
+_BOTH_BY_KEY = _BOTH + "WHERE a.attempt_key = ?"
 _ROLLOUT_BY_KEY = _ROLLOUT + "WHERE rollout_key = ?"
 _ROLLOUT_BY_ID = _ROLLOUT + "WHERE rollout_id = ?"
 _ATTEMPT_BY_KEY = _ATTEMPT + "WHERE attempt_key = ?"
@@ -179,9 +182,16 @@ def find_attempt(db: Connection, attempt_id: str) -> AttemptRow | None:
 
 def find_both(db: Connection, attempt_id: str) -> tuple[AttemptRow, RolloutRow] | None:
     """An attempt and its rollout; None = there is no such attempt."""
-    row = db.execute(_BOTH, (attempt_id,)).fetchone()
-    if row is None:
-        return None
+    row = db.execute(_BOTH_BY_ID, (attempt_id,)).fetchone()
+    return None if row is None else _split(row)
+
+
+def both_by_key(db: Connection, attempt_key: int) -> tuple[AttemptRow, RolloutRow]:
+    """An attempt that exists, and its rollout."""
+    return _split(db.execute(_BOTH_BY_KEY, (attempt_key,)).fetchone())
+
+
+def _split(row: tuple[Any, ...]) -> tuple[AttemptRow, RolloutRow]:
     width = len(AttemptRow._fields)
     return AttemptRow._make(row[:width]), RolloutRow._make(row[width:])
 
@@ -201,6 +211,21 @@ def attempt_by_name(db: Connection, rollout_id: str, attempt_id: str) -> Attempt
     if attempt is None or (rollout_id and rollout_by_id(db, rollout_id).key != attempt.rollout_key):
         raise not_found("attempt", attempt_id)
     return attempt
+
+
+def refuse_evicted(db: Connection, attempt_keys: Sequence[int]) -> None:
+    """Checks that the spans of these attempts are still there.
+
+    Raises:
+        StoreError: SPANS_EVICTED.
+    """
+    row = db.execute(
+        "SELECT attempt_id FROM attempts WHERE spans_evicted = 1 AND "
+        f"attempt_key IN ({marks(len(attempt_keys))}) LIMIT 1",
+        list(attempt_keys),
+    ).fetchone()
+    if row is not None:
+        raise spans_evicted(row[0])
 
 
 def attempts_where(db: Connection, where: str, *values: object) -> list[AttemptRow]:

@@ -26,6 +26,7 @@ from tests.support.postgres import PostgresServer
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "reliability"
 _TELL_SECONDS = 5.0
+_MACHINE = "tests/store/test_state_machine.py::test_the_store_keeps_to_the_model"
 
 Row = dict[str, object]
 Proof = Callable[[argparse.Namespace, int, int], Row]
@@ -157,7 +158,7 @@ PROOFS: dict[str, tuple[Proof, int]] = {
     "leases": (_leases, 1_000_000),
     "watches": (_watches, 500),
     "machine": (
-        functools.partial(_pytest, "tests/store/test_state_machine.py", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
+        functools.partial(_pytest, f"{_MACHINE}[memory-50]", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
         5_000,
     ),
 }

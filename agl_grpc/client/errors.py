@@ -110,7 +110,7 @@ class CursorCompacted(StoreError):
 class StoreUnavailable(StoreError):
     """The store cannot be reached, drains, or its disk is full; retrying later may help."""
 
-    reasons: ClassVar[tuple[str, ...]] = ("DRAINING", "STORAGE_FULL")
+    reasons: ClassVar[tuple[str, ...]] = ("DRAINING", "STORAGE_FULL", "STORAGE_AWAY")
     codes: ClassVar[tuple[grpc.StatusCode, ...]] = (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,

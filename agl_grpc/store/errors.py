@@ -223,6 +223,26 @@ def storage_full(retry_after: float = 5.0) -> StoreError:
     )
 
 
+def storage_away(retry_after: float = 1.0) -> StoreError:
+    """The database server does not answer."""
+    return StoreError(
+        code_pb2.UNAVAILABLE,
+        error_reason_pb2.ERROR_REASON_STORAGE_AWAY,
+        "the store's database does not answer; the store connects again by itself",
+        retry_after=retry_after,
+    )
+
+
+def storage_busy(retry_after: float = 0.2) -> StoreError:
+    """Other servers were in the way again and again."""
+    return StoreError(
+        code_pb2.UNAVAILABLE,
+        error_reason_pb2.ERROR_REASON_STORAGE_AWAY,
+        "the store's database gave up on the change too often, other servers were in the way",
+        retry_after=retry_after,
+    )
+
+
 def overloaded(limit: str, retry_after: float = 0.5) -> StoreError:
     """Too much at once."""
     return StoreError(

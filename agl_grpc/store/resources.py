@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 
 from agl_grpc.store.errors import exists, invalid_field
 from agl_grpc.store.ids import mint
 from agl_grpc.store.rollouts.encode import set_time
 from agl_grpc.store.storage.catalog import RunRow, require_id
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, resources_pb2
 
@@ -67,17 +67,16 @@ def publish(
     )
     set_time(made.update_time, tx.now)
     set_time(made.create_time, create_time)
-    key = tx.execute(
+    key = tx.insert(
         "INSERT INTO resources (run_key, resources_id, version, update_time, create_time, body) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
+        "VALUES (?, ?, ?, ?, ?, ?) RETURNING resource_key",
         (run.run_key, resources_id, version, tx.now, create_time, made.SerializeToString()),
-    ).lastrowid
-    assert key is not None
+    )
     tx.event(run.run_key, event_pb2.ENTITY_KIND_RESOURCES, event_pb2.EVENT_KIND_CREATED, key)
     return key, made
 
 
-def load_resources(db: sqlite3.Connection, keys: Iterable[int]) -> list[resources_pb2.ResourceSet]:
+def load_resources(db: Connection, keys: Iterable[int]) -> list[resources_pb2.ResourceSet]:
     """Publications by their keys, in that order."""
     found = []
     for key in keys:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from agl_grpc.store import errors
 from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_time
 from agl_grpc.store.rollouts.rows import AttemptRow
 from agl_grpc.store.spans.check import id_of, ref_of
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, reward_pb2
 
@@ -102,12 +102,11 @@ def _put(
 ) -> reward_pb2.Reward:
     key, revision = _existing(tx, attempt.key, name, reward)
     if key is None:
-        key = tx.execute(
+        key = tx.insert(
             "INSERT INTO rewards (attempt_key, name, target_ref, step, grader, revision, value, create_time, "
-            "metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING reward_key",
             (attempt.key, *name, revision, reward.value, tx.now, key_values_blob(reward.metadata)),
-        ).lastrowid
-        assert key is not None
+        )
         tx.event(attempt.run_key, event_pb2.ENTITY_KIND_REWARD, event_pb2.EVENT_KIND_CREATED, key)
     stored = reward_pb2.Reward()
     stored.CopyFrom(reward)
@@ -136,7 +135,7 @@ def _existing(tx: Tx, attempt_key: int, name: _Name, reward: reward_pb2.Reward) 
     return row[0], reward.revision
 
 
-def load_rewards(db: sqlite3.Connection, keys: Iterable[int]) -> list[reward_pb2.Reward]:
+def load_rewards(db: Connection, keys: Iterable[int]) -> list[reward_pb2.Reward]:
     """Stored rewards by their keys, in that order."""
     found = []
     for key in keys:
@@ -174,7 +173,7 @@ def _message(
     return reward
 
 
-def final_reward(db: sqlite3.Connection, attempt_key: int) -> FinalReward | None:
+def final_reward(db: Connection, attempt_key: int) -> FinalReward | None:
     """The reward that counts for an attempt now; None = it has none."""
     row = db.execute(
         "SELECT value, revision FROM rewards WHERE attempt_key = ? AND name = ? AND target_ref = ? "

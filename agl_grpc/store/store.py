@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import sqlite3
+import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from agl_grpc.store.clock import Clock, SystemClock
+from agl_grpc.store.clock import Clock
 from agl_grpc.store.events.hub import Hub
 from agl_grpc.store.events.timers import Timers
 from agl_grpc.store.storage import maintenance
-from agl_grpc.store.storage.checkpoints import Checkpointer
-from agl_grpc.store.storage.database import Database, open_database
+from agl_grpc.store.storage.database import open_database
+from agl_grpc.store.storage.engine import Connection, Database, News
+from agl_grpc.store.storage.events import EventRow
 from agl_grpc.store.storage.idempotency import RequestKey, once
 from agl_grpc.store.storage.reads import ReadPool
-from agl_grpc.store.storage.transaction import EventRow, Tx
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.storage.writer import Lane, Writer
 
 T = TypeVar("T")
@@ -25,13 +28,14 @@ class Store:
     """Everything that the handlers need. Made by `Store.open`, on the event loop that serves.
 
     Attributes:
-        database: The file.
+        database: Where everything is kept.
         clock: The store's time.
         writer: The only thread that writes.
         reads: Threads that read.
         hub: Wakes watchers after commits.
         timers: Fires what is due.
         maintenance: Prunes in the background.
+        on_news: Called on the event loop with what other servers have added to the event log.
         start_time: Microseconds since the epoch.
     """
 
@@ -41,26 +45,30 @@ class Store:
         self.start_time = clock.now()
         self.hub = Hub()
         self.reads = ReadPool(database)
-        self.writer = Writer(database.connect_writer(), clock, self._committed)
+        self.writer = Writer(database, clock, self._committed)
         self.timers = Timers(self.writer, clock)
-        self._checkpointer = Checkpointer(database)
         self.maintenance = maintenance.Maintenance(self.writer)
+        self.on_news: list[Callable[[Sequence[EventRow]], None]] = []
 
     @classmethod
-    async def open(cls, path: Path | None, *, clock: Clock | None = None, limit_pages: int = 0) -> Store:
+    async def open(
+        cls, where: Path | str | None, *, clock: Clock | None = None, limit_pages: int = 0
+    ) -> Store:
         """Opens the database and starts the writer.
 
         Args:
-            path: The file; None = a private throw-away file (`--memory`).
-            clock: The store's time; default the system's.
+            where: An SQLite file, or the URL of a PostgreSQL database; None = a private throw-away file.
+            clock: The store's time; default the database's.
             limit_pages: Largest size in pages of 8 KiB; 0 = the disk's.
 
         Raises:
             DatabaseError: The database cannot be used; one line says why.
         """
-        store = cls(open_database(path, limit_pages=limit_pages), clock or SystemClock())
+        database = open_database(where, limit_pages=limit_pages)
+        store = cls(database, clock or database.clock())
         store.writer.start()
-        store._checkpointer.start()
+        loop = asyncio.get_running_loop()
+        database.start(partial(_hand_over, loop, store._news), store.timers.next_due)
         store.maintenance.start()
         return store
 
@@ -72,7 +80,7 @@ class Store:
         """Carries a change out once for its request id (R13); returns the serialised response."""
         return await self.writer.submit(lambda tx: once(tx, key, run), Lane.LIFECYCLE, rows)
 
-    async def read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+    async def read(self, read: Callable[[Connection], T]) -> T:
         """Reads one page in one transaction. See ReadPool.run."""
         return await self.reads.run(read)
 
@@ -81,12 +89,25 @@ class Store:
             self.hub.publish(events)
         self.timers.arm(due)
 
+    def _news(self, news: News) -> None:
+        """What other servers did."""
+        if news.events:
+            self.hub.publish(news.events)
+            for tell in self.on_news:
+                tell(news.events)
+        self.timers.arm(news.due)
+
     async def close(self) -> None:
         """Ends waits, carries out what was accepted, closes the database."""
         self.hub.close()
         await self.maintenance.close()
         await self.timers.close()
         await self.writer.stop()
-        self._checkpointer.close()
         self.reads.close()
         self.database.close()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, receive: Callable[[News], None], news: News) -> None:
+    """From the database's thread to the event loop, which may have been closed under us."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(receive, news)

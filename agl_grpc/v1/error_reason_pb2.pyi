@@ -100,6 +100,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 22
     """A defect of the server; its log has the traceback. Example: {"reason":"INTERNAL"}"""
+    ERROR_REASON_STORAGE_AWAY: _ErrorReason.ValueType  # 23
+    """The store's database does not answer: the store connects again by itself, RetryInfo says when to try.
+    Example: {"reason":"STORAGE_AWAY"}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reasons of errors. Every error is a google.rpc.Status with exactly one
@@ -181,6 +185,10 @@ ERROR_REASON_WEIGHTS_REJECTED: ErrorReason.ValueType  # 21
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 22
 """A defect of the server; its log has the traceback. Example: {"reason":"INTERNAL"}"""
+ERROR_REASON_STORAGE_AWAY: ErrorReason.ValueType  # 23
+"""The store's database does not answer: the store connects again by itself, RetryInfo says when to try.
+Example: {"reason":"STORAGE_AWAY"}
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

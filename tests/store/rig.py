@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 from google.protobuf import duration_pb2
-from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from agl_grpc.store.clock import Clock, ManualClock
@@ -18,6 +17,7 @@ from agl_grpc.store.errors import STATUS_TRAILER
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_service_pb2
 from agl_grpc.v1.runner_service_pb2_grpc import RunnerServiceStub
 from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
+from agl_grpc.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
 SUCCEEDED = attempt_pb2.ATTEMPT_STATUS_SUCCEEDED
 FAILED = attempt_pb2.ATTEMPT_STATUS_FAILED
@@ -39,6 +39,7 @@ class Rig:
         self.channel = grpc.aio.insecure_channel(server.address)
         self.store: Any = StoreServiceStub(self.channel)
         self.runner: Any = RunnerServiceStub(self.channel)
+        self.trainer: Any = TrainerServiceStub(self.channel)
 
     async def close(self) -> None:
         """Stops client and server."""
@@ -135,22 +136,20 @@ def held(leased: Any) -> runner_service_pb2.HeldLease:
     )
 
 
-def reason(error: grpc.aio.AioRpcError) -> str:
-    """The reason in the error's one ErrorInfo."""
+def error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
+    """The error's one ErrorInfo."""
     for key, value in error.trailing_metadata() or ():
         if key == STATUS_TRAILER:
+            info = error_details_pb2.ErrorInfo()
             status = status_pb2.Status.FromString(value)
-            infos = [
-                error_details_pb2.ErrorInfo() for detail in status.details if detail.Is(_INFO.DESCRIPTOR)
-            ]
-            assert len(infos) == 1
-            for detail in status.details:
-                detail.Unpack(infos[0])
-            return str(infos[0].reason)
+            assert [detail.Unpack(info) for detail in status.details].count(True) == 1
+            return info
     raise AssertionError(f"no details in {error}")
 
 
-_INFO: Message = error_details_pb2.ErrorInfo()
+def reason(error: grpc.aio.AioRpcError) -> str:
+    """The reason in the error's one ErrorInfo."""
+    return str(error_info(error).reason)
 
 
 @asynccontextmanager

@@ -45,20 +45,20 @@ async def make_attempts(server: StoreServer, *ids: str) -> None:
     """Running attempts without leases: `ro-x` with `at-x` for each id x."""
 
     def run(tx: Tx) -> None:
-        tx.execute("INSERT OR IGNORE INTO runs (run_id, create_time) VALUES ('default', 0)")
         (run_key,) = tx.execute("SELECT run_key FROM runs WHERE run_id = 'default'").fetchone()
         for name in ids:
-            rollout_key = tx.execute(
-                "INSERT INTO rollouts (rollout_id, run_key, queue_key, status, create_time, max_attempts, "
-                "max_redeliveries, backoff) VALUES (?, ?, 1, 3, ?, 1, 3, 1)",
-                (f"ro-{name}", run_key, tx.now),
-            ).lastrowid
+            rollout_key, attempt_key = tx.counters.take("rollouts"), tx.counters.take("attempts")
+            tx.execute(
+                "INSERT INTO rollouts (rollout_key, rollout_id, run_key, queue_key, status, create_time, "
+                "max_attempts, max_redeliveries, backoff) VALUES (?, ?, ?, 1, 3, ?, 1, 3, 1)",
+                (rollout_key, f"ro-{name}", run_key, tx.now),
+            )
             tx.execute("INSERT INTO rollout_bodies VALUES (?, ?)", (rollout_key, b""))
-            attempt_key = tx.execute(
-                "INSERT INTO attempts (attempt_id, rollout_key, run_key, sequence_id, status, start_time) "
-                "VALUES (?, ?, ?, 1, 2, ?)",
-                (f"at-{name}", rollout_key, run_key, tx.now),
-            ).lastrowid
+            tx.execute(
+                "INSERT INTO attempts (attempt_key, attempt_id, rollout_key, run_key, sequence_id, status, "
+                "start_time) VALUES (?, ?, ?, ?, 1, 2, ?)",
+                (attempt_key, f"at-{name}", rollout_key, run_key, tx.now),
+            )
             tx.execute(
                 "UPDATE rollouts SET latest_attempt_key = ?, attempt_count = 1 WHERE rollout_key = ?",
                 (attempt_key, rollout_key),

@@ -15,8 +15,9 @@ import pytest
 from agl_grpc.store.clock import ManualClock
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.storage import idempotency, maintenance
-from agl_grpc.store.storage.database import DatabaseError, open_database
+from agl_grpc.store.storage.engine import DatabaseError
 from agl_grpc.store.storage.idempotency import RequestKey
+from agl_grpc.store.storage.sqlite.database import open_sqlite
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.storage.writer import Lane
 from agl_grpc.store.store import Store
@@ -166,15 +167,15 @@ async def test_a_full_disk_refuses_writes_serves_reads_and_recovers(tmp_path: Pa
 
 
 def test_two_servers_cannot_open_one_database(tmp_path: Path) -> None:
-    first = open_database(tmp_path / "store.db")
+    first = open_sqlite(tmp_path / "store.db")
     with pytest.raises(DatabaseError, match="in use by another store server"):
-        open_database(tmp_path / "store.db")
+        open_sqlite(tmp_path / "store.db")
     first.close()
-    open_database(tmp_path / "store.db").close()
+    open_sqlite(tmp_path / "store.db").close()
 
 
 def test_a_throw_away_database_is_removed() -> None:
-    database = open_database(None)
+    database = open_sqlite(None)
     assert database.path.exists()
     database.close()
     assert not database.path.parent.exists()
@@ -184,33 +185,33 @@ def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
     noise = tmp_path / "noise.db"
     noise.write_bytes(b"this is no database at all " * 400)
     with pytest.raises(DatabaseError, match="damaged or no database"):
-        open_database(noise)
+        open_sqlite(noise)
     foreign = sqlite3.connect(tmp_path / "foreign.db")
     foreign.execute("CREATE TABLE t (a)")
     foreign.close()
     with pytest.raises(DatabaseError, match="another program"):
-        open_database(tmp_path / "foreign.db")
+        open_sqlite(tmp_path / "foreign.db")
 
 
 def test_damage_is_found_at_start(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
-    open_database(path).close()
+    open_sqlite(path).close()
     data = bytearray(path.read_bytes())
     data[4096 * 3 : 4096 * 6] = b"\xff" * (4096 * 3)
     path.write_bytes(data)
     with pytest.raises(DatabaseError, match="damaged"):
-        open_database(path)
+        open_sqlite(path)
 
 
 def test_a_newer_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
-    open_database(path).close()
+    open_sqlite(path).close()
     newer = sqlite3.connect(path)
     newer.execute("UPDATE schema_families SET version = 99 WHERE name = 'core'")
     newer.commit()
     newer.close()
     with pytest.raises(DatabaseError, match="newer server"):
-        open_database(path)
+        open_sqlite(path)
 
 
 def test_a_storage_error_ends_the_process_at_once(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_a_storage_error_ends_the_process_at_once(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "storage failed, stopping at once" in done.stderr
     assert "Traceback" not in done.stderr
-    database = open_database(path)
+    database = open_sqlite(path)
     kept = database.connect_reader().execute("SELECT value FROM meta WHERE name = 'kept'").fetchall()
     assert kept == [("1",)]
     database.close()

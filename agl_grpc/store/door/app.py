@@ -14,7 +14,7 @@ from agl_grpc.store.door.credentials import CredentialSigner, new_key
 from agl_grpc.store.door.server import GrpcDoor, StartError
 from agl_grpc.store.handlers import handlers
 from agl_grpc.store.rollouts.write_side import WriteSide
-from agl_grpc.store.storage.database import DatabaseError
+from agl_grpc.store.storage.engine import DatabaseError
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
 
@@ -29,8 +29,9 @@ class ServeConfig:
     """Address of the gRPC door."""
     port: int = 4747
     """Port of the gRPC door; 0 = any free one."""
-    database: Path | None = Path("agl-grpc.db")
-    """The SQLite file; None = a throw-away one that is gone at the end (`--memory`)."""
+    database: Path | str | None = Path("agl-grpc.db")
+    """The SQLite file, or `postgresql://user@host/name`; None = a throw-away file that is gone at the end
+    (`--memory`)."""
     operator_token: str | None = None
     """When set, every caller needs it, or an attempt credential; None = local callers are trusted."""
     grace: float = 10.0
@@ -88,10 +89,9 @@ class StoreServer:
     def describe(self) -> str:
         """One line that names every door and the database."""
         database = self.store.database
-        where = "in memory (lost at exit)" if database.memory else f"database {database.path.absolute()}"
         return (
             f"Starting server at grpc://{self.address} (store, runner, trainer, health, reflection); "
-            f"HTTP off; OTLP off; {where}; process {os.getpid()}"
+            f"HTTP off; OTLP off; {database.describe()}; process {os.getpid()}"
         )
 
     async def stop(self) -> None:
@@ -104,6 +104,6 @@ class StoreServer:
 
 
 def _signing_key(tx: Tx) -> bytes:
-    tx.execute("INSERT OR IGNORE INTO meta VALUES ('credential_key', ?)", (new_key().hex(),))
+    tx.execute("INSERT INTO meta VALUES ('credential_key', ?) ON CONFLICT DO NOTHING", (new_key().hex(),))
     (key,) = tx.execute("SELECT value FROM meta WHERE name = 'credential_key'").fetchone()
     return bytes.fromhex(key)

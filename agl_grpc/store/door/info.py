@@ -23,15 +23,14 @@ class InfoHandlers:
         self, _request: store_service_pb2.GetServerInfoRequest, _call: Call
     ) -> store_service_pb2.GetServerInfoResponse:
         """Versions, limits and capabilities."""
-        database = self._store.database
         answer = store_service_pb2.GetServerInfoResponse(
             server_version=__version__,
             contract_version="v1",
-            backend="memory" if database.memory else "sqlite",
+            backend=self._store.database.backend,
             durability=durability(self._store),
             limits=_limits(),
             capabilities=CAPABILITIES,
-            store_id=database.store_id,
+            store_id=self._store.database.store_id,
         )
         answer.start_time.FromMicroseconds(self._store.start_time)
         return answer
@@ -39,7 +38,8 @@ class InfoHandlers:
 
 def durability(store: Store) -> common_pb2.Durability.ValueType:
     """What an acknowledgement of this store means."""
-    return common_pb2.DURABILITY_MEMORY if store.database.memory else common_pb2.DURABILITY_DISK
+    memory = store.database.backend == "memory"
+    return common_pb2.DURABILITY_MEMORY if memory else common_pb2.DURABILITY_DISK
 
 
 def _limits() -> store_service_pb2.ServerLimits:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,6 +12,7 @@ from typing import Any
 import orjson
 
 from agl_grpc.store.errors import invalid_field, page_token_invalid
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.v1 import common_pb2
 
 DEFAULT_SIZE = 100
@@ -85,7 +85,7 @@ def order_of(order_by: str, order: int, columns: Mapping[str, str], key: str, de
 
 
 def fetch_page(
-    db: sqlite3.Connection,
+    db: Connection,
     source: str,
     where: str,
     values: Sequence[object],

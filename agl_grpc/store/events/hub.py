@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from agl_grpc.store.storage.transaction import EventRow
+from agl_grpc.store.storage.events import EventRow
 
 
 class Waiter:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from agl_grpc.store.clock import SECOND, Clock
 from agl_grpc.store.errors import StoreError
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.storage.writer import Writer
 
@@ -18,6 +19,7 @@ _RETRY = 1 * SECOND
 _log = logging.getLogger(__name__)
 
 Sweep = Callable[[Tx], None]
+NextDue = Callable[[Connection], int | None]
 
 
 class Timers:
@@ -31,14 +33,21 @@ class Timers:
         self._writer = writer
         self._clock = clock
         self._sweeps: list[Sweep] = []
+        self._dues: list[NextDue] = []
         self._due: int | None = None
         self._handle: asyncio.TimerHandle | None = None
         self._running: asyncio.Task[None] | None = None
         self._closed = False
 
-    def register(self, sweep: Sweep) -> None:
-        """Adds a sweep; call before the store opens."""
+    def register(self, sweep: Sweep, next_due: NextDue) -> None:
+        """Adds a sweep, and what reads when it next has something to do."""
         self._sweeps.append(sweep)
+        self._dues.append(next_due)
+
+    def next_due(self, db: Connection) -> int | None:
+        """When the next sweep has something to do; None = nothing waits for its time."""
+        moments = [moment for read in self._dues if (moment := read(db)) is not None]
+        return min(moments, default=None)
 
     def arm(self, due: int | None) -> None:
         """Looks no later than this moment (microseconds)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -11,7 +10,9 @@ from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.attempts import ROLLOUT
 from agl_grpc.store.rollouts.encode import load_rollouts
 from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import position
+from agl_grpc.store.storage.sql import marks
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import rollout_pb2
 
@@ -84,14 +85,14 @@ class Wait:
     def _done(self) -> bool:
         return not self._pending or (self._any and bool(self._there))
 
-    def _begin(self, db: sqlite3.Connection) -> None:
+    def _begin(self, db: Connection) -> None:
         if self._group_ids:
             self._run_key = run_key_of(db, self._run_id)
-            marks = ",".join("?" * len(self._group_ids))
             self._groups = [
                 key
                 for (key,) in db.execute(
-                    f"SELECT group_key FROM groups WHERE run_key = ? AND group_id IN ({marks})",
+                    "SELECT group_key FROM groups WHERE run_key = ? AND group_id IN "
+                    f"({marks(len(self._group_ids))})",
                     [self._run_key, *self._group_ids],
                 )
             ]
@@ -106,7 +107,7 @@ class Wait:
                 self._pending.add(row[0])
         self._look(None, db)
 
-    def _look(self, changed: Iterable[int] | None, db: sqlite3.Connection) -> None:
+    def _look(self, changed: Iterable[int] | None, db: Connection) -> None:
         self.position = position(db)
         for group_key in self._groups:
             members = db.execute("SELECT rollout_key FROM rollouts WHERE group_key = ?", (group_key,))
@@ -118,7 +119,7 @@ class Wait:
                 key: self._is_there(status, sealed)
                 for key, status, sealed in db.execute(
                     "SELECT rollout_key, status, sealed FROM rollouts "
-                    f"WHERE rollout_key IN ({','.join('?' * len(part))})",
+                    f"WHERE rollout_key IN ({marks(len(part))})",
                     part,
                 )
             }

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
+from google.protobuf.message import Message
+
 from agl_grpc.store.errors import cursor_compacted, draining, invalid_field
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.store import Store
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Message)
 PAGE = 500
 """Most log entries that are read at once."""
+
+MESSAGE_BYTES = 256 << 10
+"""Most bytes of one message, unless a single entry needs more: a watcher that does not read costs no more."""
 
 CHECKPOINT_SECONDS = 10.0
 """A quiet watch says so often that it is alive and where it stands."""
@@ -55,7 +60,7 @@ class LogWatch(Generic[T]):
         store: Store,
         entity: int,
         run_key: int | None,
-        build: Callable[[sqlite3.Connection, list[LogEntry]], T | None],
+        build: Callable[[Connection, list[LogEntry]], T | None],
     ) -> None:
         self._store = store
         self._entity = entity
@@ -95,7 +100,7 @@ class LogWatch(Generic[T]):
         finally:
             self._store.hub.remove(waiter)
 
-    def _page(self, after: int, db: sqlite3.Connection) -> tuple[Found[T], bool]:
+    def _page(self, after: int, db: Connection) -> tuple[Found[T], bool]:
         oldest = oldest_position(db)
         if after < oldest - 1:
             raise cursor_compacted(oldest)
@@ -111,5 +116,9 @@ class LogWatch(Generic[T]):
             )
         ]
         more = len(entries) == PAGE
+        answer = self._build(db, entries) if entries else None
+        while answer is not None and len(entries) > 1 and answer.ByteSize() > MESSAGE_BYTES:
+            entries, more = entries[: len(entries) // 2], True
+            answer = self._build(db, entries)
         cursor = entries[-1].position if more else end
-        return Found(self._build(db, entries) if entries else None, max(cursor, after)), more
+        return Found(answer, max(cursor, after)), more

@@ -28,6 +28,7 @@ from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.spans.stream import prune_producers
 from agl_grpc.store.spans.write import forget_spans
 from agl_grpc.store.training.batches import pins
+from agl_grpc.store.training.policies import next_deadline
 from agl_grpc.store.training.policies import sweep as abort_overdue
 from agl_grpc.v1 import runner_service_pb2, store_service_pb2, trainer_service_pb2
 
@@ -66,7 +67,7 @@ def handlers(
         "StreamSpans": raw.RawStreamSpansRequest.FromString,
     }
     side.store.maintenance.register(prune_producers)
-    side.store.timers.register(abort_overdue)
+    side.store.timers.register(abort_overdue, next_deadline)
     # What came due while no server ran.
     side.store.timers.arm(side.store.clock.now())
     side.rollouts.is_pinned.append(pins)

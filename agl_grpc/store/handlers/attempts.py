@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import sqlite3
 
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
@@ -15,6 +14,8 @@ from agl_grpc.store.rollouts.encode import key_values_blob, load_attempt, time_o
 from agl_grpc.store.rollouts.names import attempt_status
 from agl_grpc.store.rollouts.rows import AttemptRow, attempt_by_key, attempt_by_name, rollout_by_id
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import LAST_TEXT
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, store_service_pb2
 
@@ -26,7 +27,7 @@ _COLUMNS = {
     "status": "a.status",
     "attempt_id": "a.attempt_id",
     "worker_id": "coalesce((SELECT w.worker_id FROM workers w WHERE w.worker_key = a.worker_key), "
-    "char(1114111))",
+    f"{LAST_TEXT})",
 }
 
 
@@ -46,7 +47,7 @@ class AttemptHandlers:
         )
         order = order_of(request.order_by, request.order, _COLUMNS, "a.attempt_key", "sequence_id")
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.ListAttemptsResponse:
+        def read(db: Connection) -> store_service_pb2.ListAttemptsResponse:
             key = rollout_by_id(db, request.rollout_id).key
             page = fetch_page(db, "attempts a", "a.rollout_key = ?", [key], order, wanted)
             return store_service_pb2.ListAttemptsResponse(
@@ -62,7 +63,7 @@ class AttemptHandlers:
     ) -> store_service_pb2.GetAttemptResponse:
         """One attempt; unset when `latest` finds none."""
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.GetAttemptResponse:
+        def read(db: Connection) -> store_service_pb2.GetAttemptResponse:
             if request.attempt_id == "latest":
                 key = rollout_by_id(db, request.rollout_id).latest_attempt_key
                 if key is None:

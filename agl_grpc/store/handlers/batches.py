@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
-
 from agl_grpc.store import limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.handlers.common import at_most, change
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.training import batches
 from agl_grpc.store.training.batches import load_batch
@@ -42,7 +41,7 @@ class BatchHandlers:
         """Batches of a training run in order of their claim."""
         size = check_size(request.page_size, default=_DEFAULT_PAGE)
 
-        def read(db: sqlite3.Connection) -> pb.ListBatchesResponse:
+        def read(db: Connection) -> pb.ListBatchesResponse:
             where = "b.training_key = ?"
             values = [training_by_id(db, request.training_run_id).key]
             if request.status_in:

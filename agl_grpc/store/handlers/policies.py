@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from agl_grpc.store.handlers.common import change
 from agl_grpc.store.rollouts.encode import duration_of
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import position
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.training import policies
@@ -73,7 +73,7 @@ class PolicyHandlers:
     ) -> pb.GetPolicyVersionResponse:
         """One version, or the newest committed one."""
 
-        def read(db: sqlite3.Connection) -> pb.GetPolicyVersionResponse:
+        def read(db: Connection) -> pb.GetPolicyVersionResponse:
             run_key = _one_run(db, request.run_id)
             if request.policy_version:
                 row = policies.policy_by_version(db, run_key, request.model, request.policy_version)
@@ -92,7 +92,7 @@ class PolicyHandlers:
         """Versions, newest first."""
         size = check_size(request.page_size)
 
-        def read(db: sqlite3.Connection) -> pb.ListPolicyVersionsResponse:
+        def read(db: Connection) -> pb.ListPolicyVersionsResponse:
             where, values = _of_model("p", _one_run(db, request.run_id), request.model)
             order = Order("p.policy_version", "p.policy_key", descending=True)
             wanted = PageRequest(size, request.page_token, 0, count=False)
@@ -110,7 +110,7 @@ class PolicyHandlers:
             raise invalid_field("cursor", "must be 0 with include_existing")
         run_key = await self._store.read(lambda db: _one_run(db, request.run_id))
 
-        def build(db: sqlite3.Connection, entries: list[LogEntry]) -> pb.WatchPolicyVersionsResponse | None:
+        def build(db: Connection, entries: list[LogEntry]) -> pb.WatchPolicyVersionsResponse | None:
             found = [load_policy(db, key) for key in dict.fromkeys(entry.ref for entry in entries)]
             wanted = [version for version in found if request.model in ("", version.model)]
             return pb.WatchPolicyVersionsResponse(policy_versions=wanted) if wanted else None
@@ -164,7 +164,7 @@ class PolicyHandlers:
         """Engines of a run by id."""
         size = check_size(request.page_size)
 
-        def read(db: sqlite3.Connection) -> pb.ListEnginesResponse:
+        def read(db: Connection) -> pb.ListEnginesResponse:
             where, values = _of_model("e", _one_run(db, request.run_id), request.model)
             order = Order("e.engine_id", "e.engine_key", descending=False)
             wanted = PageRequest(size, request.page_token, 0, count=False)
@@ -174,7 +174,7 @@ class PolicyHandlers:
 
         return await self._store.read(read)
 
-    def _engine(self, db: sqlite3.Connection, key: int) -> policy_pb2.Engine:
+    def _engine(self, db: Connection, key: int) -> policy_pb2.Engine:
         engine = load_engine(db, key)
         engine.connected = engine.engine_id in self._watching
         return engine
@@ -186,7 +186,7 @@ class PolicyHandlers:
         return policies.policy_by_version(tx.connection, self._run_key(tx, run_id), model, version)
 
 
-def _one_run(db: sqlite3.Connection, run_id: str) -> int:
+def _one_run(db: Connection, run_id: str) -> int:
     key = run_key_of(db, run_id)
     if key is None:
         raise invalid_field("run_id", "must name one run")
@@ -199,7 +199,7 @@ def _of_model(table: str, run_key: int, model: str) -> tuple[str, list[object]]:
     return f"{table}.run_key = ? AND {table}.model = ?", [run_key, model]
 
 
-def _existing(db: sqlite3.Connection, run_key: int, model: str) -> pb.WatchPolicyVersionsResponse:
+def _existing(db: Connection, run_key: int, model: str) -> pb.WatchPolicyVersionsResponse:
     """For each model what is being prepared and the newest committed version, with the position."""
     where, values = _of_model("p", run_key, model)
     newest = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator
 
 from agl_grpc.store.door.call import Call
@@ -14,6 +13,7 @@ from agl_grpc.store.resources import RESOURCES, check_resources, load_resources,
 from agl_grpc.store.rollouts.bindings import latest_key
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import position
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import store_service_pb2
@@ -57,7 +57,7 @@ class ResourceHandlers:
     ) -> store_service_pb2.GetResourcesResponse:
         """One version of a set."""
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.GetResourcesResponse:
+        def read(db: Connection) -> store_service_pb2.GetResourcesResponse:
             row = db.execute(
                 "SELECT resource_key FROM resources WHERE resources_id = ? AND (version = ? OR ? = 0) "
                 "ORDER BY version DESC LIMIT 1",
@@ -76,7 +76,7 @@ class ResourceHandlers:
     ) -> store_service_pb2.GetLatestResourcesResponse:
         """The run's last publication in commit order."""
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.GetLatestResourcesResponse:
+        def read(db: Connection) -> store_service_pb2.GetLatestResourcesResponse:
             answer = store_service_pb2.GetLatestResourcesResponse(position=position(db))
             key = latest_key(db, _one_run(db, request.run_id))
             if key is not None:
@@ -94,7 +94,7 @@ class ResourceHandlers:
         )
         order = order_of(request.order_by, request.order, _COLUMNS, "s.resource_key", "update_time")
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.ListResourcesResponse:
+        def read(db: Connection) -> store_service_pb2.ListResourcesResponse:
             where, values = _condition(request, run_key_of(db, request.run_id))
             page = fetch_page(db, "resources s", where, values, order, wanted)
             return store_service_pb2.ListResourcesResponse(
@@ -113,9 +113,7 @@ class ResourceHandlers:
             raise invalid_field("cursor", "must be 0 with include_latest")
         run_key = await self._store.read(lambda db: _one_run(db, request.run_id))
 
-        def build(
-            db: sqlite3.Connection, entries: list[LogEntry]
-        ) -> store_service_pb2.WatchResourcesResponse:
+        def build(db: Connection, entries: list[LogEntry]) -> store_service_pb2.WatchResourcesResponse:
             found = load_resources(db, [entry.ref for entry in entries])
             return store_service_pb2.WatchResourcesResponse(resources=found)
 
@@ -133,14 +131,14 @@ class ResourceHandlers:
             yield answer
 
 
-def _one_run(db: sqlite3.Connection, run_id: str) -> int:
+def _one_run(db: Connection, run_id: str) -> int:
     key = run_key_of(db, run_id)
     if key is None:
         raise invalid_field("run_id", "must name one run")
     return key
 
 
-def _latest(db: sqlite3.Connection, run_key: int) -> store_service_pb2.WatchResourcesResponse:
+def _latest(db: Connection, run_key: int) -> store_service_pb2.WatchResourcesResponse:
     """The last publication with the position that it was read at; a checkpoint when there is none yet."""
     key = latest_key(db, run_key)
     return store_service_pb2.WatchResourcesResponse(
@@ -153,7 +151,7 @@ def _latest(db: sqlite3.Connection, run_key: int) -> store_service_pb2.WatchReso
 def _condition(
     request: store_service_pb2.ListResourcesRequest, run_key: int | None
 ) -> tuple[str, list[object]]:
-    where, values = ["1"], list[object]()
+    where, values = ["TRUE"], list[object]()
     if run_key is not None:
         where.append("s.run_key = ?")
         values.append(run_key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import sqlite3
 
 from google.protobuf.message import Message
 
@@ -14,6 +13,8 @@ from agl_grpc.store.handlers.common import change
 from agl_grpc.store.rewards import load_rewards, put_rewards
 from agl_grpc.store.rollouts.names import attempt_status
 from agl_grpc.store.rollouts.rows import AttemptRow, attempt_by_name, rollout_by_key
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import store_service_pb2
@@ -64,7 +65,7 @@ class RewardHandlers:
         if not 1 <= count <= _MOST_ROLLOUTS:
             raise errors.invalid_field("rollout_ids", f"must be 1 to {_MOST_ROLLOUTS}")
         size = check_size(request.page_size)
-        where = [f"r.rollout_id IN ({','.join('?' * count)})"]
+        where = [f"r.rollout_id IN ({marks(count)})"]
         values: list[object] = list(request.rollout_ids)
         if request.attempt_id:
             where.append("a.attempt_id = ?")
@@ -72,7 +73,7 @@ class RewardHandlers:
         if not request.all_revisions:
             where.append(_NEWEST)
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.ListRewardsResponse:
+        def read(db: Connection) -> store_service_pb2.ListRewardsResponse:
             order = Order("w.reward_key", "w.reward_key", descending=False)
             wanted = PageRequest(size, request.page_token, 0, count=False)
             page = fetch_page(db, _SOURCE, " AND ".join(where), values, order, wanted)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-
 from agl_grpc.store import limits
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.door.call import Call
@@ -17,7 +15,9 @@ from agl_grpc.store.rollouts.lifecycle import CANCELLED, FAILED, SUCCEEDED
 from agl_grpc.store.rollouts.rows import RolloutRow, rollout_by_key
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.catalog import RunRow
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import position
+from agl_grpc.store.storage.sql import LAST_TEXT
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import rollout_pb2, store_service_pb2
 
@@ -32,7 +32,7 @@ _COLUMNS = {
     "priority": "r.priority",
     "mode": "r.mode",
     "resources_id": "coalesce((SELECT s.resources_id FROM resources s WHERE s.resource_key = "
-    "r.resource_key), char(1114111))",
+    f"r.resource_key), {LAST_TEXT})",
 }
 
 
@@ -102,7 +102,7 @@ class RolloutHandlers:
     ) -> store_service_pb2.GetRolloutResponse:
         """One rollout with its newest attempt."""
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.GetRolloutResponse:
+        def read(db: Connection) -> store_service_pb2.GetRolloutResponse:
             rows = select_rollouts(db, "WHERE r.rollout_id = ?", request.rollout_id)
             if not rows:
                 raise not_found("rollout", request.rollout_id)
@@ -121,7 +121,7 @@ class RolloutHandlers:
         )
         order = order_of(request.order_by, request.order, _COLUMNS, "r.rollout_key", "create_time")
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.ListRolloutsResponse:
+        def read(db: Connection) -> store_service_pb2.ListRolloutsResponse:
             where = condition_of(db, request.filter)
             page = fetch_page(db, "rollouts r", where.sql, where.values, order, wanted)
             answer = store_service_pb2.ListRolloutsResponse(
@@ -171,7 +171,7 @@ class RolloutHandlers:
         """Deletes finished rollouts with all that belongs to them."""
 
         def run(tx: Tx) -> store_service_pb2.DeleteRolloutsResponse:
-            rows = self._chosen(tx, request.filter, "1")
+            rows = self._chosen(tx, request.filter, "TRUE")
             deleted, kept = self._side.rollouts.delete(tx, rows, dry_run=request.dry_run)
             return store_service_pb2.DeleteRolloutsResponse(deleted=deleted, kept=kept)
 
@@ -208,7 +208,7 @@ class RolloutHandlers:
         )
 
 
-def load_listed(db: sqlite3.Connection, key: int, *, with_attempt: bool) -> rollout_pb2.AttemptedRollout:
+def load_listed(db: Connection, key: int, *, with_attempt: bool) -> rollout_pb2.AttemptedRollout:
     """A rollout as lists and watches show it."""
     attempted = load_attempted(db, key)
     if not with_attempt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from functools import partial
 
 from agl_grpc.store.door.call import Call
@@ -14,6 +13,7 @@ from agl_grpc.store.rollouts.encode import duration_of, key_values_blob, load_ru
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.catalog import QueueRow, RunRow, require_id
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, run_pb2, store_service_pb2
 
@@ -40,10 +40,10 @@ class RunHandlers:
             row = tx.execute("SELECT run_key FROM runs WHERE run_id = ?", (wanted.run_id,)).fetchone()
             if row is not None:
                 return store_service_pb2.CreateRunResponse(run=load_run(tx.connection, row[0]), created=False)
-            key = tx.execute(
-                "INSERT INTO runs (run_id, create_time) VALUES (?, ?)", (wanted.run_id, tx.now)
-            ).lastrowid
-            assert key is not None
+            key = tx.insert(
+                "INSERT INTO runs (run_id, create_time) VALUES (?, ?) RETURNING run_key",
+                (wanted.run_id, tx.now),
+            )
             given = [path for path in _UPDATABLE if path == "allow_self_grading" or _is_given(wanted, path)]
             _write(tx, key, wanted, given)
             tx.event(key, _RUN, _CREATED, key)
@@ -56,7 +56,7 @@ class RunHandlers:
     ) -> store_service_pb2.GetRunResponse:
         """One run."""
 
-        def read(db: sqlite3.Connection) -> run_pb2.Run:
+        def read(db: Connection) -> run_pb2.Run:
             key = run_key_of(db, request.run_id)
             if key is None:
                 raise invalid_field("run_id", "must name one run")
@@ -70,8 +70,8 @@ class RunHandlers:
         """All runs."""
         wanted = PageRequest(check_size(request.page_size), request.page_token, 0, False)
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.ListRunsResponse:
-            page = fetch_page(db, "runs u", "1", [], _BY_ID, wanted)
+        def read(db: Connection) -> store_service_pb2.ListRunsResponse:
+            page = fetch_page(db, "runs u", "TRUE", [], _BY_ID, wanted)
             runs = [load_run(db, key) for key in page.keys]
             return store_service_pb2.ListRunsResponse(runs=runs, next_page_token=page.next_token)
 
@@ -122,8 +122,7 @@ class RunHandlers:
         if queue_name:
             queue = catalog.queue(tx, row, queue_name)
             tx.execute("UPDATE queues SET paused = ? WHERE queue_key = ?", (int(paused), queue.queue_key))
-            catalog.forget_queue(queue)
-            tx.after_rollback(lambda: catalog.forget_queue(queue))
+            catalog.queue_changed(tx, queue)
             keys = [queue.queue_key]
         else:
             tx.execute("UPDATE runs SET paused = ? WHERE run_key = ?", (int(paused), row.run_key))
@@ -134,8 +133,7 @@ class RunHandlers:
         return row, [catalog.queue_by_key(tx, key) for key in keys]
 
     def _changed(self, tx: Tx, row: RunRow) -> None:
-        self._side.catalog.forget_run(row)
-        tx.after_rollback(lambda: self._side.catalog.forget_run(row))
+        self._side.catalog.run_changed(tx, row)
         tx.event(row.run_key, _RUN, _UPDATED, row.run_key)
 
     async def get_group(
@@ -177,7 +175,7 @@ def _require_positive(micros: int | None, path: str) -> None:
         raise invalid_field(f"run.{path}", "must be longer than 0")
 
 
-def _load_group(db: sqlite3.Connection, run_id: str, group_id: str) -> run_pb2.Group:
+def _load_group(db: Connection, run_id: str, group_id: str) -> run_pb2.Group:
     run_key = run_key_of(db, run_id)
     row = db.execute(
         "SELECT g.group_key, u.run_id FROM groups g JOIN runs u ON u.run_key = g.run_key "

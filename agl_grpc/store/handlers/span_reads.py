@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
@@ -18,6 +17,8 @@ from agl_grpc.store.spans.check import MODEL_CALL
 from agl_grpc.store.spans.read import SpanReader, rows_by_key, rows_where
 from agl_grpc.store.spans.select import COLUMNS, scan, sort_name
 from agl_grpc.store.spans.watch import SpanWatch
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import common_pb2, store_service_pb2
 
@@ -89,7 +90,7 @@ class _Query:
             scope.ClearField(name)
         self._digest = blake2b(scope.SerializeToString(deterministic=True), digest_size=8).digest()
 
-    def answer(self, db: sqlite3.Connection) -> bytes:
+    def answer(self, db: Connection) -> bytes:
         """The page as a serialised ListSpansResponse."""
         request = self._request
         attempt_keys = _attempt_keys(db, request.rollout_id, request.attempt_id)
@@ -112,10 +113,10 @@ class _Query:
         data: bytes = answer.SerializeToString()
         return data
 
-    def _by_database(self, db: sqlite3.Connection, attempt_keys: Sequence[int]) -> list[int]:
+    def _by_database(self, db: Connection, attempt_keys: Sequence[int]) -> list[int]:
         """One key more than a page holds, if there are so many."""
         column = COLUMNS[self._order]
-        where = f"attempt_key IN ({','.join('?' * len(attempt_keys))})"
+        where = f"attempt_key IN ({marks(len(attempt_keys))})"
         values: list[int] = list(attempt_keys)
         if self._request.page_token:
             last = self._last_key()
@@ -130,7 +131,7 @@ class _Query:
         )
         return [key for (key,) in rows]
 
-    def _by_scan(self, db: sqlite3.Connection, attempt_keys: Sequence[int]) -> list[int]:
+    def _by_scan(self, db: Connection, attempt_keys: Sequence[int]) -> list[int]:
         keys = scan(db, attempt_keys, self._request.filter, self._order, self._descending)
         if not self._request.page_token:
             return keys[self._request.skip :][: self._size + 1]
@@ -140,12 +141,12 @@ class _Query:
             raise errors.page_token_invalid() from error
         return keys[start : start + self._size + 1]
 
-    def _total(self, db: sqlite3.Connection, attempt_keys: Sequence[int]) -> int:
+    def _total(self, db: Connection, attempt_keys: Sequence[int]) -> int:
         if self._request.filter.ByteSize():
             return len(scan(db, attempt_keys, self._request.filter, "sequence_id", descending=False))
-        marks = ",".join("?" * len(attempt_keys))
         (total,) = db.execute(
-            f"SELECT count(*) FROM spans WHERE attempt_key IN ({marks})", list(attempt_keys)
+            f"SELECT count(*) FROM spans WHERE attempt_key IN ({marks(len(attempt_keys))})",
+            list(attempt_keys),
         ).fetchone()
         return int(total)
 
@@ -162,7 +163,7 @@ class _Query:
         return int.from_bytes(token[8:], "big")
 
 
-def _attempt_keys(db: sqlite3.Connection, rollout_id: str, attempt_id: str) -> list[int]:
+def _attempt_keys(db: Connection, rollout_id: str, attempt_id: str) -> list[int]:
     """The attempts that a query means: one, the latest, or all of the rollout."""
     rollout = rollout_by_id(db, rollout_id)
     if not attempt_id:
@@ -183,13 +184,13 @@ def _cursor(text: str) -> int:
     return int(text)
 
 
-def _newest_key(db: sqlite3.Connection) -> int:
+def _newest_key(db: Connection) -> int:
     (newest,) = db.execute("SELECT coalesce(max(span_key), 0) FROM spans").fetchone()
     return int(newest)
 
 
 def _export_page(
-    db: sqlite3.Connection, request: store_service_pb2.ExportSpansRequest, last: int, newest: int
+    db: Connection, request: store_service_pb2.ExportSpansRequest, last: int, newest: int
 ) -> tuple[bytes | None, int]:
     """The next page of an export and its cursor; None = the end."""
     where = ["s.span_key > ?", "s.span_key <= ?"]
@@ -199,10 +200,10 @@ def _export_page(
         where.append("a.run_key = ?")
         values.append(run_key)
     if request.rollout_ids:
-        where.append(f"r.rollout_id IN ({','.join('?' * len(request.rollout_ids))})")
+        where.append(f"r.rollout_id IN ({marks(len(request.rollout_ids))})")
         values += request.rollout_ids
     if request.model_calls_only:
-        where.append(f"s.flags & {MODEL_CALL}")
+        where.append(f"s.flags & {MODEL_CALL} <> 0")
     if request.sealed_only:
         where.append("a.sealed = 1")
     rows = rows_where(db, f"WHERE {' AND '.join(where)} ORDER BY s.span_key LIMIT {_EXPORT_PAGE}", values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -14,6 +13,7 @@ from agl_grpc.store.events.watches import CHECKPOINT_SECONDS
 from agl_grpc.store.handlers.common import at_most, change
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.training import batches
 from agl_grpc.store.training import runs as training
@@ -45,7 +45,7 @@ class TrainingHandlers:
     ) -> pb.GetTrainingRunResponse:
         """One training run."""
 
-        def read(db: sqlite3.Connection) -> pb.GetTrainingRunResponse:
+        def read(db: Connection) -> pb.GetTrainingRunResponse:
             key = training_by_id(db, request.training_run_id).key
             return pb.GetTrainingRunResponse(training_run=load_training(db, key))
 
@@ -57,8 +57,8 @@ class TrainingHandlers:
         """Training runs in order of their making."""
         size = check_size(request.page_size)
 
-        def read(db: sqlite3.Connection) -> pb.ListTrainingRunsResponse:
-            where, values = ["1"], list[object]()
+        def read(db: Connection) -> pb.ListTrainingRunsResponse:
+            where, values = ["TRUE"], list[object]()
             run_key = run_key_of(db, request.run_id or "*")
             if run_key is not None:
                 where.append("t.run_key = ?")
@@ -145,9 +145,7 @@ class TrainingHandlers:
             self._store.hub.remove(waiter)
 
 
-def _news(
-    key: int, last: int, from_step: int, db: sqlite3.Connection
-) -> tuple[pb.WatchTrainingRunResponse, int]:
+def _news(key: int, last: int, from_step: int, db: Connection) -> tuple[pb.WatchTrainingRunResponse, int]:
     """The state, and the metrics after the last that were sent."""
     steps, after = load_metrics(db, key, last, from_step, _METRICS_PAGE)
     return pb.WatchTrainingRunResponse(training_run=load_training(db, key), steps=steps), after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -14,6 +13,8 @@ from agl_grpc.store.rollouts.attempts import ATTEMPT, ROLLOUT
 from agl_grpc.store.rollouts.encode import load_attempt
 from agl_grpc.store.rollouts.filters import condition_of, run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 from agl_grpc.v1 import event_pb2, rollout_pb2, store_service_pb2
 
 _DELETED = int(event_pb2.EVENT_KIND_DELETED)
@@ -35,7 +36,7 @@ class WatchHandlers:
             raise invalid_field("cursor", "must be 0 with include_existing")
         run_key = await self._store.read(lambda db: run_key_of(db, request.filter.run_id))
 
-        def build(db: sqlite3.Connection, entries: list[LogEntry]) -> Answer | None:
+        def build(db: Connection, entries: list[LogEntry]) -> Answer | None:
             answer = _changed(db, request.filter, entries, with_attempts=request.include_attempts)
             return answer if answer.rollouts or answer.deleted_rollout_ids else None
 
@@ -68,9 +69,7 @@ class WatchHandlers:
         run_key = await self._store.read(lambda db: run_key_of(db, request.run_id))
         wanted = frozenset(request.rollout_ids)
 
-        def build(
-            db: sqlite3.Connection, entries: list[LogEntry]
-        ) -> store_service_pb2.WatchAttemptsResponse | None:
+        def build(db: Connection, entries: list[LogEntry]) -> store_service_pb2.WatchAttemptsResponse | None:
             answer = store_service_pb2.WatchAttemptsResponse()
             for key in dict.fromkeys(entry.ref for entry in entries):
                 if db.execute("SELECT 1 FROM attempts WHERE attempt_key = ?", (key,)).fetchone():
@@ -89,7 +88,7 @@ class WatchHandlers:
 
 
 def _changed(
-    db: sqlite3.Connection,
+    db: Connection,
     chosen: rollout_pb2.RolloutFilter,
     entries: list[LogEntry],
     *,
@@ -103,28 +102,28 @@ def _changed(
     return answer
 
 
-def _page(request: store_service_pb2.WatchRolloutsRequest, keys: list[int], db: sqlite3.Connection) -> Answer:
+def _page(request: store_service_pb2.WatchRolloutsRequest, keys: list[int], db: Connection) -> Answer:
     answer = Answer()
     for key in _still(db, request.filter, keys):
         answer.rollouts.append(load_listed(db, key, with_attempt=request.include_attempts))
     return answer
 
 
-def _still(db: sqlite3.Connection, chosen: rollout_pb2.RolloutFilter, keys: list[int]) -> list[int]:
+def _still(db: Connection, chosen: rollout_pb2.RolloutFilter, keys: list[int]) -> list[int]:
     """Those of the rollouts that exist and match, in the order given."""
     where = condition_of(db, chosen)
-    marks = ",".join(map(str, keys))
     found = {
         key
         for (key,) in db.execute(
-            f"SELECT r.rollout_key FROM rollouts r WHERE r.rollout_key IN ({marks}) AND {where.sql}",
-            where.values,
+            f"SELECT r.rollout_key FROM rollouts r WHERE r.rollout_key IN ({marks(len(keys))}) "
+            f"AND {where.sql}",
+            [*keys, *where.values],
         )
     }
     return [key for key in keys if key in found]
 
 
-def _matching(chosen: rollout_pb2.RolloutFilter, after: int, db: sqlite3.Connection) -> list[int]:
+def _matching(chosen: rollout_pb2.RolloutFilter, after: int, db: Connection) -> list[int]:
     where = condition_of(db, chosen)
     rows = db.execute(
         f"SELECT r.rollout_key FROM rollouts r WHERE r.rollout_key > ? AND {where.sql} "

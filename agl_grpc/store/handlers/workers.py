@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import invalid_field, not_found
@@ -15,7 +13,9 @@ from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.names import rollout_status
 from agl_grpc.store.rollouts.rows import AttemptRow, attempts_where, find_attempt
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
+from agl_grpc.store.storage.sql import LAST_TEXT, marks
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import common_pb2, store_service_pb2
 
@@ -49,16 +49,15 @@ class WorkerHandlers:
         parts: list[str] = []
         values: list[object] = []
         if request.status_in:
-            marks = ",".join("?" * len(request.status_in))
-            parts.append(f"{workers.status_sql(now)} IN ({marks})")
+            parts.append(f"{workers.status_sql(now)} IN ({marks(len(request.status_in))})")
             values += request.status_in
         if request.worker_id_contains:
             parts.append("instr(w.worker_id, ?) > 0")
             values.append(request.worker_id_contains)
         joiner = " OR " if request.logic == common_pb2.FILTER_LOGIC_OR else " AND "
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.ListWorkersResponse:
-            page = fetch_page(db, "workers w", joiner.join(parts) or "1", values, order, wanted)
+        def read(db: Connection) -> store_service_pb2.ListWorkersResponse:
+            page = fetch_page(db, "workers w", joiner.join(parts) or "TRUE", values, order, wanted)
             return store_service_pb2.ListWorkersResponse(
                 workers=[workers.load_worker(db, key, now) for key in page.keys],
                 next_page_token=page.next_token,
@@ -73,7 +72,7 @@ class WorkerHandlers:
         """One worker."""
         now = self._store.clock.now()
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.GetWorkerResponse:
+        def read(db: Connection) -> store_service_pb2.GetWorkerResponse:
             row = db.execute("SELECT worker_key FROM workers WHERE worker_id = ?", (request.worker_id,))
             found = row.fetchone()
             if found is None:
@@ -89,7 +88,7 @@ class WorkerHandlers:
         wanted = PageRequest(check_size(request.page_size), request.page_token, 0, False)
         order = Order("a.attempt_key", "a.attempt_key", descending=False)
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.ListLeasesResponse:
+        def read(db: Connection) -> store_service_pb2.ListLeasesResponse:
             run_key = run_key_of(db, request.run_id)
             where, values = "a.lease_token IS NOT NULL", list[object]()
             if run_key is not None:
@@ -138,10 +137,10 @@ class WorkerHandlers:
         now = self._store.clock.now()
         database = self._store.database
 
-        def read(db: sqlite3.Connection) -> store_service_pb2.GetStatisticsResponse:
+        def read(db: Connection) -> store_service_pb2.GetStatisticsResponse:
             run_key = run_key_of(db, request.run_id or "*")
             answer = _count(db, run_key)
-            answer.name = "memory" if database.memory else "sqlite"
+            answer.name = database.backend
             answer.database_bytes = database.size_bytes()
             set_duration(answer.uptime, now - self._store.start_time)
             return answer
@@ -152,11 +151,11 @@ class WorkerHandlers:
 def _named(column: str) -> str:
     return (
         f"coalesce((SELECT {column} FROM attempts a JOIN rollouts r ON r.rollout_key = a.rollout_key "
-        "WHERE a.attempt_key = w.current_attempt_key), char(1114111))"
+        f"WHERE a.attempt_key = w.current_attempt_key), {LAST_TEXT})"
     )
 
 
-def _count(db: sqlite3.Connection, run_key: int | None) -> store_service_pb2.GetStatisticsResponse:
+def _count(db: Connection, run_key: int | None) -> store_service_pb2.GetStatisticsResponse:
     scope = "" if run_key is None else f"WHERE run_key = {run_key}"
     also = "" if run_key is None else f"AND run_key = {run_key}"
 

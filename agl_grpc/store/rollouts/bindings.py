@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import OrderedDict
 
 from agl_grpc.store.errors import resource_missing
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import resources_pb2
 
 _MOST_CACHED = 64
 
 
-def latest_key(db: sqlite3.Connection, run_key: int) -> int | None:
+def latest_key(db: Connection, run_key: int) -> int | None:
     """The run's last publication in commit order; None = nothing is published yet."""
     (key,) = db.execute("SELECT max(resource_key) FROM resources WHERE run_key = ?", (run_key,)).fetchone()
     return None if key is None else int(key)
 
 
-def named_key(db: sqlite3.Connection, run_key: int, resources_id: str, version: int) -> int:
+def named_key(db: Connection, run_key: int, resources_id: str, version: int) -> int:
     """A publication by id and version; version 0 = the newest.
 
     Raises:
@@ -42,6 +42,10 @@ class ResourceCache:
         self._latest: dict[int, int | None] = {}
         self._sets: OrderedDict[int, resources_pb2.ResourceSet] = OrderedDict()
 
+    def forget(self) -> None:
+        """Another server may have published something."""
+        self._latest.clear()
+
     def latest(self, tx: Tx, run_key: int) -> int | None:
         """The run's last publication in commit order; None = nothing is published yet."""
         if run_key not in self._latest:
@@ -52,6 +56,7 @@ class ResourceCache:
         """Something was published: looks for the run's latest anew, "
         "also if the publication comes to nothing."""
         self._latest.pop(run_key, None)
+        tx.catalog_changed()
         tx.after_rollback(lambda: self._latest.pop(run_key, None))
 
     def get(self, tx: Tx, resource_key: int) -> resources_pb2.ResourceSet:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable
 
 from agl_grpc.store.clock import SECOND
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import worker_pb2
 
@@ -58,12 +58,12 @@ class Commands:
         reason: str = "",
     ) -> None:
         """Writes a command; it is pushed when the change is on disk."""
-        cursor = tx.execute(
+        command_id = tx.insert(
             "INSERT INTO worker_commands (worker_key, kind, attempt_key, resource_key, reason, create_time) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
+            "VALUES (?, ?, ?, ?, ?, ?) RETURNING command_id",
             (worker_key, kind, attempt_key, resource_key, reason, tx.now),
         )
-        (command,) = _select(tx.connection, "WHERE c.command_id = ?", cursor.lastrowid)
+        (command,) = _select(tx.connection, "WHERE c.command_id = ?", command_id)
 
         def push() -> None:
             for listener in list(self._listeners.get(worker_key, ())):
@@ -80,7 +80,7 @@ class Commands:
             self.add(tx, worker_key, RESOURCES, resource_key=resource_key, reason="new resources")
 
 
-def pending(db: sqlite3.Connection, worker_key: int) -> list[worker_pb2.WorkerCommand]:
+def pending(db: Connection, worker_key: int) -> list[worker_pb2.WorkerCommand]:
     """Commands not yet acknowledged, oldest first."""
     return _select(db, "WHERE c.worker_key = ? ORDER BY c.command_id LIMIT ?", worker_key, _MOST_PENDING)
 
@@ -107,13 +107,13 @@ def prune(tx: Tx, limit: int = 500) -> int:
     """Forgets commands older than 24 hours; returns how many."""
     return tx.execute(
         "DELETE FROM worker_commands WHERE command_id IN (SELECT command_id FROM "
-        "(SELECT command_id, create_time FROM worker_commands ORDER BY command_id LIMIT ?) WHERE "
-        "create_time < ?)",
+        "(SELECT command_id, create_time FROM worker_commands ORDER BY command_id LIMIT ?) AS oldest "
+        "WHERE create_time < ?)",
         (limit, tx.now - KEEP),
     ).rowcount
 
 
-def _select(db: sqlite3.Connection, where: str, *values: object) -> list[worker_pb2.WorkerCommand]:
+def _select(db: Connection, where: str, *values: object) -> list[worker_pb2.WorkerCommand]:
     rows = db.execute(
         "SELECT c.command_id, c.kind, r.rollout_id, a.attempt_id, s.resources_id, s.version, c.reason "
         "FROM worker_commands c LEFT JOIN attempts a ON a.attempt_key = c.attempt_key "

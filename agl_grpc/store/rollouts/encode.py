@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from agl_grpc.store.clock import SECOND
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks, padded
 from agl_grpc.v1 import attempt_pb2, common_pb2, rollout_pb2, run_pb2
 
 _ROLLOUT = (
@@ -18,7 +19,7 @@ _ROLLOUT = (
     "LEFT JOIN attempts a ON a.attempt_key = r.latest_attempt_key "
     "LEFT JOIN resources s ON s.resource_key = r.resource_key "
 )
-_CHUNK = 200
+_CHUNK = 256
 _ATTEMPT = (
     "SELECT a.attempt_key, a.attempt_id, a.sequence_id, a.status, a.start_time, a.end_time, w.worker_id, "
     "a.last_heartbeat_time, a.metadata, a.failure, s.resources_id, s.version, a.leased, a.sealed, "
@@ -71,27 +72,22 @@ def rollout_message(row: Any) -> rollout_pb2.Rollout:
     return rollout
 
 
-def select_rollouts(db: sqlite3.Connection, where: str, *values: object) -> list[Any]:
+def select_rollouts(db: Connection, where: str, *values: object) -> list[Any]:
     """Rows for `rollout_message`: [0] is the rollout's key, [10] its newest attempt's."""
     return db.execute(_ROLLOUT + where, values).fetchall()
 
 
-def load_rollout(db: sqlite3.Connection, key: int) -> rollout_pb2.Rollout:
+def load_rollout(db: Connection, key: int) -> rollout_pb2.Rollout:
     """A rollout that exists."""
     return rollout_message(select_rollouts(db, "WHERE r.rollout_key = ?", key)[0])
 
 
-def load_rollouts(db: sqlite3.Connection, keys: Iterable[int]) -> dict[int, rollout_pb2.Rollout]:
+def load_rollouts(db: Connection, keys: Iterable[int]) -> dict[int, rollout_pb2.Rollout]:
     """Those of the rollouts that exist, by key, in the order given."""
     wanted = list(keys)
     rows: list[Any] = []
-    if len(wanted) == 1:
-        rows = select_rollouts(db, "WHERE r.rollout_key = ?", wanted[0])
-    else:
-        for start in range(0, len(wanted), _CHUNK):
-            # One statement for every number of keys, so that it stays prepared.
-            part = f"[{','.join(map(str, wanted[start : start + _CHUNK]))}]"
-            rows += select_rollouts(db, "WHERE r.rollout_key IN (SELECT value FROM json_each(?))", part)
+    for part in padded(wanted, _CHUNK):
+        rows += select_rollouts(db, f"WHERE r.rollout_key IN ({marks(len(part))})", *part)
     found = {row[0]: rollout_message(row) for row in rows}
     return {key: found[key] for key in wanted if key in found}
 
@@ -123,26 +119,24 @@ def attempt_message(row: Any) -> attempt_pb2.Attempt:
     return attempt
 
 
-def select_attempts(db: sqlite3.Connection, where: str, *values: object) -> list[Any]:
+def select_attempts(db: Connection, where: str, *values: object) -> list[Any]:
     """Rows for `attempt_message`: [0] is the attempt's key."""
     return db.execute(_ATTEMPT + where, values).fetchall()
 
 
-def load_attempt(db: sqlite3.Connection, key: int) -> attempt_pb2.Attempt:
+def load_attempt(db: Connection, key: int) -> attempt_pb2.Attempt:
     """An attempt that exists."""
     return attempt_message(select_attempts(db, "WHERE a.attempt_key = ?", key)[0])
 
 
-def load_attempted(
-    db: sqlite3.Connection, key: int, attempt_key: int | None = None
-) -> rollout_pb2.AttemptedRollout:
+def load_attempted(db: Connection, key: int, attempt_key: int | None = None) -> rollout_pb2.AttemptedRollout:
     """A rollout with one of its attempts, by default the newest."""
     row = select_rollouts(db, "WHERE r.rollout_key = ?", key)[0]
     return attempted_message(db, row, attempt_key)
 
 
 def attempted_message(
-    db: sqlite3.Connection, row: Any, attempt_key: int | None = None
+    db: Connection, row: Any, attempt_key: int | None = None
 ) -> rollout_pb2.AttemptedRollout:
     """An AttemptedRollout from a row of `select_rollouts`."""
     attempted = rollout_pb2.AttemptedRollout(rollout=rollout_message(row))
@@ -162,7 +156,7 @@ def key_values_blob(values: Iterable[common_pb2.KeyValue]) -> bytes | None:
     return common_pb2.KeyValueList(values=values).SerializeToString() or None
 
 
-def load_run(db: sqlite3.Connection, run_key: int) -> run_pb2.Run:
+def load_run(db: Connection, run_key: int) -> run_pb2.Run:
     """A run that exists."""
     row = db.execute(
         "SELECT run_id, create_time, metadata, allow_self_grading, retention, paused, seal_timeout "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.rollouts.encode import time_of
 from agl_grpc.store.storage.catalog import decode_labels
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 from agl_grpc.v1 import common_pb2, rollout_pb2
 
 ALL_RUNS = "*"
@@ -23,7 +24,7 @@ class Condition:
     values: list[object] = field(default_factory=list)
 
 
-def run_key_of(db: sqlite3.Connection, run_id: str) -> int | None:
+def run_key_of(db: Connection, run_id: str) -> int | None:
     """The run's key; empty = `default`; None = all runs (`*`).
 
     Raises:
@@ -37,7 +38,7 @@ def run_key_of(db: sqlite3.Connection, run_id: str) -> int | None:
     return int(row[0])
 
 
-def condition_of(db: sqlite3.Connection, chosen: rollout_pb2.RolloutFilter) -> Condition:
+def condition_of(db: Connection, chosen: rollout_pb2.RolloutFilter) -> Condition:
     """The filter as a condition; the run always holds, the rest combines as `logic` says.
 
     Raises:
@@ -46,14 +47,14 @@ def condition_of(db: sqlite3.Connection, chosen: rollout_pb2.RolloutFilter) -> C
     run_key = run_key_of(db, chosen.run_id)
     parts = _parts(db, chosen)
     joiner = " OR " if chosen.logic == common_pb2.FILTER_LOGIC_OR else " AND "
-    sql = joiner.join(part.sql for part in parts) or "1"
+    sql = joiner.join(part.sql for part in parts) or "TRUE"
     values = [value for part in parts for value in part.values]
     if run_key is None:
         return Condition(f"({sql})", values)
     return Condition(f"r.run_key = ? AND ({sql})", [run_key, *values])
 
 
-def _parts(db: sqlite3.Connection, chosen: rollout_pb2.RolloutFilter) -> list[Condition]:
+def _parts(db: Connection, chosen: rollout_pb2.RolloutFilter) -> list[Condition]:
     if len(chosen.rollout_id_in) > _MOST_IDS:
         raise invalid_field("filter.rollout_id_in", f"has more than {_MOST_IDS} ids")
     parts: list[Condition] = []
@@ -93,7 +94,7 @@ def _times(chosen: rollout_pb2.RolloutFilter) -> list[Condition]:
     return parts
 
 
-def _with_labels(db: sqlite3.Connection, labels: Sequence[common_pb2.Label]) -> Condition:
+def _with_labels(db: Connection, labels: Sequence[common_pb2.Label]) -> Condition:
     wanted = {(label.key, label.value) for label in labels}
     rows = db.execute("SELECT label_set_key, labels FROM label_sets")
     return _among("r.label_set_key", [key for key, blob in rows if wanted <= decode_labels(blob)])
@@ -101,4 +102,4 @@ def _with_labels(db: sqlite3.Connection, labels: Sequence[common_pb2.Label]) -> 
 
 def _among(column: str, values: Iterable[object]) -> Condition:
     some = list(values)
-    return Condition(f"{column} IN ({','.join('?' * len(some))})", some)
+    return Condition(f"{column} IN ({marks(len(some))})", some)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 
 from agl_grpc.store.clock import SECOND
@@ -12,7 +11,8 @@ from agl_grpc.store.rollouts.encode import duration_of, load_rollouts, set_durat
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent
 from agl_grpc.store.rollouts.moves import Moves
 from agl_grpc.store.rollouts.names import attempt_status
-from agl_grpc.store.rollouts.rows import AttemptRow, RolloutRow, attempts_where, find_both
+from agl_grpc.store.rollouts.rows import AttemptRow, RolloutRow, attempts_where, find_both, next_attempt_due
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, common_pb2, reward_pb2, runner_service_pb2
 
@@ -37,7 +37,7 @@ def wanted_duration(work: runner_service_pb2.WorkRequest) -> int:
     return duration
 
 
-def holder(db: sqlite3.Connection, attempt_id: str, token: bytes) -> tuple[AttemptRow, RolloutRow]:
+def holder(db: Connection, attempt_id: str, token: bytes) -> tuple[AttemptRow, RolloutRow]:
     """The attempt and its rollout, if this token is its live lease's.
 
     Raises:
@@ -197,8 +197,7 @@ class Leases:
             "UPDATE attempts SET lease_expire_time = ? + lease_duration WHERE lease_token IS NOT NULL",
             (tx.now,),
         )
-        (earliest,) = tx.execute("SELECT min(due) FROM attempts WHERE due IS NOT NULL").fetchone()
-        tx.arm(earliest)
+        tx.arm(next_attempt_due(tx.connection))
         return cursor.rowcount
 
 

@@ -33,6 +33,7 @@ from agl_grpc.store.rollouts.rows import (
     RolloutRow,
     attempt_by_key,
     attempts_where,
+    next_attempt_due,
     rollout_by_key,
 )
 from agl_grpc.store.storage.bulk import insert_rows, update_rows
@@ -48,8 +49,9 @@ _INSERT_ATTEMPT = (
 )
 _DELIVERED = (
     "UPDATE rollouts SET status = v.column1, ready = 0, due = NULL, attempt_count = v.column2, "
-    "latest_attempt_key = v.column3, resource_key = v.column4 FROM (VALUES {rows}) AS v "
-    "WHERE rollout_key = v.column5"
+    # The cast is for PostgreSQL: a column of nothing but NULL has no type of its own.
+    "latest_attempt_key = v.column3, resource_key = CAST(v.column4 AS BIGINT) "
+    "FROM (VALUES {rows}) AS v WHERE rollout_key = v.column5"
 )
 _DELIVERED_ONE = (
     "UPDATE rollouts SET status = ?, ready = 0, due = NULL, attempt_count = ?, latest_attempt_key = ?, "
@@ -155,7 +157,7 @@ class Moves:
         due = lifecycle.next_due(True, clocks)
         begun_id, token = mint("at"), None if lease_duration is None else os.urandom(16)
         sequence_id = rollout.attempt_count + 1
-        key = self.catalog.next_key(tx, "attempts")
+        key = tx.counters.take("attempts")
         beginnings = Beginnings() if later is None else later
         beginnings.attempts.append(
             (
@@ -446,8 +448,7 @@ class Moves:
             else:
                 due = lifecycle.next_due(live, attempt.clocks)
                 tx.execute("UPDATE attempts SET due = ? WHERE attempt_key = ?", (due, attempt.key))
-        (earliest,) = tx.execute("SELECT min(due) FROM attempts WHERE due IS NOT NULL").fetchone()
-        tx.arm(earliest)
+        tx.arm(next_attempt_due(tx.connection))
 
 
 _EXPIRY_MESSAGES = {

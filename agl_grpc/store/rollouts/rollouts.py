@@ -18,6 +18,7 @@ from agl_grpc.store.rollouts.rows import (
     RolloutRow,
     attempt_by_key,
     attempts_where,
+    next_rollout_due,
     rollout_by_id,
     rollout_by_key,
     rollouts_where,
@@ -64,7 +65,7 @@ class Rollouts:
         Raises:
             StoreError: INVALID_FIELD, ENTITY_EXISTS, RESOURCE_MISSING; then none is made.
         """
-        first = self._catalog.next_key(tx, "rollouts", len(specs))
+        first = tx.counters.take("rollouts", len(specs))
         latest = self._moves.resources.latest(tx, run.run_key)
         plans = [
             self._plan(tx, run, spec, f"rollouts[{i}]", first + i, latest, retry_of[i] if retry_of else "")
@@ -81,7 +82,7 @@ class Rollouts:
 
     def start(self, tx: Tx, run: RunRow, spec: rollout_pb2.RolloutSpec) -> RolloutRow:
         """Makes a rollout that never enters its queue; the caller begins its first attempt."""
-        first = self._catalog.next_key(tx, "rollouts")
+        first = tx.counters.take("rollouts")
         plan = self._plan(tx, run, spec, "rollout", first, self._moves.resources.latest(tx, run.run_key), "")
         plan.queued = False
         self._insert(tx, run, [plan], [None])
@@ -309,7 +310,6 @@ class Rollouts:
 
     def delete(self, tx: Tx, rows: Iterable[RolloutRow], *, dry_run: bool) -> tuple[int, int]:
         """Deletes finished, sealed rollouts that nothing pins; returns how many went and how many stayed."""
-        self._catalog.keep_keys(tx)
         deleted = kept = 0
         for row in rows:
             finished = row.status in lifecycle.ROLLOUT_TERMINAL and row.sealed
@@ -351,8 +351,7 @@ class Rollouts:
                 self.cancel(tx, row, "it waited in its queue for longer than expire_after")
             else:
                 self._moves.make_ready(tx, row)
-        (earliest,) = tx.execute("SELECT min(due) FROM rollouts WHERE due IS NOT NULL").fetchone()
-        tx.arm(earliest)
+        tx.arm(next_rollout_due(tx.connection))
 
 
 _UPDATABLE = ("input", "mode", "resources_id", "status", "config", "metadata", "labels", "priority")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from agl_grpc.store.errors import not_found
 from agl_grpc.store.rollouts.lifecycle import Clocks, Rules
+from agl_grpc.store.storage.engine import Connection
 
 
 class RolloutRow(NamedTuple):
@@ -118,12 +118,12 @@ _ATTEMPT_BY_KEY = _ATTEMPT + "WHERE attempt_key = ?"
 _ATTEMPT_BY_ID = _ATTEMPT + "WHERE attempt_id = ?"
 
 
-def rollout_by_key(db: sqlite3.Connection, key: int) -> RolloutRow:
+def rollout_by_key(db: Connection, key: int) -> RolloutRow:
     """A rollout that exists."""
     return RolloutRow._make(db.execute(_ROLLOUT_BY_KEY, (key,)).fetchone())
 
 
-def rollout_by_id(db: sqlite3.Connection, rollout_id: str) -> RolloutRow:
+def rollout_by_id(db: Connection, rollout_id: str) -> RolloutRow:
     """A rollout by its id.
 
     Raises:
@@ -144,7 +144,7 @@ class Ready(NamedTuple):
 
 
 def ready_rollouts(
-    db: sqlite3.Connection, queue_key: int, label_sets: Iterable[int] | None, limit: int
+    db: Connection, queue_key: int, label_sets: Iterable[int] | None, limit: int
 ) -> list[Ready]:
     """The head of a queue: rollouts that can be delivered, most urgent first.
 
@@ -161,23 +161,23 @@ def ready_rollouts(
     return [Ready(RolloutRow._make(row[:-2]), row[-2], row[-1]) for row in rows]
 
 
-def rollouts_where(db: sqlite3.Connection, where: str, *values: object) -> list[RolloutRow]:
+def rollouts_where(db: Connection, where: str, *values: object) -> list[RolloutRow]:
     """Rollouts by a condition of this package's own making."""
     return [RolloutRow._make(row) for row in db.execute(_ROLLOUT + where, values)]
 
 
-def attempt_by_key(db: sqlite3.Connection, key: int) -> AttemptRow:
+def attempt_by_key(db: Connection, key: int) -> AttemptRow:
     """An attempt that exists."""
     return AttemptRow._make(db.execute(_ATTEMPT_BY_KEY, (key,)).fetchone())
 
 
-def find_attempt(db: sqlite3.Connection, attempt_id: str) -> AttemptRow | None:
+def find_attempt(db: Connection, attempt_id: str) -> AttemptRow | None:
     """An attempt by its id; None = there is none."""
     row = db.execute(_ATTEMPT_BY_ID, (attempt_id,)).fetchone()
     return None if row is None else AttemptRow._make(row)
 
 
-def find_both(db: sqlite3.Connection, attempt_id: str) -> tuple[AttemptRow, RolloutRow] | None:
+def find_both(db: Connection, attempt_id: str) -> tuple[AttemptRow, RolloutRow] | None:
     """An attempt and its rollout; None = there is no such attempt."""
     row = db.execute(_BOTH, (attempt_id,)).fetchone()
     if row is None:
@@ -186,7 +186,7 @@ def find_both(db: sqlite3.Connection, attempt_id: str) -> tuple[AttemptRow, Roll
     return AttemptRow._make(row[:width]), RolloutRow._make(row[width:])
 
 
-def attempt_by_name(db: sqlite3.Connection, rollout_id: str, attempt_id: str) -> AttemptRow:
+def attempt_by_name(db: Connection, rollout_id: str, attempt_id: str) -> AttemptRow:
     """An attempt by its id, or `latest` of a rollout; a rollout that is named must be the attempt's.
 
     Raises:
@@ -203,6 +203,21 @@ def attempt_by_name(db: sqlite3.Connection, rollout_id: str, attempt_id: str) ->
     return attempt
 
 
-def attempts_where(db: sqlite3.Connection, where: str, *values: object) -> list[AttemptRow]:
+def attempts_where(db: Connection, where: str, *values: object) -> list[AttemptRow]:
     """Attempts by a condition of this package's own making."""
     return [AttemptRow._make(row) for row in db.execute(_ATTEMPT + where, values)]
+
+
+def next_attempt_due(db: Connection) -> int | None:
+    """When a timer may have to act on an attempt; None = on none."""
+    return _least(db, "SELECT min(due) FROM attempts WHERE due IS NOT NULL")
+
+
+def next_rollout_due(db: Connection) -> int | None:
+    """When a timer may have to act on a waiting rollout; None = on none."""
+    return _least(db, "SELECT min(due) FROM rollouts WHERE due IS NOT NULL")
+
+
+def _least(db: Connection, sql: str) -> int | None:
+    (least,) = db.execute(sql).fetchone()
+    return None if least is None else int(least)

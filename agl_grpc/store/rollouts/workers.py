@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 from typing import Any
 
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_duration, set_time
 from agl_grpc.store.storage.catalog import Catalog
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import runner_service_pb2, worker_pb2
 
@@ -32,7 +32,7 @@ def status_sql(now: int) -> str:
     )
 
 
-def load_worker(db: sqlite3.Connection, worker_key: int, now: int) -> worker_pb2.Worker:
+def load_worker(db: Connection, worker_key: int, now: int) -> worker_pb2.Worker:
     """A worker that exists."""
     row = db.execute(
         f"SELECT w.worker_id, {status_sql(now)}, w.stats, w.last_heartbeat_time, w.last_dequeue_time, "
@@ -95,7 +95,7 @@ def serves(tx: Tx, catalog: Catalog, worker_key: int, work: runner_service_pb2.W
     )
 
 
-def lease_infos(db: sqlite3.Connection, keys: list[int]) -> list[worker_pb2.LeaseInfo]:
+def lease_infos(db: Connection, keys: list[int]) -> list[worker_pb2.LeaseInfo]:
     """Live leases by their attempts' keys, tokens left out."""
     infos = []
     for key in keys:

@@ -11,9 +11,12 @@ from agl_grpc.store.rollouts.dispatch import Dispatcher
 from agl_grpc.store.rollouts.leases import Leases
 from agl_grpc.store.rollouts.moves import Moves
 from agl_grpc.store.rollouts.rollouts import Rollouts
+from agl_grpc.store.rollouts.rows import next_attempt_due, next_rollout_due
 from agl_grpc.store.storage.catalog import Catalog
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
+from agl_grpc.v1 import event_pb2
 
 
 class WriteSide:
@@ -42,17 +45,30 @@ class WriteSide:
     async def start(cls, store: Store, signer: CredentialSigner) -> WriteSide:
         """Takes the store up: makes the run `default`, extends every live lease (R9), arms the timers."""
         side = cls(store, signer)
-        store.timers.register(side._sweep)
+        store.timers.register(side._sweep, _next_due)
         store.maintenance.register(commands.prune)
+        store.writer.forgets += [side.catalog.forget, side.moves.resources.forget]
+        store.writer.on_gap.append(side.leases.extend_all)
         await store.write(side._take_up)
         return side
 
     def _take_up(self, tx: Tx) -> None:
-        tx.execute("INSERT OR IGNORE INTO runs (run_id, create_time) VALUES ('default', ?)", (tx.now,))
-        self.leases.extend_all(tx)
-        (earliest,) = tx.execute("SELECT min(due) FROM rollouts WHERE due IS NOT NULL").fetchone()
-        tx.arm(earliest)
+        made = tx.execute(
+            "INSERT INTO runs (run_id, create_time) VALUES ('default', ?) ON CONFLICT DO NOTHING", (tx.now,)
+        )
+        if made.rowcount:
+            # The log is never empty: 0 is no position, so that a list's position is always one to watch from.
+            run_key = self.catalog.run(tx, "default").run_key
+            tx.event(run_key, event_pb2.ENTITY_KIND_RUN, event_pb2.EVENT_KIND_CREATED, run_key)
+        if not self.store.database.is_shared(tx.connection):
+            self.leases.extend_all(tx)
+        tx.arm(next_rollout_due(tx.connection))
 
     def _sweep(self, tx: Tx) -> None:
         self.moves.sweep(tx, FIRE_LIMIT)
         self.rollouts.sweep(tx, FIRE_LIMIT)
+
+
+def _next_due(db: Connection) -> int | None:
+    moments = (next_attempt_due(db), next_rollout_due(db))
+    return min((moment for moment in moments if moment is not None), default=None)

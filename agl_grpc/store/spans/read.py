@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from agl_grpc.model import raw
 from agl_grpc.store.rollouts.encode import set_time
 from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, ref_of
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 
 _TOKEN_BYTES = 4
 _CHUNK = 500
@@ -35,18 +36,17 @@ _ROWS = (
 )
 
 
-def rows_by_key(db: sqlite3.Connection, keys: Sequence[int]) -> list[SpanRow]:
+def rows_by_key(db: Connection, keys: Sequence[int]) -> list[SpanRow]:
     """Spans by their keys, in that order; deleted ones are left out."""
     found: dict[int, SpanRow] = {}
     for start in range(0, len(keys), _CHUNK):
         part = keys[start : start + _CHUNK]
-        marks = ",".join("?" * len(part))
-        for row in db.execute(f"{_ROWS}WHERE s.span_key IN ({marks})", part):
+        for row in db.execute(f"{_ROWS}WHERE s.span_key IN ({marks(len(part))})", part):
             found[row[0]] = SpanRow._make(row)
     return [found[key] for key in keys if key in found]
 
 
-def rows_where(db: sqlite3.Connection, where: str, values: Iterable[object]) -> list[SpanRow]:
+def rows_where(db: Connection, where: str, values: Iterable[object]) -> list[SpanRow]:
     """Spans by a condition of this package's own making."""
     return [SpanRow._make(row) for row in db.execute(_ROWS + where, list(values))]
 
@@ -59,7 +59,7 @@ class SpanReader:
         omit_tokens: Whether to leave token arrays out.
     """
 
-    def __init__(self, db: sqlite3.Connection, *, omit_tokens: bool = False) -> None:
+    def __init__(self, db: Connection, *, omit_tokens: bool = False) -> None:
         self._db = db
         self._omit = omit_tokens
         self._sequences: dict[tuple[int, int], tuple[bytes, Any]] = {}

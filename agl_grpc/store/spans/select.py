@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from agl_grpc.model import raw
 from agl_grpc.store.errors import invalid_field
 from agl_grpc.store.spans.check import MODEL_CALL
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 from agl_grpc.v1 import common_pb2, store_service_pb2
 
 COLUMNS = {"sequence_id": "sequence_id", "received_time": "received_time"}
@@ -66,7 +67,7 @@ def _contains(name: str, part: str, span: Any) -> bool:
 
 
 def scan(
-    db: sqlite3.Connection,
+    db: Connection,
     attempt_keys: Sequence[int],
     chosen: store_service_pb2.SpanFilter,
     order: str,
@@ -77,10 +78,9 @@ def scan(
     combine = any if chosen.logic == common_pb2.FILTER_LOGIC_OR else all
     flags = MODEL_CALL if chosen.model_calls_only else 0
     found: list[tuple[Sortable, int]] = []
-    marks = ",".join("?" * len(attempt_keys))
     rows = db.execute(
         "SELECT span_key, sequence_id, received_time, data FROM spans "
-        f"WHERE attempt_key IN ({marks}) AND flags & ? = ?",
+        f"WHERE attempt_key IN ({marks(len(attempt_keys))}) AND flags & ? = ?",
         [*attempt_keys, flags, flags],
     )
     for key, sequence, received, data in rows:

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator, Collection
 from functools import partial
-from typing import NamedTuple
 
 from agl_grpc.model import raw
 from agl_grpc.store import errors
 from agl_grpc.store.events.watches import CHECKPOINT_SECONDS
 from agl_grpc.store.spans.check import MODEL_CALL
 from agl_grpc.store.spans.read import SpanReader, rows_where
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import event_pb2
 
 _ENTRIES = 200
 _SPANS = 1000
-_BYTES = 4 << 20
+_BYTES = 256 << 10
 _SPANS_ENTITY = int(event_pb2.ENTITY_KIND_SPANS)
-
-
-class _Place(NamedTuple):
-    """How far a watch has come: an entry of the log, and a span within the next one."""
-
-    position: int
-    span_key: int = 0
 
 
 class SpanWatch:
@@ -53,8 +45,8 @@ class SpanWatch:
         Raises:
             StoreError: CURSOR_COMPACTED, and DRAINING when the server goes.
         """
-        place = _Place(await self._store.read(lambda db: _start(db, cursor)))
-        yield raw.RawWatchSpansResponse(cursor=place.position, checkpoint=True).SerializeToString()
+        place = await self._store.read(lambda db: _start(db, cursor))
+        yield _checkpoint(place)
         waiter = self._store.hub.add(
             [_SPANS_ENTITY], run_keys=None if self._run_key is None else [self._run_key]
         )
@@ -64,53 +56,51 @@ class SpanWatch:
                 if answer is not None:
                     yield answer
                 if not more and not await waiter.wait(CHECKPOINT_SECONDS):
-                    yield raw.RawWatchSpansResponse(
-                        cursor=place.position, checkpoint=True
-                    ).SerializeToString()
+                    yield _checkpoint(place)
             raise errors.draining()
         finally:
             self._store.hub.remove(waiter)
 
-    def _page(self, db: sqlite3.Connection, at: _Place) -> tuple[bytes | None, _Place, bool]:
+    def _page(self, db: Connection, at: int) -> tuple[bytes | None, int, bool]:
         """The next message (None = nothing of interest), how far it goes, and whether there is more."""
-        if at.position < oldest_position(db) - 1:
+        if at < oldest_position(db) - 1:
             raise errors.cursor_compacted(oldest_position(db))
         scope = "" if self._run_key is None else f"AND run_key = {self._run_key} "
         end = position(db)
         entries = db.execute(
             "SELECT position, ref, low, high FROM events WHERE position > ? AND entity = ? "
             f"{scope}ORDER BY position LIMIT {_ENTRIES}",
-            (at.position, _SPANS_ENTITY),
+            (at, _SPANS_ENTITY),
         ).fetchall()
         answer = raw.RawWatchSpansResponse()
         reader = SpanReader(db)
-        size = 0
+        size, more = 0, len(entries) == _ENTRIES
         for entry, attempt_key, low, high in entries:
-            rows = rows_where(
+            # Whole entries only, which the writer keeps small: a cursor is never within one.
+            if size > _BYTES or len(answer.spans) > _SPANS:
+                more = True
+                break
+            for row in rows_where(
                 db,
                 "WHERE s.attempt_key = ? AND s.span_key BETWEEN ? AND ? AND s.flags & ? = ? "
-                f"ORDER BY s.span_key LIMIT {_SPANS}",
-                (attempt_key, max(low, at.span_key + 1), high, self._flags, self._flags),
-            )
-            for row in rows:
+                "ORDER BY s.span_key",
+                (attempt_key, low, high, self._flags, self._flags),
+            ):
                 if not self._rollout_ids or row.rollout_id in self._rollout_ids:
                     answer.spans.append(reader.message(row))
                     size += len(answer.spans[-1].span)
-                if size > _BYTES:
-                    # Within an entry: the cursor stays before it, a resumed watch sees its spans again.
-                    answer.cursor = at.position
-                    return answer.SerializeToString(), _Place(at.position, row.span_key), True
-            if len(rows) == _SPANS:
-                answer.cursor = at.position
-                return answer.SerializeToString(), _Place(at.position, rows[-1].span_key), True
-            at = _Place(entry)
-        more = len(entries) == _ENTRIES
-        at = at if more else _Place(max(end, at.position))
-        answer.cursor = at.position
+            at = entry
+        answer.cursor = at = at if more else max(end, at)
         return answer.SerializeToString() if answer.spans else None, at, more
 
 
-def _start(db: sqlite3.Connection, cursor: int) -> int:
+def _checkpoint(cursor: int) -> bytes:
+    """A message that says only where the watch stands."""
+    serialised: bytes = raw.RawWatchSpansResponse(cursor=cursor, checkpoint=True).SerializeToString()
+    return serialised
+
+
+def _start(db: Connection, cursor: int) -> int:
     """The position to begin after; 0 = from now on."""
     if cursor < 0:
         raise errors.invalid_field("cursor", "must not be negative")

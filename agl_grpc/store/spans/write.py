@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,8 +12,16 @@ from agl_grpc.store.errors import StoreError
 from agl_grpc.store.rollouts import attempts
 from agl_grpc.store.rollouts.lifecycle import ATTEMPT_LIVE
 from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, CheckedCall, CheckedGroup, id_of
+from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import padded
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2
+
+ENTRY_SPANS = 1000
+"""Most spans that one entry of the log names."""
+
+ENTRY_BYTES = 256 << 10
+"""Most bytes, as they are read, of the spans that one entry of the log names; a larger span stands alone."""
 
 _COLUMNS = 8
 _SIZES = tuple(1 << power for power in range(8, -1, -1))
@@ -101,6 +108,23 @@ class _Call(NamedTuple):
 
 
 @dataclass
+class _Range:
+    """Neighbouring new rows of an attempt that one entry of the log names.
+
+    Attributes:
+        low: Key of the first.
+        high: Key of the last.
+        spans: How many they are.
+        size: Bytes that they have when they are read.
+    """
+
+    low: int
+    high: int
+    spans: int
+    size: int
+
+
+@dataclass
 class _Totals:
     spans: int = 0
     size: int = 0
@@ -127,12 +151,9 @@ class _Flush:
         self._new: dict[int, dict[int, int]] = {}
         self._calls: dict[tuple[int, int], _Call] = {}
         self._open: dict[int, int] = {}
-        self._ranges: dict[int, tuple[int, int]] = {}
+        self._ranges: dict[int, list[_Range]] = {}
         self._totals: dict[int, _Totals] = {}
         self._marks: dict[str, int] = {}
-        (self._last_key,) = tx.execute(
-            "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'spans'), 0)"
-        ).fetchone()
 
     def run(self, messages: Sequence[SpanMessage]) -> list[SpanOutcome | StoreError]:
         outcomes = [self._message(message) for message in messages]
@@ -193,15 +214,20 @@ class _Flush:
         last = self._last_sequence(attempt)
         numbers = range(last + 1, last + 1 + count)
         self._sequences[attempt.rollout_key] = last + count
-        first = self._last_key + 1
-        self._last_key += count
+        first = self._tx.counters.take("spans", count)
         values = self._values
         for span_key, ref, number, data in zip(
             range(first, first + count), group.refs, numbers, group.data, strict=True
         ):
             values += (span_key, key, ref, number, now, 0, 0, data)
         self._new[key].update(zip(group.refs, numbers, strict=True))
-        self._count(attempt, first, count, sum(map(len, group.data)), 0)
+        size = sum(map(len, group.data))
+        self._count(attempt, count, size, 0)
+        if count <= ENTRY_SPANS and size <= ENTRY_BYTES:
+            self._extend(key, first, count, size)
+        else:
+            for place, data in enumerate(group.data):
+                self._extend(key, first + place, 1, len(data))
         outcome.stored += count
         return numbers
 
@@ -245,13 +271,22 @@ class _Flush:
         flags = LATE if late else 0
         if call is not None:
             flags |= MODEL_CALL | (DELTA if call.base else 0)
-        self._last_key += 1
-        self._values += (self._last_key, attempt.key, ref, sequence, self._tx.now, flags, length, data)
-        self._count(attempt, self._last_key, 1, len(data), int(late))
+        key = self._tx.counters.take("spans")
+        self._values += (key, attempt.key, ref, sequence, self._tx.now, flags, length, data)
+        # A prompt that is stored as a difference is read whole.
+        self._extend(attempt.key, key, 1, len(data) + (4 * length if flags & DELTA else 0))
+        self._count(attempt, 1, len(data), int(late))
 
-    def _count(self, attempt: _Attempt, first: int, count: int, size: int, late: int) -> None:
-        low, _ = self._ranges.get(attempt.key, (first, 0))
-        self._ranges[attempt.key] = (low, first + count - 1)
+    def _extend(self, attempt_key: int, first: int, count: int, size: int) -> None:
+        """Notes new rows for the log, in entries that a watch can send whole."""
+        ranges = self._ranges.setdefault(attempt_key, [])
+        last = ranges[-1] if ranges else None
+        if last is None or last.spans + count > ENTRY_SPANS or last.size + size > ENTRY_BYTES:
+            ranges.append(_Range(first, first + count - 1, count, size))
+        else:
+            last.high, last.spans, last.size = first + count - 1, last.spans + count, last.size + size
+
+    def _count(self, attempt: _Attempt, count: int, size: int, late: int) -> None:
         totals = self._totals.setdefault(attempt.run_key, _Totals())
         totals.spans += count
         totals.size += size
@@ -302,11 +337,8 @@ class _Flush:
 
     def _stored(self, attempt_key: int, refs: Sequence[int]) -> dict[int, int]:
         have: dict[int, int] = {}
-        for start in range(0, len(refs), _SIZES[0]):
-            some = list(refs[start : start + _SIZES[0]])
-            size = 1 << (len(some) - 1).bit_length()
-            some += some[-1:] * (size - len(some))
-            have.update(self._tx.execute(_STORED[size], (attempt_key, *some)))
+        for some in padded(refs, _SIZES[0]):
+            have.update(self._tx.execute(_STORED[len(some)], (attempt_key, *some)))
         return have
 
     def _next_sequence(self, attempt: _Attempt, explicit: int) -> int:
@@ -363,7 +395,8 @@ class _Flush:
         for run_key, totals in self._totals.items():
             tx.execute(
                 "INSERT INTO span_totals VALUES (?, ?, ?, ?) ON CONFLICT (run_key) DO UPDATE SET "
-                "spans = spans + excluded.spans, bytes = bytes + excluded.bytes, late = late + excluded.late",
+                "spans = span_totals.spans + excluded.spans, bytes = span_totals.bytes + excluded.bytes, "
+                "late = span_totals.late + excluded.late",
                 (run_key, totals.spans, totals.size, totals.late),
             )
         for attempt in self._attempts.values():
@@ -373,15 +406,14 @@ class _Flush:
     def _tell(self, attempt: _Attempt) -> None:
         """The log, the attempt's life and its seal learn of the spans."""
         key = attempt.key
-        if key in self._ranges:
-            low, high = self._ranges[key]
+        for some in self._ranges.get(key, ()):
             self._tx.event(
                 attempt.run_key,
                 event_pb2.ENTITY_KIND_SPANS,
                 event_pb2.EVENT_KIND_CREATED,
                 key,
-                low=low,
-                high=high,
+                low=some.low,
+                high=some.high,
             )
         attempts.signal(self._tx, key)
         change = self._open.get(key, 0)
@@ -398,7 +430,7 @@ def _is_late(attempt: _Attempt, start_ns: int) -> bool:
     return start_ns > attempt.end_time * 1000
 
 
-def last_sequence(db: sqlite3.Connection, rollout_key: int) -> int:
+def last_sequence(db: Connection, rollout_key: int) -> int:
     """The rollout's highest sequence id so far; 0 = none."""
     row = db.execute("SELECT last FROM span_sequences WHERE rollout_key = ?", (rollout_key,)).fetchone()
     return int(row[0]) if row else 0
@@ -418,8 +450,8 @@ def forget_spans(tx: Tx, rollout_key: int, attempt_keys: Iterable[int]) -> None:
     for key in attempt_keys:
         (run_key,) = tx.execute("SELECT run_key FROM attempts WHERE attempt_key = ?", (key,)).fetchone()
         gone = tx.execute(
-            f"SELECT count(*), coalesce(sum(length(data)), 0), coalesce(sum(flags & {LATE} <> 0), 0) "
-            "FROM spans WHERE attempt_key = ?",
+            "SELECT count(*), CAST(coalesce(sum(length(data)), 0) AS BIGINT), "
+            f"count(CASE WHEN flags & {LATE} <> 0 THEN 1 END) FROM spans WHERE attempt_key = ?",
             (key,),
         ).fetchone()
         tx.execute(

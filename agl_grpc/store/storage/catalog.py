@@ -50,20 +50,15 @@ class Catalog:
         self._groups: dict[tuple[int, str], int] = {}
         self._workers: dict[str, int] = {}
         self._label_sets: dict[Labels, int] = {}
-        self._next: dict[str, int] = {}
         self._notes: dict[int, tuple[bytes, int]] = {}
 
-    def next_key(self, tx: Tx, table: str, count: int = 1) -> int:
-        """The first of `count` new integer keys of `rollouts` or `attempts`; keys are never used twice."""
-        key = self._next.get(table)
-        if key is None:
-            (key,) = tx.execute(
-                f"SELECT 1 + max((SELECT coalesce(max({table[:-1]}_key), 0) FROM {table}), "
-                "(SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM meta WHERE name = ?))",
-                (f"{table}_deleted",),
-            ).fetchone()
-        self._next[table] = key + count
-        return int(key)
+    def forget(self) -> None:
+        """Reads again what another server may have changed; keys of groups and workers never change."""
+        self._runs.clear()
+        self._runs_by_key.clear()
+        self._queues.clear()
+        self._queues_by_key.clear()
+        self._label_sets.clear()
 
     def is_news(self, tx: Tx, worker_key: int, notes: bytes) -> bool:
         """Whether these notes about a worker must be written: they are new, or a second old."""
@@ -73,15 +68,6 @@ class Catalog:
         self._notes[worker_key] = (notes, tx.now)
         tx.after_rollback(lambda: self._notes.pop(worker_key, None))
         return True
-
-    def keep_keys(self, tx: Tx) -> None:
-        """Remembers the newest keys in the database; call before rows are deleted."""
-        for table in ("rollouts", "attempts"):
-            newest = self.next_key(tx, table, 0) - 1
-            tx.execute(
-                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                (f"{table}_deleted", str(newest)),
-            )
 
     def run(self, tx: Tx, run_id: str) -> RunRow:
         """The run with this id; empty = `default`.
@@ -114,8 +100,14 @@ class Catalog:
         tx.after_rollback(lambda: self.forget_run(run))
         return run
 
+    def run_changed(self, tx: Tx, run: RunRow) -> None:
+        """Reads the run again next time, here and on other servers."""
+        self.forget_run(run)
+        tx.after_rollback(lambda: self.forget_run(run))
+        tx.catalog_changed()
+
     def forget_run(self, run: RunRow) -> None:
-        """Reads the run again next time; call when it changes, also `after_rollback`."""
+        """Reads the run again next time."""
         self._runs.pop(run.run_id, None)
         self._runs_by_key.pop(run.run_key, None)
 
@@ -126,7 +118,9 @@ class Catalog:
         if queue is None:
             if len(name.encode()) > 128:
                 raise invalid_field("queue", "is longer than 128 bytes")
-            tx.execute("INSERT OR IGNORE INTO queues (run_key, name) VALUES (?, ?)", (run.run_key, name))
+            tx.execute(
+                "INSERT INTO queues (run_key, name) VALUES (?, ?) ON CONFLICT DO NOTHING", (run.run_key, name)
+            )
             queue = self._load_queue(tx, "run_key = ? AND name = ?", run.run_key, name)
         return queue
 
@@ -143,8 +137,14 @@ class Catalog:
         tx.after_rollback(lambda: self.forget_queue(queue))
         return queue
 
+    def queue_changed(self, tx: Tx, queue: QueueRow) -> None:
+        """Reads the queue again next time, here and on other servers."""
+        self.forget_queue(queue)
+        tx.after_rollback(lambda: self.forget_queue(queue))
+        tx.catalog_changed()
+
     def forget_queue(self, queue: QueueRow) -> None:
-        """Reads the queue again next time; call when it changes, also `after_rollback`."""
+        """Reads the queue again next time."""
         self._queues.pop((queue.run_key, queue.name), None)
         self._queues_by_key.pop(queue.queue_key, None)
 
@@ -157,7 +157,7 @@ class Catalog:
         if key is None:
             if len(group_id.encode()) > 128:
                 raise invalid_field("group_id", "is longer than 128 bytes")
-            tx.execute("INSERT OR IGNORE INTO groups (run_key, group_id) VALUES (?, ?)", name)
+            tx.execute("INSERT INTO groups (run_key, group_id) VALUES (?, ?) ON CONFLICT DO NOTHING", name)
             (key,) = tx.execute(
                 "SELECT group_key FROM groups WHERE run_key = ? AND group_id = ?", name
             ).fetchone()
@@ -175,7 +175,7 @@ class Catalog:
         if key is None:
             if len(worker_id.encode()) > 256:
                 raise invalid_field("worker_id", "is longer than 256 bytes")
-            tx.execute("INSERT OR IGNORE INTO workers (worker_id) VALUES (?)", (worker_id,))
+            tx.execute("INSERT INTO workers (worker_id) VALUES (?) ON CONFLICT DO NOTHING", (worker_id,))
             (key,) = tx.execute("SELECT worker_key FROM workers WHERE worker_id = ?", (worker_id,)).fetchone()
             if len(self._workers) >= _MAX_CACHED:
                 self._workers.clear()
@@ -190,8 +190,11 @@ class Catalog:
         self._load_label_sets(tx)
         key = self._label_sets.get(labels)
         if key is None:
-            tx.execute("INSERT INTO label_sets (labels) VALUES (?)", (_encode_labels(labels),))
-            (key,) = tx.execute("SELECT last_insert_rowid()").fetchone()
+            key = tx.insert(
+                "INSERT INTO label_sets (labels) VALUES (?) RETURNING label_set_key",
+                (_encode_labels(labels),),
+            )
+            tx.catalog_changed()
             self._label_sets[labels] = key
             tx.after_rollback(lambda: self._label_sets.pop(labels, None))
         return key

@@ -1,207 +1,27 @@
-"""The SQLite file: opening, locking, checking, migrating."""
+"""Opens the database that a server is told to use."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
-import sqlite3
-import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
-from agl_grpc.store.ids import mint
-from agl_grpc.store.storage.schema import SchemaTooNew, families, migrate
+from agl_grpc.store.storage.engine import Database, DatabaseError
+from agl_grpc.store.storage.sqlite.database import open_sqlite
 
-_APPLICATION_ID = 0x41474C47
-_CHECK_LIMIT = 256 << 20
-_CHECKPOINT_PAGES = 8_000
-# Of a new database. A model call of a thousand tokens has 6 KiB: smaller pages would spread it over several.
-_PAGE_BYTES = 8192
+_POSTGRES = ("postgresql://", "postgres://")
 
 
-class DatabaseError(Exception):
-    """The database cannot be used; the message is one line for people."""
-
-
-@dataclass
-class Database:
-    """An open database and the right to be its only server.
-
-    Attributes:
-        path: The file.
-        memory: Whether it is a private throw-away file: nothing outlives `close`.
-        store_id: Identity of the database, minted when it was made.
-        limit_pages: Largest size in pages of 8 KiB; 0 = the disk's.
-    """
-
-    path: Path
-    memory: bool
-    limit_pages: int = 0
-    store_id: str = ""
-    _lock: IO[str] | None = None
-    _folder: Path | None = None
-    _open: list[sqlite3.Connection] = field(default_factory=list)
-
-    def connect_writer(self) -> sqlite3.Connection:
-        """The one connection that writes. Transactions are begun by hand."""
-        connection = self._connect()
-        connection.execute(f"PRAGMA synchronous = {'OFF' if self.memory else 'FULL'}")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-        connection.execute("PRAGMA journal_size_limit = 67108864")
-        connection.execute("PRAGMA cache_size = -65536")
-        if self.limit_pages:
-            connection.execute(f"PRAGMA max_page_count = {self.limit_pages}")
-        return connection
-
-    def connect_reader(self) -> sqlite3.Connection:
-        """A connection that cannot write."""
-        connection = self._connect()
-        connection.execute("PRAGMA query_only = ON")
-        return connection
-
-    def connect_checkpointer(self) -> sqlite3.Connection:
-        """A connection that moves the write-ahead log into the database, as durably as the writer does."""
-        connection = self._connect()
-        connection.execute(f"PRAGMA synchronous = {'OFF' if self.memory else 'FULL'}")
-        return connection
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path, isolation_level=None, check_same_thread=False, cached_statements=512, timeout=10.0
-        )
-        connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-        connection.execute("PRAGMA temp_store = MEMORY")
-        self._open.append(connection)
-        return connection
-
-    def size_bytes(self) -> int:
-        """Bytes of the file and its write-ahead log."""
-        total = 0
-        for path in (self.path, self.path.with_name(self.path.name + "-wal")):
-            if path.exists():
-                total += path.stat().st_size
-        return total
-
-    def close(self) -> None:
-        """Closes every connection, gives the lock back, removes a throw-away file."""
-        for connection in self._open:
-            connection.close()
-        self._open.clear()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder)
-            self._folder = None
-
-
-def open_database(path: Path | None, *, limit_pages: int = 0) -> Database:
-    """Opens or makes a database and takes it for this process alone.
+def open_database(where: Path | str | None, *, limit_pages: int = 0) -> Database:
+    """Opens or makes a database.
 
     Args:
-        path: The file; None = a private throw-away file.
-        limit_pages: Largest size in pages of 8 KiB; 0 = the disk's.
+        where: An SQLite file, or `postgresql://user@host/name`; None = a private throw-away file.
+        limit_pages: Largest size of a file in pages of 8 KiB; 0 = the disk's.
 
     Raises:
-        DatabaseError: It is in use, not ours, damaged, newer than this server, or the disk is full.
+        DatabaseError: It cannot be used; one line says why and what to do.
     """
-    folder = None
-    if path is None:
-        folder = Path(tempfile.mkdtemp(prefix="agl-grpc-"))
-        path = folder / "store.db"
-    database = Database(path, memory=folder is not None, limit_pages=limit_pages, _folder=folder)
-    try:
-        _prepare(database)
-    except BaseException:
-        database.close()
-        raise
-    return database
-
-
-def _prepare(database: Database) -> None:
-    path = database.path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        database._lock = _lock(path)
-        connection = database.connect_writer()
-        _recognise(connection, path)
-        connection.execute("PRAGMA journal_mode = WAL")
-        _check(connection, path)
-        migrate(connection, families())
-        database.store_id = _identify(connection)
-        connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        connection.close()
-        database._open.remove(connection)
-    except SchemaTooNew as error:
-        raise DatabaseError(
-            f"database {path} was written by a newer server ({error}); use that version or another database"
-        ) from error
-    except sqlite3.Error as error:
-        raise DatabaseError(f"database {path} cannot be used: {explain(error)}") from error
-    except OSError as error:
-        raise DatabaseError(f"database {path} cannot be opened: {error.strerror or error}") from error
-
-
-def _lock(path: Path) -> IO[str]:
-    lock_path = path.with_name(path.name + ".lock")
-    lock = open(lock_path, "a+", encoding="utf-8")  # noqa: SIM115 - held open for the life of the server
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
-        lock.close()
-        raise DatabaseError(
-            f"database {path} is in use by another store server (process {owner}); "
-            "stop that one or name another database"
-        ) from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
-
-
-def _recognise(connection: sqlite3.Connection, path: Path) -> None:
-    (owner,) = connection.execute("PRAGMA application_id").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if owner == _APPLICATION_ID:
-        return
-    if tables:
-        raise DatabaseError(f"{path} is an SQLite database of another program; name another file")
-    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-
-
-def _check(connection: sqlite3.Connection, path: Path) -> None:
-    # All of a very large file would take minutes; damage in it is found on use, and is fatal then.
-    if path.stat().st_size > _CHECK_LIMIT:
-        return
-    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise DatabaseError(f"database {path} is damaged ({verdict}); restore a copy or name another file")
-
-
-def _identify(connection: sqlite3.Connection) -> str:
-    connection.execute("BEGIN IMMEDIATE")
-    connection.execute("INSERT OR IGNORE INTO meta VALUES ('store_id', ?)", (mint("st"),))
-    # Written at every start, so that a full or read-only disk is found now and not at the first request.
-    connection.execute(
-        "INSERT INTO meta VALUES ('starts', '1') "
-        "ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1"
-    )
-    (store_id,) = connection.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
-    connection.execute("COMMIT")
-    return str(store_id)
-
-
-def explain(error: sqlite3.Error) -> str:
-    """One line for people about what SQLite says."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
-        return "the disk is full; free some space"
-    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return f"it is damaged or no database ({error}); restore a copy or name another file"
-    if code == sqlite3.SQLITE_READONLY:
-        return "it cannot be written; check its permissions"
-    return str(error)
+    if isinstance(where, str):
+        if where.startswith(_POSTGRES):
+            raise DatabaseError("PostgreSQL is not built in yet; name a file")
+        where = Path(where)
+    return open_sqlite(where, limit_pages=limit_pages)

@@ -12,6 +12,10 @@ from agl_grpc.store.storage.transaction import Redo, Tx
 
 KEEP = 24 * 3600 * SECOND
 _MAX_ID = 128
+_REPLACE = (
+    "DO UPDATE SET request_hash = excluded.request_hash, response = excluded.response, "
+    "create_time = excluded.create_time"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +85,22 @@ def find(tx: Tx, key: RequestKey) -> bytes | None:
 
 def save_new(tx: Tx, key: RequestKey, response: bytes) -> None:
     """Remembers the answer to a request that was taken for new; raises Redo if it was not."""
-    if key.request_id and not _insert(tx, "INSERT OR IGNORE", key, response):
+    if key.request_id and not _insert(tx, key, response, "DO NOTHING"):
         raise Redo
 
 
 def save(tx: Tx, key: RequestKey, response: bytes) -> None:
     """Remembers the answer to a request; a later answer to the same one replaces it."""
     if key.request_id:
-        _insert(tx, "INSERT OR REPLACE", key, response)
+        _insert(tx, key, response, _REPLACE)
 
 
-def _insert(tx: Tx, verb: str, key: RequestKey, response: bytes) -> bool:
+def _insert(tx: Tx, key: RequestKey, response: bytes, otherwise: str) -> bool:
     if len(key.request_id.encode()) > _MAX_ID:
         raise invalid_field("request_id", f"is longer than {_MAX_ID} bytes")
     cursor = tx.execute(
-        f"{verb} INTO requests (digest, request_hash, response, create_time) VALUES (?, ?, ?, ?)",
+        "INSERT INTO requests (digest, request_hash, response, create_time) VALUES (?, ?, ?, ?) "
+        f"ON CONFLICT (digest) {otherwise}",
         (_digest(key), _hash(key.request), response, tx.now),
     )
     return cursor.rowcount > 0
@@ -118,7 +123,8 @@ def prune(tx: Tx, limit: int = 500) -> int:
     """
     cursor = tx.execute(
         "DELETE FROM requests WHERE request_key IN (SELECT request_key FROM "
-        "(SELECT request_key, create_time FROM requests ORDER BY request_key LIMIT ?) WHERE create_time < ?)",
+        "(SELECT request_key, create_time FROM requests ORDER BY request_key LIMIT ?) AS oldest "
+        "WHERE create_time < ?)",
         (limit, tx.now - KEEP),
     )
     return cursor.rowcount

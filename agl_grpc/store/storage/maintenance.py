@@ -29,7 +29,7 @@ def prune_events(tx: Tx, limit: int = _STEP) -> int:
     """
     cursor = tx.execute(
         "DELETE FROM events WHERE position IN (SELECT position FROM "
-        "(SELECT position, time FROM events ORDER BY position LIMIT ?) WHERE time < ?) "
+        "(SELECT position, time FROM events ORDER BY position LIMIT ?) AS oldest WHERE time < ?) "
         "AND position < (SELECT max(position) FROM events)",
         (limit, tx.now - KEEP_EVENTS),
     )

@@ -7,9 +7,10 @@ family's migrations it has seen. A migration, once released, is never edited: ap
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from agl_grpc.store.storage.engine import Connection
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def families() -> tuple[Family, ...]:
     """All families in the order in which they are created."""
     from agl_grpc.store.storage import (
         schema_core,
+        schema_counters,
         schema_lifecycle,
         schema_resources,
         schema_rewards,
@@ -40,63 +42,60 @@ def families() -> tuple[Family, ...]:
         schema_training,
     )
 
-    modules = (schema_core, schema_resources, schema_lifecycle, schema_spans, schema_rewards, schema_training)
+    modules = (
+        schema_core,
+        schema_resources,
+        schema_lifecycle,
+        schema_spans,
+        schema_rewards,
+        schema_training,
+        schema_counters,
+    )
     return tuple(module.FAMILY for module in modules)
 
 
-def migrate(connection: sqlite3.Connection, chosen: Sequence[Family]) -> int:
-    """Brings the database to the newest schema in one transaction.
+def migrate(
+    connection: Connection, chosen: Sequence[Family], translate: Callable[[str], str] = lambda sql: sql
+) -> int:
+    """Brings the database to the newest schema, in a transaction of the caller's.
+
+    Args:
+        connection: An open transaction.
+        chosen: What the database shall hold.
+        translate: Turns a statement of the scripts, which are SQLite's, into the engine's own.
 
     Returns:
-        How many migrations were applied.
+        The sum of the families' versions.
 
     Raises:
         SchemaTooNew: A family is unknown here or further than this server knows.
     """
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        applied = _migrate(connection, chosen)
-    except BaseException:
-        connection.rollback()
-        raise
-    connection.execute("COMMIT")
-    return applied
-
-
-def _migrate(connection: sqlite3.Connection, chosen: Sequence[Family]) -> int:
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS schema_families (name TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT"
-    )
-    have: dict[str, int] = dict(connection.execute("SELECT name, version FROM schema_families"))
+    connection.execute(translate(_CREATE_FAMILIES))
+    rows = connection.execute("SELECT name, version FROM schema_families").fetchall()
+    have: dict[str, int] = dict(rows)
     known = {family.name: len(family.migrations) for family in chosen}
     for name, version in have.items():
         if version > known.get(name, -1):
             ours = known.get(name, 0)
             raise SchemaTooNew(f"its tables {name!r} have version {version}, this server knows {ours}")
-    applied = 0
     for family in chosen:
         for script in family.migrations[have.get(family.name, 0) :]:
             for statement in statements(script):
-                connection.execute(statement)
-            applied += 1
-        connection.execute(
-            "INSERT INTO schema_families VALUES (?, ?) "
-            "ON CONFLICT (name) DO UPDATE SET version = excluded.version",
-            (family.name, len(family.migrations)),
-        )
-    connection.execute(f"PRAGMA user_version = {sum(known.values())}")
-    return applied
+                connection.execute(translate(statement))
+        if have.get(family.name) != known[family.name]:
+            connection.execute(
+                "INSERT INTO schema_families VALUES (?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET version = excluded.version",
+                (family.name, known[family.name]),
+            )
+    return sum(known.values())
+
+
+_CREATE_FAMILIES = (
+    "CREATE TABLE IF NOT EXISTS schema_families (name TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT"
+)
 
 
 def statements(script: str) -> list[str]:
-    """Splits a script at semicolons that end a statement (triggers included)."""
-    found: list[str] = []
-    rest = ""
-    for line in script.splitlines(keepends=True):
-        rest += line
-        if sqlite3.complete_statement(rest):
-            found.append(rest.strip())
-            rest = ""
-    if rest.strip():
-        found.append(rest.strip())
-    return found
+    """Splits a script at the semicolons that end a line."""
+    return [part.strip() for part in (script.strip() + "\n").split(";\n") if part.strip()]

@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
-from typing import NamedTuple
 
-
-class EventRow(NamedTuple):
-    """An entry of the event log.
-
-    Attributes:
-        run_key: The run.
-        entity: What it is about, an EntityKind.
-        kind: What happened, an EventKind.
-        ref: Integer key of the entity; for SPANS the attempt's.
-        low: For SPANS the first new row's key, else 0.
-        high: For SPANS the last new row's key, else 0.
-        time: Microseconds since the epoch.
-        entity_id: The text id, for DELETED only (its row is gone).
-    """
-
-    run_key: int
-    entity: int
-    kind: int
-    ref: int
-    low: int
-    high: int
-    time: int
-    entity_id: str | None
+from agl_grpc.store.storage.engine import WriteConnection
+from agl_grpc.store.storage.events import EventRow
 
 
 class Redo(Exception):
@@ -41,6 +18,7 @@ class Tx:
 
     Attributes:
         connection: The writing connection; `execute` is its method.
+        counters: Gives out keys.
         now: The store's time in microseconds, the same for the whole command.
         careful: Whether the command runs in a savepoint of its own; else it may raise Redo.
     """
@@ -48,6 +26,7 @@ class Tx:
     __slots__ = (
         "careful",
         "connection",
+        "counters",
         "deferred",
         "due",
         "events",
@@ -59,11 +38,12 @@ class Tx:
         "on_rollback",
     )
 
-    def __init__(self, connection: sqlite3.Connection, now: int, careful: bool = True) -> None:
+    def __init__(self, connection: WriteConnection, now: int, careful: bool = True) -> None:
         self.careful = careful
         self.connection = connection
         self.execute = connection.execute
         self.executemany = connection.executemany
+        self.counters = connection.counters
         self.now = now
         self.events: list[EventRow] = []
         self.on_commit: list[Callable[[], object]] = []
@@ -71,6 +51,11 @@ class Tx:
         self.finals: list[Callable[[], object]] = []
         self.deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]] = {}
         self.due: int | None = None
+
+    def insert(self, sql: str, values: tuple[object, ...]) -> int:
+        """Inserts one row; the statement ends with RETURNING the row's key, which is the result."""
+        ((key,),) = self.execute(sql, values).fetchall()
+        return int(key)
 
     def event(
         self,
@@ -85,6 +70,11 @@ class Tx:
     ) -> None:
         """Adds an entry to the event log, in this transaction; the fields are those of EventRow."""
         self.events.append(EventRow(run_key, entity, kind, ref, low, high, self.now, entity_id))
+
+    def catalog_changed(self) -> None:
+        """Says that rows have changed which servers remember: runs, queues, sets of labels, the latest
+        resources."""
+        self.counters.take("catalog")
 
     def after_commit(self, callback: Callable[[], object]) -> None:
         """Calls back on the event loop once the change is on disk, before the command's own answer."""

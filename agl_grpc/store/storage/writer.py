@@ -10,7 +10,6 @@ import asyncio
 import enum
 import logging
 import os
-import sqlite3
 import sys
 import threading
 import time
@@ -19,10 +18,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, cast
 
 from agl_grpc.store.clock import Clock
-from agl_grpc.store.errors import StoreError, draining, internal, overloaded, storage_full
+from agl_grpc.store.errors import (
+    StoreError,
+    draining,
+    internal,
+    overloaded,
+    storage_away,
+    storage_busy,
+    storage_full,
+)
 from agl_grpc.store.storage.bulk import insert_rows
-from agl_grpc.store.storage.database import explain
-from agl_grpc.store.storage.transaction import EventRow, Redo, Tx
+from agl_grpc.store.storage.engine import Database, Trouble
+from agl_grpc.store.storage.events import EventRow
+from agl_grpc.store.storage.transaction import Redo, Tx
 
 T = TypeVar("T")
 Run = Callable[[Tx], Any]
@@ -35,7 +43,10 @@ ALONE_SECONDS = 0.020
 ALONE_ROWS = 5_000
 _MAX_WAITING = 50_000
 
-_INSERT_EVENT = "INSERT INTO events (run_key, entity, kind, ref, low, high, time, entity_id)"
+_BUSY_SECONDS = 0.05
+_MOST_RETRIES = 20
+
+_INSERT_EVENT = "INSERT INTO events (position, run_key, entity, kind, ref, low, high, time, entity_id)"
 
 
 class Lane(enum.IntEnum):
@@ -46,12 +57,13 @@ class Lane(enum.IntEnum):
 
 
 class _Command:
-    __slots__ = ("error", "future", "result", "rows", "run", "tx")
+    __slots__ = ("error", "future", "lane", "result", "rows", "run", "tx")
 
-    def __init__(self, run: Run, future: asyncio.Future[Any], rows: int) -> None:
+    def __init__(self, run: Run, future: asyncio.Future[Any] | None, rows: int, lane: Lane) -> None:
         self.run = run
         self.future = future
         self.rows = rows
+        self.lane = lane
         self.tx: Tx | None = None
         self.result: Any = None
         self.error: BaseException | None = None
@@ -64,24 +76,34 @@ def exit_process(line: str) -> NoReturn:
 
 
 class Writer:
-    """The only thread that writes.
+    """The only thread of this process that writes.
 
     Args:
-        connection: The writing connection; the writer closes it.
+        database: What is written to.
         clock: The store's time.
         on_commit: Called on the event loop after each group with its events and the earliest timer armed.
         on_fatal: Called in the writer's thread when storage can no longer be trusted; must not return.
+
+    Attributes:
+        forgets: Called in the writer's thread when another server has changed what servers remember.
+        on_gap: Commands that are carried out first when no server had the database for a while.
     """
 
     def __init__(
         self,
-        connection: sqlite3.Connection,
+        database: Database,
         clock: Clock,
         on_commit: Callable[[Sequence[EventRow], int | None], None],
         on_fatal: Callable[[str], NoReturn] = exit_process,
     ) -> None:
-        self._connection = connection
+        self.forgets: list[Callable[[], None]] = []
+        self.on_gap: list[Run] = []
+        self._database = database
+        self._connection = database.connect_writer(clock)
         self._clock = clock
+        self._catalog = self._connection.counters.last("catalog")
+        self._lost = False
+        self._retries = 0
         self._on_commit = on_commit
         self._on_fatal = on_fatal
         self._lanes: tuple[deque[_Command], deque[_Command]] = (deque(), deque())
@@ -133,7 +155,7 @@ class Writer:
         if len(queue) >= _MAX_WAITING:
             raise overloaded("write_queue")
         future: asyncio.Future[T] = self._loop.create_future()
-        queue.append(_Command(run, future, rows))
+        queue.append(_Command(run, future, rows, lane))
         # Read without the lock: the writer looks at the queues again after it has set `_idle`.
         if self._idle:
             with self._wake:
@@ -167,29 +189,47 @@ class Writer:
         try:
             self._begin()
             self._touched = False
+            self._catch_up(done)
             self._fill(done)
             self._segment.clear()
             events = [event for command in done if command.error is None for event in _tx(command).events]
             self._finish(done, events)
-            self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
+            self._connection.commit()
+        except Exception as error:
             self._segment.clear()
-            self._fail(done, error)
+            self._fail(done, error, self._database.trouble(error))
             return
         self._in_savepoint = False
+        self._retries = 0
+        self._catalog = self._connection.counters.last("catalog")
         dues = [command.tx.due for command in done if command.error is None and command.tx and command.tx.due]
         self._answer(done, events, min(dues, default=None))
 
     def _begin(self) -> None:
+        if self._lost:
+            self._connection = self._database.connect_writer(self._clock)
+            self._lost = False
         while True:
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                self._connection.begin()
+            except Exception as error:
+                if self._database.trouble(error) is not Trouble.BUSY:
                     raise
                 _log.warning("another program holds the database's write lock; waiting for it")
+                time.sleep(_BUSY_SECONDS)
             else:
-                return
+                break
+        if self._connection.counters.last("catalog") != self._catalog:
+            for forget in self.forgets:
+                forget()
+            self._catalog = self._connection.counters.last("catalog")
+
+    def _catch_up(self, done: list[_Command]) -> None:
+        if self._connection.gap:
+            for run in self.on_gap:
+                command = _Command(run, None, 1, Lane.LIFECYCLE)
+                done.append(command)
+                self._careful(command)
 
     def _finish(self, done: list[_Command], events: list[EventRow]) -> None:
         deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]] = {}
@@ -201,7 +241,9 @@ class Writer:
         for sql, values in deferred.values():
             self._connection.execute(sql, values)
         if events:
-            insert_rows(self._connection.execute, _INSERT_EVENT, events)
+            first = self._connection.counters.take("events", len(events))
+            rows = [(position, *event) for position, event in enumerate(events, first)]
+            insert_rows(self._connection.execute, _INSERT_EVENT, rows)
 
     def _fill(self, done: list[_Command]) -> None:
         lifecycle, spans = self._lanes
@@ -237,15 +279,14 @@ class Writer:
         self._segment.append(command)
         try:
             self._run(command, careful=False)
-        except sqlite3.Error as error:
-            if _is_storage(error):
-                raise
-            self._failed(command, error, before)
         except Exception as error:
+            if self._database.trouble(error) is not Trouble.NONE:
+                raise
             self._failed(command, error, before)
 
     def _failed(self, command: _Command, error: Exception, before: int) -> None:
-        if self._connection.total_changes == before and not isinstance(error, Redo):
+        unchanged = self._connection.total_changes == before and not self._connection.aborted
+        if unchanged and not isinstance(error, Redo):
             self._refuse(command, error)
             self._segment.remove(command)
             if not self._segment:
@@ -255,7 +296,7 @@ class Writer:
             self._connection.execute("ROLLBACK TO segment")
             self._close_savepoint()
         else:
-            self._connection.execute("ROLLBACK")
+            self._connection.rollback()
             self._begin()
         again = list(self._segment)
         self._segment.clear()
@@ -269,11 +310,9 @@ class Writer:
         self._connection.execute("SAVEPOINT command")
         try:
             self._run(command, careful=True)
-        except sqlite3.Error as error:
-            if _is_storage(error):
-                raise
-            self._undo(command, error)
         except Exception as error:
+            if self._database.trouble(error) is not Trouble.NONE:
+                raise
             self._undo(command, error)
         else:
             self._connection.execute("RELEASE command")
@@ -308,18 +347,48 @@ class Writer:
             _log.error("a command failed", exc_info=error)
             command.error = internal()
 
-    def _fail(self, done: list[_Command], error: sqlite3.Error) -> None:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code != sqlite3.SQLITE_FULL:
-            self._on_fatal(f"storage failed, stopping at once: {explain(error)}")
-        if self._connection.in_transaction:
-            self._connection.execute("ROLLBACK")
+    def _fail(self, done: list[_Command], error: Exception, trouble: Trouble) -> None:
+        if trouble is Trouble.NONE:
+            raise error
+        if trouble is Trouble.FATAL:
+            self._on_fatal(f"storage failed, stopping at once: {self._database.explain(error)}")
         self._in_savepoint = False
+        if trouble is Trouble.AWAY:
+            self._lose(done, error)
+            return
+        if self._connection.in_transaction:
+            self._connection.rollback()
+        if trouble is Trouble.RETRY and self._retries < _MOST_RETRIES:
+            self._again(done, error)
+            return
+        _log.warning("%d writes refused: %s", len(done), self._database.explain(error))
+        self._refuse_all(done, storage_full() if trouble is Trouble.FULL else storage_busy())
+
+    def _lose(self, done: list[_Command], error: Exception) -> None:
+        """The connection is gone: whoever waits is told, and the next group connects anew."""
+        _log.warning("the database does not answer: %s", self._database.explain(error))
+        self._lost = True
+        self._connection.close()
+        for queue in self._lanes:
+            done += [queue.popleft() for _ in range(len(queue))]
+        self._refuse_all(done, storage_away())
+
+    def _again(self, done: list[_Command], error: Exception) -> None:
+        """Another server was in the way: the commands wait once more, in their order."""
+        _log.info("a group of %d commands runs again: %s", len(done), self._database.explain(error))
+        self._retries += 1
         for command in reversed(done):
             if command.error is None:
                 _rolled_back(command)
-                command.error = storage_full()
-        _log.warning("the disk is full: %d writes refused", len(done))
+            command.error = command.tx = command.result = None
+            if command.future is not None:
+                self._lanes[command.lane].appendleft(command)
+
+    def _refuse_all(self, done: list[_Command], refusal: StoreError) -> None:
+        for command in reversed(done):
+            if command.error is None:
+                _rolled_back(command)
+                command.error = refusal
         self._answer(done, [], None)
 
     def _answer(self, done: list[_Command], events: Sequence[EventRow], due: int | None) -> None:
@@ -337,7 +406,7 @@ class Writer:
                 for callback in _tx(command).on_commit:
                     callback()
         for command in done:
-            if command.future.done():
+            if command.future is None or command.future.done():
                 continue
             if command.error is None:
                 command.future.set_result(command.result)
@@ -353,16 +422,3 @@ def _rolled_back(command: _Command) -> None:
     if command.tx is not None:
         for callback in reversed(command.tx.on_rollback):
             callback()
-
-
-def _is_storage(error: sqlite3.Error) -> bool:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOTADB,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_NOMEM,
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from agl_grpc.store.rewards import final_reward
 from agl_grpc.store.rollouts.encode import set_time
 from agl_grpc.store.rollouts.rows import RolloutRow, attempt_by_key, rollout_by_id
 from agl_grpc.store.spans.check import LATE, MODEL_CALL, id_of
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.training.runs import TRAINING_RUN, TrainingRow
 from agl_grpc.v1 import batch_pb2, event_pb2
@@ -61,12 +61,11 @@ def claim(tx: Tx, training: TrainingRow, step: int, rollout_ids: Sequence[str]) 
     raw = _frozen_before(tx, training, step, rollouts) or [
         entry.SerializeToString(deterministic=True) for entry in entries
     ]
-    key = tx.execute(
+    key = tx.insert(
         "INSERT INTO batches (batch_id, training_key, status, content_hash, trainer_epoch, step, "
-        "create_time) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "create_time) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING batch_key",
         (mint("ba"), training.key, CLAIMED, content_hash(raw), training.trainer_epoch, step, tx.now),
-    ).lastrowid
-    assert key is not None
+    )
     tx.executemany(
         "INSERT INTO batch_entries VALUES (?, ?, ?, ?)",
         [(key, place, rollouts[place].key, data) for place, data in enumerate(raw)],
@@ -179,8 +178,9 @@ def commit(
             (training.key, checkpoint_id, step, digest, tx.now),
         )
     tx.execute(
-        "UPDATE training_runs SET checkpoint_id = ?, step = max(step, ?) WHERE training_key = ?",
-        (checkpoint_id, step, training.key),
+        "UPDATE training_runs SET checkpoint_id = ?, step = CASE WHEN step < ? THEN ? ELSE step END "
+        "WHERE training_key = ?",
+        (checkpoint_id, step, step, training.key),
     )
     tx.event(training.run_key, TRAINING_RUN, _UPDATED, training.key)
 
@@ -225,7 +225,7 @@ def _batch(tx: Tx, training: TrainingRow, batch_id: str) -> tuple[int, int, int,
     return row[0], row[1], row[2], row[3]
 
 
-def load_batch(db: sqlite3.Connection, key: int) -> batch_pb2.Batch:
+def load_batch(db: Connection, key: int) -> batch_pb2.Batch:
     """A batch that exists, with its manifest."""
     row = db.execute(
         "SELECT b.batch_id, t.training_run_id, r.run_id, b.status, b.content_hash, b.trainer_epoch, b.step, "

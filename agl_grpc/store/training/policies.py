@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 from typing import NamedTuple
 
 from agl_grpc.store.errors import illegal_transition, invalid_field, not_found, weights_rejected
 from agl_grpc.store.events.timers import FIRE_LIMIT
 from agl_grpc.store.rollouts.encode import set_time
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, policy_pb2
 
@@ -33,7 +33,7 @@ class PolicyRow(NamedTuple):
 _SELECT = "SELECT policy_key, run_key, model, policy_version, status, weights_digest FROM policy_versions "
 
 
-def find_policy(db: sqlite3.Connection, run_key: int, model: str, version: int) -> PolicyRow | None:
+def find_policy(db: Connection, run_key: int, model: str, version: int) -> PolicyRow | None:
     """A policy version; None = there is none."""
     row = db.execute(
         f"{_SELECT}WHERE run_key = ? AND model = ? AND policy_version = ?", (run_key, model, version)
@@ -41,7 +41,7 @@ def find_policy(db: sqlite3.Connection, run_key: int, model: str, version: int) 
     return None if row is None else PolicyRow._make(row)
 
 
-def policy_by_version(db: sqlite3.Connection, run_key: int, model: str, version: int) -> PolicyRow:
+def policy_by_version(db: Connection, run_key: int, model: str, version: int) -> PolicyRow:
     """A policy version.
 
     Raises:
@@ -53,7 +53,7 @@ def policy_by_version(db: sqlite3.Connection, run_key: int, model: str, version:
     return row
 
 
-def newest_committed(db: sqlite3.Connection, run_key: int, model: str) -> PolicyRow | None:
+def newest_committed(db: Connection, run_key: int, model: str) -> PolicyRow | None:
     """The newest committed version of a model; None = none is."""
     row = db.execute(
         f"{_SELECT}WHERE run_key = ? AND model = ? AND status = ? ORDER BY policy_version DESC LIMIT 1",
@@ -87,12 +87,11 @@ def prepare(
     tx.arm(deadline)
     known = find_policy(tx.connection, run_key, model, version)
     if known is None:
-        key = tx.execute(
+        key = tx.insert(
             "INSERT INTO policy_versions (run_key, model, policy_version, status, source, deadline, "
-            "create_time) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "create_time) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING policy_key",
             (run_key, model, version, PREPARING, source.SerializeToString(), deadline, tx.now),
-        ).lastrowid
-        assert key is not None
+        )
         tx.event(run_key, POLICY_VERSION, event_pb2.EVENT_KIND_CREATED, key)
         return key
     # An aborted version, or one whose trainer was replaced, is offered anew.
@@ -169,7 +168,7 @@ def sweep(tx: Tx) -> None:
     tx.arm(next_deadline(tx.connection))
 
 
-def next_deadline(db: sqlite3.Connection) -> int | None:
+def next_deadline(db: Connection) -> int | None:
     """When the next version is due to be aborted; None = none is being prepared."""
     (due,) = db.execute(f"SELECT min(deadline) FROM policy_versions WHERE status = {PREPARING}").fetchone()
     return None if due is None else int(due)
@@ -188,7 +187,7 @@ def put_state(tx: Tx, row: PolicyRow, state: policy_pb2.EngineState) -> None:
     tx.event(row.run_key, POLICY_VERSION, event_pb2.EVENT_KIND_UPDATED, row.key)
 
 
-def load_states(db: sqlite3.Connection, policy_key: int) -> list[policy_pb2.EngineState]:
+def load_states(db: Connection, policy_key: int) -> list[policy_pb2.EngineState]:
     """What engines said of a version, by engine id."""
     rows = db.execute(
         "SELECT state FROM engine_states WHERE policy_key = ? ORDER BY engine_id", (policy_key,)
@@ -196,7 +195,7 @@ def load_states(db: sqlite3.Connection, policy_key: int) -> list[policy_pb2.Engi
     return [policy_pb2.EngineState.FromString(data) for (data,) in rows]
 
 
-def load_policy(db: sqlite3.Connection, key: int) -> policy_pb2.PolicyVersion:
+def load_policy(db: Connection, key: int) -> policy_pb2.PolicyVersion:
     """A policy version that exists, as a message."""
     row = db.execute(
         "SELECT r.run_id, p.model, p.policy_version, p.status, p.weights_digest, p.abort_reason, p.deadline, "
@@ -243,7 +242,7 @@ def put_engine(tx: Tx, run_key: int, engine: policy_pb2.Engine) -> int:
     return int(key)
 
 
-def load_engine(db: sqlite3.Connection, key: int) -> policy_pb2.Engine:
+def load_engine(db: Connection, key: int) -> policy_pb2.Engine:
     """An engine that exists, as a message; `connected` is for the caller to fill in."""
     row = db.execute(
         "SELECT e.engine_id, r.run_id, e.model, e.endpoint, e.engine_version, e.active_policy_version, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from agl_grpc.store.errors import exists, illegal_transition, invalid_field, not
 from agl_grpc.store.ids import mint
 from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_time, time_of
 from agl_grpc.store.storage.catalog import RunRow, require_id
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, event_pb2, training_pb2
 
@@ -46,7 +46,7 @@ def status_name(status: int) -> str:
     return training_pb2.TrainingRunStatus.Name(value).removeprefix("TRAINING_RUN_STATUS_").lower()
 
 
-def training_by_id(db: sqlite3.Connection, training_run_id: str) -> TrainingRow:
+def training_by_id(db: Connection, training_run_id: str) -> TrainingRow:
     """A training run.
 
     Raises:
@@ -72,7 +72,7 @@ def held_training(tx: Tx, training_run_id: str, epoch: int) -> TrainingRow:
     return row
 
 
-def load_training(db: sqlite3.Connection, key: int) -> training_pb2.TrainingRun:
+def load_training(db: Connection, key: int) -> training_pb2.TrainingRun:
     """A training run that exists, as a message."""
     row = db.execute(
         "SELECT t.training_run_id, r.run_id, t.algorithm, t.status, t.trainer_epoch, t.step, "
@@ -114,12 +114,11 @@ def create(tx: Tx, run: RunRow, wanted: training_pb2.TrainingRun) -> int:
     if tx.execute("SELECT 1 FROM training_runs WHERE training_run_id = ?", (name,)).fetchone():
         raise exists("training run", name)
     config = wanted.config.SerializeToString() if wanted.HasField("config") else None
-    key = tx.execute(
+    key = tx.insert(
         "INSERT INTO training_runs (training_run_id, run_key, algorithm, config, status, create_time, "
-        "metadata) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "metadata) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING training_key",
         (name, run.run_key, wanted.algorithm, config, PENDING, tx.now, key_values_blob(wanted.metadata)),
-    ).lastrowid
-    assert key is not None
+    )
     tx.event(run.run_key, TRAINING_RUN, event_pb2.EVENT_KIND_CREATED, key)
     return key
 
@@ -185,13 +184,17 @@ def report(tx: Tx, row: TrainingRow, steps: Sequence[training_pb2.StepMetrics]) 
         merged = _merge(row.trainer_epoch, step, known[0] if known else None)
         if not time_of(merged.time):
             set_time(merged.time, tx.now)
+        # The old row goes: a new key tells watchers that the step has changed.
+        tx.execute("DELETE FROM training_metrics WHERE training_key = ? AND step = ?", (row.key, step.step))
         tx.execute(
-            # The old row goes: a new key tells watchers that the step has changed.
-            "INSERT OR REPLACE INTO training_metrics (training_key, step, data) VALUES (?, ?, ?)",
+            "INSERT INTO training_metrics (training_key, step, data) VALUES (?, ?, ?)",
             (row.key, step.step, merged.SerializeToString()),
         )
     last = max((step.step for step in steps), default=row.step)
-    tx.execute("UPDATE training_runs SET step = max(step, ?) WHERE training_key = ?", (last, row.key))
+    tx.execute(
+        "UPDATE training_runs SET step = CASE WHEN step < ? THEN ? ELSE step END WHERE training_key = ?",
+        (last, last, row.key),
+    )
     tx.event(row.run_key, TRAINING_RUN, event_pb2.EVENT_KIND_UPDATED, row.key)
 
 
@@ -217,7 +220,7 @@ def _merge(epoch: int, step: training_pb2.StepMetrics, known: bytes | None) -> t
 
 
 def load_metrics(
-    db: sqlite3.Connection, training_key: int, after_key: int, from_step: int, limit: int
+    db: Connection, training_key: int, after_key: int, from_step: int, limit: int
 ) -> tuple[list[training_pb2.StepMetrics], int]:
     """Metrics written after a key, oldest first, and the key of the last one."""
     rows = db.execute(

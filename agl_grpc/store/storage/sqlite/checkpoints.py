@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from agl_grpc.store.storage.database import Database
+from agl_grpc.store.storage.sqlite.connection import SqliteConnection
 
 _PERIOD_SECONDS = 0.25
 _WORTH_BYTES = 4 << 20
@@ -21,9 +22,9 @@ class Checkpointer:
     the pages of several seconds to reach the disk. What it leaves over is small.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._log_path = Path(f"{database.path}-wal")
+    def __init__(self, path: Path, connect: Callable[[], SqliteConnection]) -> None:
+        self._connect = connect
+        self._log_path = Path(f"{path}-wal")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="store-checkpoint", daemon=True)
 
@@ -37,7 +38,7 @@ class Checkpointer:
         self._thread.join()
 
     def _serve(self) -> None:
-        connection = self._database.connect_checkpointer()
+        connection = self._connect()
         seen = (0, 0)
         while not self._stop.wait(_PERIOD_SECONDS):
             written = self._written()

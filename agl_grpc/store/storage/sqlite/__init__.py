@@ -1,0 +1,3 @@
+"""SQLite: one file, one server."""
+
+from __future__ import annotations

@@ -1,0 +1,110 @@
+"""Watches: random histories, a fresh store, a compacted log, many watchers, watchers that do not read."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from agl_grpc.store.storage import maintenance
+from agl_grpc.v1 import span_pb2, store_service_pb2
+from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
+from tests.chaos import watches
+from tests.store.rig import Rig, error_info
+from tests.support.store_process import StoreProcess
+
+
+async def test_random_writers_and_reconnects_leave_no_gap_and_no_repeat() -> None:
+    reconnects = names = 0
+    for _ in range(4):
+        seed = random.SystemRandom().getrandbits(32)
+        print(f"seed {seed}")
+        counts = await watches.run(seed, steps=40)
+        reconnects += counts.reconnects
+        names += counts.names
+    assert reconnects > 100
+    assert names > 1000
+
+
+def many_spans(rollout_id: str, attempt_id: str, count: int) -> store_service_pb2.AppendSpansRequest:
+    """Spans of a kilobyte each."""
+    request = store_service_pb2.AppendSpansRequest()
+    spans = [span_pb2.Span(span_id=os.urandom(8), name="step", trace_state="x" * 1000) for _ in range(count)]
+    request.groups.add(rollout_id=rollout_id, attempt_id=attempt_id, spans=spans)
+    return request
+
+
+@pytest.mark.parametrize("kind", watches.KINDS, ids=lambda kind: kind.name)
+async def test_the_position_of_a_fresh_store_is_one_to_watch_from(kind: watches.Kind, rig: Rig) -> None:
+    answer = await rig.store.GetLatestResources(store_service_pb2.GetLatestResourcesRequest())
+    assert not answer.HasField("resources")
+    await watches.Writer(rig, random.Random(1)).one_of_each()
+    watch = kind.open(rig, answer.position)
+    assert (await watch.read()).checkpoint
+    assert kind.seen(await watch.read())
+    watch.cancel()
+
+
+@pytest.mark.parametrize("kind", watches.KINDS, ids=lambda kind: kind.name)
+async def test_a_cursor_behind_the_log_is_told_the_oldest_position(kind: watches.Kind, rig: Rig) -> None:
+    await watches.Writer(rig, random.Random(2)).one_of_each()
+    await rig.advance(25 * 3600)
+    await rig.store.PublishResources(store_service_pb2.PublishResourcesRequest())
+    assert await rig.server.store.maintenance.exhaust(maintenance.prune_events) > 0
+    newest = await watches.last_position(rig)
+    statistics = await rig.store.GetStatistics(store_service_pb2.GetStatisticsRequest())
+    for cursor in (1, statistics.oldest_position - 2, newest + 1):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await kind.open(rig, cursor).read()
+        assert caught.value.code() == grpc.StatusCode.OUT_OF_RANGE
+        info = error_info(caught.value)
+        assert info.reason == "CURSOR_COMPACTED"
+        assert info.metadata["oldest_position"] == str(statistics.oldest_position)
+    watch = kind.open(rig, statistics.oldest_position - 1)
+    assert (await watch.read()).checkpoint
+    watch.cancel()
+
+
+async def test_a_thousand_watchers_get_a_new_version_once(rig: Rig) -> None:
+    request = store_service_pb2.WatchResourcesRequest()
+    calls = [rig.store.WatchResources(request) for _ in range(1000)]
+    for call in calls:
+        assert (await call.read()).checkpoint
+    for version in (1, 2):
+        await rig.store.PublishResources(store_service_pb2.PublishResourcesRequest(resources_id="rs"))
+        for call in calls:
+            assert [one.version for one in (await call.read()).resources] == [version]
+    for call in calls:
+        call.cancel()
+
+
+@pytest.mark.e2e
+async def test_watchers_that_do_not_read_cost_the_store_no_growing_memory(tmp_path: Path) -> None:
+    watchers, rounds, spans = 200, 3, 6_000
+    with StoreProcess(tmp_path / "store.db") as server:
+        assert server.process is not None
+        process = psutil.Process(server.process.pid)
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            stub = StoreServiceStub(channel)
+            started = await stub.StartRollout(store_service_pb2.StartRolloutRequest())
+            attempt = started.rollout.attempt
+            calls = [stub.WatchSpans(store_service_pb2.WatchSpansRequest()) for _ in range(watchers)]
+            for call in calls:
+                assert (await call.read()).checkpoint
+            sizes = []
+            for round_ in range(1, rounds + 1):
+                for _ in range(spans // 500):
+                    await stub.AppendSpans(many_spans(attempt.rollout_id, attempt.attempt_id, 500))
+                # One that stood still so far begins to read and gets everything.
+                got, late = 0, calls.pop()
+                while got < round_ * spans:
+                    got += len((await late.read()).spans)
+                assert got == round_ * spans
+                sizes.append(process.memory_info().rss)
+    print("RSS in MiB:", [round(size / 2**20, 1) for size in sizes])
+    # Buffers would hold 2 x 6 MB for each of 200 watchers; SQLite's own page cache may grow to 64 MiB.
+    assert sizes[-1] - sizes[0] < 64 << 20

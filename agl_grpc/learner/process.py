@@ -17,7 +17,7 @@ import orjson
 from agl_grpc.client import StoreError
 from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, resume_keys
 from agl_grpc.learner.errors import StoppedError
-from agl_grpc.learner.progress import step_line, with_summary
+from agl_grpc.learner.progress import SAID, step_line, with_summary
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """A line of progress for people and for whoever started this process."""
-    print(f"learner: {text}", flush=True)
+    print(f"{SAID}{text}", flush=True)
 
 
 def choose_device(wanted: str) -> str:
@@ -145,12 +145,13 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     verl = _verl_config(config, device, output, resume)
     manifest = {"config": verl, "device": device, "seed": config.seed}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
-    say("starting Ray and importing verl")
+    say("importing verl")
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     os.environ.update(worker_environment(device))
     # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
     # Ray's start walks through.
     importlib.import_module("agl_grpc.learner.trainer")
+    say("starting Ray")
     with local_ray(device=device, gpus=gpus):
         import transfer_queue as tq
 
@@ -158,9 +159,9 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
         validate(verl)
         trainer, manager = _assemble(config, verl, output, link, training, step)
         try:
-            say("loading the model")
+            say("starting verl's workers, loading the model, publishing its weights")
             trainer.init()
-            say(f"training {trainer.total_training_steps} steps")
+            say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
             trainer.fit(manager)
         finally:
             tq.close()

@@ -117,6 +117,12 @@ class StoreUnavailable(StoreError):
     )
 
 
+class SpansEvicted(StoreError):
+    """The attempt's spans were evicted from a throw-away store that had grown too large."""
+
+    reasons: ClassVar[tuple[str, ...]] = ("SPANS_EVICTED",)
+
+
 class Overloaded(StoreError):
     """Too much at once; ``retry_after`` says when to try again."""
 
@@ -152,6 +158,7 @@ _TYPES: tuple[type[StoreError], ...] = (
     DeltaBaseUnknown,
     TrainerFenced,
     CursorCompacted,
+    SpansEvicted,
     StoreUnavailable,
     Overloaded,
     NotPermitted,

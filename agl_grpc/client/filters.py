@@ -24,6 +24,7 @@ def rollout_filter(
     create_time_before: float | None = None,
     create_time_after: float | None = None,
     end_time_before: float | None = None,
+    end_time_after: float | None = None,
     logic: FilterLogic | str = FilterLogic.AND,
 ) -> rollout_pb2.RolloutFilter:
     """A choice of rollouts of a run (``*`` = all runs); conditions that are not given match everything.
@@ -43,6 +44,7 @@ def rollout_filter(
         create_time_before=to_timestamp(create_time_before),
         create_time_after=to_timestamp(create_time_after),
         end_time_before=to_timestamp(end_time_before),
+        end_time_after=to_timestamp(end_time_after),
         logic=FilterLogic.parse(logic).number,
     )
 

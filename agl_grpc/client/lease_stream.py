@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TRIES_OF_A_REFUSED_STREAM = 5
+_NOT_PERMITTED_SECONDS = 5.0
 _REMEMBERED_COMMANDS = 10_000
 _LAST_RELEASE_SECONDS = 5.0
 
@@ -225,6 +226,11 @@ class LeaseStream:
                 await self._session()
             except grpc.aio.AioRpcError as error:
                 failure = error_from_rpc(error, self._client.target)
+                if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                    # A grant may come or come back: wait for it, and say so.
+                    self._events.put_nowait(Idle(f"not permitted: {failure}"))
+                    await asyncio.sleep(_NOT_PERMITTED_SECONDS)
+                    continue
                 refusals = 0 if is_transient(error) or self._connected else refusals + 1
                 if refusals >= _TRIES_OF_A_REFUSED_STREAM:
                     raise failure from None

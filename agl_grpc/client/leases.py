@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from agl_grpc.client.blobs import BlobCalls
 from agl_grpc.client.channel import RetryPolicy
-from agl_grpc.client.connection import Connection
 from agl_grpc.client.errors import StoreError, error_from_item
 from agl_grpc.model.attempt import Lease
 from agl_grpc.model.enums import AttemptStatus
@@ -79,7 +79,7 @@ class Renewals:
     commands: list[WorkerCommand] = field(default_factory=list)
 
 
-class LeaseCalls(Connection):
+class LeaseCalls(BlobCalls):
     """The client's methods for leased work."""
 
     async def lease_rollouts(
@@ -108,7 +108,10 @@ class LeaseCalls(Connection):
             wait=to_duration(wait),
         )
         response = await self.call(self.bound.runner.LeaseRollouts, request, try_timeout=wait + 15.0)
-        return [LeasedRollout.from_proto(rollout) for rollout in response.rollouts]
+        taken = [LeasedRollout.from_proto(rollout) for rollout in response.rollouts]
+        for work in taken:
+            await self.with_input(work.rollout)
+        return taken
 
     async def renew_leases(
         self,
@@ -140,6 +143,7 @@ class LeaseCalls(Connection):
         request = pb.CompleteAttemptsRequest(
             worker_id=worker_id, completions=[completion.to_proto() for completion in completions]
         )
+        await self.spill(completion.output for completion in request.completions)
         response = await self.call(self.bound.runner.CompleteAttempts, request)
         return [
             error_from_item(result.error) if result.HasField("error") else Rollout.from_proto(result.rollout)

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from agl_grpc.client.connection import Connection
+from agl_grpc.client.blobs import BlobCalls
 from agl_grpc.client.errors import NotFound
 from agl_grpc.client.filters import excludes_everything, rollout_filter
 from agl_grpc.client.watch import Watched, watch
@@ -29,7 +29,7 @@ _LONG_POLL_SECONDS = 45.0
 _WAIT_IDS = 10_000
 
 
-class RolloutCalls(Connection):
+class RolloutCalls(BlobCalls):
     """The client's methods for rollouts."""
 
     async def start_rollout(
@@ -58,8 +58,10 @@ class RolloutCalls(Connection):
         request = pb.StartRolloutRequest(
             run_id=self.run_or_default(run_id), rollout=spec.to_proto(), worker_id=worker_id or ""
         )
+        await self.spill([request.rollout.input])
         response = await self.call(self.bound.store.StartRollout, request)
-        return AttemptedRollout.from_messages(response.rollout, response.attempt_credential)
+        made = AttemptedRollout.from_messages(response.rollout, response.attempt_credential)
+        return await self.with_input(made)
 
     async def enqueue_rollout(
         self,
@@ -98,6 +100,7 @@ class RolloutCalls(Connection):
         request = pb.EnqueueRolloutsRequest(
             run_id=self.run_or_default(run_id), rollouts=[rollout.to_proto() for rollout in rollouts]
         )
+        await self.spill(rollout.input for rollout in request.rollouts)
         response = await self.call(self.bound.store.EnqueueRollouts, request)
         return [Rollout.from_proto(rollout) for rollout in response.rollouts]
 
@@ -123,16 +126,17 @@ class RolloutCalls(Connection):
             run_id=self.run_or_default(run_id), queues=queues, limit=limit, worker_id=worker_id or ""
         )
         response = await self.call(self.bound.store.DequeueRollouts, request)
-        return [
-            AttemptedRollout.from_messages(taken.rollout, taken.attempt_credential)
-            for taken in response.rollouts
+        taken = [
+            AttemptedRollout.from_messages(one.rollout, one.attempt_credential) for one in response.rollouts
         ]
+        return [await self.with_input(rollout) for rollout in taken]
 
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
         """Make a further attempt at a rollout, without a lease."""
         request = pb.StartAttemptRequest(rollout_id=rollout_id, worker_id=worker_id or "")
         response = await self.call(self.bound.store.StartAttempt, request)
-        return AttemptedRollout.from_messages(response.rollout, response.attempt_credential)
+        made = AttemptedRollout.from_messages(response.rollout, response.attempt_credential)
+        return await self.with_input(made)
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
         """One rollout, with its newest attempt when it has one; ``None`` when unknown."""
@@ -141,7 +145,7 @@ class RolloutCalls(Connection):
             response = await self.call(self.bound.store.GetRollout, request)
         except NotFound:
             return None
-        return rollout_from_proto(response.rollout)
+        return await self.with_input(rollout_from_proto(response.rollout))
 
     async def query_rollouts(
         self,
@@ -219,6 +223,7 @@ class RolloutCalls(Connection):
         values = {name: value for name, value in given.items() if value}
         request.rollout.MergeFrom(rollout_pb2.Rollout(**values))
         request.update_mask.paths.extend(given)
+        await self.spill([request.rollout.input])
         response = await self.call(self.bound.store.UpdateRollout, request)
         return Rollout.from_proto(response.rollout)
 

@@ -43,6 +43,7 @@ class ServerInfo:
     max_in_flight_bytes: int
     max_payload_bytes: int
     max_long_poll: float
+    max_blob_bytes: int
 
 
 class RunCalls(Connection):
@@ -67,6 +68,7 @@ class RunCalls(Connection):
             max_in_flight_bytes=limits.max_in_flight_bytes,
             max_payload_bytes=limits.max_payload_bytes,
             max_long_poll=from_duration(limits.max_long_poll),
+            max_blob_bytes=limits.max_blob_bytes,
         )
 
     async def capabilities(self) -> Capabilities:
@@ -118,16 +120,19 @@ class RunCalls(Connection):
         allow_self_grading: bool | Unset = UNSET,
         retention_seconds: float | Unset | None = UNSET,
         seal_timeout_seconds: float | Unset | None = UNSET,
+        replay_retention_seconds: float | Unset | None = UNSET,
     ) -> Run:
         """Change what is given and nothing else; ``None`` clears."""
         changes: dict[str, Any] = {
             "metadata": UNSET if isinstance(metadata, Unset) else to_key_values(metadata, "metadata"),
             "allow_self_grading": allow_self_grading,
-            "retention": UNSET if isinstance(retention_seconds, Unset) else to_duration(retention_seconds),
-            "seal_timeout": UNSET
-            if isinstance(seal_timeout_seconds, Unset)
-            else to_duration(seal_timeout_seconds),
         }
+        for name, seconds in (
+            ("retention", retention_seconds),
+            ("seal_timeout", seal_timeout_seconds),
+            ("replay_retention", replay_retention_seconds),
+        ):
+            changes[name] = UNSET if isinstance(seconds, Unset) else to_duration(seconds)
         given = {name: value for name, value in changes.items() if value is not UNSET}
         request = pb.UpdateRunRequest(run=run_pb2.Run(run_id=run_id, **given))
         request.update_mask.paths.extend(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agl_grpc.client.attempts import AttemptCalls
+from agl_grpc.client.blobs import BlobCalls
 from agl_grpc.client.leases import LeaseCalls
 from agl_grpc.client.policies import PolicyCalls
 from agl_grpc.client.resources import ResourceCalls
@@ -25,6 +26,7 @@ class StoreClient(
     RunCalls,
     TrainingCalls,
     PolicyCalls,
+    BlobCalls,
 ):
     """The store, as coroutines.
 

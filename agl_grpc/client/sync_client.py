@@ -154,6 +154,15 @@ class SyncStoreClient:
     complete_attempts = _Blocking(StoreClient.complete_attempts)
     release_attempts = _Blocking(StoreClient.release_attempts)
 
+    drain_workers = _Blocking(StoreClient.drain_workers)
+
+    put_blob = _Blocking(StoreClient.put_blob)
+    get_blob = _Blocking(StoreClient.get_blob)
+    read_blob = _Iterating(StoreClient.read_blob)
+    load = _Blocking(StoreClient.load)
+    with_input = _Blocking(StoreClient.with_input)
+    spill = _Blocking(StoreClient.spill)
+
     get_server_info = _Blocking(StoreClient.get_server_info)
     capabilities = _Blocking(StoreClient.capabilities)
     statistics = _Blocking(StoreClient.statistics)

@@ -89,3 +89,8 @@ class WorkerCalls(Connection):
         """End leases now, as if they had run out; answers the attempts that lost theirs."""
         request = pb.ExpireLeasesRequest(attempt_ids=attempt_ids, worker_id=worker_id or "")
         return list((await self.call(self.bound.store.ExpireLeases, request)).attempt_ids)
+
+    async def drain_workers(self, worker_ids: Sequence[str], *, reason: str = "") -> list[str]:
+        """Order workers to finish what they hold, take nothing new and leave; answers who was told."""
+        request = pb.DrainWorkersRequest(worker_ids=worker_ids, reason=reason)
+        return list((await self.call(self.bound.store.DrainWorkers, request)).worker_ids)

@@ -38,6 +38,7 @@ class Attempt:
     capture_incomplete: bool = False
     open_calls: int = 0
     lease_lost: bool = False
+    spans_evicted: bool = False
 
     def __post_init__(self) -> None:
         self.status = AttemptStatus.parse(self.status)
@@ -65,6 +66,7 @@ class Attempt:
             capture_incomplete=message.capture_incomplete,
             open_calls=message.open_calls,
             lease_lost=message.lease_lost,
+            spans_evicted=message.spans_evicted,
         )
 
     def to_proto(self) -> attempt_pb2.Attempt:
@@ -88,6 +90,7 @@ class Attempt:
             capture_incomplete=self.capture_incomplete,
             open_calls=self.open_calls,
             lease_lost=self.lease_lost,
+            spans_evicted=self.spans_evicted,
         )
 
 

@@ -12,7 +12,9 @@ from agl_grpc.v1 import run_pb2
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """A run; ``retention_seconds`` ``None`` keeps all, ``seal_timeout_seconds`` ``None`` = 60 s."""
+    """A run. ``None`` keeps finished rollouts for ever (``retention_seconds``), pins for ever what committed
+    batches name (``replay_retention_seconds``), and means 60 s (``seal_timeout_seconds``).
+    """
 
     run_id: str
     create_time: float = 0.0
@@ -22,6 +24,7 @@ class Run:
     paused: bool = False
     paused_queues: list[str] = field(default_factory=list)
     seal_timeout_seconds: float | None = None
+    replay_retention_seconds: float | None = None
 
     @classmethod
     def from_proto(cls, message: run_pb2.Run) -> Self:
@@ -35,6 +38,7 @@ class Run:
             paused=message.paused,
             paused_queues=list(message.paused_queues),
             seal_timeout_seconds=read_seconds(message, "seal_timeout"),
+            replay_retention_seconds=read_seconds(message, "replay_retention"),
         )
 
     def to_proto(self) -> run_pb2.Run:
@@ -45,6 +49,7 @@ class Run:
             allow_self_grading=self.allow_self_grading,
             retention=to_duration(self.retention_seconds),
             seal_timeout=to_duration(self.seal_timeout_seconds),
+            replay_retention=to_duration(self.replay_retention_seconds),
         )
 
 

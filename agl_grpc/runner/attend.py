@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from agl_grpc.client import Completion, SpanGroup, SpanStreamer
-from agl_grpc.model import AttemptStatus, Failure, FailureKind, Reward
+from agl_grpc.client import Completion, SpanGroup, SpanStreamer, StoreError
+from agl_grpc.model import AttemptStatus, BlobReference, Failure, FailureKind, Reward
 from agl_grpc.runner.agent_loop import AgentLoop
-from agl_grpc.runner.executor import Executor, Task
+from agl_grpc.runner.executor import Execution, Task
 from agl_grpc.runner.failures import failure_of
 from agl_grpc.runner.held import Held
 from agl_grpc.runner.outcome import Outcome
@@ -28,27 +28,30 @@ TIMEOUT_MARGIN_SECONDS = 1.0
 class Attendant:
     """Sees attempts through with one agent; any number at once.
 
-    `agent_ended` is called when an agent has ended or was stopped: there is room for another. `left_behind`
-    is called for each agent that does not stop when told to: it still uses memory and perhaps a processor.
+    `load` answers the value of an input that lies in the store as a blob. `agent_ended` is called when an
+    agent has ended or was stopped: there is room for another. `left_behind` is called for each agent that
+    does not stop when told to: it still uses memory and perhaps a processor.
     """
 
     def __init__(
         self,
-        executor: Executor,
+        executor: Execution,
         loop: AgentLoop,
         streamer: SpanStreamer,
+        load: Callable[[Any], Awaitable[Any]],
         agent_ended: Callable[[], None],
         left_behind: Callable[[asyncio.Task[Outcome]], None],
     ) -> None:
         self._executor = executor
         self._loop = loop
         self._streamer = streamer
+        self._load = load
         self._agent_ended = agent_ended
         self._left_behind = left_behind
 
     async def attend(self, held: Held) -> Completion | None:
         """Runs the agent, brings its spans to disk; None when nothing more is to be said of the attempt."""
-        outcome = await self._run_agent(held)
+        outcome = await self._load_input(held) or await self._run_agent(held)
         held.ended = True
         self._agent_ended()
         if outcome is None or not await self._spans_are_stored(held, outcome):
@@ -56,7 +59,27 @@ class Attendant:
             return None
         return _completion(held, outcome)
 
+    async def _load_input(self, held: Held) -> Outcome | None:
+        """Brings a large input from the store; answers why the attempt fails when that is not possible."""
+        rollout = held.work.rollout
+        if not isinstance(rollout.input, BlobReference):
+            return None
+        loading = asyncio.ensure_future(self._load(rollout.input))
+        await _first_of(loading, held.stop)
+        if not loading.done():
+            loading.cancel()
+            return None
+        try:
+            rollout.input = loading.result()
+        except StoreError as error:
+            message = f"the input could not be read from the store: {error}"
+            kind = FailureKind.INFRASTRUCTURE
+            return Outcome(failure=Failure(kind=kind, type=type(error).__name__, message=message))
+        return None
+
     async def _run_agent(self, held: Held) -> Outcome | None:
+        if held.stop.done():
+            return None
         task = _task(held)
         agent = asyncio.create_task(
             self._loop.run(lambda: self._executor.execute(task)), name=held.attempt_id
@@ -140,4 +163,5 @@ def _completion(held: Held, outcome: Outcome) -> Completion:
         status=AttemptStatus.FAILED if outcome.failure else AttemptStatus.SUCCEEDED,
         failure=outcome.failure,
         rewards=rewards_of(outcome, held.rollout_id, held.attempt_id),
+        output=outcome.output,
     )

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+ISOLATIONS = ("thread", "process", "command", "kubernetes")
+
 
 def default_name() -> str:
     """Host name and process id: unique among the groups of workers of a cluster."""
@@ -18,8 +20,8 @@ def default_name() -> str:
 class RunnerConfig:
     """Settings of a group of worker processes; picklable, so that it reaches spawned processes."""
 
-    agent: Any
-    """The agent: an import path `module:name`, or a picklable `LitAgent`."""
+    agent: Any = None
+    """The agent: an import path `module:name`, or a picklable `LitAgent`; None with `command`."""
     store: str = "127.0.0.1:4747"
     """The store's gRPC address."""
     workers: int = 1
@@ -49,7 +51,17 @@ class RunnerConfig:
     log_level: str = "info"
     """Level of the workers' log on standard error."""
 
+    isolation: str = "thread"
+    """Where agents run: `thread` (in the worker), `process` (each rollout in one of its own), `command`."""
+    command: str = ""
+    """For isolation `command`: the shell command that is the agent."""
+    wait_for_resources: bool = False
+    """Whether workers take nothing before the run has resources."""
+    restart_seconds: float = 1.0
+    """First pause before a worker that died is started again; it doubles up to 30 s."""
+
     def __post_init__(self) -> None:
+        self._check_agent()
         for name in ("workers", "concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
@@ -59,6 +71,19 @@ class RunnerConfig:
             raise ValueError(f"lease_seconds is {self.lease_seconds}; it must be between 1 and 3600")
         if self.heartbeat_seconds <= 0:
             raise ValueError(f"heartbeat_seconds is {self.heartbeat_seconds}; it must be above 0")
+
+    def _check_agent(self) -> None:
+        if self.isolation not in ISOLATIONS:
+            raise ValueError(f"isolation {self.isolation!r} is none of {', '.join(ISOLATIONS)}")
+        if self.isolation == "command":
+            if not self.command.strip():
+                raise ValueError("isolation command needs a command, for example 'node agent.js'")
+            if self.agent is not None:
+                raise ValueError("with isolation command the command is the agent; leave the other one out")
+        elif self.command:
+            raise ValueError(f"a command goes with isolation command, not with {self.isolation}")
+        elif self.agent is None:
+            raise ValueError("there is no agent; name one as module:name")
 
     def worker_id(self, index: int) -> str:
         """The id of the worker with this index; the same again after a restart."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from agl_grpc.agent import LitAgent, emit_reward
 from agl_grpc.model import AttemptedRollout, NamedResources, RolloutMode
@@ -26,6 +26,19 @@ class Task:
     """The rollout with its attempt; its input is the task."""
     resources: NamedResources
     """Resources, bound to the attempt."""
+
+
+class Execution(Protocol):
+    """How a worker has its attempts executed; all of it on the agents' event loop."""
+
+    async def start(self) -> None:
+        """Gets ready; raises `LoadError` when the agent cannot be used."""
+
+    async def execute(self, task: Task) -> Outcome:
+        """Runs the agent on one attempt to its end; cancelled, it stops the agent."""
+
+    async def close(self) -> None:
+        """Ends what it started."""
 
 
 class Executor:
@@ -50,6 +63,12 @@ class Executor:
         self._abandoned = abandoned or AbandonedThreads()
         if runner is not None:
             agent.set_runner(runner)
+
+    async def start(self) -> None:
+        """Nothing to do: the agent is there."""
+
+    async def close(self) -> None:
+        """Nothing to do: what it runs belongs to its caller."""
 
     async def execute(self, task: Task) -> Outcome:
         """Runs the agent to its end. What it raises becomes a failure; only cancellation passes."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agl_grpc.agent import LitAgent
 
 
 class LoadError(Exception):
@@ -40,6 +44,48 @@ def load_object(path: str, app_dir: str | None = None) -> Any:
         except AttributeError as error:
             raise LoadError(f"module {module_name!r} has no {attributes!r}") from error
     return found
+
+
+def load_agent(agent: Any, app_dir: str | None = None) -> LitAgent[Any]:
+    """The agent that an import path, a class or a factory stands for; an agent stands for itself.
+
+    Raises:
+        LoadError: it cannot be imported, or is no agent.
+    """
+    from agl_grpc.agent import LitAgent
+
+    found = load_object(agent, app_dir) if isinstance(agent, str) else agent
+    made = _made(found, LitAgent)
+    if not isinstance(made, LitAgent):
+        raise LoadError(
+            f"the agent {agent!r} is a {type(made).__name__}; it must be a LitAgent, its class, "
+            "or a function decorated with @rollout, @llm_rollout or @prompt_rollout"
+        )
+    return made
+
+
+def load_hooks(hooks: Iterable[Any], app_dir: str | None = None) -> list[Any]:
+    """The hooks that import paths, classes or objects stand for.
+
+    Raises:
+        LoadError: one cannot be imported.
+    """
+    from agl_grpc.runner.hooks import Hook
+
+    found = [load_object(hook, app_dir) if isinstance(hook, str) else hook for hook in hooks]
+    return [_made(hook, Hook) for hook in found]
+
+
+def _made(found: Any, kind: type[Any]) -> Any:
+    # A class or a factory is called without arguments; an agent may itself be callable.
+    if isinstance(found, kind) or not callable(found):
+        return found
+    if isinstance(found, type) and not issubclass(found, kind):
+        return found
+    try:
+        return found()
+    except TypeError:
+        return found
 
 
 def _import_failure(module_name: str, error: Exception) -> str:

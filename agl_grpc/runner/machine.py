@@ -6,22 +6,25 @@ import os
 
 import psutil
 
+from agl_grpc.runner.gpu import Gpu, GpuReader
+
 Snapshot = dict[str, int | float | str]
 
 
 class MachineSnapshot:
-    """Reads load and memory of machine and process; CPU figures span the time since the last read."""
+    """Reads load and memory of machine, process and GPUs; CPU figures span the time since the last read."""
 
     def __init__(self) -> None:
         self._process = psutil.Process(os.getpid())
         psutil.cpu_percent(None)
         self._process.cpu_percent(None)
+        self._gpus = GpuReader()
 
     def read(self) -> Snapshot:
         """The figures of now: percentages of 0 to 100 (per core for the process), sizes in bytes."""
         memory = psutil.virtual_memory()
         with self._process.oneshot():
-            return {
+            snapshot: Snapshot = {
                 "pid": self._process.pid,
                 "cpu_percent": psutil.cpu_percent(None),
                 "cpu_count": psutil.cpu_count() or 1,
@@ -34,3 +37,15 @@ class MachineSnapshot:
                 "process_memory_bytes": self._process.memory_info().rss,
                 "process_threads": self._process.num_threads(),
             }
+        return snapshot | _gpu_figures(self._gpus.read())
+
+
+def _gpu_figures(gpus: list[Gpu]) -> Snapshot:
+    figures: Snapshot = {"gpu_count": len(gpus)} if gpus else {}
+    for index, gpu in enumerate(gpus):
+        figures[f"gpu_{index}_name"] = gpu.name
+        figures[f"gpu_{index}_memory_used_bytes"] = gpu.memory_used_bytes
+        figures[f"gpu_{index}_memory_total_bytes"] = gpu.memory_total_bytes
+        if gpu.busy_percent >= 0:
+            figures[f"gpu_{index}_percent"] = gpu.busy_percent
+    return figures

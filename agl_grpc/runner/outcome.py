@@ -37,6 +37,8 @@ class Outcome:
     """Rewards that the agent returned, by name."""
     spans: list[span_pb2.Span] = field(default_factory=list)
     """Spans that the agent returned, to be stored before the attempt is completed."""
+    output: Any = None
+    """What the attempt left beside rewards and spans, kept as its metadata; JSON values."""
     rewards: dict[RewardKey, float] = field(default_factory=dict)
     """All rewards of the attempt: emitted ones, and those of returned spans; the last of each key."""
 
@@ -62,6 +64,8 @@ def read_result(result: Any) -> Outcome:
     """
     if result is None:
         return Outcome()
+    if isinstance(result, Outcome):
+        return result
     if _is_number(result):
         return Outcome(returned={PRIMARY: _finite(result, "the reward that the agent returned")})
     if isinstance(result, Mapping):

@@ -9,11 +9,14 @@ import os
 import signal
 import sys
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agl_grpc.runner.config import RunnerConfig
-from agl_grpc.runner.load import LoadError, load_object
+from agl_grpc.runner.load import LoadError, load_agent, load_hooks
 from agl_grpc.runner.logs import configure_logging
+
+if TYPE_CHECKING:
+    from agl_grpc.agent import LitAgent
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,9 @@ EXIT_DEFECT = 1
 
 EXIT_FATAL = 3
 """The worker can never run; its report says why."""
+
+TOOK = "it has taken a rollout"
+"""A worker's report that it works; all others say why it leaves."""
 
 EXIT_RECYCLE = 4
 """The worker wants a fresh process in its place; its report says why."""
@@ -56,13 +62,26 @@ def run_worker_process(config: RunnerConfig, index: int, reports: Connection) ->
 
 
 def _run(config: RunnerConfig, index: int, reports: Connection) -> int:
-    agent = _load_agent(config)
-    hooks = [_load_hook(hook, config.app_dir) for hook in config.hooks]
+    agent, hooks = _load(config)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_work(config, index, agent, hooks, reports))
 
 
-async def _work(config: RunnerConfig, index: int, agent: Any, hooks: list[Any], reports: Connection) -> int:
+def _load(config: RunnerConfig) -> tuple[LitAgent[Any] | None, list[Any]]:
+    if config.isolation == "process":
+        return None, []
+    if config.isolation == "command":
+        from agl_grpc.runner.command import CommandAgent
+
+        agent: LitAgent[Any] = CommandAgent(config.command, config.store)
+    else:
+        agent = load_agent(config.agent, config.app_dir)
+    return agent, load_hooks(config.hooks, config.app_dir)
+
+
+async def _work(
+    config: RunnerConfig, index: int, agent: LitAgent[Any] | None, hooks: list[Any], reports: Connection
+) -> int:
     from agl_grpc.runner.worker import Worker
 
     worker = Worker(config, config.worker_id(index), agent, hooks)
@@ -83,6 +102,7 @@ async def _work(config: RunnerConfig, index: int, agent: Any, hooks: list[Any], 
     sentinel = -1 if parent is None else int(parent.sentinel)
     if parent is not None:
         loop.add_reader(sentinel, on_orphaned)
+    worker.on_first_rollout = lambda: reports.send(TOOK)
     await worker.run()
     if worker.worn_out:
         reports.send("agents that would not stop hold its memory")
@@ -96,37 +116,3 @@ def _loop_factory() -> Any:
     import uvloop
 
     return uvloop.new_event_loop
-
-
-def _load_agent(config: RunnerConfig) -> Any:
-    from agl_grpc.agent import LitAgent
-
-    found = config.agent
-    if isinstance(found, str):
-        found = load_object(found, config.app_dir)
-    agent = _made(found, LitAgent)
-    if not isinstance(agent, LitAgent):
-        raise LoadError(
-            f"the agent {config.agent!r} is a {type(agent).__name__}; it must be a LitAgent, its class, "
-            "or a function decorated with @rollout, @llm_rollout or @prompt_rollout"
-        )
-    return agent
-
-
-def _load_hook(hook: Any, app_dir: str | None) -> Any:
-    from agl_grpc.runner.hooks import Hook
-
-    found = load_object(hook, app_dir) if isinstance(hook, str) else hook
-    return _made(found, Hook)
-
-
-def _made(found: Any, kind: type[Any]) -> Any:
-    # A class or a factory is called without arguments; an agent may itself be callable.
-    if isinstance(found, kind) or not callable(found):
-        return found
-    if isinstance(found, type) and not issubclass(found, kind):
-        return found
-    try:
-        return found()
-    except TypeError:
-        return found

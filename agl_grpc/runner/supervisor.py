@@ -18,19 +18,32 @@ from types import FrameType
 import grpc
 
 from agl_grpc.runner.config import RunnerConfig
-from agl_grpc.runner.process import EXIT_FATAL, EXIT_RECYCLE, run_worker_process
+from agl_grpc.runner.exits import describe_exit
+from agl_grpc.runner.process import EXIT_FATAL, EXIT_RECYCLE, TOOK, run_worker_process
+from agl_grpc.runner.sweep import end_programs
 from agl_grpc.v1 import store_service_pb2, store_service_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-FIRST_BACKOFF_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 30.0
+MOST_CRASHES = 5
+"""A worker that dies so often in a row, never having taken a rollout, is given up, and all others with it."""
+
 HEALTHY_SECONDS = 60.0
 """A worker that lived this long starts again with the first back-off."""
 
 
 class WorkerStartError(Exception):
     """A worker says that it can never run, for example because the agent cannot be imported."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """When a worker starts, after how many deaths in a row, and how many of them before any rollout."""
+
+    time: float
+    failures: int = 0
+    fruitless: int = 0
 
 
 @dataclass(slots=True)
@@ -40,20 +53,35 @@ class _Child:
     reports: Connection
     started: float
     failures: int
+    fruitless: int
+    took: bool = False
+    report: str = ""
+
+    def read_reports(self) -> None:
+        """Reads what the worker has said."""
+        with contextlib.suppress(EOFError):
+            while self.reports.poll():
+                said = str(self.reports.recv())
+                if said == TOOK:
+                    self.took = True
+                else:
+                    self.report = said
 
 
 class Supervisor:
     """Runs `config.workers` worker processes until they have all left or `stop` is called.
 
-    A worker that dies is restarted after 1 s, doubling up to 30 s; its leases are ended at once, so that its
-    rollouts are delivered elsewhere without waiting for their expiry.
+    A worker that dies is restarted after `config.restart_seconds`, doubling up to 30 s; its leases are ended
+    at once, so that its rollouts are delivered elsewhere without waiting for their expiry, and programs
+    that it left running are killed. A worker that dies again and again before it takes a rollout will never
+    work: all stop.
     """
 
     def __init__(self, config: RunnerConfig) -> None:
         self._config = config
         self._context = multiprocessing.get_context("spawn")
         self._children: dict[int, _Child] = {}
-        self._due: dict[int, tuple[float, int]] = {}
+        self._due: dict[int, _Due] = {}
         self._stops = 0
         self._passed_on = 0
         self._wake_end, self._waker = socket.socketpair()
@@ -82,7 +110,7 @@ class Supervisor:
         with self._signals():
             try:
                 for index in range(self._config.workers):
-                    self._start(index, failures=0)
+                    self._start(index, _Due(time.monotonic()))
                 while self._children or self._due:
                     self._wait()
                     self._collect()
@@ -109,7 +137,7 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _start(self, index: int, failures: int) -> None:
+    def _start(self, index: int, due: _Due) -> None:
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=run_worker_process,
@@ -119,13 +147,13 @@ class Supervisor:
         process.start()
         theirs.close()
         log.info("worker %s started (pid %d)", process.name, process.pid)
-        self._children[index] = _Child(index, process, ours, time.monotonic(), failures)
+        self._children[index] = _Child(index, process, ours, time.monotonic(), due.failures, due.fruitless)
 
     def _wait(self) -> None:
         watched: list[int | socket.socket] = [child.process.sentinel for child in self._children.values()]
         pause = None
         if self._due:
-            pause = max(0.0, min(due for due, _ in self._due.values()) - time.monotonic())
+            pause = max(0.0, min(due.time for due in self._due.values()) - time.monotonic())
         if self._wake_end in wait([*watched, self._wake_end], pause):
             self._wake_end.recv(4096)
 
@@ -133,8 +161,9 @@ class Supervisor:
         for child in [child for child in self._children.values() if child.process.exitcode is not None]:
             del self._children[child.index]
             child.process.join()
-            self._judge(child, child.process.exitcode or 0)
+            child.read_reports()
             child.reports.close()
+            self._judge(child, child.process.exitcode or 0)
 
     def _judge(self, child: _Child, code: int) -> None:
         name = child.process.name
@@ -142,31 +171,42 @@ class Supervisor:
             log.info("worker %s left", name)
             return
         if code == EXIT_FATAL:
-            raise WorkerStartError(_report(child.reports) or f"worker {name} could not start")
+            raise WorkerStartError(child.report or f"worker {name} could not start")
         self._end_leases(name)
+        end_programs(name)
         if self._stops:
-            log.warning("worker %s %s while it was stopping", name, _death(code))
+            log.warning("worker %s %s while it was stopping", name, describe_exit(code))
             return
         if code == EXIT_RECYCLE:
-            log.warning("worker %s is replaced: %s", name, _report(child.reports))
-            self._due[child.index] = (time.monotonic(), 0)
+            log.warning("worker %s is replaced: %s", name, child.report)
+            self._due[child.index] = _Due(time.monotonic())
             return
+        self._restart_later(child, code)
+
+    def _restart_later(self, child: _Child, code: int) -> None:
+        name = child.process.name
         lived = time.monotonic() - child.started
         failures = 1 if lived >= HEALTHY_SECONDS else child.failures + 1
-        pause = min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0 ** (failures - 1))
+        fruitless = 0 if child.took else child.fruitless + 1
+        if fruitless >= MOST_CRASHES:
+            raise WorkerStartError(
+                f"worker {name} died {fruitless} times in a row before it took a rollout; the last one "
+                f"{describe_exit(code)} after {lived:.1f} s; its log above says more"
+            )
+        pause = min(LONGEST_BACKOFF_SECONDS, self._config.restart_seconds * 2.0 ** (failures - 1))
         log.error(
-            "worker %s (pid %s) %s after %.1f s; its rollouts are delivered again; restart in %.0f s",
-            name, child.process.pid, _death(code), lived, pause,
+            "worker %s (pid %s) %s after %.1f s; its rollouts are delivered again; restart in %g s",
+            name, child.process.pid, describe_exit(code), lived, pause,
         )  # fmt: skip
-        self._due[child.index] = (time.monotonic() + pause, failures)
+        self._due[child.index] = _Due(time.monotonic() + pause, failures, fruitless)
 
     def _restart_due(self) -> None:
         if self._stops:
             self._due.clear()
-        for index, (due, failures) in list(self._due.items()):
-            if due <= time.monotonic():
+        for index, due in list(self._due.items()):
+            if due.time <= time.monotonic():
                 del self._due[index]
-                self._start(index, failures)
+                self._start(index, due)
 
     def _pass_on_stops(self) -> None:
         if self._passed_on == self._stops:
@@ -194,19 +234,3 @@ class Supervisor:
                     "the leases of %s could not be ended (%s); its rollouts come back when they expire",
                     worker_id, error.code().name,
                 )  # fmt: skip
-
-
-def _report(reports: Connection) -> str:
-    try:
-        return str(reports.recv()) if reports.poll() else ""
-    except EOFError:
-        return ""
-
-
-def _death(code: int) -> str:
-    if code >= 0:
-        return f"exited with code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"

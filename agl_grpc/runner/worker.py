@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agl_grpc.agent import LitAgent
@@ -16,6 +16,7 @@ from agl_grpc.client import (
     LeaseLost,
     LeaseStream,
     NotFound,
+    NotPermitted,
     RetryPolicy,
     SpanStreamer,
     StoreClient,
@@ -43,10 +44,11 @@ from agl_grpc.model import (
 from agl_grpc.runner.agent_loop import AgentLoop
 from agl_grpc.runner.attend import STOP_SECONDS, Attendant
 from agl_grpc.runner.config import RunnerConfig
-from agl_grpc.runner.executor import Executor
+from agl_grpc.runner.executor import Execution, Executor
 from agl_grpc.runner.heartbeat import Heartbeat
 from agl_grpc.runner.held import Held, StopReason
 from agl_grpc.runner.hooks import Hook
+from agl_grpc.runner.process_pool import ProcessPool
 from agl_grpc.runner.threads import AbandonedThreads
 from agl_grpc.tracer import OtelTracer
 
@@ -70,21 +72,24 @@ RESULTS = RetryPolicy(timeout=24 * 3600.0)
 class Worker:
     """A worker of one process and one event loop; `run` returns when it has left.
 
+    Without an `agent` each rollout runs in a process of its own, which loads the agent that `config` names.
     `drain` and `release_now` may be called any time on the loop. `worn_out` tells whether it left because of
-    agents that would not stop.
+    agents that would not stop; `on_first_rollout` is called when it takes its first one.
     """
 
     def __init__(
         self,
         config: RunnerConfig,
         worker_id: str,
-        agent: LitAgent[Any],
+        agent: LitAgent[Any] | None,
         hooks: Sequence[Hook] = (),
         tracer: OtelTracer | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.tracer = tracer or OtelTracer()
         self.worn_out = False
+        self.on_first_rollout: Callable[[], None] = lambda: None
+        self._drain_order: int | None = None
         self._idle_reason = CONNECTING
         self._config = config
         self._held: dict[str, Held] = {}
@@ -92,6 +97,8 @@ class Worker:
         self._left_behind: set[asyncio.Task[Any]] = set()
         self._abandoned = AbandonedThreads()
         self._credits_left = config.max_rollouts
+        self._withheld = config.concurrency
+        self._background: set[asyncio.Task[None]] = set()
         self._taken = 0
         self._leave = asyncio.Event()
         self._release = asyncio.Event()
@@ -107,10 +114,19 @@ class Worker:
             labels=config.labels,
             lease_duration=config.lease_seconds,
         )
-        executor = Executor(agent, self.tracer, hooks, self, self._abandoned)
+        self._execution: Execution
+        if agent is None:
+            self._execution = ProcessPool(config, worker_id, self._streamer)
+        else:
+            self._execution = Executor(agent, self.tracer, hooks, self, self._abandoned)
         self._agents = AgentLoop()
         self._attendant = Attendant(
-            executor, self._agents, self._streamer, self._agent_ended, self._leave_behind
+            self._execution,
+            self._agents,
+            self._streamer,
+            self._client.load,
+            self._agent_ended,
+            self._leave_behind,
         )
 
     @property
@@ -149,9 +165,12 @@ class Worker:
 
         Raises:
             StoreError: the store will never serve this worker, for example as a queue's name is not valid.
+            LoadError: the agent's processes cannot load it.
         """
+        await self._agents.run(self._execution.start)
         self.tracer.init_worker(self.worker_id, self._streamer.start())
-        self._grant(self._config.concurrency)
+        if not self._config.wait_for_resources:
+            self._grant_first()
         events = asyncio.create_task(self._follow(), name=f"{self.worker_id} events")
         asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._say_if_waiting)
         beats = asyncio.create_task(self._heartbeat.run(), name=f"{self.worker_id} heartbeats")
@@ -175,7 +194,10 @@ class Worker:
 
     async def _follow(self) -> None:
         # Workers may be there before whoever fills the run.
-        await self._client.create_run(self._config.run_id)
+        try:
+            await self._client.create_run(self._config.run_id)
+        except NotPermitted as error:
+            log.info("%s makes no run, which has to be there: %s", self.worker_id, error)
         self._stream.start()
         async for event in self._stream:
             self._react(event)
@@ -192,7 +214,7 @@ class Worker:
                 self._idle(reason)
             case Connected():
                 log.info("%s is connected to the store at %s", self.worker_id, self._config.store)
-                self._idle("no work")
+                self._greeted()
             case Disconnected(reason):
                 log.warning(
                     "the store is away (%s): %d rollouts go on, their results are kept",
@@ -201,9 +223,32 @@ class Worker:
                 )
                 self._idle("the store is away")
 
+    def _greeted(self) -> None:
+        if not self._withheld:
+            self._idle("no work")
+            return
+        self._idle("no resources")
+        # Only now: what is published from here on is announced on the stream.
+        task = asyncio.create_task(self._look_for_resources(), name=f"{self.worker_id} resources")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _look_for_resources(self) -> None:
+        try:
+            if await self._client.get_latest_resources() is not None:
+                self._grant_first()
+        except StoreError as error:
+            log.warning("%s cannot read the run's resources: %s", self.worker_id, error)
+
+    def _grant_first(self) -> None:
+        withheld, self._withheld = self._withheld, 0
+        self._grant(withheld)
+
     def _take(self, work: LeasedRollout) -> None:
         held = Held(work)
         self._taken += 1
+        if self._taken == 1:
+            self.on_first_rollout()
         self._held[held.attempt_id] = held
         log.debug("took attempt %s of %s", held.attempt_id, held.rollout_id)
         task = asyncio.create_task(self._attend(held), name=f"attend {held.attempt_id}")
@@ -258,10 +303,12 @@ class Worker:
             case CommandKind.CANCEL:
                 self._stop(command.attempt_id, StopReason.CANCELLED, command.reason)
             case CommandKind.DRAIN:
+                self._drain_order = command.command_id
                 self.drain(command.reason or "the store asked for it")
             case CommandKind.RESOURCES:
                 # Each delivery brings the resources that its rollout is bound to: nothing to fetch.
                 log.info("resources %s@%d are published", command.resources_id, command.resources_version)
+                self._grant_first()
         self._stream.acknowledge(command)
 
     def _idle(self, reason: str) -> None:
@@ -314,6 +361,12 @@ class Worker:
         if self._attending:
             await asyncio.wait(self._attending, timeout=FAREWELL_SECONDS)
 
+    async def _confirm_drain(self) -> None:
+        # The stream may have closed before its acknowledgement was written, and an order that stays would
+        # send away the next worker of this name.
+        if self._drain_order is not None:
+            await self._client.renew_leases(self.worker_id, [], acknowledged_command_ids=[self._drain_order])
+
     async def _say_farewell(self) -> None:
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
@@ -321,6 +374,7 @@ class Worker:
                 await self._stream.close()
                 self._held.clear()
                 if connected:
+                    await self._confirm_drain()
                     self._idle_reason = "it has left"
                     await self._heartbeat.beat()
         except (TimeoutError, StoreUnavailable):
@@ -329,10 +383,12 @@ class Worker:
                 self.worker_id, len(self._stream.held),
             )  # fmt: skip
         finally:
-            for task in self._attending:
+            unfinished = self._attending | self._background
+            for task in unfinished:
                 task.cancel()
-            await asyncio.gather(*self._attending, return_exceptions=True)
+            await asyncio.gather(*unfinished, return_exceptions=True)
             await self.tracer.teardown_worker(self.worker_id)
             await self._streamer.close(timeout=FAREWELL_SECONDS)
             await self._client.close()
+            await self._agents.run(self._execution.close)
             self._agents.close()

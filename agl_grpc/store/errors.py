@@ -349,6 +349,18 @@ def weights_rejected(engine_id: str, why: str) -> StoreError:
     )
 
 
+def spans_evicted(attempt_id: str) -> StoreError:
+    """The attempt's spans are no longer there."""
+    return StoreError(
+        code_pb2.FAILED_PRECONDITION,
+        error_reason_pb2.ERROR_REASON_SPANS_EVICTED,
+        f"the spans of attempt {attempt_id!r} were evicted from this throw-away store; "
+        "give it more room or a database",
+        {"attempt_id": attempt_id},
+        precondition=f"attempts/{attempt_id}",
+    )
+
+
 def internal() -> StoreError:
     """A defect of the server; its log has the traceback, the caller gets none."""
     return StoreError(

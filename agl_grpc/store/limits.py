@@ -34,3 +34,6 @@ LONG_POLL_SECONDS = 60.0
 
 BATCH_ITEMS = 10_000
 """Most items of a batched call."""
+
+BLOB_BYTES = 1 << 30
+"""Largest blob."""

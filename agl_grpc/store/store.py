@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +35,7 @@ class Store:
         hub: Wakes watchers after commits.
         timers: Fires what is due.
         maintenance: Prunes in the background.
+        on_close: Coroutines that end what else runs in the background.
         on_news: Called on the event loop with what other servers have added to the event log.
         start_time: Microseconds since the epoch.
     """
@@ -48,6 +49,7 @@ class Store:
         self.writer = Writer(database, clock, self._committed)
         self.timers = Timers(self.writer, clock)
         self.maintenance = maintenance.Maintenance(self.writer)
+        self.on_close: list[Callable[[], Coroutine[object, object, None]]] = []
         self.on_news: list[Callable[[Sequence[EventRow]], None]] = []
 
     @classmethod
@@ -101,6 +103,8 @@ class Store:
         """Ends waits, carries out what was accepted, closes the database."""
         self.hub.close()
         await self.maintenance.close()
+        for close in self.on_close:
+            await close()
         await self.timers.close()
         await self.writer.stop()
         self.reads.close()

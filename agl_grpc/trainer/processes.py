@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.runner.exits import describe_exit
 from agl_grpc.trainer.sweep import MARK
 
 TAIL_LINES = 15
@@ -105,18 +106,6 @@ class Part:
                 os.kill(self.pid, number)
         except (ProcessLookupError, PermissionError):
             return  # It has just ended, or has not made its own session yet: the sweep finds it.
-
-
-def describe_exit(code: int | None) -> str:
-    """For example ``exited with code 1`` or ``was killed by SIGKILL``."""
-    if code is None:
-        return "still runs"
-    if code >= 0:
-        return f"exited with code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
 
 
 class Command(Part):

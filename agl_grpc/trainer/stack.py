@@ -10,9 +10,10 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from agl_grpc.runner.exits import describe_exit
 from agl_grpc.trainer.errors import PartDied
 from agl_grpc.trainer.guard import Guard
-from agl_grpc.trainer.processes import Part, describe_exit
+from agl_grpc.trainer.processes import Part
 from agl_grpc.trainer.sweep import sweep
 
 T = TypeVar("T")

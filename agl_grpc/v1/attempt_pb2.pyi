@@ -168,6 +168,7 @@ class Attempt(_message.Message):
     CAPTURE_INCOMPLETE_FIELD_NUMBER: _builtins.int
     OPEN_CALLS_FIELD_NUMBER: _builtins.int
     LEASE_LOST_FIELD_NUMBER: _builtins.int
+    SPANS_EVICTED_FIELD_NUMBER: _builtins.int
     rollout_id: _builtins.str
     """The rollout."""
     attempt_id: _builtins.str
@@ -192,6 +193,8 @@ class Attempt(_message.Message):
     """Model calls announced and not yet closed."""
     lease_lost: _builtins.bool
     """Whether it ended through a lost lease (redelivered without using up max_attempts)."""
+    spans_evicted: _builtins.bool
+    """Whether its spans were evicted from a throw-away store that had grown too large."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it was delivered."""
@@ -237,10 +240,11 @@ class Attempt(_message.Message):
         capture_incomplete: _builtins.bool = ...,
         open_calls: _builtins.int = ...,
         lease_lost: _builtins.bool = ...,
+        spans_evicted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "failure", b"failure", "last_heartbeat_time", b"last_heartbeat_time", "seal_time", b"seal_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "capture_incomplete", b"capture_incomplete", "end_time", b"end_time", "failure", b"failure", "last_heartbeat_time", b"last_heartbeat_time", "lease_lost", b"lease_lost", "leased", b"leased", "metadata", b"metadata", "open_calls", b"open_calls", "resources_id", b"resources_id", "resources_version", b"resources_version", "rollout_id", b"rollout_id", "seal_time", b"seal_time", "sealed", b"sealed", "sequence_id", b"sequence_id", "start_time", b"start_time", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "capture_incomplete", b"capture_incomplete", "end_time", b"end_time", "failure", b"failure", "last_heartbeat_time", b"last_heartbeat_time", "lease_lost", b"lease_lost", "leased", b"leased", "metadata", b"metadata", "open_calls", b"open_calls", "resources_id", b"resources_id", "resources_version", b"resources_version", "rollout_id", b"rollout_id", "seal_time", b"seal_time", "sealed", b"sealed", "sequence_id", b"sequence_id", "spans_evicted", b"spans_evicted", "start_time", b"start_time", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -104,6 +104,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The store's database does not answer: the store connects again by itself, RetryInfo says when to try.
     Example: {"reason":"STORAGE_AWAY"}
     """
+    ERROR_REASON_SPANS_EVICTED: _ErrorReason.ValueType  # 24
+    """The attempt's spans were evicted from a throw-away store. Example:
+    {"reason":"SPANS_EVICTED","metadata":{"attempt_id":"at-1"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reasons of errors. Every error is a google.rpc.Status with exactly one
@@ -188,6 +192,10 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 22
 ERROR_REASON_STORAGE_AWAY: ErrorReason.ValueType  # 23
 """The store's database does not answer: the store connects again by itself, RetryInfo says when to try.
 Example: {"reason":"STORAGE_AWAY"}
+"""
+ERROR_REASON_SPANS_EVICTED: ErrorReason.ValueType  # 24
+"""The attempt's spans were evicted from a throw-away store. Example:
+{"reason":"SPANS_EVICTED","metadata":{"attempt_id":"at-1"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

@@ -403,6 +403,7 @@ class RolloutFilter(_message.Message):
     CREATE_TIME_BEFORE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_AFTER_FIELD_NUMBER: _builtins.int
     END_TIME_BEFORE_FIELD_NUMBER: _builtins.int
+    END_TIME_AFTER_FIELD_NUMBER: _builtins.int
     LOGIC_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run; empty = `default`, `*` = all runs."""
@@ -450,6 +451,10 @@ class RolloutFilter(_message.Message):
     def end_time_before(self) -> _timestamp_pb2.Timestamp:
         """Ended before this time."""
 
+    @_builtins.property
+    def end_time_after(self) -> _timestamp_pb2.Timestamp:
+        """Ended at or after this time."""
+
     def __init__(
         self,
         *,
@@ -465,11 +470,12 @@ class RolloutFilter(_message.Message):
         create_time_before: _timestamp_pb2.Timestamp | None = ...,
         create_time_after: _timestamp_pb2.Timestamp | None = ...,
         end_time_before: _timestamp_pb2.Timestamp | None = ...,
+        end_time_after: _timestamp_pb2.Timestamp | None = ...,
         logic: _common_pb2.FilterLogic.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time_after", b"create_time_after", "create_time_before", b"create_time_before", "end_time_before", b"end_time_before"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time_after", b"create_time_after", "create_time_before", b"create_time_before", "end_time_after", b"end_time_after", "end_time_before", b"end_time_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time_after", b"create_time_after", "create_time_before", b"create_time_before", "end_time_before", b"end_time_before", "failure_kind_in", b"failure_kind_in", "group_id_in", b"group_id_in", "labels", b"labels", "logic", b"logic", "mode_in", b"mode_in", "queue_in", b"queue_in", "rollout_id_contains", b"rollout_id_contains", "rollout_id_in", b"rollout_id_in", "run_id", b"run_id", "status_in", b"status_in"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time_after", b"create_time_after", "create_time_before", b"create_time_before", "end_time_after", b"end_time_after", "end_time_before", b"end_time_before", "failure_kind_in", b"failure_kind_in", "group_id_in", b"group_id_in", "labels", b"labels", "logic", b"logic", "mode_in", b"mode_in", "queue_in", b"queue_in", "rollout_id_contains", b"rollout_id_contains", "rollout_id_in", b"rollout_id_in", "run_id", b"run_id", "status_in", b"status_in"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,6 +37,7 @@ class Run(_message.Message):
     PAUSED_FIELD_NUMBER: _builtins.int
     PAUSED_QUEUES_FIELD_NUMBER: _builtins.int
     SEAL_TIMEOUT_FIELD_NUMBER: _builtins.int
+    REPLAY_RETENTION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Chosen by the caller; 1 to 128 bytes of `[A-Za-z0-9._-]`. `default` always exists."""
     allow_self_grading: _builtins.bool
@@ -53,7 +54,9 @@ class Run(_message.Message):
 
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
-        """Finished rollouts older than this may be deleted; unset keeps them for ever."""
+        """Finished rollouts that ended longer ago than this are deleted in the background; unset keeps
+        them for ever. Live, unsealed, claimed and pinned ones stay.
+        """
 
     @_builtins.property
     def paused_queues(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -62,6 +65,12 @@ class Run(_message.Message):
     @_builtins.property
     def seal_timeout(self) -> _duration_pb2.Duration:
         """How long after the end of an attempt open model calls may still arrive; default 60 s."""
+
+    @_builtins.property
+    def replay_retention(self) -> _duration_pb2.Duration:
+        """How long after its commit a batch pins the spans that it names; unset = for ever. Afterwards
+        they may be deleted, and then the batch cannot be replayed (REPLAY_EXPIRED).
+        """
 
     def __init__(
         self,
@@ -74,10 +83,11 @@ class Run(_message.Message):
         paused: _builtins.bool = ...,
         paused_queues: _abc.Iterable[_builtins.str] | None = ...,
         seal_timeout: _duration_pb2.Duration | None = ...,
+        replay_retention: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "retention", b"retention", "seal_timeout", b"seal_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "replay_retention", b"replay_retention", "retention", b"retention", "seal_timeout", b"seal_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_self_grading", b"allow_self_grading", "create_time", b"create_time", "metadata", b"metadata", "paused", b"paused", "paused_queues", b"paused_queues", "retention", b"retention", "run_id", b"run_id", "seal_timeout", b"seal_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_self_grading", b"allow_self_grading", "create_time", b"create_time", "metadata", b"metadata", "paused", b"paused", "paused_queues", b"paused_queues", "replay_retention", b"replay_retention", "retention", b"retention", "run_id", b"run_id", "seal_timeout", b"seal_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

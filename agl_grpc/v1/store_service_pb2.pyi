@@ -85,6 +85,7 @@ class ServerLimits(_message.Message):
     MAX_IN_FLIGHT_BYTES_FIELD_NUMBER: _builtins.int
     MAX_LONG_POLL_FIELD_NUMBER: _builtins.int
     MAX_PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BLOB_BYTES_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
     """Largest message."""
     max_page_size: _builtins.int
@@ -97,6 +98,8 @@ class ServerLimits(_message.Message):
     """Most unacknowledged bytes of one span stream."""
     max_payload_bytes: _builtins.int
     """Largest inline payload."""
+    max_blob_bytes: _builtins.int
+    """Largest blob."""
     @_builtins.property
     def max_long_poll(self) -> _duration_pb2.Duration:
         """Longest wait of a long poll."""
@@ -111,10 +114,11 @@ class ServerLimits(_message.Message):
         max_in_flight_bytes: _builtins.int = ...,
         max_long_poll: _duration_pb2.Duration | None = ...,
         max_payload_bytes: _builtins.int = ...,
+        max_blob_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_long_poll", b"max_long_poll"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_in_flight_bytes", b"max_in_flight_bytes", "max_long_poll", b"max_long_poll", "max_message_bytes", b"max_message_bytes", "max_page_size", b"max_page_size", "max_payload_bytes", b"max_payload_bytes", "max_span_bytes", b"max_span_bytes", "max_spans_per_message", b"max_spans_per_message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_blob_bytes", b"max_blob_bytes", "max_in_flight_bytes", b"max_in_flight_bytes", "max_long_poll", b"max_long_poll", "max_message_bytes", b"max_message_bytes", "max_page_size", b"max_page_size", "max_payload_bytes", b"max_payload_bytes", "max_span_bytes", b"max_span_bytes", "max_spans_per_message", b"max_spans_per_message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -349,7 +353,7 @@ class UpdateRunRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which of metadata, allow_self_grading, retention, seal_timeout."""
+        """Which of metadata, allow_self_grading, retention, seal_timeout, replay_retention."""
 
     def __init__(
         self,
@@ -1605,7 +1609,7 @@ class RejectedSpan(_message.Message):
     group_index: _builtins.int
     """Which AttemptSpans of the message, from 0."""
     index: _builtins.int
-    """Which span of it, from 0; -1 = the whole group."""
+    """Which span of it, from 0; -1 = the whole group; -2 = an announcement (open_calls, abandoned_calls)."""
     span_id: _builtins.bytes
     """The span's id as sent."""
     @_builtins.property
@@ -3001,6 +3005,62 @@ class ExpireLeasesResponse(_message.Message):
 Global___ExpireLeasesResponse: _TypeAlias = ExpireLeasesResponse  # noqa: Y015
 
 @_typing.final
+class DrainWorkersRequest(_message.Message):
+    """Orders workers to leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WORKER_IDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Idempotency key."""
+    reason: _builtins.str
+    """Why, for people; at most 4 KiB."""
+    @_builtins.property
+    def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The workers; 1 to 10 000."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        worker_ids: _abc.Iterable[_builtins.str] | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "worker_ids", b"worker_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkersRequest: _TypeAlias = DrainWorkersRequest  # noqa: Y015
+
+@_typing.final
+class DrainWorkersResponse(_message.Message):
+    """Which workers were told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In the order given, each once."""
+
+    def __init__(
+        self,
+        *,
+        worker_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_ids", b"worker_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkersResponse: _TypeAlias = DrainWorkersResponse  # noqa: Y015
+
+@_typing.final
 class GetStatisticsRequest(_message.Message):
     """Asks for counts."""
 
@@ -3069,6 +3129,12 @@ class GetStatisticsResponse(_message.Message):
     OLDEST_POSITION_FIELD_NUMBER: _builtins.int
     OPEN_CALLS_FIELD_NUMBER: _builtins.int
     LATE_SPANS_FIELD_NUMBER: _builtins.int
+    EVICTION_THRESHOLD_BYTES_FIELD_NUMBER: _builtins.int
+    SAFE_THRESHOLD_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTED_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    TOTAL_BLOBS_FIELD_NUMBER: _builtins.int
+    TOTAL_BLOB_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The back end."""
     total_rollouts: _builtins.int
@@ -3095,6 +3161,18 @@ class GetStatisticsResponse(_message.Message):
     """Model calls announced and not closed."""
     late_spans: _builtins.int
     """Spans that came too late to be trained."""
+    eviction_threshold_bytes: _builtins.int
+    """Throw-away stores: spans are evicted while they have more bytes than this; 0 = never."""
+    safe_threshold_bytes: _builtins.int
+    """Throw-away stores: eviction goes on until spans have no more bytes than this."""
+    memory_capacity_bytes: _builtins.int
+    """Throw-away stores: bytes of the machine's memory."""
+    evicted_attempts: _builtins.int
+    """Attempts whose spans were evicted."""
+    total_blobs: _builtins.int
+    """Blobs of all runs."""
+    total_blob_bytes: _builtins.int
+    """Bytes of blobs of all runs."""
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration:
         """Since the server's start."""
@@ -3121,10 +3199,16 @@ class GetStatisticsResponse(_message.Message):
         oldest_position: _builtins.int = ...,
         open_calls: _builtins.int = ...,
         late_spans: _builtins.int = ...,
+        eviction_threshold_bytes: _builtins.int = ...,
+        safe_threshold_bytes: _builtins.int = ...,
+        memory_capacity_bytes: _builtins.int = ...,
+        evicted_attempts: _builtins.int = ...,
+        total_blobs: _builtins.int = ...,
+        total_blob_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["database_bytes", b"database_bytes", "last_position", b"last_position", "late_spans", b"late_spans", "live_leases", b"live_leases", "name", b"name", "oldest_position", b"oldest_position", "open_calls", b"open_calls", "rollouts_by_status", b"rollouts_by_status", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime", b"uptime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["database_bytes", b"database_bytes", "evicted_attempts", b"evicted_attempts", "eviction_threshold_bytes", b"eviction_threshold_bytes", "last_position", b"last_position", "late_spans", b"late_spans", "live_leases", b"live_leases", "memory_capacity_bytes", b"memory_capacity_bytes", "name", b"name", "oldest_position", b"oldest_position", "open_calls", b"open_calls", "rollouts_by_status", b"rollouts_by_status", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_blob_bytes", b"total_blob_bytes", "total_blobs", b"total_blobs", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime", b"uptime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -3139,9 +3223,9 @@ class PutBlobRequest(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
-    """First: the expected `sha256:<hex>`."""
+    """First: the expected `sha256:<64 lower-case hex digits>`."""
     chunk: _builtins.bytes
-    """Then: the content in pieces of at most 1 MiB."""
+    """Then: the content in pieces of at most 1 MiB, at most 1 GiB in all."""
     def __init__(
         self,
         *,
@@ -3195,7 +3279,7 @@ class GetBlobRequest(_message.Message):
     digest: _builtins.str
     """`sha256:<hex>`."""
     offset: _builtins.int
-    """Start here."""
+    """Start here; from 0 to the blob's size."""
     def __init__(
         self,
         *,

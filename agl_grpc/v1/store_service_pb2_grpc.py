@@ -243,6 +243,11 @@ class StoreServiceStub(object):
                 request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.ExpireLeasesRequest.SerializeToString,
                 response_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.ExpireLeasesResponse.FromString,
                 _registered_method=True)
+        self.DrainWorkers = channel.unary_unary(
+                '/agl_grpc.v1.StoreService/DrainWorkers',
+                request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.DrainWorkersRequest.SerializeToString,
+                response_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.DrainWorkersResponse.FromString,
+                _registered_method=True)
         self.GetStatistics = channel.unary_unary(
                 '/agl_grpc.v1.StoreService/GetStatistics',
                 request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.GetStatisticsRequest.SerializeToString,
@@ -554,6 +559,13 @@ class StoreServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainWorkers(self, request, context):
+        """Orders workers to finish what they hold, take nothing new and leave.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatistics(self, request, context):
         """Counts and sizes.
         """
@@ -562,7 +574,8 @@ class StoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PutBlob(self, request_iterator, context):
-        """Stores a blob under the hash of its content.
+        """Stores a blob under the hash of its content; one that is there already is answered at once. A
+        blob lives as long as a rollout's input or an attempt's output names it, and at least 24 hours.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -782,6 +795,11 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ExpireLeases,
                     request_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.ExpireLeasesRequest.FromString,
                     response_serializer=agl__grpc_dot_v1_dot_store__service__pb2.ExpireLeasesResponse.SerializeToString,
+            ),
+            'DrainWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorkers,
+                    request_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.DrainWorkersRequest.FromString,
+                    response_serializer=agl__grpc_dot_v1_dot_store__service__pb2.DrainWorkersResponse.SerializeToString,
             ),
             'GetStatistics': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatistics,
@@ -1910,6 +1928,33 @@ class StoreService(object):
             '/agl_grpc.v1.StoreService/ExpireLeases',
             agl__grpc_dot_v1_dot_store__service__pb2.ExpireLeasesRequest.SerializeToString,
             agl__grpc_dot_v1_dot_store__service__pb2.ExpireLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agl_grpc.v1.StoreService/DrainWorkers',
+            agl__grpc_dot_v1_dot_store__service__pb2.DrainWorkersRequest.SerializeToString,
+            agl__grpc_dot_v1_dot_store__service__pb2.DrainWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -119,10 +119,14 @@ class StoreServiceStub:
     """Live leases."""
     ExpireLeases: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.ExpireLeasesRequest, _store_service_pb2.ExpireLeasesResponse]
     """Ends leases now, as if they had expired."""
+    DrainWorkers: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.DrainWorkersRequest, _store_service_pb2.DrainWorkersResponse]
+    """Orders workers to finish what they hold, take nothing new and leave."""
     GetStatistics: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.GetStatisticsRequest, _store_service_pb2.GetStatisticsResponse]
     """Counts and sizes."""
     PutBlob: _grpc.StreamUnaryMultiCallable[_store_service_pb2.PutBlobRequest, _store_service_pb2.PutBlobResponse]
-    """Stores a blob under the hash of its content."""
+    """Stores a blob under the hash of its content; one that is there already is answered at once. A
+    blob lives as long as a rollout's input or an attempt's output names it, and at least 24 hours.
+    """
     GetBlob: _grpc.UnaryStreamMultiCallable[_store_service_pb2.GetBlobRequest, _store_service_pb2.GetBlobResponse]
     """Reads a blob."""
 
@@ -217,10 +221,14 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Live leases."""
     ExpireLeases: _aio.UnaryUnaryMultiCallable[_store_service_pb2.ExpireLeasesRequest, _store_service_pb2.ExpireLeasesResponse]  # type: ignore[assignment]
     """Ends leases now, as if they had expired."""
+    DrainWorkers: _aio.UnaryUnaryMultiCallable[_store_service_pb2.DrainWorkersRequest, _store_service_pb2.DrainWorkersResponse]  # type: ignore[assignment]
+    """Orders workers to finish what they hold, take nothing new and leave."""
     GetStatistics: _aio.UnaryUnaryMultiCallable[_store_service_pb2.GetStatisticsRequest, _store_service_pb2.GetStatisticsResponse]  # type: ignore[assignment]
     """Counts and sizes."""
     PutBlob: _aio.StreamUnaryMultiCallable[_store_service_pb2.PutBlobRequest, _store_service_pb2.PutBlobResponse]  # type: ignore[assignment]
-    """Stores a blob under the hash of its content."""
+    """Stores a blob under the hash of its content; one that is there already is answered at once. A
+    blob lives as long as a rollout's input or an attempt's output names it, and at least 24 hours.
+    """
     GetBlob: _aio.UnaryStreamMultiCallable[_store_service_pb2.GetBlobRequest, _store_service_pb2.GetBlobResponse]  # type: ignore[assignment]
     """Reads a blob."""
 
@@ -560,6 +568,14 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """Ends leases now, as if they had expired."""
 
     @_abc_1.abstractmethod
+    def DrainWorkers(
+        self,
+        request: _store_service_pb2.DrainWorkersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_service_pb2.DrainWorkersResponse, _abc.Awaitable[_store_service_pb2.DrainWorkersResponse]]:
+        """Orders workers to finish what they hold, take nothing new and leave."""
+
+    @_abc_1.abstractmethod
     def GetStatistics(
         self,
         request: _store_service_pb2.GetStatisticsRequest,
@@ -573,7 +589,9 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_store_service_pb2.PutBlobRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_store_service_pb2.PutBlobResponse, _abc.Awaitable[_store_service_pb2.PutBlobResponse]]:
-        """Stores a blob under the hash of its content."""
+        """Stores a blob under the hash of its content; one that is there already is answered at once. A
+        blob lives as long as a rollout's input or an attempt's output names it, and at least 24 hours.
+        """
 
     @_abc_1.abstractmethod
     def GetBlob(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -17,6 +18,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 LogLevelOption = Annotated[
     str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 ]
+
+
+def parse_size(text: str) -> int:
+    """Turns `800M`, `4G` or plain bytes into bytes; raises a usage error otherwise."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text, re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"size {text!r}: write bytes, or a number with K, M, G or T")
+    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
 
 
 def parse_labels(texts: list[str]) -> dict[str, str]:

@@ -31,9 +31,12 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),
     "train": CommandEntry("agl_grpc_cli.train", "Train an agent."),
     "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),
-    "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show and cancel rollouts."),
+    "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show, cancel, retry and delete rollouts."),
     "spans": CommandEntry("agl_grpc_cli.spans", "List the spans of a rollout."),
-    "workers": CommandEntry("agl_grpc_cli.workers", "List workers and what they do."),
+    "workers": CommandEntry("agl_grpc_cli.workers", "List workers, and order them to leave."),
+    "leases": CommandEntry("agl_grpc_cli.leases", "List and expire leases."),
+    "runs": CommandEntry("agl_grpc_cli.runs", "List, make, change, pause and resume runs."),
+    "blobs": CommandEntry("agl_grpc_cli.blobs", "Store and read blobs."),
 }
 
 

@@ -1,4 +1,4 @@
-"""`agl-grpc rollouts`: what waits, runs and has ended."""
+"""`agl-grpc rollouts`: what waits, runs and has ended; cancelled, tried again and deleted by filter."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ import typer
 
 from agl_grpc_cli.connect import with_store
 from agl_grpc_cli.errors import CliError
-from agl_grpc_cli.options import DEFAULT_STORE, JsonOption, RunOption, StoreOption
+from agl_grpc_cli.filters import narrow, takes_filter
+from agl_grpc_cli.options import DEFAULT_STORE, JsonOption, StoreOption
 from agl_grpc_cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from agl_grpc.client import StoreClient
     from agl_grpc.model import Rollout
 
-app = typer.Typer(help="List, show and cancel rollouts.", no_args_is_help=True)
+app = typer.Typer(help="List, show, cancel, retry and delete rollouts.", no_args_is_help=True)
 
 
 @app.callback()
 def group() -> None:
-    """List, show and cancel rollouts."""
+    """List, show, cancel, retry and delete rollouts."""
+
+
+IdsArgument = Annotated[list[str] | None, typer.Argument(metavar="[ROLLOUT]...", help="The rollouts.")]
+AllOption = Annotated[bool, typer.Option("--all", help="Without conditions: all rollouts of the run.")]
 
 
 @app.command("ls")
+@takes_filter
 def list_rollouts(
+    chosen: Any,
     store: StoreOption = DEFAULT_STORE,
-    run: RunOption = "default",
-    status: Annotated[
-        list[str] | None, typer.Option(metavar="STATUS", help="Only in this state, repeatable.")
-    ] = None,
-    group_id: Annotated[str | None, typer.Option("--group", metavar="ID", help="Only of this group.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most rollouts, newest first.")] = 50,
+    sort: Annotated[
+        str, typer.Option(metavar="FIELD", help="For example end_time or priority.")
+    ] = "create_time",
+    ascending: Annotated[bool, typer.Option("--ascending", help="Smallest or oldest first.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Most rollouts.")] = 50,
     as_json: JsonOption = False,
 ) -> None:
-    """List rollouts, newest first."""
+    """List rollouts, newest first; conditions combine, all have to hold."""
 
     async def read(client: StoreClient) -> list[Rollout]:
-        from agl_grpc.client import rollout_filter
+        order = "asc" if ascending else "desc"
+        return list(await client.query_rollouts(filter=chosen, sort_by=sort, sort_order=order, limit=limit))
 
-        chosen = rollout_filter(run_id=run, status_in=status, group_id_in=[group_id] if group_id else None)
-        page = await client.query_rollouts(
-            filter=chosen, sort_by="create_time", sort_order="desc", limit=limit
-        )
-        return list(page)
-
-    rollouts = with_store(store, run, read)
+    rollouts = with_store(store, chosen.run_id, read)
     if as_json:
         print_json([asdict(rollout) for rollout in rollouts])
         return
@@ -59,12 +60,12 @@ def list_rollouts(
             rollout.attempt_count,
             rollout.group_id or "-",
             _time(rollout.start_time),
-            rollout.failure.message if rollout.failure else "",
+            f"{rollout.failure.kind}: {rollout.failure.message}" if rollout.failure else "",
         )
         for rollout in rollouts
     ]
     headings = ("ROLLOUT", "STATUS", "MODE", "ATTEMPTS", "GROUP", "CREATED", "FAILURE")
-    print_table(headings, rows, empty=f"run {run!r} has no such rollouts")
+    print_table(headings, rows, empty=f"run {chosen.run_id!r} has no such rollouts")
 
 
 @app.command()
@@ -95,23 +96,71 @@ def get(
 
 
 @app.command()
+@takes_filter
 def cancel(
-    rollout_ids: Annotated[list[str], typer.Argument(help="The rollouts.")],
+    chosen: Any,
+    rollout_ids: IdsArgument = None,
+    everything: AllOption = False,
     store: StoreOption = DEFAULT_STORE,
     reason: Annotated[str, typer.Option(help="Why, for people.")] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Cancel rollouts; running agents are stopped at once. Finished rollouts stay as they are."""
-
-    async def work(client: StoreClient) -> list[str]:
-        return await client.cancel_rollouts(rollout_ids, reason=reason)
-
-    cancelled = with_store(store, "default", work)
+    named = rollout_ids or []
+    narrow(chosen, named, everything)
+    cancelled = with_store(
+        store, "default", lambda client: client.cancel_rollouts(filter=chosen, reason=reason)
+    )
     if as_json:
         print_json(cancelled)
         return
-    for rollout_id in rollout_ids:
+    for rollout_id in named or cancelled:
         typer.echo(f"{rollout_id}  {'cancelled' if rollout_id in cancelled else 'not changed'}")
+    if not named:
+        typer.echo(f"{len(cancelled)} cancelled")
+
+
+@app.command()
+@takes_filter
+def retry(
+    chosen: Any,
+    rollout_ids: IdsArgument = None,
+    everything: AllOption = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a new rollout for each chosen finished one; `retry_of` names what it tries again."""
+    narrow(chosen, rollout_ids or [], everything)
+    made = with_store(store, "default", lambda client: client.retry_rollouts(filter=chosen))
+    if as_json:
+        print_json([{"rollout_id": one.rollout_id, "retry_of": one.retry_of} for one in made])
+        return
+    for one in made:
+        typer.echo(f"{one.rollout_id}  tries {one.retry_of} again")
+    typer.echo(f"{len(made)} made")
+
+
+@app.command()
+@takes_filter
+def delete(
+    chosen: Any,
+    rollout_ids: IdsArgument = None,
+    everything: AllOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete finished rollouts with all that belongs to them.
+
+    Live, unsealed and claimed ones are kept, and those that a batch pins.
+    """
+    narrow(chosen, rollout_ids or [], everything)
+    work = with_store(store, "default", lambda client: client.delete_rollouts(filter=chosen, dry_run=dry_run))
+    deleted, kept = work
+    if as_json:
+        print_json({"deleted": deleted, "kept": kept, "dry_run": dry_run})
+        return
+    typer.echo(f"{deleted} {'would be deleted' if dry_run else 'deleted'}, {kept} kept")
 
 
 def _time(seconds: float) -> str:

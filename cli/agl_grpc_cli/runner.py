@@ -21,9 +21,17 @@ def group() -> None:
 @app.command()
 def start(
     agent: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="MODULE:NAME", help="A LitAgent, its class, or a decorated function."),
-    ],
+    ] = None,
+    isolation: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="thread (default), process, command."),
+    ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="The shell command that is the agent (isolation command)."),
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Worker processes.")] = 1,
     concurrency: Annotated[
@@ -55,6 +63,9 @@ def start(
     max_rollouts: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Leave after N rollouts of each worker.")
     ] = None,
+    wait_for_resources: Annotated[
+        bool, typer.Option("--wait-for-resources", help="Take nothing before the run has resources.")
+    ] = False,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Start workers that take rollouts from a store and execute them with your agent.
@@ -64,7 +75,8 @@ def start(
     hands everything back at once.
 
     \b
-    Example: agl-grpc runner start --agent my_agent:agent --workers 4 --concurrency 16
+    Examples: agl-grpc runner start --agent my_agent:agent --workers 4 --concurrency 16
+              agl-grpc runner start --command 'node agent.js' --concurrency 8
     """
     from agl_grpc.runner.config import RunnerConfig, default_name
     from agl_grpc.runner.logs import configure_logging
@@ -74,22 +86,28 @@ def start(
         configure_logging(log_level)
     except ValueError as error:
         raise CliError(str(error), exit_code=EXIT_USAGE) from error
-    config = RunnerConfig(
-        agent=agent,
-        store=store,
-        workers=workers,
-        concurrency=concurrency,
-        run_id=run,
-        queues=tuple(queue or ()),
-        labels=parse_labels(label or []),
-        name=name or default_name(),
-        hooks=tuple(hook or ()),
-        lease_seconds=lease,
-        drain_seconds=drain,
-        max_rollouts=max_rollouts,
-        app_dir=os.getcwd(),
-        log_level=log_level,
-    )
+    try:
+        config = RunnerConfig(
+            agent=agent,
+            isolation=isolation or ("command" if command else "thread"),
+            command=command or "",
+            store=store,
+            workers=workers,
+            concurrency=concurrency,
+            run_id=run,
+            queues=tuple(queue or ()),
+            labels=parse_labels(label or []),
+            name=name or default_name(),
+            hooks=tuple(hook or ()),
+            lease_seconds=lease,
+            drain_seconds=drain,
+            max_rollouts=max_rollouts,
+            wait_for_resources=wait_for_resources,
+            app_dir=os.getcwd(),
+            log_level=log_level,
+        )
+    except ValueError as error:
+        raise CliError(str(error), exit_code=EXIT_USAGE) from error
     try:
         Supervisor(config).run()
     except WorkerStartError as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from agl_grpc_cli.errors import EXIT_USAGE, CliError
-from agl_grpc_cli.options import LogLevelOption
+from agl_grpc_cli.options import LogLevelOption, parse_size
 
 app = typer.Typer(help="Serve the store over gRPC.")
 
@@ -21,6 +21,13 @@ DatabaseOption = Annotated[
 ]
 MemoryOption = Annotated[
     bool, typer.Option("--memory", help="Keep nothing: a throw-away database that is gone at exit.")
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="With --memory: evict old spans above so much, as in 800M or 4G."),
+]
+SafeOption = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="With --memory: evict until there is no more than this.")
 ]
 GraceOption = Annotated[
     float, typer.Option(min=0.0, metavar="SECONDS", help="After SIGTERM or Ctrl-C: time for calls under way.")
@@ -39,12 +46,14 @@ def store(
     port: PortOption = DEFAULT_PORT,
     database: DatabaseOption = DEFAULT_DATABASE,
     memory: MemoryOption = False,
+    evict_above: SizeOption = None,
+    evict_to: SafeOption = None,
     grace: GraceOption = DEFAULT_GRACE,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Serve the store over gRPC. `agl-grpc store --port N` is short for `agl-grpc store serve --port N`."""
     if context.invoked_subcommand is None:
-        _serve(host, port, database, memory, grace, log_level)
+        _serve(host, port, database, memory, (evict_above, evict_to), grace, log_level)
     elif given := _given_options(context):
         raise typer.BadParameter(f"write {given} after `{context.invoked_subcommand}`, not before it")
 
@@ -55,6 +64,8 @@ def serve(
     port: PortOption = DEFAULT_PORT,
     database: DatabaseOption = DEFAULT_DATABASE,
     memory: MemoryOption = False,
+    evict_above: SizeOption = None,
+    evict_to: SafeOption = None,
     grace: GraceOption = DEFAULT_GRACE,
     log_level: LogLevelOption = "info",
 ) -> None:
@@ -63,12 +74,23 @@ def serve(
     What was acknowledged is on disk, also after kill -9. A port in use, a corrupt database or a
     full disk: one line says why, exit code 1.
     """
-    _serve(host, port, database, memory, grace, log_level)
+    _serve(host, port, database, memory, (evict_above, evict_to), grace, log_level)
 
 
-def _serve(host: str, port: int, database: Path, memory: bool, grace: float, log_level: str) -> None:
+def _serve(
+    host: str,
+    port: int,
+    database: Path,
+    memory: bool,
+    eviction: tuple[str | None, str | None],
+    grace: float,
+    log_level: str,
+) -> None:
     if log_level.lower() not in LEVELS:
         raise CliError(f"log level {log_level!r} is none of {', '.join(LEVELS)}", exit_code=EXIT_USAGE)
+    if any(eviction) and not memory:
+        raise CliError("spans are evicted from throw-away stores only: say --memory", exit_code=EXIT_USAGE)
+    evict_above, evict_to = (None if size is None else parse_size(size) for size in eviction)
     from agl_grpc.store.door.app import ServeConfig
     from agl_grpc.store.serve import serve as serve_store
 
@@ -76,6 +98,8 @@ def _serve(host: str, port: int, database: Path, memory: bool, grace: float, log
         host=host,
         port=port,
         database=None if memory else database,
+        evict_above=evict_above,
+        evict_to=evict_to,
         grace=grace,
         log_level=log_level.upper(),
     )

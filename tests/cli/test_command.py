@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agl_grpc_cli.main import main
 from agl_grpc_cli.registry import COMMANDS
 
 from agl_grpc.client import SyncStoreClient
@@ -93,7 +95,16 @@ def test_version() -> None:
         (["runner", "start", "--agent", "json:dumps", "--store", NOBODY], 1, "must be a LitAgent"),
         (["runner", "start", "--agent", "a:b", "--label", "x"], 2, "write KEY=VALUE"),
         (["rollouts", "ls", "--store", NOBODY], 1, "the store at NOBODY cannot be reached"),
-        (["rollouts", "ls", "--status", "happy"], 1, "'happy' is not a RolloutStatus"),
+        (["rollouts", "ls", "--status", "happy"], 2, "'happy' is not a RolloutStatus"),
+        (["rollouts", "ls", "--older-than", "soon"], 2, "--older-than 'soon': write a number and a unit"),
+        (["rollouts", "cancel"], 2, "name rollouts, give conditions, or say --all"),
+        (["rollouts", "delete", "--run", "*"], 2, "name rollouts, give conditions, or say --all"),
+        (["leases", "expire"], 2, "name attempts, or a worker"),
+        (["runs", "update", "default"], 2, "say what to change"),
+        (["blobs", "put", "/no/such/file"], 2, "does not exist"),
+        (["store", "serve", "--evict-above", "1G"], 2, "throw-away stores only"),
+        (["store", "serve", "--memory", "--evict-above", "much"], 2, "size 'much'"),
+        (["store", "serve", "--memory", "--evict-above", "1K", "--evict-to", "2K"], 1, "cannot be evicted"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
@@ -160,6 +171,89 @@ def test_rollouts_are_cancelled(store: StoreProcess, rollouts: tuple[str, str]) 
         client.enqueue_rollout("task", rollout_id="unwanted")
     answer = run("rollouts", "cancel", "unwanted", "started", "--store", store.address)
     assert [line.split()[1] for line in answer.stdout.splitlines()] == ["cancelled", "not"]
+
+
+def inside(store: StoreProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in this process: a new one each time takes as long as all that the command does."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["agl-grpc", *arguments, "--store", store.address])
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())  # type: ignore[arg-type] # main exits with a number
+
+
+def answer_of(store: StoreProcess, *arguments: str) -> Any:
+    """What a command says with --json."""
+    answer = inside(store, *arguments, "--json")
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+def test_rollouts_by_filter(store: StoreProcess, rollouts: tuple[str, str]) -> None:
+    with SyncStoreClient(store.address) as client:
+        for number in range(3):
+            client.enqueue_rollout(
+                number, rollout_id=f"f{number}", group_id="many", labels={"n": str(number)}
+            )
+    names = [one["rollout_id"] for one in answer_of(store, "rollouts", "ls", "--group", "many")]
+    assert names == ["f2", "f1", "f0"]
+    listing = ("rollouts", "ls", "--group", "many", "--label", "n=1", "--newer-than", "1h")
+    assert [one["rollout_id"] for one in answer_of(store, *listing)] == ["f1"]
+    assert answer_of(store, "rollouts", "ls", "--group", "many", "--older-than", "1h") == []
+    assert answer_of(store, "rollouts", "cancel", "--group", "many") == ["f0", "f1", "f2"]
+    (again,) = answer_of(store, "rollouts", "retry", "f1")
+    assert again["retry_of"] == "f1"
+    counted = answer_of(store, "rollouts", "delete", "--group", "many", "--dry-run")
+    assert counted == {"deleted": 3, "kept": 1, "dry_run": True}
+    text = inside(store, "rollouts", "delete", "--group", "many").stdout
+    assert text == "3 deleted, 1 kept\n"
+    assert answer_of(store, "rollouts", "cancel", again["rollout_id"]) == [again["rollout_id"]]
+
+
+def test_leases_and_workers(store: StoreProcess) -> None:
+    with SyncStoreClient(store.address) as client:
+        client.enqueue_rollout(1, queue="leases")
+        (work,) = client.lease_rollouts("holder", "s", queues=["leases"])
+        (lease,) = answer_of(store, "leases", "ls", "--worker", "holder")
+        assert (lease["attempt_id"], lease["rollout_id"]) == (work.attempt_id, work.rollout.rollout_id)
+        assert "lease_token" not in lease
+        assert work.attempt_id in inside(store, "leases", "ls").stdout
+        assert answer_of(store, "leases", "expire", "--worker", "holder") == [work.attempt_id]
+        assert answer_of(store, "leases", "ls") == []
+        assert answer_of(store, "workers", "drain", "holder", "--reason", "enough") == ["holder"]
+        kinds = [command.kind for command in client.renew_leases("holder", []).commands]
+        assert kinds == ["cancel", "drain"]
+    missing = inside(store, "workers", "drain", "nobody")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "worker 'nobody' does not exist" in missing.stderr
+
+
+def test_runs(store: StoreProcess) -> None:
+    assert answer_of(store, "runs", "create", "r1")["run_id"] == "r1"
+    changed = answer_of(store, "runs", "update", "r1", "--retention", "7d", "--replay-retention", "12h")
+    assert (changed["retention_seconds"], changed["replay_retention_seconds"]) == (604800.0, 43200.0)
+    assert answer_of(store, "runs", "update", "r1", "--retention", "none")["retention_seconds"] is None
+    assert answer_of(store, "runs", "pause", "r1", "--queue", "q")["paused_queues"] == ["q"]
+    assert inside(store, "runs", "pause", "r1").stdout.startswith("r1  paused")
+    assert answer_of(store, "runs", "resume", "r1")["paused"] is False
+    assert "r1" in inside(store, "runs", "ls").stdout
+    assert answer_of(store, "runs", "get", "r1")["statistics"]["total_rollouts"] == 0
+    assert "there is no run 'r9'" in inside(store, "runs", "get", "r9").stderr
+
+
+def test_blobs(store: StoreProcess, tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    (tmp_path / "in").write_bytes(data)
+    digest = inside(store, "blobs", "put", str(tmp_path / "in")).stdout.strip()
+    got = inside(store, "blobs", "get", digest, "-o", str(tmp_path / "out"))
+    assert got.returncode == 0, got.stderr
+    assert (tmp_path / "out").read_bytes() == data
+    missing = inside(store, "blobs", "get", f"sha256:{'0' * 64}", "-o", str(tmp_path / "no"))
+    assert missing.returncode == 1
+    assert "does not exist" in missing.stderr
 
 
 def test_a_reader_that_leaves_is_no_error(store: StoreProcess, rollouts: tuple[str, str]) -> None:

@@ -73,6 +73,7 @@ ATTEMPT = Attempt(
     capture_incomplete=True,
     open_calls=2,
     lease_lost=True,
+    spans_evicted=True,
 )
 ROLLOUT = Rollout(
     rollout_id="ro-1",

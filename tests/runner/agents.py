@@ -34,6 +34,9 @@ def result_of(task: dict[str, Any], resources: Any, rollout: Any) -> Any:
                 return task.get("reward", 1.0)
         case "nothing":
             return None
+        case "pid":
+            note("pids", str(os.getpid()))
+            return None
         case "emit":
             emit_reward(0.1)
             emit_reward(0.5, step=3)
@@ -143,6 +146,7 @@ class SyncAgent(LitAgent[Any]):
                 return 1.0
             case "block":
                 note("started", rollout.attempt.attempt_id)
+                note("blocked", str(os.getpid()))
                 threading.Event().wait(task["seconds"])
                 return 1.0
         return result_of(task, resources, rollout)

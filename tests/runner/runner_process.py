@@ -17,14 +17,18 @@ ROOT = Path(__file__).parents[2]
 
 
 class RunnerProcess:
-    """A supervisor with its workers, on an agent of `tests.runner.agents`; a context manager."""
+    """A supervisor with its workers, on an agent of `tests.runner.agents` (None = as the options say).
 
-    def __init__(self, store: str, agent: str, folder: Path, *options: str, name: str = "w") -> None:
+    A context manager."""
+
+    def __init__(self, store: str, agent: str | None, folder: Path, *options: str, name: str = "w") -> None:
         self.name = name
         self.folder = folder
         self.log = folder / f"{name}.log"
         self._command = [sys.executable, "-m", "agl_grpc_cli", "runner", "start", "--store", store]
-        self._command += ["--agent", f"tests.runner.agents:{agent}", "--name", name, *options]
+        self._command += ["--name", name, *options]
+        if agent is not None:
+            self._command += ["--agent", f"tests.runner.agents:{agent}"]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import openai
 import pytest
 
 from agl_grpc.model import LLM, FailureKind, Span
-from agl_grpc.runner import AgentFailure, LoadError, RunnerConfig
+from agl_grpc.runner import AgentFailure, LoadError, RunnerConfig, Supervisor, WorkerStartError
+from agl_grpc.runner.command import CommandAgent
 from agl_grpc.runner.failures import failure_of, kind_of
 from agl_grpc.runner.load import load_object
 from agl_grpc.runner.outcome import BadResult, RewardKey, read_result
 from agl_grpc.runner.threads import AbandonedThreads, AgentStopped, run_in_thread
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, free_port
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1/v1")
 
@@ -182,3 +184,54 @@ def test_a_plain_llm_stays_as_it_is() -> None:
 
     llm = LLM(endpoint="http://127.0.0.1:9/v1", model="m")
     assert bind_to_attempt({"llm": llm}, rollout=None) == {"llm": llm}  # type: ignore[arg-type]  # not looked at
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"agent": "a:b", "isolation": "vm"}, "isolation 'vm' is none of thread, process"),
+        ({"isolation": "command"}, "isolation command needs a command"),
+        ({"agent": "a:b", "isolation": "command", "command": "true"}, "the command is the agent"),
+        ({"agent": "a:b", "command": "true"}, "a command goes with isolation command, not with thread"),
+        ({"isolation": "process"}, "there is no agent"),
+    ],
+)
+def test_agent_and_isolation_have_to_fit(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunnerConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [("no-such-program --fast", "there is no program 'no-such-program'"), ("echo 'x", "cannot be read")],
+)
+def test_commands_are_checked_at_the_start(command: str, message: str) -> None:
+    with pytest.raises(LoadError, match=message):
+        CommandAgent(command, "127.0.0.1:4747")
+
+
+@pytest.mark.parametrize("command", ["cd /tmp && ./run", "X=1 ./run", "exec node a.js", "(a; b)", "true"])
+def test_what_only_the_shell_can_judge_is_left_to_it(command: str) -> None:
+    CommandAgent(command, "127.0.0.1:4747")
+
+
+class _FailsToUnpickle:
+    """An agent that ends the process of whoever loads it."""
+
+    def __reduce__(self) -> Any:
+        return (os._exit, (7,))
+
+
+def test_a_worker_that_only_dies_is_given_up() -> None:
+    config = RunnerConfig(agent=_FailsToUnpickle(), restart_seconds=0.01, store=f"127.0.0.1:{free_port()}")
+    with pytest.raises(WorkerStartError, match=r"died 5 times in a row before it took a rollout; .* code 7"):
+        Supervisor(config).run()
+
+
+def test_the_machine_is_described() -> None:
+    from agl_grpc.runner.machine import MachineSnapshot
+
+    snapshot = MachineSnapshot().read()
+    assert snapshot["process_memory_bytes"] < snapshot["memory_total_bytes"]  # type: ignore[operator]  # both are numbers
+    # Figures of GPUs only where there are some.
+    assert ("gpu_count" in snapshot) == bool([name for name in snapshot if name.startswith("gpu_0")])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agl_grpc.client import StoreClient
-from agl_grpc.model import AttemptStatus, FailureKind, ProxyLLM, Rollout, RolloutConfig
+from agl_grpc.model import AttemptStatus, BlobReference, FailureKind, ProxyLLM, Rollout, RolloutConfig
 from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import free_port
@@ -16,24 +16,27 @@ from tests.support.waiting import free_port
 RUN = "results"
 
 
-@pytest.fixture(scope="module", params=["AsyncAgent", "SyncAgent"])
+@pytest.fixture(scope="module", params=["AsyncAgent", "SyncAgent", "SyncAgent-process"])
 def runner(
     request: pytest.FixtureRequest, store: StoreProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunnerProcess]:
-    """One worker for all tests of the module, with an async and with a sync agent."""
-    agent = request.param
-    folder = tmp_path_factory.mktemp(agent)
+    """One worker for all tests of the module: an async and a sync agent, and one in processes of its own."""
+    queue = request.param
+    agent, _, isolation = queue.partition("-")
+    folder = tmp_path_factory.mktemp(queue)
     options = (
         "--run",
         RUN,
         "--queue",
-        agent,
+        queue,
+        "--isolation",
+        isolation or "thread",
         "--concurrency",
         "8",
         "--hook",
         "tests.runner.agents:NotingHook",
     )
-    with RunnerProcess(store.address, agent, folder, *options, name=agent) as process:
+    with RunnerProcess(store.address, agent, folder, *options, name=queue) as process:
         yield process
 
 
@@ -67,6 +70,12 @@ async def test_a_number_is_the_primary_reward(results: StoreClient, runner: Runn
     names = [span.name for span in await results.query_spans(rollout.rollout_id)]
     assert "thinking" in names
     assert "agentlightning.annotation" in names
+
+
+async def test_a_large_task_reaches_the_agent(results: StoreClient, runner: RunnerProcess) -> None:
+    rollout = await execute(results, runner, {"do": "number", "ballast": "x" * (2 << 20)})
+    assert isinstance(rollout.input, BlobReference)
+    assert await rewards_of(results, rollout) == {"primary": 1.0}
 
 
 async def test_named_rewards(results: StoreClient, runner: RunnerProcess) -> None:

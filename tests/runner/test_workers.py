@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agl_grpc.client import StoreClient
-from agl_grpc.model import AttemptStatus, Rollout, RolloutConfig, RolloutStatus
+from agl_grpc.model import AttemptStatus, ProxyLLM, Rollout, RolloutConfig, RolloutStatus
 from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
@@ -190,6 +190,47 @@ async def test_a_worker_says_why_it_idles(
         await eventually(lambda: _equals(reason, "no work"), within=LONG, what="it has no work")
         await client.pause_dispatch()
         await eventually(lambda: _equals(reason, "paused"), within=LONG, what="it is paused")
+        await client.resume_dispatch()
+        await eventually(lambda: _equals(reason, "no work"), within=LONG, what="it goes on")
+    # A queue of its own: the worker before, which was killed, may still count as waiting.
+    await client.enqueue_rollout({"do": "nothing"}, queue="labelled", labels={"gpu": "yes"})
+    options = ("--run", run_id, "--queue", "labelled", "--label", "disk=fast")
+    with RunnerProcess(store.address, "AsyncAgent", folder, *options, name=run_id) as runner:
+        what = "no work with its labels"
+        await eventually(lambda: _equals(reason, what), within=LONG, what=what)
+        assert runner.says(f"{run_id}-0 idles: {what}")
+
+
+async def test_a_worker_waits_for_resources(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+) -> None:
+    rollout = await client.enqueue_rollout({"do": "resources"})
+    with RunnerProcess(
+        store.address, "AsyncAgent", folder, "--run", run_id, "--wait-for-resources"
+    ) as runner:
+        await eventually(lambda: runner.says("w-0 idles: no resources"), within=LONG, what="it waits")
+        await client.add_resources({"llm": ProxyLLM(endpoint="http://127.0.0.1:9/v1", model="m")})
+        (done,) = await ended(client, rollout)
+        assert (done.status, done.attempt_count) == (RolloutStatus.SUCCEEDED, 1)
+
+
+async def test_an_order_to_drain_is_obeyed_once(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+) -> None:
+    options = ("--run", run_id, "--lease", "1")
+    with RunnerProcess(store.address, "AsyncAgent", folder, *options, name=run_id) as runner:
+        rollout = await client.enqueue_rollout(wait_at("gate"))
+        await started(runner)
+        assert await client.drain_workers([f"{run_id}-0"], reason="maintenance") == [f"{run_id}-0"]
+        await eventually(lambda: runner.says("drains (maintenance): 1 rollouts"), within=LONG, what="drain")
+        runner.open_gate("gate")
+        (done,) = await ended(client, rollout)
+        assert done.status is RolloutStatus.SUCCEEDED
+        assert runner.wait() == 0
+    again = await client.enqueue_rollout({"do": "nothing"})
+    with RunnerProcess(store.address, "AsyncAgent", folder, "--run", run_id, name=run_id):
+        (done,) = await ended(client, again)
+        assert done.status is RolloutStatus.SUCCEEDED
 
 
 async def test_a_runner_leaves_after_its_share(

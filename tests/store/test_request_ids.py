@@ -194,6 +194,14 @@ async def expire_leases(rig: Rig) -> tuple[Any, Any]:
 
 
 @scene
+async def drain_workers(rig: Rig) -> tuple[Any, Any]:
+    for worker in ("w1", "w2"):
+        await rig.lease(worker=worker)
+    make = store_service_pb2.DrainWorkersRequest
+    return make(worker_ids=["w1"]), make(worker_ids=["w2"])
+
+
+@scene
 async def lease_rollouts(rig: Rig) -> tuple[Any, Any]:
     for name in "abc":
         await rig.enqueue(rollout_id=name)

@@ -394,8 +394,5 @@ async def test_what_later_versions_serve_says_so(served: Served) -> None:
     for stream in (
         served.trainer.StreamBatch(trainer_service_pb2.StreamBatchRequest()),
         served.trainer.ReplayBatch(trainer_service_pb2.ReplayBatchRequest()),
-        served.store.GetBlob(store_service_pb2.GetBlobRequest()),
     ):
         await refused(stream.read(), "METHOD_UNIMPLEMENTED")
-    blob = served.store.PutBlob(iter([store_service_pb2.PutBlobRequest(digest="sha256:0")]))
-    await refused(blob, "METHOD_UNIMPLEMENTED")

@@ -14,6 +14,7 @@ from agl_grpc.store.door.credentials import CredentialSigner, new_key
 from agl_grpc.store.door.server import GrpcDoor, StartError
 from agl_grpc.store.handlers import handlers
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.spans.evict import EvictionLimits
 from agl_grpc.store.storage.engine import DatabaseError
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
@@ -40,6 +41,10 @@ class ServeConfig:
     """Lowest level of log lines that are shown."""
     limit_pages: int = 0
     """Largest size of the database in pages of 8 KiB; 0 = the disk's."""
+    evict_above: int | None = None
+    """With a throw-away database: bytes of spans above which old ones are evicted; None = 70 % of memory."""
+    evict_to: int | None = None
+    """Eviction goes on until there are no more bytes of spans than this; None = 80 % of `evict_above`."""
     span_queue_bytes: int = limits.QUEUE_BYTES
     """Most bytes of spans that wait for the disk; beyond it calls are refused and streams held back (R28)."""
 
@@ -72,7 +77,10 @@ class StoreServer:
         try:
             signer = CredentialSigner(await store.write(_signing_key))
             side = await WriteSide.start(store, signer)
-            services, parsers = handlers(side, config.span_queue_bytes)
+            eviction = None
+            if store.database.backend == "memory":
+                eviction = _eviction(config)
+            services, parsers = handlers(side, config.span_queue_bytes, eviction)
             door = GrpcDoor(services, Authenticator(signer, config.operator_token), parsers)
             port = await door.start(config.host, config.port)
         except BaseException:
@@ -101,6 +109,13 @@ class StoreServer:
         self.store.hub.close()
         await self._door.stop(self.config.grace)
         await self.store.close()
+
+
+def _eviction(config: ServeConfig) -> EvictionLimits:
+    try:
+        return EvictionLimits.choose(config.evict_above, config.evict_to)
+    except ValueError as error:
+        raise StartError(f"{error}; the first must be positive and the second no larger") from error
 
 
 def _signing_key(tx: Tx) -> bytes:

@@ -9,7 +9,7 @@ from agl_grpc.store.door.call import Call
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import common_pb2, store_service_pb2
 
-CAPABILITIES = ("span_streams", "prompt_deltas", "policy_versions", "training_runs")
+CAPABILITIES = ("span_streams", "prompt_deltas", "policy_versions", "training_runs", "blobs")
 """Optional behaviour that is on."""
 
 
@@ -50,6 +50,7 @@ def _limits() -> store_service_pb2.ServerLimits:
         max_spans_per_message=limits.SPANS_PER_MESSAGE,
         max_in_flight_bytes=limits.STREAM_BYTES,
         max_payload_bytes=limits.PAYLOAD_BYTES,
+        max_blob_bytes=limits.BLOB_BYTES,
     )
     answer.max_long_poll.FromMicroseconds(int(limits.LONG_POLL_SECONDS * SECOND))
     return answer

@@ -7,14 +7,15 @@ import errno
 import logging
 import socket
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from agl_grpc.store import limits
 from agl_grpc.store.door.call import Authenticator
+from agl_grpc.store.door.http2.server import Http2Server
 from agl_grpc.store.door.service import Parser, ServiceBinder
 
 log = logging.getLogger(__name__)
@@ -22,17 +23,7 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = limits.MESSAGE_BYTES
 """Largest message in either direction."""
 
-_OPTIONS = (
-    # Without this a second server binds the same port and traffic splits silently between the two.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # Clients ping each 30 s; the default of five minutes would answer them with GOAWAY.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-)
+_BACKLOG = 1024
 
 
 class StartError(Exception):
@@ -59,7 +50,7 @@ class GrpcDoor:
         self._services = services
         self._binder = ServiceBinder(authenticator, self.draining, parsers)
         self._health = health.aio.HealthServicer()
-        self._server: grpc.aio.Server | None = None
+        self._server: Http2Server | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Bind and serve.
@@ -74,19 +65,23 @@ class GrpcDoor:
         Raises:
             StartError: the port cannot be bound.
         """
-        server = grpc.aio.server(options=_OPTIONS)
+        sockets = listening_sockets(host, port)
+        server = Http2Server(max_message_bytes=MAX_MESSAGE_BYTES)
         server.add_generic_rpc_handlers(
-            tuple(self._binder.bind(service, handlers) for service, handlers in self._services.items())
+            [self._binder.bind(service, handlers) for service, handlers in self._services.items()]
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        # Generated code, typed for gRPC's own servers; two methods are all that it calls.
+        as_server: Any = server
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, as_server)
         names = [service.full_name for service in self._services]
-        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        bound = _bind(server, host, port)
-        await server.start()
+        shown = (*names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+        add_reflection(reflection.aio.ReflectionServicer(shown), as_server)
+        await server.listen(sockets)
         self._server = server
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return bound
+        return int(sockets[0].getsockname()[1])
 
     async def stop(self, grace: float) -> None:
         """Drain: say NOT_SERVING, end long polls and streams politely, wait for calls, close the port.
@@ -101,38 +96,47 @@ class GrpcDoor:
             self._server = None
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    reason = _bind_problem(host, port)
-    if reason is not None:
-        raise StartError(reason)
+def listening_sockets(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen, one for each address of the host."""
     try:
-        bound = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise StartError(_bind_problem(host, port) or f"cannot bind {address}: {error}") from error
-    if bound == 0:
-        raise StartError(f"cannot bind {address}; pass another --host or --port")
-    return bound
-
-
-def _bind_problem(host: str, port: int) -> str | None:
-    """Why the address cannot be bound, asked of the operating system; None = it can."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        return f"host {host!r} cannot be resolved ({error.strerror or error}); pass an address with --host"
-    with socket.socket(family, kind, protocol) as probe:
-        # As grpc does: else a port whose last connections linger in TIME_WAIT looks taken.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        raise StartError(
+            f"host {host!r} cannot be resolved ({error.strerror or error}); pass an address with --host"
+        ) from error
+    sockets: list[socket.socket] = []
+    problem: OSError | None = None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        # Every address gets the same port, also when any free one was asked for.
+        chosen = port or (sockets[0].getsockname()[1] if sockets else 0)
+        one = socket.socket(family, kind, protocol)
         try:
-            probe.bind(address)
-            # Binding succeeds beside a socket that is bound but not listening; listening does not.
-            probe.listen(1)
+            _listen(one, (address[0], chosen, *address[2:]))
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return (
-                    f"port {port} on {host} is in use: stop the server that has it, or choose another "
-                    "with --port"
-                )
-            return f"port {port} on {host} cannot be bound: {error.strerror}"
-    return None
+            one.close()
+            problem = error
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                continue  # `localhost` names an address of IPv6 also where there is none
+            break
+        sockets.append(one)
+    if problem is not None and (not sockets or problem.errno == errno.EADDRINUSE):
+        for one in sockets:
+            one.close()
+        raise StartError(_explain(host, port, problem)) from problem
+    return sockets
+
+
+def _listen(one: socket.socket, address: tuple[Any, ...]) -> None:
+    # Else a port whose last connections linger in TIME_WAIT looks taken.
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if one.family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+    one.bind(address)
+    # Binding succeeds beside a socket that is bound but not listening; listening does not.
+    one.listen(_BACKLOG)
+
+
+def _explain(host: str, port: int, problem: OSError) -> str:
+    if problem.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use: stop the server that has it, or choose another with --port"
+    return f"port {port} on {host} cannot be bound: {problem.strerror}"

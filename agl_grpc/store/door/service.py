@@ -4,6 +4,7 @@ A handler object has coroutine methods named as the rpcs in snake case:
 
 * unary: `async def get_run(self, request, call) -> GetRunResponse`
 * server stream: `def watch_rollouts(self, request, call) -> AsyncIterator[WatchRolloutsResponse]`
+* client stream: `async def put_blob(self, stream: RequestStream, call) -> PutBlobResponse`
 * bidirectional: `async def stream_spans(self, stream: BidiStream, call) -> None`
 
 Answers may be messages or bytes that are a serialised answer. Whole services are registered as one generic
@@ -38,13 +39,12 @@ RequestT = TypeVar("RequestT")
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class BidiStream(Generic[RequestT]):
-    """Both directions of one bidirectional call; reading and writing may run at the same time."""
+class RequestStream(Generic[RequestT]):
+    """What a caller says in a call with many requests."""
 
     def __init__(self, context: Context, parse: Parser) -> None:
         self._context = context
         self._parse = parse
-        self._writing = asyncio.Lock()
 
     async def read(self) -> RequestT | None:
         """The caller's next message; None when it has said all.
@@ -57,6 +57,14 @@ class BidiStream(Generic[RequestT]):
             return None
         request: RequestT = _parse(self._parse, raw)
         return request
+
+
+class BidiStream(RequestStream[RequestT]):
+    """Both directions of one bidirectional call; reading and writing may run at the same time."""
+
+    def __init__(self, context: Context, parse: Parser) -> None:
+        super().__init__(context, parse)
+        self._writing = asyncio.Lock()
 
     async def write(self, answer: Answer) -> None:
         """Send a message to the caller; waits while it reads slowly."""
@@ -100,7 +108,7 @@ class ServiceBinder:
         if method.client_streaming and method.server_streaming:
             return grpc.stream_stream_rpc_method_handler(self._bidi(method.name, target, parse))
         if method.client_streaming:
-            return grpc.stream_unary_rpc_method_handler(self._refuse(method.name))
+            return grpc.stream_unary_rpc_method_handler(self._collect(method.name, target, parse))
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(self._stream(method.name, target, parse))
         return grpc.unary_unary_rpc_method_handler(self._unary(method.name, target, parse))
@@ -152,11 +160,17 @@ class ServiceBinder:
 
         return bidi
 
-    def _refuse(self, name: str) -> Callable[..., Awaitable[bytes]]:
-        async def refuse(_requests: object, context: Context) -> bytes:
-            await _abort(name, context, errors.method_unimplemented(name))
+    def _collect(self, name: str, target: Any, parse: Parser) -> Callable[..., Awaitable[bytes]]:
+        async def collect(_requests: object, context: Context) -> bytes:
+            try:
+                call = self._call(name, context)
+                if target is None:
+                    raise errors.method_unimplemented(name)
+                return _serialise(await target(RequestStream(context, parse), call))
+            except Exception as error:
+                await _abort(name, context, error)
 
-        return refuse
+        return collect
 
 
 def _find(handlers: Sequence[object], name: str) -> Any:

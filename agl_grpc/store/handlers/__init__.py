@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from google.protobuf.descriptor import ServiceDescriptor
 
 from agl_grpc.model import raw
+from agl_grpc.store.blobs import forget_refs
+from agl_grpc.store.blobs import prune as prune_blobs
 from agl_grpc.store.door.info import InfoHandlers
 from agl_grpc.store.door.service import Parser
 from agl_grpc.store.handlers.attempts import AttemptHandlers
 from agl_grpc.store.handlers.batches import BatchHandlers
+from agl_grpc.store.handlers.blobs import BlobHandlers
 from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
 from agl_grpc.store.handlers.policies import PolicyHandlers
 from agl_grpc.store.handlers.resources import ResourceHandlers
@@ -25,6 +28,7 @@ from agl_grpc.store.handlers.watches import WatchHandlers
 from agl_grpc.store.handlers.workers import WorkerHandlers
 from agl_grpc.store.rewards import forget_rewards
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.spans.evict import EvictionLimits, Evictor
 from agl_grpc.store.spans.stream import prune_producers
 from agl_grpc.store.spans.write import forget_spans
 from agl_grpc.store.training.batches import pins
@@ -38,26 +42,31 @@ _TRAINER = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"]
 
 
 def handlers(
-    side: WriteSide, span_queue_bytes: int
+    side: WriteSide, span_queue_bytes: int, eviction: EvictionLimits | None = None
 ) -> tuple[Mapping[ServiceDescriptor, Sequence[object]], Mapping[str, Parser]]:
     """The handler objects of each service, and the parsers that replace generated request types.
 
     Args:
         side: What they serve.
         span_queue_bytes: Most bytes of spans that wait for the disk.
+        eviction: When a throw-away store gives spans up; None = never.
     """
+    evictor = None if eviction is None else Evictor(side.store, eviction, side.deletion.is_pinned)
+    if evictor is not None:
+        side.store.on_close.append(evictor.close)
     services: dict[ServiceDescriptor, list[object]] = {
         _STORE: [
             InfoHandlers(side.store),
             RunHandlers(side),
             RolloutHandlers(side),
             AttemptHandlers(side),
-            WorkerHandlers(side),
+            WorkerHandlers(side, eviction),
             WatchHandlers(side),
-            SpanWriteHandlers(side.store, span_queue_bytes),
+            SpanWriteHandlers(side.store, span_queue_bytes, evictor),
             SpanReadHandlers(side.store),
             RewardHandlers(side.store),
             ResourceHandlers(side),
+            BlobHandlers(side.store),
         ],
         _RUNNER: [RunnerHandlers(side), LeaseStreamHandlers(side)],
         _TRAINER: [TrainingHandlers(side), BatchHandlers(side), PolicyHandlers(side)],
@@ -67,9 +76,10 @@ def handlers(
         "StreamSpans": raw.RawStreamSpansRequest.FromString,
     }
     side.store.maintenance.register(prune_producers)
+    side.store.maintenance.register(prune_blobs)
     side.store.timers.register(abort_overdue, next_deadline)
     # What came due while no server ran.
     side.store.timers.arm(side.store.clock.now())
-    side.rollouts.is_pinned.append(pins)
-    side.rollouts.on_delete += [forget_spans, forget_rewards]
+    side.deletion.is_pinned.append(pins)
+    side.deletion.on_delete += [forget_spans, forget_rewards, forget_refs]
     return services, parsers

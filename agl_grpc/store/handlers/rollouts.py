@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from agl_grpc.store import limits
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.events.waits import Wait
-from agl_grpc.store.handlers.common import at_most, change, mask_paths
+from agl_grpc.store.handlers.common import at_most, change, mask_paths, request_key
+from agl_grpc.store.rollouts.deletion import STEP, Deleted
 from agl_grpc.store.rollouts.encode import attempted_message, duration_of, load_attempted, select_rollouts
 from agl_grpc.store.rollouts.filters import condition_of
 from agl_grpc.store.rollouts.lifecycle import CANCELLED, FAILED, SUCCEEDED
-from agl_grpc.store.rollouts.rows import RolloutRow, rollout_by_key
+from agl_grpc.store.rollouts.rows import RolloutRow, rollout_by_key, rollouts_where
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage import idempotency
 from agl_grpc.store.storage.catalog import RunRow
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import position
@@ -170,12 +174,30 @@ class RolloutHandlers:
     async def delete_rollouts(self, request: store_service_pb2.DeleteRolloutsRequest, call: Call) -> bytes:
         """Deletes finished rollouts with all that belongs to them."""
 
-        def run(tx: Tx) -> store_service_pb2.DeleteRolloutsResponse:
-            rows = self._chosen(tx, request.filter, "TRUE")
-            deleted, kept = self._side.rollouts.delete(tx, rows, dry_run=request.dry_run)
-            return store_service_pb2.DeleteRolloutsResponse(deleted=deleted, kept=kept)
+        key = request_key(call, request)
+        known = await self._store.write(lambda tx: idempotency.find(tx, key))
+        if known is not None:
+            return known
+        answer = store_service_pb2.DeleteRolloutsResponse()
+        last = 0
+        # Many transactions, so that others get their turn; a call that is repeated after a crash goes on.
+        while (done := await self._store.write(partial(self._delete_some, request, last))) is not None:
+            answer.deleted += done.deleted
+            answer.kept += done.kept
+            last = done.last_key
+        return await self._store.change(key, lambda tx: answer.SerializeToString())
 
-        return await change(self._store, call, request, run, 100)
+    def _delete_some(
+        self, request: store_service_pb2.DeleteRolloutsRequest, last: int, tx: Tx
+    ) -> Deleted | None:
+        """Deletes the next of the chosen rollouts; None = there are no more."""
+        where = condition_of(tx.connection, request.filter)
+        rows = rollouts_where(
+            tx.connection,
+            f"r WHERE {where.sql} AND r.rollout_key > ? ORDER BY r.rollout_key LIMIT ?",
+            *(*where.values, last, STEP),
+        )
+        return self._side.deletion.delete(tx, rows, dry_run=request.dry_run) if rows else None
 
     def _chosen(self, tx: Tx, chosen: rollout_pb2.RolloutFilter, also: str) -> list[RolloutRow]:
         where = condition_of(tx.connection, chosen)

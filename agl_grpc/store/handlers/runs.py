@@ -9,6 +9,7 @@ from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_pag
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.handlers.common import change, mask_paths
 from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.dispatch import Waiter
 from agl_grpc.store.rollouts.encode import duration_of, key_values_blob, load_run
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
@@ -21,7 +22,7 @@ _RUN = int(event_pb2.ENTITY_KIND_RUN)
 _CREATED = int(event_pb2.EVENT_KIND_CREATED)
 _UPDATED = int(event_pb2.EVENT_KIND_UPDATED)
 _BY_ID = Order("u.run_id", "u.run_key", descending=False)
-_UPDATABLE = ("metadata", "allow_self_grading", "retention", "seal_timeout")
+_UPDATABLE = ("metadata", "allow_self_grading", "retention", "seal_timeout", "replay_retention")
 
 
 class RunHandlers:
@@ -95,10 +96,7 @@ class RunHandlers:
         def run(tx: Tx) -> store_service_pb2.PauseDispatchResponse:
             row, queues = self._set_paused(tx, request.run_id, request.queue, paused=True)
             for waiter in self._side.dispatcher.waiting(queue.queue_key for queue in queues):
-                if waiter.notice is not None:
-                    notice = waiter.notice
-                    reason = self._side.dispatcher.idle_reason(tx, waiter)
-                    tx.after_commit(partial(notice, reason))
+                self._tell(tx, waiter)
             return store_service_pb2.PauseDispatchResponse(run=load_run(tx.connection, row.run_key))
 
         return await change(self._store, call, request, run)
@@ -110,9 +108,15 @@ class RunHandlers:
             row, queues = self._set_paused(tx, request.run_id, request.queue, paused=False)
             for waiter in self._side.dispatcher.waiting(queue.queue_key for queue in queues):
                 self._side.moves.serve(tx, waiter)
+                self._tell(tx, waiter)
             return store_service_pb2.ResumeDispatchResponse(run=load_run(tx.connection, row.run_key))
 
         return await change(self._store, call, request, run)
+
+    def _tell(self, tx: Tx, waiter: Waiter) -> None:
+        """Tells a waiter that still gets nothing why."""
+        if waiter.notice is not None and waiter.credits > 0:
+            tx.after_commit(partial(waiter.notice, self._side.dispatcher.idle_reason(tx, waiter)))
 
     def _set_paused(
         self, tx: Tx, run_id: str, queue_name: str, *, paused: bool
@@ -150,6 +154,7 @@ def _is_given(wanted: run_pb2.Run, path: str) -> bool:
         "metadata": len(wanted.metadata) > 0,
         "retention": wanted.HasField("retention"),
         "seal_timeout": wanted.HasField("seal_timeout"),
+        "replay_retention": wanted.HasField("replay_retention"),
     }[path]
 
 
@@ -161,6 +166,9 @@ def _write(tx: Tx, run_key: int, wanted: run_pb2.Run, paths: list[str]) -> None:
             value = int(wanted.allow_self_grading)
         elif path == "retention":
             value = duration_of(wanted.retention) if wanted.HasField("retention") else None
+            _require_positive(value, path)
+        elif path == "replay_retention":
+            value = duration_of(wanted.replay_retention) if wanted.HasField("replay_retention") else None
             _require_positive(value, path)
         elif path == "seal_timeout":
             value = duration_of(wanted.seal_timeout) if wanted.HasField("seal_timeout") else 60_000_000

@@ -12,7 +12,7 @@ from agl_grpc.store import errors, limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import check_size
 from agl_grpc.store.rollouts.filters import run_key_of
-from agl_grpc.store.rollouts.rows import attempt_by_name, rollout_by_id
+from agl_grpc.store.rollouts.rows import attempt_by_name, refuse_evicted, rollout_by_id
 from agl_grpc.store.spans.check import MODEL_CALL
 from agl_grpc.store.spans.read import SpanReader, rows_by_key, rows_where
 from agl_grpc.store.spans.select import COLUMNS, scan, sort_name
@@ -94,6 +94,7 @@ class _Query:
         """The page as a serialised ListSpansResponse."""
         request = self._request
         attempt_keys = _attempt_keys(db, request.rollout_id, request.attempt_id)
+        refuse_evicted(db, attempt_keys)
         simple = not request.filter.ByteSize() and self._order in COLUMNS
         keys = (self._by_database if simple else self._by_scan)(db, attempt_keys)
         rows = rows_by_key(db, keys[: self._size])

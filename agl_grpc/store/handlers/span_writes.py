@@ -15,6 +15,7 @@ from agl_grpc.store.errors import StoreError
 from agl_grpc.store.handlers.common import change
 from agl_grpc.store.rollouts import rows
 from agl_grpc.store.spans.check import CheckedGroup, check_group
+from agl_grpc.store.spans.evict import Evictor
 from agl_grpc.store.spans.queue import SpanQueue
 from agl_grpc.store.spans.stream import SpanStream, SpanStreams
 from agl_grpc.store.spans.write import SpanMessage, SpanOutcome, last_sequence, raise_sequence
@@ -31,11 +32,12 @@ class SpanWriteHandlers:
     Args:
         store: Where they go.
         queue_bytes: Most bytes that wait for the disk.
+        evictor: Keeps a throw-away store small; None = spans stay.
     """
 
-    def __init__(self, store: Store, queue_bytes: int) -> None:
+    def __init__(self, store: Store, queue_bytes: int, evictor: Evictor | None = None) -> None:
         self._store = store
-        self._queue = SpanQueue(store, queue_bytes)
+        self._queue = SpanQueue(store, queue_bytes, evictor)
         self._streams = SpanStreams()
 
     async def append_spans(self, request: Any, call: Call) -> store_service_pb2.AppendSpansResponse:

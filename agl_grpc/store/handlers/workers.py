@@ -13,6 +13,7 @@ from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.names import rollout_status
 from agl_grpc.store.rollouts.rows import AttemptRow, attempts_where, find_attempt
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.spans.evict import EvictionLimits
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.storage.sql import LAST_TEXT, marks
@@ -25,9 +26,10 @@ _LAST = 9223372036854775807
 class WorkerHandlers:
     """Serves the methods about workers, leases and statistics."""
 
-    def __init__(self, side: WriteSide) -> None:
+    def __init__(self, side: WriteSide, eviction: EvictionLimits | None = None) -> None:
         self._side = side
         self._store = side.store
+        self._eviction = eviction
 
     async def list_workers(
         self, request: store_service_pb2.ListWorkersRequest, _call: Call
@@ -130,6 +132,26 @@ class WorkerHandlers:
 
         return await change(self._store, call, request, run, 4 * len(request.attempt_ids) + 1)
 
+    async def drain_workers(self, request: store_service_pb2.DrainWorkersRequest, call: Call) -> bytes:
+        """Orders workers to leave; an order that is not yet acknowledged is not repeated."""
+        at_most(len(request.worker_ids), BATCH_ITEMS, "worker_ids")
+        if not request.worker_ids:
+            raise invalid_field("worker_ids", "must name at least one worker")
+
+        def run(tx: Tx) -> store_service_pb2.DrainWorkersResponse:
+            answer = store_service_pb2.DrainWorkersResponse()
+            for worker_id in dict.fromkeys(request.worker_ids):
+                row = tx.execute(
+                    "SELECT worker_key FROM workers WHERE worker_id = ?", (worker_id,)
+                ).fetchone()
+                if row is None:
+                    raise not_found("worker", worker_id)
+                self._side.commands.order_drain(tx, row[0], request.reason or "an operator asked for it")
+                answer.worker_ids.append(worker_id)
+            return answer
+
+        return await change(self._store, call, request, run, len(request.worker_ids))
+
     async def get_statistics(
         self, request: store_service_pb2.GetStatisticsRequest, _call: Call
     ) -> store_service_pb2.GetStatisticsResponse:
@@ -143,6 +165,10 @@ class WorkerHandlers:
             answer.name = database.backend
             answer.database_bytes = database.size_bytes()
             set_duration(answer.uptime, now - self._store.start_time)
+            if self._eviction is not None:
+                answer.eviction_threshold_bytes = self._eviction.above
+                answer.safe_threshold_bytes = self._eviction.down_to
+                answer.memory_capacity_bytes = self._eviction.capacity
             return answer
 
         return await self._store.read(read)
@@ -171,6 +197,9 @@ def _count(db: Connection, run_key: int | None) -> store_service_pb2.GetStatisti
         total_spans=one(f"SELECT sum(spans) FROM span_totals {scope}"),
         total_span_bytes=one(f"SELECT sum(bytes) FROM span_totals {scope}"),
         late_spans=one(f"SELECT sum(late) FROM span_totals {scope}"),
+        evicted_attempts=one(f"SELECT count(*) FROM attempts WHERE spans_evicted = 1 {also}"),
+        total_blobs=one("SELECT count(*) FROM blobs WHERE digest IS NOT NULL"),
+        total_blob_bytes=one("SELECT sum(size) FROM blobs"),
         last_position=position(db),
         oldest_position=oldest_position(db),
     )

@@ -71,6 +71,14 @@ class Commands:
 
         tx.after_commit(push)
 
+    def order_drain(self, tx: Tx, worker_key: int, reason: str) -> None:
+        """Orders a worker to leave, unless such an order waits already."""
+        waits = tx.execute(
+            "SELECT 1 FROM worker_commands WHERE worker_key = ? AND kind = ? LIMIT 1", (worker_key, DRAIN)
+        ).fetchone()
+        if waits is None:
+            self.add(tx, worker_key, DRAIN, reason=reason)
+
     def announce_resources(self, tx: Tx, resource_key: int, worker_keys: Iterable[int]) -> None:
         """Tells workers of a new publication; an older announcement that nobody acknowledged is replaced."""
         for worker_key in worker_keys:

@@ -131,7 +131,11 @@ class Dispatcher:
         """Why a waiter with credits gets nothing."""
         queues = [self._catalog.queue_by_key(tx, key) for key in waiter.queue_keys]
         paused = [queue.paused or self._catalog.run_by_key(tx, queue.run_key).paused for queue in queues]
-        return "paused" if all(paused) else "no work"
+        if all(paused):
+            return "paused"
+        if waiter.labels is not None and self.ready(tx, waiter.queue_keys, None, 1):
+            return "no work with its labels"
+        return "no work"
 
     def waiting(self, queue_keys: Iterable[int]) -> list[Waiter]:
         """Waiters with credits in these queues, each once."""

@@ -24,7 +24,7 @@ _ATTEMPT = (
     "SELECT a.attempt_key, a.attempt_id, a.sequence_id, a.status, a.start_time, a.end_time, w.worker_id, "
     "a.last_heartbeat_time, a.metadata, a.failure, s.resources_id, s.version, a.leased, a.sealed, "
     "a.seal_time, "
-    "a.capture_incomplete, a.open_calls, a.lease_lost, r.rollout_id FROM attempts a "
+    "a.capture_incomplete, a.open_calls, a.lease_lost, r.rollout_id, a.spans_evicted FROM attempts a "
     "JOIN rollouts r ON r.rollout_key = a.rollout_key "
     "LEFT JOIN workers w ON w.worker_key = a.worker_key "
     "LEFT JOIN resources s ON s.resource_key = a.resource_key "
@@ -107,6 +107,7 @@ def attempt_message(row: Any) -> attempt_pb2.Attempt:
         capture_incomplete=bool(row[15]),
         open_calls=max(0, row[16]),
         lease_lost=bool(row[17]),
+        spans_evicted=bool(row[19]),
     )
     set_time(attempt.start_time, row[4])
     set_time(attempt.end_time, row[5])
@@ -159,8 +160,8 @@ def key_values_blob(values: Iterable[common_pb2.KeyValue]) -> bytes | None:
 def load_run(db: Connection, run_key: int) -> run_pb2.Run:
     """A run that exists."""
     row = db.execute(
-        "SELECT run_id, create_time, metadata, allow_self_grading, retention, paused, seal_timeout "
-        "FROM runs WHERE run_key = ?",
+        "SELECT run_id, create_time, metadata, allow_self_grading, retention, paused, seal_timeout, "
+        "replay_retention FROM runs WHERE run_key = ?",
         (run_key,),
     ).fetchone()
     run = run_pb2.Run(run_id=row[0], allow_self_grading=bool(row[3]), paused=bool(row[5]))
@@ -169,6 +170,7 @@ def load_run(db: Connection, run_key: int) -> run_pb2.Run:
         run.metadata.extend(key_values(row[2]))
     set_duration(run.retention, row[4])
     set_duration(run.seal_timeout, row[6])
+    set_duration(run.replay_retention, row[7])
     paused = db.execute("SELECT name FROM queues WHERE run_key = ? AND paused = 1 ORDER BY name", (run_key,))
     run.paused_queues.extend(name for (name,) in paused)
     return run

@@ -91,6 +91,8 @@ def _times(chosen: rollout_pb2.RolloutFilter) -> list[Condition]:
         parts.append(Condition("r.create_time >= ?", [time_of(chosen.create_time_after)]))
     if chosen.HasField("end_time_before"):
         parts.append(Condition("r.end_time < ?", [time_of(chosen.end_time_before)]))
+    if chosen.HasField("end_time_after"):
+        parts.append(Condition("r.end_time >= ?", [time_of(chosen.end_time_after)]))
     return parts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Iterable, Sequence
 
+from agl_grpc.store import blobs
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.errors import StoreError, invalid_field, lease_lost
 from agl_grpc.store.rollouts.encode import duration_of, load_rollouts, set_duration
@@ -115,6 +116,8 @@ class Leases:
             raise invalid_field(f"{path}.status", "must be SUCCEEDED or FAILED")
         if completion.rollout_id not in ("", rollout.rollout_id):
             raise invalid_field(f"{path}.rollout_id", f"is not the attempt's, which is {rollout.rollout_id}")
+        if completion.HasField("output"):
+            blobs.refer(tx, rollout.key, completion.output, f"{path}.output")
         if completion.rewards:
             self._reward(tx, attempt, rollout.rollout_id, completion.rewards)
         if completion.HasField("output"):

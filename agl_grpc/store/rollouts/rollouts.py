@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
+from agl_grpc.store import blobs
 from agl_grpc.store.errors import exists, illegal_transition, invalid_field
 from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.attempts import CREATED, ROLLOUT, UPDATED, seal_rollout, settle
@@ -27,7 +28,7 @@ from agl_grpc.store.rollouts.specs import Plan, plan_of
 from agl_grpc.store.storage.bulk import insert_rows
 from agl_grpc.store.storage.catalog import RunRow, labels_of
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.v1 import attempt_pb2, event_pb2, rollout_pb2
+from agl_grpc.v1 import attempt_pb2, rollout_pb2
 
 _INSERT = (
     "INSERT INTO rollouts (rollout_key, rollout_id, run_key, queue_key, group_key, label_set_key, "
@@ -37,25 +38,14 @@ _INSERT = (
     "max_redeliveries, backoff, binding, resource_key)"
 )
 _INSERT_BODY = "INSERT INTO rollout_bodies (rollout_key, body)"
-_DELETED = int(event_pb2.EVENT_KIND_DELETED)
-
-DeleteHook = Callable[[Tx, int, list[int]], None]
-PinHook = Callable[[Tx, int], bool]
 
 
 class Rollouts:
-    """Changes to rollouts.
-
-    Attributes:
-        on_delete: Called with a rollout's key and its attempts' keys before these rows go.
-        is_pinned: Whether a rollout's key must be kept (R24).
-    """
+    """Changes to rollouts."""
 
     def __init__(self, moves: Moves) -> None:
         self._moves = moves
         self._catalog = moves.catalog
-        self.on_delete: list[DeleteHook] = []
-        self.is_pinned: list[PinHook] = []
 
     def enqueue(
         self, tx: Tx, run: RunRow, specs: Sequence[rollout_pb2.RolloutSpec], *, retry_of: Sequence[str] = ()
@@ -100,6 +90,7 @@ class Rollouts:
     ) -> Plan:
         plan = plan_of(spec, path, key, run.run_id, tx.now)
         plan.message.retry_of = retry_of
+        blobs.refer(tx, key, plan.message.input, f"{path}.input")
         if (
             spec.rollout_id
             and tx.execute("SELECT 1 FROM rollouts WHERE rollout_id = ?", (spec.rollout_id,)).fetchone()
@@ -167,6 +158,7 @@ class Rollouts:
                 raise invalid_field("update_mask", f"may name {', '.join(_UPDATABLE)}; not {path!r}")
             if path in ("input", "config"):
                 getattr(message, path).CopyFrom(getattr(wanted, path))
+                blobs.refer(tx, row.key, message.input, "rollout.input")
             elif path in ("metadata", "labels"):
                 del getattr(message, path)[:]
                 getattr(message, path).extend(getattr(wanted, path))
@@ -307,30 +299,6 @@ class Rollouts:
         run = self._catalog.run_by_key(tx, row.run_key)
         (made,) = self.enqueue(tx, run, [spec], retry_of=[row.rollout_id])
         return made
-
-    def delete(self, tx: Tx, rows: Iterable[RolloutRow], *, dry_run: bool) -> tuple[int, int]:
-        """Deletes finished, sealed rollouts that nothing pins; returns how many went and how many stayed."""
-        deleted = kept = 0
-        for row in rows:
-            finished = row.status in lifecycle.ROLLOUT_TERMINAL and row.sealed
-            if not finished or any(pinned(tx, row.key) for pinned in self.is_pinned):
-                kept += 1
-                continue
-            deleted += 1
-            if not dry_run:
-                self._delete(tx, row)
-        return deleted, kept
-
-    def _delete(self, tx: Tx, row: RolloutRow) -> None:
-        keys = [
-            key for (key,) in tx.execute("SELECT attempt_key FROM attempts WHERE rollout_key = ?", (row.key,))
-        ]
-        for hook in self.on_delete:
-            hook(tx, row.key, keys)
-        tx.execute("DELETE FROM attempts WHERE rollout_key = ?", (row.key,))
-        tx.execute("DELETE FROM rollout_bodies WHERE rollout_key = ?", (row.key,))
-        tx.execute("DELETE FROM rollouts WHERE rollout_key = ?", (row.key,))
-        tx.event(row.run_key, ROLLOUT, _DELETED, row.key, entity_id=row.rollout_id)
 
     def require(self, tx: Tx, rollout_id: str) -> RolloutRow:
         """A rollout by its id.

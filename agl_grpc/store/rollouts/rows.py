@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from agl_grpc.store.errors import not_found
+from agl_grpc.store.errors import not_found, spans_evicted
 from agl_grpc.store.rollouts.lifecycle import Clocks, Rules
 from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import marks
 
 
 class RolloutRow(NamedTuple):
@@ -201,6 +202,21 @@ def attempt_by_name(db: Connection, rollout_id: str, attempt_id: str) -> Attempt
     if attempt is None or (rollout_id and rollout_by_id(db, rollout_id).key != attempt.rollout_key):
         raise not_found("attempt", attempt_id)
     return attempt
+
+
+def refuse_evicted(db: Connection, attempt_keys: Sequence[int]) -> None:
+    """Checks that the spans of these attempts are still there.
+
+    Raises:
+        StoreError: SPANS_EVICTED.
+    """
+    row = db.execute(
+        "SELECT attempt_id FROM attempts WHERE spans_evicted = 1 AND "
+        f"attempt_key IN ({marks(len(attempt_keys))}) LIMIT 1",
+        list(attempt_keys),
+    ).fetchone()
+    if row is not None:
+        raise spans_evicted(row[0])
 
 
 def attempts_where(db: Connection, where: str, *values: object) -> list[AttemptRow]:

@@ -7,6 +7,7 @@ from agl_grpc.store.door.credentials import CredentialSigner
 from agl_grpc.store.events.timers import FIRE_LIMIT
 from agl_grpc.store.rollouts import commands
 from agl_grpc.store.rollouts.commands import Commands
+from agl_grpc.store.rollouts.deletion import Deletion, Retention
 from agl_grpc.store.rollouts.dispatch import Dispatcher
 from agl_grpc.store.rollouts.leases import Leases
 from agl_grpc.store.rollouts.moves import Moves
@@ -30,6 +31,7 @@ class WriteSide:
         moves: Begins and ends attempts.
         rollouts: Changes rollouts.
         leases: Changes leases.
+        deletion: Deletes rollouts.
     """
 
     def __init__(self, store: Store, signer: CredentialSigner) -> None:
@@ -40,6 +42,7 @@ class WriteSide:
         self.moves = Moves(self.catalog, self.dispatcher, self.commands, signer)
         self.rollouts = Rollouts(self.moves)
         self.leases = Leases(self.moves, rewards.put_rewards)
+        self.deletion = Deletion(self.catalog)
 
     @classmethod
     async def start(cls, store: Store, signer: CredentialSigner) -> WriteSide:
@@ -47,6 +50,7 @@ class WriteSide:
         side = cls(store, signer)
         store.timers.register(side._sweep, _next_due)
         store.maintenance.register(commands.prune)
+        store.maintenance.register(Retention(side.deletion).prune)
         store.writer.forgets += [side.catalog.forget, side.moves.resources.forget]
         store.writer.on_gap.append(side.leases.extend_all)
         await store.write(side._take_up)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from agl_grpc.store import errors
 from agl_grpc.store.errors import StoreError
+from agl_grpc.store.spans.evict import Evictor
 from agl_grpc.store.spans.write import SpanMessage, SpanOutcome, write_messages
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.storage.writer import Lane
@@ -27,11 +28,13 @@ class SpanQueue:
     Args:
         store: Where they go.
         max_bytes: Most bytes that may wait or be under way.
+        evictor: Keeps a throw-away store small; None = spans stay.
     """
 
-    def __init__(self, store: Store, max_bytes: int) -> None:
+    def __init__(self, store: Store, max_bytes: int, evictor: Evictor | None = None) -> None:
         self._store = store
         self._max_bytes = max_bytes
+        self._evictor = evictor
         self._bytes = 0
         self._waiting: deque[_Entry] = deque()
         self._flushes = 0
@@ -41,8 +44,10 @@ class SpanQueue:
         """Queue a message; the future is done when it is on disk.
 
         Raises:
-            StoreError: OVERLOADED when too much waits already.
+            StoreError: OVERLOADED when too much waits already, or a throw-away store is full.
         """
+        if self._evictor is not None:
+            self._evictor.admit()
         if self._bytes >= self._max_bytes:
             raise errors.overloaded("span_queue_bytes")
         self._bytes += message.size
@@ -85,6 +90,8 @@ class SpanQueue:
         if error is None:
             for entry, outcome in zip(flush.taken, done.result(), strict=True):
                 self._answer(entry, outcome)
+            if self._evictor is not None:
+                self._evictor.added(sum(message.size for message, _ in flush.taken))
         elif isinstance(error, StoreError) and _is_defect(error) and len(flush.taken) > 1:
             # One message breaks the whole flush: each gets a transaction of its own, so only that one fails.
             for entry in flush.taken:

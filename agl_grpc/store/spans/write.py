@@ -449,15 +449,21 @@ def forget_spans(tx: Tx, rollout_key: int, attempt_keys: Iterable[int]) -> None:
     """Delete the spans of attempts that are deleted."""
     for key in attempt_keys:
         (run_key,) = tx.execute("SELECT run_key FROM attempts WHERE attempt_key = ?", (key,)).fetchone()
-        gone = tx.execute(
-            "SELECT count(*), CAST(coalesce(sum(length(data)), 0) AS BIGINT), "
-            f"count(CASE WHEN flags & {LATE} <> 0 THEN 1 END) FROM spans WHERE attempt_key = ?",
-            (key,),
-        ).fetchone()
-        tx.execute(
-            "UPDATE span_totals SET spans = spans - ?, bytes = bytes - ?, late = late - ? WHERE run_key = ?",
-            (*gone, run_key),
-        )
-        tx.execute("DELETE FROM spans WHERE attempt_key = ?", (key,))
+        delete_spans(tx, key, run_key)
         tx.execute("DELETE FROM open_calls WHERE attempt_key = ?", (key,))
     tx.execute("DELETE FROM span_sequences WHERE rollout_key = ?", (rollout_key,))
+
+
+def delete_spans(tx: Tx, attempt_key: int, run_key: int) -> int:
+    """Delete all spans of an attempt; returns how many bytes they had."""
+    count, size, late = tx.execute(
+        "SELECT count(*), CAST(coalesce(sum(length(data)), 0) AS BIGINT), "
+        f"count(CASE WHEN flags & {LATE} <> 0 THEN 1 END) FROM spans WHERE attempt_key = ?",
+        (attempt_key,),
+    ).fetchone()
+    tx.execute(
+        "UPDATE span_totals SET spans = spans - ?, bytes = bytes - ?, late = late - ? WHERE run_key = ?",
+        (count, size, late, run_key),
+    )
+    tx.execute("DELETE FROM spans WHERE attempt_key = ?", (attempt_key,))
+    return int(size)

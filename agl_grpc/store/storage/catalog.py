@@ -53,12 +53,13 @@ class Catalog:
         self._notes: dict[int, tuple[bytes, int]] = {}
 
     def forget(self) -> None:
-        """Reads again what another server may have changed; keys of groups and workers never change."""
+        """Reads again what another server may have changed; keys of workers never change."""
         self._runs.clear()
         self._runs_by_key.clear()
         self._queues.clear()
         self._queues_by_key.clear()
         self._label_sets.clear()
+        self._groups.clear()
 
     def is_news(self, tx: Tx, worker_key: int, notes: bytes) -> bool:
         """Whether these notes about a worker must be written: they are new, or a second old."""
@@ -166,6 +167,11 @@ class Catalog:
             self._groups[name] = key
             tx.after_rollback(lambda: self._groups.pop(name, None))
         return key
+
+    def group_deleted(self, tx: Tx, run_key: int, group_id: str) -> None:
+        """Looks for the group anew next time, here and on other servers."""
+        self._groups.pop((run_key, group_id), None)
+        tx.catalog_changed()
 
     def worker(self, tx: Tx, worker_id: str) -> int | None:
         """The key of a worker, made if need be; None for an empty id."""

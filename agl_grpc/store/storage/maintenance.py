@@ -54,12 +54,15 @@ class Maintenance:
 
     async def _run(self) -> None:
         while True:
-            for prune in self._prunes:
-                try:
-                    await self.exhaust(prune)
-                except StoreError as error:
-                    _log.warning("housekeeping waits: %s", error)
+            try:
+                await self.run_once()
+            except StoreError as error:
+                _log.warning("housekeeping waits: %s", error)
             await asyncio.sleep(_PERIOD_SECONDS)
+
+    async def run_once(self) -> int:
+        """Runs every prune until nothing is left; returns how many rows went."""
+        return sum([await self.exhaust(prune) for prune in self._prunes])
 
     async def exhaust(self, prune: Prune) -> int:
         """Runs one prune until nothing is left; returns how many rows went."""

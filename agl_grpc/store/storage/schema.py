@@ -33,6 +33,7 @@ class SchemaTooNew(Exception):
 def families() -> tuple[Family, ...]:
     """All families in the order in which they are created."""
     from agl_grpc.store.storage import (
+        schema_blobs,
         schema_core,
         schema_counters,
         schema_lifecycle,
@@ -43,13 +44,8 @@ def families() -> tuple[Family, ...]:
     )
 
     modules = (
-        schema_core,
-        schema_resources,
-        schema_lifecycle,
-        schema_spans,
-        schema_rewards,
-        schema_training,
-        schema_counters,
+        *(schema_core, schema_resources, schema_lifecycle, schema_spans, schema_rewards, schema_training),
+        *(schema_counters, schema_blobs),
     )
     return tuple(module.FAMILY for module in modules)
 

@@ -61,4 +61,6 @@ CREATE TABLE events (
 ) STRICT;
 """
 
-FAMILY = Family("core", (_V1,))
+_V2 = "ALTER TABLE runs ADD COLUMN replay_retention INTEGER;"
+
+FAMILY = Family("core", (_V1, _V2))

@@ -111,4 +111,6 @@ CREATE TABLE worker_commands (
 CREATE INDEX worker_commands_worker ON worker_commands (worker_key);
 """
 
-FAMILY = Family("lifecycle", (_V1,))
+_V2 = "ALTER TABLE attempts ADD COLUMN spans_evicted INTEGER NOT NULL DEFAULT 0;"
+
+FAMILY = Family("lifecycle", (_V1, _V2))

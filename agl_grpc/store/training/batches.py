@@ -10,7 +10,7 @@ from agl_grpc.store.errors import exists, illegal_transition, invalid_field, not
 from agl_grpc.store.ids import mint
 from agl_grpc.store.rewards import final_reward
 from agl_grpc.store.rollouts.encode import set_time
-from agl_grpc.store.rollouts.rows import RolloutRow, attempt_by_key, rollout_by_id
+from agl_grpc.store.rollouts.rows import RolloutRow, attempt_by_key, refuse_evicted, rollout_by_id
 from agl_grpc.store.spans.check import LATE, MODEL_CALL, id_of
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
@@ -118,6 +118,7 @@ def _entry(tx: Tx, training: TrainingRow, rollout: RolloutRow) -> batch_pb2.Mani
     if taken is not None:
         raise illegal_transition("rollout", rollout.rollout_id, f"part of batch {taken[0]}", "claimed again")
     attempt = attempt_by_key(tx.connection, rollout.latest_attempt_key)
+    refuse_evicted(tx.connection, [attempt.key])
     entry = batch_pb2.ManifestEntry(
         rollout_id=rollout.rollout_id, attempt_id=attempt.attempt_id, group_id=_group_id(tx, rollout.key)
     )
@@ -252,10 +253,12 @@ def load_batch(db: Connection, key: int) -> batch_pb2.Batch:
 
 
 def pins(tx: Tx, rollout_key: int) -> bool:
-    """Whether a manifest that was not given back names the rollout (R24)."""
+    """Whether a claimed batch names the rollout, or a committed one within its replay retention (R24)."""
     row = tx.execute(
         "SELECT 1 FROM batch_entries e JOIN batches b ON b.batch_key = e.batch_key "
-        "WHERE e.rollout_key = ? AND b.status <> ? LIMIT 1",
-        (rollout_key, RELEASED),
+        "JOIN training_runs t ON t.training_key = b.training_key JOIN runs r ON r.run_key = t.run_key "
+        "WHERE e.rollout_key = ? AND (b.status = ? OR (b.status = ? AND (r.replay_retention IS NULL "
+        "OR b.commit_time + r.replay_retention > ?))) LIMIT 1",
+        (rollout_key, CLAIMED, COMMITTED, tx.now),
     ).fetchone()
     return row is not None

@@ -21,6 +21,7 @@ TRAINING_LABEL = "training"
 # Label that says for which step's batch a rollout was asked for.
 STEP_LABEL = "training_step"
 
+_CANCEL_AT_ONCE = 500
 _UNFINISHED = (
     RolloutStatus.QUEUING,
     RolloutStatus.PREPARING,
@@ -110,10 +111,12 @@ class TrainingRun:
                 wanted_now = origin == mine.origin and rollout.mode is RolloutMode.TRAIN
                 if not wanted_now or int(rollout.labels.get(STEP_LABEL, 0)) > step + 1:
                     useless.append(rollout.rollout_id)
-        if not useless:
-            return 0
-        reason = "a newer trainer took the training run up"
-        return len(await self._client.cancel_rollouts(useless, reason=reason))
+        cancelled = 0
+        for at in range(0, len(useless), _CANCEL_AT_ONCE):
+            some = useless[at : at + _CANCEL_AT_ONCE]
+            reason = "a newer trainer took the training run up"
+            cancelled += len(await self._client.cancel_rollouts(some, reason=reason))
+        return cancelled
 
     def released(self, step: int) -> dict[int, list[Batch]]:
         """Batches after ``step`` that an earlier trainer had claimed and not committed, by their step.

@@ -64,22 +64,27 @@ def run_worker_process(config: RunnerConfig, index: int, reports: Connection) ->
 
 
 def _run(config: RunnerConfig, index: int, reports: Connection) -> int:
-    agent, hooks = _load(config)
-    tracer = load_tracer(config.tracer, config.app_dir)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    agent, hooks, tracer = load_parts(config)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_work(config, index, agent, hooks, tracer, reports))
 
 
-def _load(config: RunnerConfig) -> tuple[LitAgent[Any] | None, list[Any]]:
+def load_parts(config: RunnerConfig) -> tuple[LitAgent[Any] | None, list[Any], Tracer | None]:
+    """A worker's agent, hooks and tracer; none of them where its own processes load them.
+
+    Raises:
+        LoadError: they cannot be imported.
+    """
     if config.isolation == "process":
-        return None, []
+        return None, [], None
     if config.isolation == "command":
         from agl_grpc.runner.command import CommandAgent
 
         agent: LitAgent[Any] = CommandAgent(config.command, config.store)
     else:
         agent = load_agent(config.agent, config.app_dir)
-    return agent, load_hooks(config.hooks, config.app_dir)
+    hooks = load_hooks(config.hooks, config.app_dir)
+    return agent, hooks, load_tracer(config.tracer, config.app_dir)
 
 
 async def _work(
@@ -87,7 +92,7 @@ async def _work(
     index: int,
     agent: LitAgent[Any] | None,
     hooks: list[Any],
-    tracer: Tracer,
+    tracer: Tracer | None,
     reports: Connection,
 ) -> int:
     from agl_grpc.runner.worker import Worker
@@ -118,7 +123,8 @@ async def _work(
     return 0
 
 
-def _loop_factory() -> Any:
+def loop_factory() -> Any:
+    """Makes the event loops of workers; None = the standard library's."""
     if sys.platform == "win32":
         return None
     import uvloop

@@ -78,7 +78,8 @@ def forked_runner_part(plan: Plan, mark: str) -> Forked:
 def run_workers(config: RunnerConfig) -> None:
     """Body of the workers' parent process."""
     from agl_grpc.runner.logs import configure_logging
-    from agl_grpc.runner.supervisor import Supervisor, WorkerStartError
+    from agl_grpc.runner.restarts import WorkerStartError
+    from agl_grpc.runner.supervisor import Supervisor
 
     configure_logging(config.log_level)
     try:

@@ -69,21 +69,34 @@ class Nemesis:
         proxy: The way to it.
         history: Of its clients: a fault comes only once the last one is overcome.
         choose: Its choices.
+        crash: Crashes and restarts the database's own server; None = there is none.
     """
 
-    def __init__(self, store: KillableStore, proxy: Proxy, history: History, choose: random.Random) -> None:
+    def __init__(
+        self,
+        store: KillableStore,
+        proxy: Proxy,
+        history: History,
+        choose: random.Random,
+        crash: Callable[[], None] | None = None,
+    ) -> None:
         self.done: Counter[str] = Counter()
         self._store = store
         self._proxy = proxy
         self._history = history
+        self._crash = crash
+        self._faults = dict(_FAULTS)
+        if crash is not None:
+            # Its disk is not the store's to fill.
+            self._faults["crash"] = self._faults.pop("full")
         self.choose = choose
 
     async def run(self, kills: int, tell: Callable[[int], None]) -> None:
         """So many kills, with other faults between them."""
         while sum(self.done[name] for name in _KILLS) < kills:
             await self._progress()
-            (name,) = self.choose.choices(list(_FAULTS), list(_FAULTS.values()))
-            await getattr(self, f"_{name}")()
+            (name,) = self.choose.choices(list(self._faults), list(self._faults.values()))
+            await getattr(self, f"_do_{name}")()
             self.done[name] += 1
             tell(sum(self.done[name] for name in _KILLS))
 
@@ -91,14 +104,14 @@ class Nemesis:
         enough = self._history.answers + self.choose.randint(5, 40)
         await eventually(lambda: self._history.answers >= enough, within=60, what="answers after a fault")
 
-    async def _kill(self) -> None:
+    async def _do_kill(self) -> None:
         await self._store.kill()
         await self._store.start()
 
-    async def _before_commit(self) -> None:
+    async def _do_before_commit(self) -> None:
         await self._die_at("before_commit")
 
-    async def _after_commit(self) -> None:
+    async def _do_after_commit(self) -> None:
         await self._die_at("after_commit")
 
     async def _die_at(self, place: str) -> None:
@@ -110,18 +123,22 @@ class Nemesis:
         assert code == -signal.SIGKILL, f"the failpoint {place} did not end the store: {code}"
         await self._store.start()
 
-    async def _stop(self) -> None:
+    async def _do_stop(self) -> None:
         self._store.send(signal.SIGSTOP)
         await asyncio.sleep(self.choose.uniform(0.1, 1.5))
         self._store.send(signal.SIGCONT)
 
-    async def _cut(self) -> None:
+    async def _do_cut(self) -> None:
         self._proxy.cut()
 
-    async def _lose(self) -> None:
+    async def _do_lose(self) -> None:
         await self._proxy.lose_answers(self.choose.uniform(0.02, 0.2))
 
-    async def _full(self) -> None:
+    async def _do_crash(self) -> None:
+        assert self._crash is not None
+        await asyncio.to_thread(self._crash)
+
+    async def _do_full(self) -> None:
         await self._store.kill()
         await self._store.start(limit_pages=1)
         # Nothing can grow now: clients are refused and ask again until there is room.
@@ -135,6 +152,7 @@ async def run(
     kills: int,
     database: Path | str | None = None,
     tell: Callable[[int], None] = lambda _kills: None,
+    crash: Callable[[], None] | None = None,
 ) -> Report:
     """Kills a store so often and checks everything.
 
@@ -143,6 +161,7 @@ async def run(
         kills: How often the store dies.
         database: An SQLite file or a database's URL, empty; None = a file in a temporary folder.
         tell: Called with the number of kills so far.
+        crash: Crashes and restarts the database's own server.
 
     Raises:
         AssertionError: A promise was broken; says which, with the seed and the part of the history.
@@ -155,7 +174,7 @@ async def run(
         await store.start()
         try:
             async with Proxy(store.port) as proxy:
-                nemesis = Nemesis(store, proxy, history, choose)
+                nemesis = Nemesis(store, proxy, history, choose, crash)
                 final, watchers, source = await _load(nemesis, proxy.address, history, kills, tell)
         finally:
             await store.kill()

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests.chaos import kills
+from tests.support.postgres import PostgresServer
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(100, marks=[pytest.mark.e2e, pytest.mark.timeout(900)])])
@@ -17,3 +18,17 @@ async def test_what_was_acknowledged_survives_kill_9_exactly_once(count: int) ->
     assert report.repeats.total() > count
     assert report.rollouts > count
     assert report.spans > 10 * count
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+async def test_the_same_on_postgresql_which_crashes_too(postgres: PostgresServer) -> None:
+    def crash() -> None:
+        postgres.crash()
+        postgres.start()
+
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")
+    report = await kills.run(seed, 10, postgres.make_database(), crash=crash)
+    assert report.repeats.total() > 10
+    assert report.spans > 100

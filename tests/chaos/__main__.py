@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from tests.chaos import kills, leases, watches
+from tests.support.postgres import PostgresServer
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "reliability"
@@ -79,17 +80,29 @@ def _kills(options: argparse.Namespace, count: int, seed: int) -> Row:
     total = kills.Report(seed)
     tell = _teller("kills", count)
     for begin in range(0, count, 50):
-        some = min(50, count - begin)
-        report = asyncio.run(
-            kills.run(
-                seed + begin,
-                some,
-                options.database,
-                lambda done, begin=begin: tell(begin + done),
-            )
-        )
-        total.add(report)
+        told = functools.partial(_from, tell, begin)
+        total.add(asyncio.run(kills.run(seed + begin, min(50, count - begin), options.database, told)))
     return total.row()
+
+
+def _from(tell: Callable[[int], None], begin: int, done: int) -> None:
+    tell(begin + done)
+
+
+def _kills_postgres(_options: argparse.Namespace, count: int, seed: int) -> Row:
+    """The same over a PostgreSQL server that crashes too."""
+    server = PostgresServer()
+    server.start()
+
+    def crash() -> None:
+        server.crash()
+        server.start()
+
+    try:
+        tell = _teller("kills-postgres", count)
+        return asyncio.run(kills.run(seed, count, server.make_database(), tell, crash)).row()
+    finally:
+        server.stop()
 
 
 def _leases(_options: argparse.Namespace, count: int, seed: int) -> Row:
@@ -131,6 +144,7 @@ def _pytest(node: str, seed_name: str, count_name: str, _options: object, count:
 
 PROOFS: dict[str, tuple[Proof, int]] = {
     "kills": (_kills, 1_000),
+    "kills-postgres": (_kills_postgres, 100),
     "leases": (_leases, 1_000_000),
     "watches": (_watches, 500),
     "machine": (

@@ -26,6 +26,7 @@ from tests.support.postgres import PostgresServer
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "reliability"
 _TELL_SECONDS = 5.0
+_MACHINE = "tests/store/test_state_machine.py::test_the_store_keeps_to_the_model"
 
 Row = dict[str, object]
 Proof = Callable[[argparse.Namespace, int, int], Row]
@@ -80,29 +81,31 @@ def _kills(options: argparse.Namespace, count: int, seed: int) -> Row:
     total = kills.Report(seed)
     tell = _teller("kills", count)
     for begin in range(0, count, 50):
-        told = functools.partial(_from, tell, begin)
-        total.add(asyncio.run(kills.run(seed + begin, min(50, count - begin), options.database, told)))
+        some, told = min(50, count - begin), functools.partial(_tell_from, tell, begin)
+        total.add(asyncio.run(kills.run(seed + begin, some, options.database, tell=told)))
     return total.row()
 
 
-def _from(tell: Callable[[int], None], begin: int, done: int) -> None:
-    tell(begin + done)
-
-
-def _kills_postgres(_options: argparse.Namespace, count: int, seed: int) -> Row:
-    """The same over a PostgreSQL server that crashes too."""
-    server = PostgresServer()
-    server.start()
-
-    def crash() -> None:
-        server.crash()
-        server.start()
-
+def _fleet(_options: argparse.Namespace, count: int, seed: int) -> Row:
+    """Kills of two servers over one PostgreSQL database, which crashes too; fifty for each fresh one."""
+    total = kills.Report(seed)
+    tell = _teller("fleet", count)
+    postgres = PostgresServer()
+    postgres.start()
     try:
-        tell = _teller("kills-postgres", count)
-        return asyncio.run(kills.run(seed, count, server.make_database(), tell, crash)).row()
+        for begin in range(0, count, 50):
+            some = min(50, count - begin)
+            url = postgres.make_database()
+            told = functools.partial(_tell_from, tell, begin)
+            proof = kills.run(seed + begin, some, url, servers=2, crash=postgres.restart, tell=told)
+            total.add(asyncio.run(proof))
     finally:
-        server.stop()
+        postgres.stop()
+    return total.row()
+
+
+def _tell_from(tell: Callable[[int], None], begin: int, done: int) -> None:
+    tell(begin + done)
 
 
 def _leases(_options: argparse.Namespace, count: int, seed: int) -> Row:
@@ -144,11 +147,11 @@ def _pytest(node: str, seed_name: str, count_name: str, _options: object, count:
 
 PROOFS: dict[str, tuple[Proof, int]] = {
     "kills": (_kills, 1_000),
-    "kills-postgres": (_kills_postgres, 100),
+    "fleet": (_fleet, 200),
     "leases": (_leases, 1_000_000),
     "watches": (_watches, 500),
     "machine": (
-        functools.partial(_pytest, "tests/store/test_state_machine.py", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
+        functools.partial(_pytest, f"{_MACHINE}[memory-50]", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
         5_000,
     ),
 }

@@ -176,9 +176,11 @@ class Nemesis:
     async def _restart(self) -> None:
         await self._store.close()
         self.counts.restarts += 1
+        now = self._now()
         self._clock.advance(self.choose.choice((0, 60, 7200)))
         for held in (one for some in self._held.values() for one in some):
-            held.expire = self._now() + _DURATION  # R9: extended when the store starts
+            if held.expire > now:
+                held.expire = self._now() + _DURATION  # R9: live leases are extended when the store starts
         await self._open()
 
     async def _open(self) -> None:

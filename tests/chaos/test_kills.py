@@ -20,15 +20,12 @@ async def test_what_was_acknowledged_survives_kill_9_exactly_once(count: int) ->
     assert report.spans > 10 * count
 
 
-@pytest.mark.e2e
-@pytest.mark.timeout(300)
-async def test_the_same_on_postgresql_which_crashes_too(postgres: PostgresServer) -> None:
-    def crash() -> None:
-        postgres.crash()
-        postgres.start()
-
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=[pytest.mark.e2e, pytest.mark.timeout(600)])])
+async def test_either_of_two_servers_may_be_killed_and_their_database_may_crash(
+    count: int, postgres: PostgresServer
+) -> None:
     seed = random.SystemRandom().getrandbits(32)
     print(f"seed {seed}")
-    report = await kills.run(seed, 10, postgres.make_database(), crash=crash)
-    assert report.repeats.total() > 10
-    assert report.spans > 100
+    report = await kills.run(seed, count, postgres.make_database(), servers=2, crash=postgres.restart)
+    assert report.rollouts > count
+    assert report.spans > 10 * count

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-DEFAULT_DATABASE = Path("agl-grpc.db")
+DEFAULT_DATABASE = "agl-grpc.db"
 DEFAULT_STORE = "127.0.0.1:4747"
 
 StoreOption = Annotated[

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FileOption = Annotated[Path, typer.Option("--database", metavar="PATH", help="The SQLite file.")]
+FileOption = Annotated[str, typer.Option("--database", metavar="PATH", help="The SQLite file.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -105,7 +105,7 @@ def verify(
     _tell(_do(lambda: files.verify(_sqlite(database), deep=not quick)), database, as_json)
 
 
-def _tell(report: Report, database: Path, as_json: bool) -> None:
+def _tell(report: Report, database: Path | str, as_json: bool) -> None:
     """Prints a report; a database that is not sound ends the command with exit code 1."""
     if as_json:
         print_json(asdict(report) | {"sound": report.sound})
@@ -122,10 +122,10 @@ def _tell(report: Report, database: Path, as_json: bool) -> None:
         raise CliError(f"database {database} is damaged: {names}")
 
 
-def _sqlite(database: Path) -> Path:
-    if "://" in str(database) or str(database).startswith(("postgresql:", "postgres:")):
+def _sqlite(database: str) -> Path:
+    if "://" in database:
         raise CliError("this command works on SQLite files; use PostgreSQL's own tools (pg_dump, VACUUM)")
-    return database
+    return Path(database)
 
 
 def _do(work: Callable[[], T]) -> T:

@@ -154,7 +154,7 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 
 
 @asynccontextmanager
-async def running(path: Path | None, clock: Clock | None = None) -> AsyncIterator[Rig]:
+async def running(path: Path | str | None, clock: Clock | None = None) -> AsyncIterator[Rig]:
     """A server for the length of a `with` block; without a path the database is thrown away.
 
     Whatever a test does, every invariant of the database holds at its end.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agl_grpc.store.clock import ManualClock
+from agl_grpc.store.clock import SECOND, ManualClock
 from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.door.server import StartError
 from agl_grpc.store.storage.engine import DatabaseError
@@ -350,8 +350,8 @@ async def test_what_is_restored_goes_on(sound: Path, tmp_path: Path) -> None:
     with pytest.raises(DatabaseError, match="there already"):
         operations.backup(sound, copy)
     assert files.restore(copy, path).sound
-    async with running(path) as rig:
-        assert await rig.status("held") == "preparing"
+    async with running(path, ManualClock(1_700_000_100 * SECOND)) as rig:
+        assert await rig.status("held") == "running"
         await rig.enqueue(rollout_id="after")
     with pytest.raises(DatabaseError, match="there already; say --force"):
         files.restore(copy, path)

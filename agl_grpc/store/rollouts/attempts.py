@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent, Outcome, RolloutEvent
-from agl_grpc.store.rollouts.rows import AttemptRow, RolloutRow, attempt_by_key, rollout_by_key
+from agl_grpc.store.rollouts.rows import (
+    AttemptRow,
+    RolloutRow,
+    attempt_by_key,
+    both_by_key,
+    rollout_by_key,
+)
+from agl_grpc.store.storage.sql import marks, padded
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, event_pb2
 
@@ -16,7 +25,16 @@ TERMINAL = int(event_pb2.EVENT_KIND_TERMINAL)
 SEALED = int(event_pb2.EVENT_KIND_SEALED)
 
 
-_HEARTBEAT = "UPDATE attempts SET last_heartbeat_time = ? WHERE attempt_key = ? AND status = ?"
+_AT_ONCE = 64
+
+
+def signal_running(tx: Tx, attempt_keys: Sequence[int]) -> None:
+    """Spans of attempts that are RUNNING arrived."""
+    for some in padded(attempt_keys, _AT_ONCE):
+        tx.execute(
+            f"UPDATE attempts SET last_heartbeat_time = ? WHERE attempt_key IN ({marks(len(some))})",
+            (tx.now, *some),
+        )
 
 
 def signal(tx: Tx, attempt_key: int) -> None:
@@ -25,12 +43,11 @@ def signal(tx: Tx, attempt_key: int) -> None:
     PREPARING becomes RUNNING, and so does the rollout of the newest attempt. A silent attempt
     without a lease comes back while it can. An attempt that is over stays as it is.
     """
-    if tx.execute(_HEARTBEAT, (tx.now, attempt_key, lifecycle.A_RUNNING)).rowcount:
-        return
-    attempt = attempt_by_key(tx.connection, attempt_key)
+    attempt, rollout = both_by_key(tx.connection, attempt_key)
+    if attempt.status == lifecycle.A_RUNNING:
+        signal_running(tx, [attempt_key])
     if attempt.status not in (lifecycle.A_PREPARING, lifecycle.A_UNRESPONSIVE):
         return
-    rollout = rollout_by_key(tx.connection, attempt.rollout_key)
     move = lifecycle.move_attempt(attempt.status, AttemptEvent.SIGNAL, revivable=revivable(attempt, rollout))
     if move.outcome is not Outcome.CHANGED:
         return

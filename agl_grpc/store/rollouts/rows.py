@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agl_grpc.store.errors import not_found, spans_evicted
 from agl_grpc.store.rollouts.lifecycle import Clocks, Rules
@@ -111,8 +111,10 @@ _READY = (
 )
 _BOTH = (
     "SELECT " + _columns(_ATTEMPT, "a") + ", " + _columns(_ROLLOUT, "r") + " FROM attempts a "
-    "JOIN rollouts r ON r.rollout_key = a.rollout_key WHERE a.attempt_id = ?"
+    "JOIN rollouts r ON r.rollout_key = a.rollout_key "
 )
+_BOTH_BY_ID = _BOTH + "WHERE a.attempt_id = ?"
+_BOTH_BY_KEY = _BOTH + "WHERE a.attempt_key = ?"
 _ROLLOUT_BY_KEY = _ROLLOUT + "WHERE rollout_key = ?"
 _ROLLOUT_BY_ID = _ROLLOUT + "WHERE rollout_id = ?"
 _ATTEMPT_BY_KEY = _ATTEMPT + "WHERE attempt_key = ?"
@@ -180,9 +182,16 @@ def find_attempt(db: Connection, attempt_id: str) -> AttemptRow | None:
 
 def find_both(db: Connection, attempt_id: str) -> tuple[AttemptRow, RolloutRow] | None:
     """An attempt and its rollout; None = there is no such attempt."""
-    row = db.execute(_BOTH, (attempt_id,)).fetchone()
-    if row is None:
-        return None
+    row = db.execute(_BOTH_BY_ID, (attempt_id,)).fetchone()
+    return None if row is None else _split(row)
+
+
+def both_by_key(db: Connection, attempt_key: int) -> tuple[AttemptRow, RolloutRow]:
+    """An attempt that exists, and its rollout."""
+    return _split(db.execute(_BOTH_BY_KEY, (attempt_key,)).fetchone())
+
+
+def _split(row: tuple[Any, ...]) -> tuple[AttemptRow, RolloutRow]:
     width = len(AttemptRow._fields)
     return AttemptRow._make(row[:width]), RolloutRow._make(row[width:])
 
@@ -222,6 +231,16 @@ def refuse_evicted(db: Connection, attempt_keys: Sequence[int]) -> None:
 def attempts_where(db: Connection, where: str, *values: object) -> list[AttemptRow]:
     """Attempts by a condition of this package's own making."""
     return [AttemptRow._make(row) for row in db.execute(_ATTEMPT + where, values)]
+
+
+def queues_with_work(db: Connection, queue_keys: Sequence[int]) -> list[int]:
+    """Those of the queues that have a rollout which can be delivered now."""
+    rows = db.execute(
+        f"SELECT queue_key FROM queues WHERE queue_key IN ({marks(len(queue_keys))}) AND EXISTS "
+        "(SELECT 1 FROM rollouts WHERE rollouts.queue_key = queues.queue_key AND ready = 1)",
+        queue_keys,
+    )
+    return [key for (key,) in rows]
 
 
 def next_attempt_due(db: Connection) -> int | None:

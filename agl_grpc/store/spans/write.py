@@ -10,10 +10,11 @@ from agl_grpc.model import raw
 from agl_grpc.store import errors
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.rollouts import attempts
-from agl_grpc.store.rollouts.lifecycle import ATTEMPT_LIVE
+from agl_grpc.store.rollouts.lifecycle import A_RUNNING, ATTEMPT_LIVE
 from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, CheckedCall, CheckedGroup, id_of
+from agl_grpc.store.spans.lookup import SpanAttempt, distinct, load_attempts, stored_sequences
+from agl_grpc.store.storage.bulk import update_rows
 from agl_grpc.store.storage.engine import Connection
-from agl_grpc.store.storage.sql import padded
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2
 
@@ -24,19 +25,12 @@ ENTRY_BYTES = 256 << 10
 """Most bytes, as they are read, of the spans that one entry of the log names; a larger span stands alone."""
 
 _COLUMNS = 8
+_NONE: dict[int, int] = {}
 _SIZES = tuple(1 << power for power in range(8, -1, -1))
 # One statement for many rows: each statement costs one hand-over of the interpreter lock.
 _INSERTS = {size: f"INSERT INTO spans VALUES {','.join(['(?,?,?,?,?,?,?,?)'] * size)}" for size in _SIZES}
-_STORED = {
-    size: "SELECT span_ref, sequence_id FROM spans "
-    f"WHERE attempt_key = ? AND span_ref IN ({','.join('?' * size)})"
-    for size in _SIZES
-}
-
-_ATTEMPT = (
-    "SELECT a.attempt_key, a.rollout_key, a.run_key, a.status, a.end_time, a.sealed, a.open_calls, "
-    "r.rollout_id, coalesce(s.last, 0) FROM attempts a JOIN rollouts r ON r.rollout_key = a.rollout_key "
-    "LEFT JOIN span_sequences s ON s.rollout_key = a.rollout_key WHERE a.attempt_id = ?"
+_RAISE_SEQUENCES = (
+    "INSERT INTO span_sequences VALUES {rows} ON CONFLICT (rollout_key) DO UPDATE SET last = excluded.last"
 )
 
 
@@ -88,18 +82,6 @@ class SpanOutcome:
     sequence_ids: list[int] = field(default_factory=list)
 
 
-class _Attempt(NamedTuple):
-    key: int
-    rollout_key: int
-    run_key: int
-    status: int
-    end_time: int | None
-    sealed: int
-    open_calls: int
-    rollout_id: str
-    last_sequence: int
-
-
 class _Call(NamedTuple):
     """A model call that a prompt may be a difference to."""
 
@@ -146,7 +128,9 @@ class _Flush:
     def __init__(self, tx: Tx) -> None:
         self._tx = tx
         self._values: list[int | bytes] = []  # rows of spans, one after the other
-        self._attempts: dict[str, _Attempt | None] = {}
+        self._attempts: dict[str, SpanAttempt] = {}
+        self._have: dict[int, dict[int, int]] = {}
+        self._epochs: dict[str, int] = {}
         self._sequences: dict[int, int] = {}
         self._new: dict[int, dict[int, int]] = {}
         self._calls: dict[tuple[int, int], _Call] = {}
@@ -156,10 +140,24 @@ class _Flush:
         self._marks: dict[str, int] = {}
 
     def run(self, messages: Sequence[SpanMessage]) -> list[SpanOutcome | StoreError]:
+        self._look_up([group for message in messages for group in message.groups if not group.refused])
         outcomes = [self._message(message) for message in messages]
         self._insert()
         self._finish()
         return outcomes
+
+    def _look_up(self, groups: Sequence[CheckedGroup]) -> None:
+        """Reads at once what the groups are for, and which of their spans are there already."""
+        db = self._tx.connection
+        self._attempts = load_attempts(db, distinct(group.attempt_id for group in groups))
+        # A rollout whose counter stands at 0 has no spans.
+        wanted = [
+            (attempt.key, ref)
+            for group in groups
+            if (attempt := self._attempts.get(group.attempt_id)) and attempt.last_sequence
+            for ref in group.refs
+        ]
+        self._have = stored_sequences(db, wanted)
 
     def _message(self, message: SpanMessage) -> SpanOutcome | StoreError:
         if message.producer is not None:
@@ -172,13 +170,15 @@ class _Flush:
         return outcome
 
     def _fence(self, producer: Producer) -> StoreError | None:
-        row = self._tx.execute(
-            "SELECT epoch, last_sequence FROM span_producers WHERE producer_id = ?", (producer.producer_id,)
-        ).fetchone()
-        if row is None or row[0] != producer.epoch:
-            return errors.stream_fenced(producer.producer_id, row[0] if row else 0)
-        known = self._marks.get(producer.producer_id, row[1])
-        self._marks[producer.producer_id] = max(known, producer.sequence)
+        name = producer.producer_id
+        if name not in self._epochs:
+            row = self._tx.execute(
+                "SELECT epoch, last_sequence FROM span_producers WHERE producer_id = ?", (name,)
+            ).fetchone()
+            self._epochs[name], self._marks[name] = row or (0, 0)
+        if self._epochs[name] != producer.epoch:
+            return errors.stream_fenced(name, self._epochs[name])
+        self._marks[name] = max(self._marks[name], producer.sequence)
         return None
 
     def _group(self, group: CheckedGroup, outcome: SpanOutcome) -> None:
@@ -189,8 +189,13 @@ class _Flush:
         key = attempt.key
         self._new.setdefault(key, {})
         self._announce(attempt, group.open_calls)
-        have = self._stored(key, group.refs)
-        if have or group.calls or group.explicit or not self._plain(attempt, group):
+        have = self._have.get(key, _NONE)
+        if (
+            not have.keys().isdisjoint(group.refs)
+            or group.calls
+            or group.explicit
+            or not self._plain(attempt, group)
+        ):
             numbers = self._one_by_one(attempt, group, have, outcome)
         else:
             numbers = self._at_once(attempt, group, outcome)
@@ -198,7 +203,7 @@ class _Flush:
         calls = [ref for place, ref in zip(group.places, group.refs, strict=True) if place in group.calls]
         self._close(attempt, calls + group.abandoned)
 
-    def _plain(self, attempt: _Attempt, group: CheckedGroup) -> bool:
+    def _plain(self, attempt: SpanAttempt, group: CheckedGroup) -> bool:
         """Whether all spans of the group are new, in time, and different from each other."""
         new = self._new[attempt.key]
         return (
@@ -208,7 +213,7 @@ class _Flush:
             and new.keys().isdisjoint(group.refs)
         )
 
-    def _at_once(self, attempt: _Attempt, group: CheckedGroup, outcome: SpanOutcome) -> Iterable[int]:
+    def _at_once(self, attempt: SpanAttempt, group: CheckedGroup, outcome: SpanOutcome) -> Iterable[int]:
         """Store spans that need no look at each."""
         key, now, count = attempt.key, self._tx.now, group.count
         last = self._last_sequence(attempt)
@@ -232,7 +237,7 @@ class _Flush:
         return numbers
 
     def _one_by_one(
-        self, attempt: _Attempt, group: CheckedGroup, have: dict[int, int], outcome: SpanOutcome
+        self, attempt: SpanAttempt, group: CheckedGroup, have: dict[int, int], outcome: SpanOutcome
     ) -> Iterable[int]:
         """Store spans of which each has to be looked at."""
         numbers = [0] * group.count
@@ -259,7 +264,7 @@ class _Flush:
 
     def _row(
         self,
-        attempt: _Attempt,
+        attempt: SpanAttempt,
         ref: int,
         sequence: int,
         start: int,
@@ -288,20 +293,17 @@ class _Flush:
         else:
             last.high, last.spans, last.size = first + count - 1, last.spans + count, last.size + size
 
-    def _count(self, attempt: _Attempt, count: int, size: int, late: int) -> None:
+    def _count(self, attempt: SpanAttempt, count: int, size: int, late: int) -> None:
         totals = self._totals.setdefault(attempt.run_key, _Totals())
         totals.spans += count
         totals.size += size
         totals.late += late
 
-    def _attempt(self, group: CheckedGroup) -> _Attempt | None:
+    def _attempt(self, group: CheckedGroup) -> SpanAttempt | None:
         if group.refused:
             return None
         attempt_id = group.attempt_id
-        if attempt_id not in self._attempts:
-            row = self._tx.execute(_ATTEMPT, (attempt_id,)).fetchone()
-            self._attempts[attempt_id] = _Attempt._make(row) if row else None
-        attempt = self._attempts[attempt_id]
+        attempt = self._attempts.get(attempt_id)
         if attempt is None:
             group.refuse(errors.not_found("attempt", attempt_id))
         elif group.rollout_id and group.rollout_id != attempt.rollout_id:
@@ -329,7 +331,8 @@ class _Flush:
         known = self._calls.get((attempt_key, ref))
         if known is None:
             row = self._tx.execute(
-                "SELECT prompt_tokens, data FROM spans WHERE attempt_key = ? AND span_ref = ? AND flags & ?",
+                "SELECT prompt_tokens, data FROM spans WHERE attempt_key = ? AND span_ref = ? "
+                "AND flags & ? <> 0",
                 (attempt_key, ref, MODEL_CALL),
             ).fetchone()
             if row is None:
@@ -337,26 +340,20 @@ class _Flush:
             known = self._calls[attempt_key, ref] = _Call(*row)
         return known
 
-    def _stored(self, attempt_key: int, refs: Sequence[int]) -> dict[int, int]:
-        have: dict[int, int] = {}
-        for some in padded(refs, _SIZES[0]):
-            have.update(self._tx.execute(_STORED[len(some)], (attempt_key, *some)))
-        return have
-
-    def _next_sequence(self, attempt: _Attempt, explicit: int) -> int:
+    def _next_sequence(self, attempt: SpanAttempt, explicit: int) -> int:
         last = self._last_sequence(attempt)
         sequence = explicit or last + 1
         self._sequences[attempt.rollout_key] = max(last, sequence)
         return sequence
 
-    def _last_sequence(self, attempt: _Attempt) -> int:
+    def _last_sequence(self, attempt: SpanAttempt) -> int:
         return self._sequences.get(attempt.rollout_key, attempt.last_sequence)
 
-    def _announce(self, attempt: _Attempt, calls: Sequence[tuple[int, int]]) -> None:
+    def _announce(self, attempt: SpanAttempt, calls: Sequence[tuple[int, int]]) -> None:
         if not calls or attempt.sealed:
             return
         key = attempt.key
-        done = self._stored(key, [ref for ref, _ in calls])
+        done = stored_sequences(self._tx.connection, [(key, ref) for ref, _ in calls]).get(key, {})
         done.update(self._new.get(key, {}))
         for ref, start in calls:
             # An announcement that overtakes nothing: its span may have come by another stream already.
@@ -366,7 +363,7 @@ class _Flush:
                 )
                 self._count_open(attempt, cursor.rowcount)
 
-    def _close(self, attempt: _Attempt, refs: Sequence[int]) -> None:
+    def _close(self, attempt: SpanAttempt, refs: Sequence[int]) -> None:
         for ref in refs:
             if attempt.open_calls + self._open.get(attempt.key, 0) <= 0:
                 return
@@ -375,7 +372,7 @@ class _Flush:
             )
             self._count_open(attempt, -cursor.rowcount)
 
-    def _count_open(self, attempt: _Attempt, change: int) -> None:
+    def _count_open(self, attempt: SpanAttempt, change: int) -> None:
         self._open[attempt.key] = self._open.get(attempt.key, 0) + change
 
     def _insert(self) -> None:
@@ -387,8 +384,7 @@ class _Flush:
 
     def _finish(self) -> None:
         tx = self._tx
-        for rollout_key, last in self._sequences.items():
-            raise_sequence(tx, rollout_key, last)
+        update_rows(tx.execute, _RAISE_SEQUENCES, list(self._sequences.items()))
         for producer_id, sequence in self._marks.items():
             tx.execute(
                 "UPDATE span_producers SET last_sequence = ?, update_time = ? WHERE producer_id = ?",
@@ -401,11 +397,12 @@ class _Flush:
                 "late = span_totals.late + excluded.late",
                 (run_key, totals.spans, totals.size, totals.late),
             )
-        for attempt in self._attempts.values():
-            if attempt is not None and attempt.key in self._new:
-                self._tell(attempt)
+        told = [attempt for attempt in self._attempts.values() if attempt.key in self._new]
+        attempts.signal_running(tx, [one.key for one in told if one.status == A_RUNNING])
+        for attempt in told:
+            self._tell(attempt)
 
-    def _tell(self, attempt: _Attempt) -> None:
+    def _tell(self, attempt: SpanAttempt) -> None:
         """The log, the attempt's life and its seal learn of the spans."""
         key = attempt.key
         for some in self._ranges.get(key, ()):
@@ -417,13 +414,14 @@ class _Flush:
                 low=some.low,
                 high=some.high,
             )
-        attempts.signal(self._tx, key)
+        if attempt.status != A_RUNNING:
+            attempts.signal(self._tx, key)
         change = self._open.get(key, 0)
         if change:
             attempts.set_open_calls(self._tx, key, attempt.open_calls + change)
 
 
-def _is_late(attempt: _Attempt, start_ns: int) -> bool:
+def _is_late(attempt: SpanAttempt, start_ns: int) -> bool:
     """Whether what began at this moment can no longer be trained (R11)."""
     if attempt.sealed:
         return True
@@ -440,11 +438,7 @@ def last_sequence(db: Connection, rollout_key: int) -> int:
 
 def raise_sequence(tx: Tx, rollout_key: int, last: int) -> None:
     """Set the rollout's highest sequence id."""
-    tx.execute(
-        "INSERT INTO span_sequences VALUES (?, ?) "
-        "ON CONFLICT (rollout_key) DO UPDATE SET last = excluded.last",
-        (rollout_key, last),
-    )
+    update_rows(tx.execute, _RAISE_SEQUENCES, [(rollout_key, last)])
 
 
 def forget_spans(tx: Tx, rollout_key: int, attempt_keys: Iterable[int]) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
-
-from google.protobuf.message import Message
+from typing import Protocol
 
 from agl_grpc.store.errors import cursor_compacted, draining, invalid_field
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.store import Store
 
-T = TypeVar("T", bound=Message)
 PAGE = 500
 """Most log entries that are read at once."""
 
@@ -38,14 +35,24 @@ class LogEntry:
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
+class Found:
     """What a page of the log came to: something to send (None = nothing of interest) and the new cursor."""
 
-    answer: T | None
+    answer: bytes | None
     cursor: int
 
 
-class LogWatch(Generic[T]):
+class Watched(Protocol):
+    """A message about changes; every watch has one with these."""
+
+    cursor: int
+
+    def ByteSize(self) -> int: ...
+
+    def SerializeToString(self) -> bytes: ...
+
+
+class LogWatch:
     """Follows one kind of entity.
 
     Args:
@@ -53,6 +60,7 @@ class LogWatch(Generic[T]):
         entity: The EntityKind.
         run_key: Only this run; None = all.
         build: Turns entries into something to send, in a read transaction; None = nothing of interest.
+        shared: What `build` depends on beside the run, when others may watch the same; None = it is alone.
     """
 
     def __init__(
@@ -60,12 +68,14 @@ class LogWatch(Generic[T]):
         store: Store,
         entity: int,
         run_key: int | None,
-        build: Callable[[Connection, list[LogEntry]], T | None],
+        build: Callable[[Connection, list[LogEntry]], Watched | None],
+        shared: Hashable = None,
     ) -> None:
         self._store = store
         self._entity = entity
         self._run_key = run_key
         self._build = build
+        self._shared = None if shared is None else (entity, run_key, shared)
 
     async def start(self, cursor: int) -> int:
         """The position to begin after; 0 = from now on.
@@ -82,14 +92,14 @@ class LogWatch(Generic[T]):
             raise cursor_compacted(oldest)
         return cursor
 
-    async def follow(self, cursor: int) -> AsyncIterator[Found[T]]:
+    async def follow(self, cursor: int) -> AsyncIterator[Found]:
         """Everything after the cursor, for ever; entries without an answer come as checkpoints."""
         waiter = self._store.hub.add(
             [self._entity], run_keys=None if self._run_key is None else [self._run_key]
         )
         try:
             while not self._store.hub.closed:
-                found, more = await self._store.read(partial(self._page, cursor))
+                found, more = await self._read(cursor)
                 cursor = found.cursor
                 if found.answer is not None:
                     yield found
@@ -100,7 +110,13 @@ class LogWatch(Generic[T]):
         finally:
             self._store.hub.remove(waiter)
 
-    def _page(self, after: int, db: Connection) -> tuple[Found[T], bool]:
+    async def _read(self, after: int) -> tuple[Found, bool]:
+        page = partial(self._page, after)
+        if self._shared is None:
+            return await self._store.read(page)
+        return await self._store.read_shared((self._shared, after), page)
+
+    def _page(self, after: int, db: Connection) -> tuple[Found, bool]:
         oldest = oldest_position(db)
         if after < oldest - 1:
             raise cursor_compacted(oldest)
@@ -120,5 +136,8 @@ class LogWatch(Generic[T]):
         while answer is not None and len(entries) > 1 and answer.ByteSize() > MESSAGE_BYTES:
             entries, more = entries[: len(entries) // 2], True
             answer = self._build(db, entries)
-        cursor = entries[-1].position if more else end
-        return Found(answer, max(cursor, after)), more
+        cursor = max(entries[-1].position if more else end, after)
+        if answer is None:
+            return Found(None, cursor), more
+        answer.cursor = cursor
+        return Found(answer.SerializeToString(), cursor), more

@@ -203,7 +203,7 @@ def arrivals(server: Server, bare: bool, waiters: int, count: int) -> list[tuple
         return list(on_loop(enqueue_singly(server.address, bare, count, results)))
 
 
-def _from_commit(times: list[tuple[float, float]], trace: Path) -> list[float]:
+def from_commit(times: list[tuple[float, float]], trace: Path) -> list[float]:
     """Milliseconds from commit to arrival; the last so many commits are those of the calls."""
     commits = commits_of(trace)[-len(times) :]
     return [1000 * (arrived - commit) for commit, (_, arrived) in zip(commits, times, strict=True)]
@@ -239,13 +239,13 @@ def measure(options: argparse.Namespace) -> list[Row]:
         rows += _both("enqueue call to receipt, 128 waiting", from_call, ("<= 3", "<= 15"), bare)
         with traced_server(place / "store.db") as (server, trace):
             times = arrivals(server, False, 512, count)
-        rows += _both("commit to receipt, 512 waiting", _from_commit(times, trace), ("<= 1", "<= 5"))
+        rows += _both("commit to receipt, 512 waiting", from_commit(times, trace), ("<= 1", "<= 5"))
         with traced_server(place / "store.db") as (server, trace):
             seconds = 4.0 + count * 0.05
             with ingesting(server, attempts, seconds):
                 times = arrivals(server, False, 512, count)
         title = "commit to receipt, 512 waiting, 40,000 spans/s coming in"
-        rows += _both(title, _from_commit(times, trace), ("", "<= 20"))
+        rows += _both(title, from_commit(times, trace), ("", "<= 20"))
         with store_server(place / "store.db") as server:
             rows += _both(
                 "one span appended, on disk",

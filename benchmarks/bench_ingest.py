@@ -63,7 +63,7 @@ if __name__ == "__main__":
         run(
             __doc__,
             measure,
-            seconds=(6.0, "how long each kind is streamed"),
+            seconds=(4.0, "how long each kind is streamed"),
             clients=(2, "client processes"),
             rows=(2_000_000, "spans in the database at first"),
         )

@@ -47,4 +47,4 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__, measure, seconds=(5.0, "length of each measurement")))
+    sys.exit(run(__doc__, measure, seconds=(4.0, "length of each measurement")))

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from agl_grpc.client.channel import OPTIONS
 from agl_grpc.model import raw
 from agl_grpc.v1 import attempt_pb2, common_pb2, rollout_pb2, span_pb2
 from agl_grpc.v1 import runner_service_pb2 as runner
@@ -30,7 +31,7 @@ class Calls:
     """The methods of a life, on one channel. The peer gets the same bytes and its answers are not read."""
 
     def __init__(self, address: str, bare: bool) -> None:
-        self.channel = grpc.aio.insecure_channel(address)
+        self.channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self.bare = bare
         self.start = self._unary(f"{STORE}StartRollout", store.StartRolloutResponse)
         self.enqueue = self._unary(f"{STORE}EnqueueRollouts", store.EnqueueRolloutsResponse)

@@ -77,3 +77,9 @@ test: check-proto check-protoc lint test-fast engines ## Everything: lint, the f
 .PHONY: bench
 bench: .venv/dev-ready ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
 	.venv/bin/python -m benchmarks $(NAMES)
+
+# COUNT=... for one NAME, SCALE=0.1 for a tenth of everything, SEED=N to repeat a run.
+.PHONY: reliability
+reliability: .venv/dev-ready ## Proofs under fire at scale; writes benchmarks/reliability/ (NAME=kills for one)
+	.venv/bin/python -m tests.chaos $(or $(NAME),all) $(if $(COUNT),--count $(COUNT)) \
+	  $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED))

@@ -6,13 +6,19 @@ The names below are imported when they are first used, so that ``import agl_grpc
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# Before gRPC is imported: its own fork handlers crash children that agents fork while a call is under way.
+# Ours is never used in a forked child.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 _ROOMS: dict[str, tuple[str, ...]] = {
     "agl_grpc.agent": (
         "LitAgent",
+        "ResourceMissing",
         "RolloutRawResult",
         "emit_annotation",
         "emit_exception",
@@ -20,6 +26,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "emit_object",
         "emit_reward",
         "find_final_reward",
+        "find_message_spans",
+        "find_object_spans",
         "find_reward_spans",
         "get_message_value",
         "get_object_value",
@@ -67,7 +75,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "register_resource",
     ),
     "agl_grpc.runner": ("Hook", "LitAgentRunner"),
-    "agl_grpc.tracer": ("OtelTracer",),
+    "agl_grpc.tracer": ("AgentOpsTracer", "OtelTracer", "Tracer"),
     "agl_grpc.trainer": ("Trainer", "TrainerError"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -76,6 +84,7 @@ __all__ = ["__version__", *sorted(_ROOM_OF)]
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ imports
     from agl_grpc.agent import LitAgent as LitAgent
+    from agl_grpc.agent import ResourceMissing as ResourceMissing
     from agl_grpc.agent import RolloutRawResult as RolloutRawResult
     from agl_grpc.agent import emit_annotation as emit_annotation
     from agl_grpc.agent import emit_exception as emit_exception
@@ -83,6 +92,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.agent import emit_object as emit_object
     from agl_grpc.agent import emit_reward as emit_reward
     from agl_grpc.agent import find_final_reward as find_final_reward
+    from agl_grpc.agent import find_message_spans as find_message_spans
+    from agl_grpc.agent import find_object_spans as find_object_spans
     from agl_grpc.agent import find_reward_spans as find_reward_spans
     from agl_grpc.agent import get_message_value as get_message_value
     from agl_grpc.agent import get_object_value as get_object_value
@@ -128,7 +139,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.model import register_resource as register_resource
     from agl_grpc.runner import Hook as Hook
     from agl_grpc.runner import LitAgentRunner as LitAgentRunner
+    from agl_grpc.tracer import AgentOpsTracer as AgentOpsTracer
     from agl_grpc.tracer import OtelTracer as OtelTracer
+    from agl_grpc.tracer import Tracer as Tracer
     from agl_grpc.trainer import Trainer as Trainer
     from agl_grpc.trainer import TrainerError as TrainerError
 

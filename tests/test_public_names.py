@@ -10,6 +10,7 @@ from pathlib import Path
 import agl_grpc
 
 NAMES = {
+    "AgentOpsTracer",
     "Algorithm",
     "Attempt",
     "AttemptStatus",
@@ -29,6 +30,7 @@ NAMES = {
     "PromptTemplate",
     "ProxyLLM",
     "Resource",
+    "ResourceMissing",
     "ResourcesUpdate",
     "Reward",
     "Rollout",
@@ -44,6 +46,7 @@ NAMES = {
     "StoreError",
     "SyncStoreClient",
     "Trainer",
+    "Tracer",
     "TrainerError",
     "VERL",
     "Worker",
@@ -55,6 +58,8 @@ NAMES = {
     "emit_object",
     "emit_reward",
     "find_final_reward",
+    "find_message_spans",
+    "find_object_spans",
     "find_reward_spans",
     "get_message_value",
     "get_object_value",

@@ -5,15 +5,19 @@ from __future__ import annotations
 from agl_grpc.agent.context import Recorder, current_recorder
 from agl_grpc.agent.decorators import FunctionalLitAgent, llm_rollout, prompt_rollout, rollout
 from agl_grpc.agent.emit import emit_annotation, emit_exception, emit_message, emit_object, emit_reward
-from agl_grpc.agent.lit_agent import LitAgent, RolloutRawResult
+from agl_grpc.agent.lit_agent import LitAgent, Purpose, RolloutRawResult
+from agl_grpc.agent.missing import PublishedResources, ResourceMissing
 from agl_grpc.agent.operation import OperationContext, operation
 from agl_grpc.model.reading import (
     NamedReward,
     find_final_reward,
+    find_message_spans,
+    find_object_spans,
     find_reward_spans,
     get_message_value,
     get_object_value,
     get_reward_step,
+    get_reward_target,
     get_reward_value,
     get_rewards_from_span,
     is_reward_span,
@@ -24,7 +28,10 @@ __all__ = [
     "LitAgent",
     "NamedReward",
     "OperationContext",
+    "PublishedResources",
+    "Purpose",
     "Recorder",
+    "ResourceMissing",
     "RolloutRawResult",
     "current_recorder",
     "emit_annotation",
@@ -33,10 +40,13 @@ __all__ = [
     "emit_object",
     "emit_reward",
     "find_final_reward",
+    "find_message_spans",
+    "find_object_spans",
     "find_reward_spans",
     "get_message_value",
     "get_object_value",
     "get_reward_step",
+    "get_reward_target",
     "get_reward_value",
     "get_rewards_from_span",
     "is_reward_span",

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
-from agl_grpc.model.span import SpanCoreFields
+from agl_grpc.model.span import SpanCoreFields, TraceStatus
 
 
 class OpenSpan(Protocol):
     """A span that is under way."""
 
+    @property
+    def span_id(self) -> str:
+        """Its id as 16 hex digits."""
+
+    def recorded(self) -> SpanCoreFields:
+        """What it says so far."""
+
     def set_attributes(self, attributes: dict[str, Any]) -> None:
         """Add details."""
+
+    def set_status(self, status: TraceStatus) -> None:
+        """Say how the work went."""
 
     def record_exception(self, error: BaseException) -> None:
         """Note an exception, and that the work failed."""
@@ -21,6 +32,10 @@ class OpenSpan(Protocol):
 
 class Recorder(Protocol):
     """What a tracer offers to emitters for one trace."""
+
+    @property
+    def process_id(self) -> int:
+        """The process that records; a forked child of it cannot."""
 
     def record(self, span: SpanCoreFields) -> None:
         """Add a finished span under the span that is open now."""
@@ -54,5 +69,10 @@ def needed_recorder(what: str) -> Recorder:
         raise RuntimeError(
             f"{what} was called outside a rollout, where nothing records it; call it inside an agent, inside "
             "`tracer.trace_context(...)`, or with propagate=False"
+        )
+    if recorder.process_id != os.getpid():
+        raise RuntimeError(
+            f"{what} was called in a forked process, from which nothing reaches the store; hand the value "
+            "back to the agent's own process and emit it there"
         )
     return recorder

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 from agl_grpc.agent.lit_agent import LitAgent, RolloutRawResult
+from agl_grpc.agent.missing import ResourceMissing
 from agl_grpc.model.resource import LLM, NamedResources, PromptTemplate, ProxyLLM, Resource
 from agl_grpc.model.rollout import AttemptedRollout, Rollout
 
@@ -25,14 +26,18 @@ class FunctionalLitAgent(LitAgent[Any]):
         super().__init__()
         functools.update_wrapper(self, function)
         self._function = function
+        self._name = _name_of(function)
         self._parameter = parameter
         self._strip_proxy = strip_proxy
-        self._takes_rollout = "rollout" in inspect.signature(function).parameters
-        self._is_async = inspect.iscoroutinefunction(function)
+        self._parameters = _parameters_of(function)
+        self._is_async = _is_async(function)
 
     def __reduce__(self) -> tuple[Callable[[str, str], Any], tuple[str, str]]:
         # The name in the module stands for the agent, not for the function inside it.
-        return import_agent, (self._function.__module__, self._function.__qualname__)
+        module, name = getattr(self, "__module__", ""), getattr(self, "__qualname__", self._name)
+        if import_agent(module, name) is not self:
+            raise ValueError(_not_importable(module, name))
+        return import_agent, (module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function itself."""
@@ -45,21 +50,26 @@ class FunctionalLitAgent(LitAgent[Any]):
     def rollout(self, task: Any, resources: NamedResources, rollout: Rollout) -> RolloutRawResult:
         """Call the function with the task and the resource that it names."""
         if self._is_async:
-            raise RuntimeError(f"{self._function.__name__} is async; await rollout_async instead")
-        result: RolloutRawResult = self._function(task, **self._arguments(resources, rollout))
+            raise RuntimeError(f"{self._name} is async; await rollout_async instead")
+        result: RolloutRawResult = self._call(task, resources, rollout)
         return result
 
     async def rollout_async(self, task: Any, resources: NamedResources, rollout: Rollout) -> RolloutRawResult:
         """Await the function with the task and the resource that it names."""
         if not self._is_async:
-            raise RuntimeError(f"{self._function.__name__} is not async; call rollout instead")
-        result: RolloutRawResult = await self._function(task, **self._arguments(resources, rollout))
+            raise RuntimeError(f"{self._name} is not async; call rollout instead")
+        result: RolloutRawResult = await self._call(task, resources, rollout)
         return result
 
-    def _arguments(self, resources: NamedResources, rollout: Rollout) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"rollout": rollout} if self._takes_rollout else {}
-        arguments[self._parameter] = self._resource(resources, rollout)
-        return arguments
+    def _call(self, task: Any, resources: NamedResources, rollout: Rollout) -> Any:
+        given = {"task": task, "rollout": rollout, self._parameter: self._resource(resources, rollout)}
+        positional, named = [], {}
+        for name, parameter in self._parameters.items():
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                positional.append(given.get(name, parameter.default))
+            elif name in given:
+                named[name] = given[name]
+        return self._function(*positional, **named)
 
     def _resource(self, resources: NamedResources, rollout: Rollout) -> Any:
         match self._parameter:
@@ -81,10 +91,12 @@ def import_agent(module: str, name: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except AttributeError:
-        raise ValueError(
-            f"agent {module}:{name} cannot be imported; define it at the top of a module"
-        ) from None
+        raise ValueError(_not_importable(module, name)) from None
     return found
+
+
+def _not_importable(module: str, name: str) -> str:
+    return f"agent {module}:{name} cannot be imported; define it at the top of a module"
 
 
 @overload
@@ -143,28 +155,49 @@ def _decorate(
 
 
 def _resource_parameter(function: AgentFunction, allowed: tuple[str, ...]) -> str:
-    name = getattr(function, "__name__", repr(function))
-    parameters = list(inspect.signature(function).parameters.values())
-    names = [parameter.name for parameter in parameters]
-    resources = [candidate for candidate in allowed if candidate in names]
-    required = {
-        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
+    forms = " or ".join(f"(task, {resource}) or (task, {resource}, rollout)" for resource in allowed)
+    rule = f"cannot be an agent; allowed, sync or async: {forms}"
+    if not callable(function):
+        raise TypeError(f"{function!r} {rule}")
+    call = getattr(type(function), "__call__", None)  # noqa: B004  # the method itself is looked at
+    if any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in (function, call)):
+        raise TypeError(f"{_name_of(function)} is a generator, which {rule}")
+    parameters = _parameters_of(function)
+    resources = [candidate for candidate in allowed if candidate in parameters]
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     known = {"task", "rollout", *resources}
-    if names[:1] != ["task"] or len(resources) != 1 or not required <= known:
-        forms = " or ".join(f"(task, {resource}) or (task, {resource}, rollout)" for resource in allowed)
-        raise TypeError(f"{name}({', '.join(names)}) cannot be an agent; allowed, sync or async: {forms}")
+    if next(iter(parameters), "") != "task" or len(resources) != 1 or not required <= known:
+        raise TypeError(f"{_name_of(function)}({', '.join(parameters)}) {rule}")
     return resources[0]
+
+
+def _parameters_of(function: AgentFunction) -> dict[str, inspect.Parameter]:
+    """Parameters by name; ``*args`` and ``**kwargs`` get nothing."""
+    try:
+        every = inspect.signature(function).parameters
+    except ValueError:  # some built-in functions have none
+        return {}
+    return {
+        name: parameter
+        for name, parameter in every.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
+def _is_async(function: AgentFunction) -> bool:
+    call = getattr(type(function), "__call__", None)  # noqa: B004  # an object may be an agent too
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "__name__", None) or type(function).__name__)
 
 
 def _first(resources: NamedResources, kind: type[R]) -> R:
     for resource in resources.values():
         if isinstance(resource, kind):
             return resource
-    published = ", ".join(f"{name} ({type(resource).__name__})" for name, resource in resources.items())
-    raise ValueError(
-        f"the agent needs a {kind.__name__}, and none is published; published: {published or 'nothing'}"
-    )
+    raise ResourceMissing(f"a {kind.__name__}", resources)
 
 
 def _strip_proxy(llm: LLM, rollout: Rollout) -> LLM:

@@ -8,15 +8,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
 from agl_grpc.agent.attributes import flatten
 from agl_grpc.agent.context import needed_recorder
+from agl_grpc.agent.target import SpanTarget, span_id_of
 from agl_grpc.model import semconv
 from agl_grpc.model.enums import StatusCode
-from agl_grpc.model.failure import Failure
-from agl_grpc.model.reward import PRIMARY
+from agl_grpc.model.failure import Failure, text_of
+from agl_grpc.model.reward import NAME_BYTES, PRIMARY
 from agl_grpc.model.span import SpanCoreFields, TraceStatus
+from agl_grpc.model.value import encode_json
 
 
 def emit_reward(
@@ -24,21 +24,29 @@ def emit_reward(
     *,
     primary_key: str | None = None,
     attributes: Mapping[str, Any] | None = None,
+    name: str | None = None,
     step: int | None = None,
+    target: SpanTarget | None = None,
     propagate: bool = True,
 ) -> SpanCoreFields:
     """Judge the rollout: a finite number, or several by name, of which ``primary_key`` counts.
 
-    ``step`` (from 0) judges one step only. ``propagate=False`` records nothing and only answers the span;
-    otherwise there must be a rollout under way, else `RuntimeError`.
+    ``name`` is for a single number that does not count, such as ``"style"``. ``step`` (from 0) judges one
+    step only; ``target`` judges one span only: a span, an `operation`, or a span's hex id.
+    ``propagate=False`` records nothing and only answers the span; otherwise there must be a rollout under
+    way, else `RuntimeError`. Raises `TypeError` or `ValueError` for what is no reward.
     """
-    values = _named_rewards(reward, primary_key)
+    values = _named_rewards(reward, primary_key, name)
     fields: dict[str, Any] = {}
-    for place, (name, value) in enumerate(values.items()):
-        fields[f"{semconv.REWARD}.{place}.name"] = name
+    for place, (key, value) in enumerate(values.items()):
+        fields[f"{semconv.REWARD}.{place}.name"] = key
         fields[f"{semconv.REWARD}.{place}.value"] = value
+    if name not in (None, PRIMARY):
+        fields[semconv.REWARD_IS_PRIMARY] = False
     if step is not None:
-        fields[semconv.REWARD_STEP] = step
+        fields[semconv.REWARD_STEP] = _step(step)
+    if target is not None:
+        fields[semconv.REWARD_TARGET] = span_id_of(target)
     return _emit("emit_reward", semconv.SPAN_ANNOTATION, {**(attributes or {}), **fields}, propagate)
 
 
@@ -62,7 +70,7 @@ def emit_object(
 ) -> SpanCoreFields:
     """Note a value: text, numbers and truth values as they are, bytes as base64, all else as JSON.
 
-    Raises `TypeError` for what JSON cannot hold.
+    Raises `TypeError` for what JSON cannot hold and `ValueError` for NaN and infinities inside it.
     """
     kind = f"{type(object).__module__}.{type(object).__qualname__}".removeprefix("builtins.")
     fields: dict[str, Any] = {**(attributes or {}), semconv.OBJECT_TYPE: kind}
@@ -71,7 +79,7 @@ def emit_object(
     elif isinstance(object, bytes):
         fields[semconv.OBJECT_LITERAL] = base64.b64encode(object).decode()
     else:
-        fields[semconv.OBJECT_JSON] = _json(object)
+        fields[semconv.OBJECT_JSON] = encode_json(object, "object").decode()
     return _emit("emit_object", semconv.SPAN_OBJECT, fields, propagate)
 
 
@@ -83,7 +91,7 @@ def emit_exception(
     fields = {
         **(attributes or {}),
         semconv.EXCEPTION_TYPE: failure.type,
-        semconv.EXCEPTION_MESSAGE: str(exception),
+        semconv.EXCEPTION_MESSAGE: text_of(exception),
         semconv.EXCEPTION_STACKTRACE: failure.detail,
     }
     return _emit("emit_exception", semconv.SPAN_EXCEPTION, fields, propagate)
@@ -103,16 +111,33 @@ def _emit(what: str, name: str, fields: Mapping[str, Any], propagate: bool) -> S
     return span
 
 
-def _named_rewards(reward: float | Mapping[str, float], primary_key: str | None) -> dict[str, float]:
+def _named_rewards(
+    reward: float | Mapping[str, float], primary_key: str | None, name: str | None
+) -> dict[str, float]:
     if not isinstance(reward, Mapping):
-        return {PRIMARY: _finite(PRIMARY, reward)}
+        key = PRIMARY if name is None else _name(name)
+        return {key: _finite(key, reward)}
+    if name is not None:
+        raise ValueError("name goes with a single number; several rewards have their names in the dict")
     if primary_key is None or primary_key not in reward:
         names = ", ".join(map(repr, reward))
         raise ValueError(
             f"primary_key is {primary_key!r}; it must name the reward that counts, one of: {names}"
         )
-    first = {primary_key: _finite(primary_key, reward[primary_key])}
-    return first | {name: _finite(name, value) for name, value in reward.items() if name != primary_key}
+    first = {_name(primary_key): _finite(primary_key, reward[primary_key])}
+    return first | {_name(key): _finite(key, value) for key, value in reward.items() if key != primary_key}
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) <= NAME_BYTES:
+        raise ValueError(f"a reward is named {name!r}; names are texts of 1 to {NAME_BYTES} bytes")
+    return name
+
+
+def _step(step: Any) -> int:
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**31:
+        raise ValueError(f"step is {step!r}; steps are counted from 0")
+    return step
 
 
 def _finite(name: str, value: Any) -> float:
@@ -123,10 +148,3 @@ def _finite(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"reward {name!r} is {number}; it must be finite")
     return number
-
-
-def _json(value: Any) -> str:
-    try:
-        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode()
-    except TypeError as error:
-        raise TypeError(f"object is not JSON data: {error}") from None

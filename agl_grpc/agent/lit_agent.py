@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from agl_grpc.model.resource import NamedResources
 from agl_grpc.model.rollout import Rollout
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What a rollout may answer: nothing, its reward, or spans that it recorded by itself.
+Purpose = Literal["training", "validation"]
+
+# What a rollout may answer: nothing, its reward, several by name, or spans that it recorded by itself.
 Spans = Sequence["ReadableSpan"] | Sequence[Span] | Sequence[SpanCoreFields]
-RolloutRawResult = float | Spans | None
+RolloutRawResult = float | Mapping[str, float] | Spans | None
 
 _ASYNC_METHODS = ("rollout_async", "training_rollout_async", "validation_rollout_async")
 
@@ -25,16 +27,32 @@ _ASYNC_METHODS = ("rollout_async", "training_rollout_async", "validation_rollout
 class LitAgent(Generic[T]):
     """An agent: override `rollout` or `rollout_async`, and the training or validation twins if they differ.
 
-    Each gets the task, the resources by name, and the rollout that it works on.
+    Each gets the task, the resources by name, and the rollout that it works on. ``trained_agents`` names the
+    agents of a multi-agent system that are trained (a regular expression); None = all.
     """
 
-    def __init__(self) -> None:
-        self._trainer: weakref.ReferenceType[Any] | None = None
-        self._runner: weakref.ReferenceType[Any] | None = None
+    # An agent whose class does not call our __init__ works too.
+    trained_agents: str | None = None
+    _trainer: weakref.ReferenceType[Any] | None = None
+    _runner: weakref.ReferenceType[Any] | None = None
+
+    def __init__(self, *, trained_agents: str | None = None) -> None:
+        self.trained_agents = trained_agents
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In another process another trainer and runner run it.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_trainer", "_runner")}
 
     def is_async(self) -> bool:
         """Whether any of the async methods is overridden."""
         return any(_overrides(self, name) for name in _ASYNC_METHODS)
+
+    def method_of(self, purpose: Purpose) -> tuple[Callable[..., Any], bool]:
+        """The method that does a task in training or in validation, and whether it is async."""
+        names = (f"{purpose}_rollout_async", f"{purpose}_rollout", "rollout_async", "rollout")
+        name = next((name for name in names if _overrides(self, name)), names[1])
+        is_async = self.is_async() if _overrides(self, "is_async") else name.endswith("_async")
+        return getattr(self, f"{purpose}_rollout" + "_async" * is_async), is_async
 
     def set_trainer(self, trainer: Any) -> None:
         """Remember the trainer, weakly."""
@@ -71,11 +89,11 @@ class LitAgent(Generic[T]):
         """The runner's tracer."""
         return self.get_tracer()
 
-    def on_rollout_start(self, task: T, runner: Any, tracer: Any) -> None:
-        """Called before each rollout."""
+    def on_rollout_start(self, task: T, runner: Any, tracer: Any) -> Any:
+        """Called, or awaited, before each rollout; an exception is reported and changes nothing."""
 
-    def on_rollout_end(self, task: T, rollout: Rollout, runner: Any, tracer: Any) -> None:
-        """Called after each rollout, however it ended."""
+    def on_rollout_end(self, task: T, rollout: Rollout, runner: Any, tracer: Any) -> Any:
+        """Called, or awaited, after each rollout, however it ended; as `on_rollout_start`."""
 
     def rollout(self, task: T, resources: NamedResources, rollout: Rollout) -> RolloutRawResult:
         """Do the task; answer the reward, or ``None`` when it was emitted, or spans."""

@@ -105,6 +105,11 @@ class SpanStreamer:
         """Bytes taken and not yet acknowledged."""
         return self._room.held
 
+    @property
+    def on_loop(self) -> bool:
+        """Whether the caller is on the event loop of this streamer, which must not be blocked."""
+        return self._loop is not None and _running_loop() is self._loop
+
     async def send(self, groups: Groups) -> SpanAck:
         """Send spans and wait until they are on disk; waits for room first.
 

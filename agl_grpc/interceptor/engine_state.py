@@ -15,17 +15,37 @@ from agl_grpc.interceptor.record import ChoiceRecord
 from agl_grpc.interceptor.versions import runs_from_engine
 
 
-def watch_requests(output_processor: Any, on_sequence: Callable[[str, Any], None]) -> None:
-    """Call `on_sequence(API's request id, state)` for each sequence that begins, before its first token."""
+def watch_requests(output_processor: Any, on_sequence: Callable[[str, Any, Any], None]) -> None:
+    """Call `on_sequence(API's request id, state, request)` as each sequence begins, before any token."""
     original = output_processor.add_request
 
     def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
         original(request, *args, **kwargs)
         state = output_processor.request_states.get(request.request_id)
         if state is not None:
-            on_sequence(state.external_req_id, state)
+            on_sequence(state.external_req_id, state, request)
 
     output_processor.add_request = add_request
+
+
+def watch_aborts(output_processor: Any, on_abort: Callable[[str], bool]) -> None:
+    """Ask `on_abort(internal request id)` about each abort that the engine core announces.
+
+    Where it answers True, vLLM does not hear of the abort.
+    """
+    original = output_processor.process_outputs
+
+    def process_outputs(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(_is_abort(each) for each in outputs):
+            outputs = [each for each in outputs if not (_is_abort(each) and on_abort(each.request_id))]
+        return original(outputs, *args, **kwargs)
+
+    output_processor.process_outputs = process_outputs
+
+
+def _is_abort(output: Any) -> bool:
+    reason = output.finish_reason
+    return reason is not None and str(reason) == "abort"
 
 
 @functools.cache
@@ -66,7 +86,7 @@ def snapshot(state: Any) -> ChoiceRecord:
     choice = ChoiceRecord(state.request_index, tokens)
     # A stop string may have taken back tokens of the last step.
     choice.logprobs = _from_tables(processor.logprobs, tokens) if sampled is None else sampled[: len(tokens)]
-    choice.runs = runs_from_engine(state.weight_version_starts, len(tokens)) or []
+    choice.runs = runs_from_engine(getattr(state, "weight_version_starts", ()), len(tokens)) or []
     return choice
 
 

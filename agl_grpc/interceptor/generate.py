@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from agl_grpc.interceptor import engine_state
 from agl_grpc.interceptor.attribution import CURRENT, CallContext
 from agl_grpc.interceptor.record import CallRecord, EngineIdentity, to_span
+from agl_grpc.interceptor.resume import AbortResumer
 from agl_grpc.interceptor.sampling import capture_params, sampling_message, untrainable_reasons
 from agl_grpc.interceptor.versions import runs_from_starts
 from agl_grpc.v1 import model_call_pb2, span_pb2
@@ -47,12 +48,14 @@ class _OpenCall:
     states: dict[int, Any] = field(default_factory=dict)
     starts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     ends: dict[int, tuple[str, str]] = field(default_factory=dict)
+    failure: str = ""
 
 
 class GenerateWrapper:
     """Replaces `generate` of an engine client by a capturing one that behaves the same.
 
-    `refuse` builds the exception by which vLLM answers 400.
+    `refuse` builds the exception by which vLLM answers 400, `fail` the one for an answer that the engine
+    aborted for good; `resume_timeout` seconds is how long such an abort may last.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class GenerateWrapper:
         policy_version: int,
         temperature: float | None,
         refuse: Callable[[str], Exception],
+        fail: Callable[[str], Exception],
+        resume_timeout: float,
     ) -> None:
         self._client = engine_client
         self._sink = sink
@@ -72,7 +77,10 @@ class GenerateWrapper:
         self._weights_digest = ""
         self._temperature = temperature
         self._refuse = refuse
+        self._fail = fail
+        self._resumer = AbortResumer(engine_client, resume_timeout)
         self._generate: Callable[..., OutputStream] = engine_client.generate
+        self._update_weight_version = getattr(engine_client, "update_weight_version", None)
         self._open: dict[str, _OpenCall] = {}
         self.captured = 0
         self.unattributed = 0
@@ -82,10 +90,30 @@ class GenerateWrapper:
         """The version whose weights sample now."""
         return self._policy_version
 
+    @property
+    def resumed(self) -> int:
+        """How often a sequence was continued after an abort by the engine."""
+        return self._resumer.resumed
+
     def install(self) -> None:
         """Put the wrapper in place, on this one engine client."""
         self._client.generate = self.generate
+        self._client.update_weight_version = self.update_weight_version
         engine_state.watch_requests(self._client.output_processor, self._on_sequence)
+        self._resumer.install()
+
+    async def name_weights(self) -> None:
+        """Tell the engine which version it begins with."""
+        await self.update_weight_version(str(self._policy_version))
+
+    async def update_weight_version(self, new_version: str) -> None:
+        """As `AsyncLLM.update_weight_version`, which vLLM has from 0.29: whoever else changes the weights,
+        as a server that verl has started, calls it while generation is paused.
+        """
+        if self._update_weight_version is not None:
+            await self._update_weight_version(new_version)
+        if new_version.isdigit() and int(new_version) != self._policy_version:
+            self.set_policy_version(int(new_version), "")
 
     def set_policy_version(self, version: int, weights_digest: str) -> None:
         """Note, while generation is paused, that tokens from here on are sampled by other weights."""
@@ -133,16 +161,20 @@ class GenerateWrapper:
         self._sink.announce((attribution.rollout_id, attribution.attempt_id), record.span_id, record.started)
         return call
 
-    def _on_sequence(self, request_id: str, state: Any) -> None:
+    def _on_sequence(self, request_id: str, state: Any, request: Any) -> None:
         call = self._open.get(request_id)
         if call is not None:
-            self._guard(call, self._watch, state)
+            self._guard(call, self._watch, state, request)
 
-    def _watch(self, call: _OpenCall, state: Any) -> None:
+    def _watch(self, call: _OpenCall, state: Any, request: Any) -> None:
+        def fail(reason: str) -> None:
+            call.failure = call.failure or reason
+
         call.states[state.request_index] = state
         call.starts[state.request_index] = [(self._policy_version, 0)]
         if not call.tables_asked:
             engine_state.keep_sampled_logprobs(state)
+        self._resumer.track(state, request, fail)
 
     async def _capture(self, call: _OpenCall, outputs: OutputStream) -> OutputStream:
         """Pass outputs on as they come; the last one when the call is durable, unless it is the first."""
@@ -162,6 +194,10 @@ class GenerateWrapper:
             record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_CUT
             raise
         except Exception as error:
+            if call.failure:
+                record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_CUT
+                record.error = call.failure
+                raise self._fail(call.failure) from error
             record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_ERROR
             record.error = f"{type(error).__name__}: {error}".splitlines()[0][:500]
             raise
@@ -205,6 +241,7 @@ class GenerateWrapper:
             done.set_result(None)
             return done
         for index, state in call.states.items():
+            self._resumer.forget(state)
             self._guard(call, self._complete_choice, index, state)
         record.weights_digest = self._weights_digest
         if record.outcome == model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE and any(

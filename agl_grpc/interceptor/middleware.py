@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -26,15 +26,24 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER_SECONDS = 5
+STATUS_PATH = "/agl/interceptor"
 _CLOSED = "no such path here: under an attempt's base URL only inference paths exist"
 _FULL = "the capture spool is full because the store has been away for too long: try later"
 
 
-class Gate(Protocol):
-    """What the middleware asks of the interceptor: whether new attributed calls can be made durable."""
+class Running(Protocol):
+    """What the middleware asks of the interceptor."""
 
     def accepting(self) -> bool:
-        """False when the spool is full."""
+        """False when new attributed calls cannot be made durable: the spool is full."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Counters for people."""
+        ...
+
+    async def stop(self) -> None:
+        """Deliver or spool what was captured: the server ends."""
         ...
 
 
@@ -42,11 +51,12 @@ class AttributionMiddleware:
     """vLLM's ``--middleware``: rewrites ``/rollout/ID/attempt/ID/v1/…`` to ``/v1/…``, noting whose it is.
 
     An attempt credential as API key attributes plain ``/v1/…`` paths. Other requests pass untouched. The
-    final body message of an attributed answer waits until its calls are durable.
+    final body message of an attributed answer waits until its calls are durable. ``GET /agl/interceptor``
+    answers what was captured and where it is; the interceptor is stopped with the server.
     """
 
-    gate: Gate | None = None
-    """Set by the endpoint plugin when capture is on."""
+    interceptor: Running | None = None
+    """Set when capture is on."""
 
     engine_key: str | None = None
     """vLLM's own API key, put in the place of the agent's; None when vLLM asks for none."""
@@ -57,7 +67,12 @@ class AttributionMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
+            await self._app(scope, self._stopping_first(receive), send)
+            return
+        if scope["path"] == STATUS_PATH:
+            await _answer(
+                send, 200, {"enabled": False} if self.interceptor is None else self.interceptor.describe()
+            )
             return
         credential = _credential(dict(scope["headers"]))
         # The raw path: in the decoded one a slash inside an id cannot be told from a separator.
@@ -73,10 +88,21 @@ class AttributionMiddleware:
         api = api_of(path)
         if scope["type"] != "http" or api is None:
             await _refuse(send, scope["type"], 404, _CLOSED)
-        elif self.gate is not None and not self.gate.accepting():
+        elif self.interceptor is not None and not self.interceptor.accepting():
             await _refuse(send, "http", 503, _FULL)
         else:
             await self._serve(scope, receive, send, attribution, path, api)
+
+    def _stopping_first(self, receive: Receive) -> Receive:
+        """The interceptor ends before the application: vLLM's own end takes the engine's state away."""
+
+        async def received() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown" and self.interceptor is not None:
+                await self.interceptor.stop()
+            return message
+
+        return received
 
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, attribution: Attribution, path: str, api: str
@@ -128,9 +154,15 @@ async def _refuse(send: Send, kind: str, status: int, reason: str) -> None:
     if kind == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": reason})
         return
-    body = json.dumps({"error": {"message": reason, "type": "agl_grpc", "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 503:
-        headers.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
+    body = {"error": {"message": reason, "type": "agl_grpc", "code": status}}
+    retry = [(b"retry-after", str(RETRY_AFTER_SECONDS).encode())] if status == 503 else []
+    await _answer(send, status, body, retry)
+
+
+async def _answer(
+    send: Send, status: int, content: dict[str, Any], more: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from agl_grpc.interceptor.general import PLUGIN
 from agl_grpc.interceptor.middleware import AttributionMiddleware
-from agl_grpc.interceptor.settings import Settings
+from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
 from agl_grpc.weights.extension import EXTENSION
 
 MIDDLEWARE = f"{AttributionMiddleware.__module__}.{AttributionMiddleware.__qualname__}"
-FAILURE_FILE = "AGL_INTERCEPTOR_FAILURE_FILE"
 
 _DEFAULT_GROUPS = (
     "vllm.general_plugins",
@@ -96,16 +96,15 @@ def serve(model: str, settings: Settings, given: Sequence[str], *, train: bool =
     arguments = engine_arguments(model, given, train=train)
     _check_plugin()
     set_environment(os.environ, settings, cpu=is_cpu(), cores=len(os.sched_getaffinity(0)))
-    failure = Path(tempfile.mkstemp(prefix="agl-engine-")[1])
+    failure = settings.spool_path() / "failure"
+    failure.unlink(missing_ok=True)
     os.environ[FAILURE_FILE] = str(failure)
-    try:
-        code = run_vllm(arguments)
-        if reason := failure.read_text().strip():
-            print(f"engine stopped: {reason}", file=sys.stderr)
-            return 1
-        return code
-    finally:
-        failure.unlink(missing_ok=True)
+    code = run_vllm(arguments)
+    if failure.exists():
+        print(f"engine stopped: {failure.read_text().strip()}", file=sys.stderr)
+        failure.unlink()
+        return 1
+    return code
 
 
 def run_vllm(arguments: Sequence[str]) -> int:
@@ -114,9 +113,10 @@ def run_vllm(arguments: Sequence[str]) -> int:
     # build is not.
     sys.argv = ["agl-grpc vllm serve", *arguments]
     try:
-        from vllm.entrypoints.launchers.api_server.entry import main
+        from vllm.entrypoints.launchers.api_server import entry
 
-        main()
+        _end_at_once_while_loading(entry)
+        entry.main()
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except KeyboardInterrupt:
@@ -129,6 +129,22 @@ def run_vllm(arguments: Sequence[str]) -> int:
         )
         return 1
     return 0
+
+
+def _end_at_once_while_loading(entry: Any) -> None:
+    """Let SIGTERM and Ctrl-C have their default effect until the server, once it serves, handles them.
+
+    vLLM's own handler is Python code, which does not run while the main thread waits for the engine core.
+    What has been started by then ends with this process (see `general`).
+    """
+    original = entry.run_server_worker
+
+    async def run_server_worker(*args: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        await original(*args, **kwargs)
+
+    entry.run_server_worker = run_server_worker
 
 
 def is_cpu() -> bool:

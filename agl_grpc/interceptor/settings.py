@@ -11,6 +11,9 @@ from pathlib import Path
 PREFIX = "AGL_INTERCEPTOR_"
 DEFAULT_SPOOL_BYTES = 10 * 1000**3
 
+FAILURE_FILE = "AGL_INTERCEPTOR_FAILURE_FILE"
+"""Variable by which `serve` says where the reason of a stop is to be left; set in its processes only."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,7 +24,8 @@ class Settings:
     while the store is away, `spool_bytes` how much may wait there; `ack_timeout` how long (seconds) an
     answer's last byte waits for the store before the spool takes over; `temperature` overrides the agents'
     own temperature in train mode (None: theirs); `endpoint` is the base URL told to the store (empty: from
-    vLLM's host, port).
+    vLLM's host, port); `resume_timeout` how long (seconds) answers wait for an engine that aborted them
+    itself; `loader` how vLLM is entered: ``auto``, or ``class`` also where it has endpoint plugins.
     """
 
     store: str
@@ -33,6 +37,8 @@ class Settings:
     ack_timeout: float = 1.0
     temperature: float | None = None
     endpoint: str = ""
+    resume_timeout: float = 600.0
+    loader: str = "auto"
 
     def environment(self) -> dict[str, str]:
         """As environment variables, for `from_environment` in another process."""
@@ -60,6 +66,8 @@ class Settings:
             ack_timeout=float(given.get("ack_timeout", "1.0")),
             temperature=float(given["temperature"]) if "temperature" in given else None,
             endpoint=given.get("endpoint", ""),
+            resume_timeout=float(given.get("resume_timeout", "600")),
+            loader=given.get("loader", "auto"),
         )
 
     def spool_path(self) -> Path:

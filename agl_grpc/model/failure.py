@@ -34,7 +34,7 @@ class Failure:
     def from_exception(cls, error: BaseException, kind: FailureKind = FailureKind.AGENT) -> Self:
         """Describe an exception with its traceback."""
         name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-        first_line = (str(error).splitlines() or [""])[0]
+        first_line = (text_of(error).splitlines() or [""])[0]
         return cls(
             kind=kind,
             message=first_line or name,
@@ -58,7 +58,15 @@ class Failure:
         )
 
 
-# Half characters (lone surrogates) are shown as escapes: a failure must never fail to be told.
+def text_of(error: BaseException) -> str:
+    """What an exception says; empty when that itself raises: a failure must never fail to be told."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+# Half characters (lone surrogates) are shown as escapes.
 def _head(text: str, limit: int) -> str:
     return text.encode(errors="backslashreplace")[:limit].decode(errors="ignore")
 

@@ -9,6 +9,7 @@ from agl_grpc.model.value import to_key_values
 from agl_grpc.v1 import span_pb2
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import Event, ReadableSpan
     from opentelemetry.trace import Link
 
@@ -45,10 +46,25 @@ def span_from_readable(span: ReadableSpan) -> span_pb2.Span:
             message=_utf8(span.status.description or ""), code=_number(span.status.status_code.value)
         ),
         flags=int(context.trace_flags),
-        resource=span_pb2.SpanResource(attributes=_attributes(span.resource.attributes)),
+        resource=_resource(span.resource),
         scope_name=scope.name if scope else "",
         scope_version=(scope.version or "") if scope else "",
     )
+
+
+# Spans of one provider share their resource, and it never changes.
+_resources: dict[int, tuple[Resource, span_pb2.SpanResource]] = {}
+_MOST_RESOURCES = 64
+
+
+def _resource(resource: Resource) -> span_pb2.SpanResource:
+    found = _resources.get(id(resource))
+    if found is None or found[0] is not resource:
+        if len(_resources) >= _MOST_RESOURCES:
+            _resources.clear()
+        found = (resource, span_pb2.SpanResource(attributes=_attributes(resource.attributes)))
+        _resources[id(resource)] = found
+    return found[1]
 
 
 def _number(value: int) -> Any:  # the stubs give every enum an int type of its own

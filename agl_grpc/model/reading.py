@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from agl_grpc.model import semconv
-from agl_grpc.model.reward import PRIMARY
+from agl_grpc.model.reward import PRIMARY, RewardKey
 
 # Names under which other tracers wrote rewards.
 _LEGACY_REWARD = "reward"
@@ -48,15 +48,33 @@ def get_rewards_from_span(span: SpanLike) -> list[NamedReward]:
 
 
 def get_reward_value(span: SpanLike) -> float | None:
-    """The reward that counts of a span; ``None`` when it carries none."""
+    """The reward that counts of a span; ``None`` when it carries none, or only others by name."""
     rewards = get_rewards_from_span(span)
-    return rewards[0].value if rewards else None
+    return rewards[0].value if rewards and _first_counts(span) else None
 
 
 def get_reward_step(span: SpanLike) -> int | None:
-    """The step that a span's reward judges, from 0; ``None`` = the whole attempt."""
+    """The step that a span's rewards judge, from 0; ``None`` = no single step."""
     step = (span.attributes or {}).get(semconv.REWARD_STEP)
     return None if step is None else int(step)
+
+
+def get_reward_target(span: SpanLike) -> str | None:
+    """The id (hex) of the span that a span's rewards judge; ``None`` = no single span."""
+    target = (span.attributes or {}).get(semconv.REWARD_TARGET)
+    return None if target is None else str(target)
+
+
+def read_rewards(span: SpanLike) -> dict[RewardKey, float]:
+    """A span's rewards by what they judge; the one that counts also under the name ``primary``."""
+    named = get_rewards_from_span(span)
+    if not named:
+        return {}
+    step, target = get_reward_step(span), get_reward_target(span)
+    rewards = {RewardKey(name, step, target): value for name, value in named}
+    if _first_counts(span):
+        rewards[RewardKey(PRIMARY, step, target)] = named[0].value
+    return rewards
 
 
 def is_reward_span(span: SpanLike) -> bool:
@@ -70,9 +88,23 @@ def find_reward_spans(spans: Iterable[S]) -> list[S]:
 
 
 def find_final_reward(spans: Iterable[SpanLike]) -> float | None:
-    """The last reward in list order; ``None`` when there is none."""
-    values = (get_reward_value(span) for span in spans)
-    return next((value for value in reversed(list(values)) if value is not None), None)
+    """The last reward of the whole attempt in list order; ``None`` when there is none.
+
+    Rewards of a step or of a span are not rewards of the attempt.
+    """
+    final = RewardKey(PRIMARY)
+    values = [rewards[final] for rewards in map(read_rewards, spans) if final in rewards]
+    return values[-1] if values else None
+
+
+def find_message_spans(spans: Iterable[S]) -> list[S]:
+    """The spans that carry emitted messages, in their order; `get_message_value` reads one."""
+    return [span for span in spans if get_message_value(span) is not None]
+
+
+def find_object_spans(spans: Iterable[S]) -> list[S]:
+    """The spans that carry emitted objects, in their order; `get_object_value` reads one."""
+    return [span for span in spans if span.name == semconv.SPAN_OBJECT]
 
 
 def get_message_value(span: SpanLike) -> str | None:
@@ -95,13 +127,17 @@ def get_object_value(span: SpanLike) -> Any:
     return base64.b64decode(literal) if is_bytes and isinstance(literal, str) else literal
 
 
+def _first_counts(span: SpanLike) -> bool:
+    return (span.attributes or {}).get(semconv.REWARD_IS_PRIMARY) is not False
+
+
 def _other_reward(attributes: Mapping[str, Any]) -> float | None:
     for key in _AGENTOPS_OUTPUTS:
         payload = _json_object(attributes.get(key))
         if payload.get("type") == "reward" and payload.get("value") is not None:
             return float(payload["value"])
     value = attributes.get(_LEGACY_REWARD)
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _json_object(text: Any) -> dict[str, Any]:

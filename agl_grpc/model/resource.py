@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from agl_grpc.model.rollout import AttemptedRollout
 from agl_grpc.model.times import from_timestamp, to_timestamp
 from agl_grpc.model.value import from_key_values, to_key_values
 from agl_grpc.v1 import resources_pb2
+
+log = logging.getLogger(__name__)
 
 ENGINES = ("f-string", "jinja", "poml")
 
@@ -149,7 +152,7 @@ def register_resource(resource_type: _CustomType) -> _CustomType:
 
 @dataclass(slots=True, kw_only=True)
 class UnknownResource(Resource):
-    """A custom resource whose type is not registered in this process."""
+    """A resource whose type is not registered in this process, or whose fields do not fit its type."""
 
     type_name: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -189,14 +192,24 @@ def resource_from_proto(message: resources_pb2.Resource) -> Resource:
             return LLM(**_endpoint_values(message.llm))
         case "prompt_template":
             template = message.prompt_template
-            return PromptTemplate(template=template.template, engine=template.engine or "f-string")
+            fields = {"template": template.template, "engine": template.engine or "f-string"}
+            return _made(PromptTemplate, "prompt_template", fields)
         case "custom":
             values = from_key_values(message.custom.fields)
             registered = _REGISTRY.get(message.custom.resource_type)
             if registered is None:
                 return UnknownResource(type_name=message.custom.resource_type, fields=values)
-            return registered(**values)
+            return _made(registered, message.custom.resource_type, values)
     return UnknownResource(type_name="")
+
+
+def _made(kind: type[Resource], name: str, fields: dict[str, Any]) -> Resource:
+    # Published by another version, or in another language: one such resource must not hide the others.
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        log.warning("a resource of type %s cannot be read: %s", name, error)
+        return UnknownResource(type_name=name, fields=fields)
 
 
 def _custom(name: str, kind: str, values: Mapping[str, Any]) -> resources_pb2.Resource:

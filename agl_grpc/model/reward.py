@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from agl_grpc.model.times import read_time, to_timestamp
 from agl_grpc.model.value import from_key_values, to_key_values
 from agl_grpc.v1 import reward_pb2
 
 PRIMARY = "primary"
+NAME_BYTES = 128
+
+
+class RewardKey(NamedTuple):
+    """Which reward of an attempt: its name, and the step (from 0) or the span (hex id) that it judges."""
+
+    name: str = PRIMARY
+    step: int | None = None
+    target_span_id: str | None = None
+
+    @property
+    def judges_attempt(self) -> bool:
+        """Whether it judges the whole attempt."""
+        return self.step is None and self.target_span_id is None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,6 +17,9 @@ SPAN_VIRTUAL = "agentlightning.virtual"
 
 REWARD = "agentlightning.reward"
 REWARD_STEP = "agentlightning.reward.step"
+REWARD_TARGET = "agentlightning.reward.target_span_id"
+# False on a span whose first reward is not the one that counts.
+REWARD_IS_PRIMARY = "agentlightning.reward.is_primary"
 LINK = "agentlightning.link"
 TAG = "agentlightning.tag"
 MESSAGE_BODY = "agentlightning.message.body"

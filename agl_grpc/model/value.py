@@ -5,6 +5,7 @@ Attributes and notes travel as `AnyValue`; a task's input and an agent's output 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -138,7 +139,10 @@ def to_payload(value: Any, path: str = "input") -> common_pb2.Payload:
 
 
 def from_payload(message: common_pb2.Payload) -> Any:
-    """Turn a `Payload` into the value that it was made from; an empty one into ``None``."""
+    """Turn a `Payload` into the value that it was made from; an empty one into ``None``.
+
+    What says that it is JSON and is not stays a `RawPayload`: one such payload must not hide its neighbours.
+    """
     kind = message.WhichOneof("content")
     media_type = message.media_type or JSON
     if kind is None:
@@ -148,7 +152,8 @@ def from_payload(message: common_pb2.Payload) -> Any:
     if media_type == OCTETS:
         return message.data
     if media_type == JSON:
-        return decode_json(message.data)
+        with contextlib.suppress(ValueError):
+            return decode_json(message.data)
     return RawPayload(media_type, message.data)
 
 

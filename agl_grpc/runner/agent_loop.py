@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
+import os
+import selectors
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class _OwnProcess(selectors.DefaultSelector):
+    """Ends a forked child that comes back to the loop: it must not run the other agents a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._process = os.getpid()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if os.getpid() != self._process:
+            os._exit(1)
+        return super().select(timeout)
 
 
 class AgentLoop:
@@ -19,17 +36,26 @@ class AgentLoop:
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop(_OwnProcess())
+        self._closing = False
         self._thread = threading.Thread(target=self._serve, name="agents", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
+            while not self._closing:
+                self._run()
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        # An agent's own task that calls sys.exit() breaks out of the loop; the other agents go on.
+        except (SystemExit, KeyboardInterrupt) as error:
+            log.warning("a task of an agent raised %s; the agents' loop goes on", type(error).__name__)
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Runs `work()` on the agents' loop, with the caller's context variables, and returns its result.
@@ -66,4 +92,5 @@ class AgentLoop:
 
     def close(self) -> None:
         """Stops the loop; work that would not end is left as it is."""
+        self._closing = True
         self._loop.call_soon_threadsafe(self._loop.stop)

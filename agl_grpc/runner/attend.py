@@ -152,7 +152,7 @@ def _result(agent: asyncio.Task[Outcome]) -> Outcome:
 def rewards_of(outcome: Outcome, rollout_id: str, attempt_id: str) -> list[Reward]:
     """The attempt's rewards, as they are stored."""
     return [
-        Reward(rollout_id=rollout_id, attempt_id=attempt_id, name=key.name, step=key.step, value=value)
+        Reward(rollout_id=rollout_id, attempt_id=attempt_id, value=value, **key._asdict())
         for key, value in outcome.rewards.items()
     ]
 

@@ -12,9 +12,9 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from typing import Any
 
-from agl_grpc.client import SpanAck, SpanGroup, SpanStreamer
+from agl_grpc.client import SpanAck, SpanGroup
 from agl_grpc.model.enums import Durability
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.runner.executor import Executor, Task
@@ -77,9 +77,9 @@ class _Link:
         with self._lock:
             self._connection.send(message)
 
-    def submit(self, group: SpanGroup) -> Future[SpanAck]:
+    def submit(self, groups: SpanGroup) -> Future[SpanAck]:
         """As `SpanStreamer.submit`; the worker brings the spans to disk before it completes the attempt."""
-        self.send(Spans(group))
+        self.send(Spans(groups))
         done: Future[SpanAck] = Future()
         done.set_result(SpanAck(durability=Durability.MEMORY))
         return done
@@ -99,8 +99,7 @@ def run_agent_process(config: RunnerConfig, worker_id: str, connection: Connecti
     except LoadError as error:
         link.send(Ready(str(error)))
         return
-    # All that the tracer asks of a streamer is `submit`.
-    tracer = OtelTracer(cast(SpanStreamer, link))
+    tracer = OtelTracer(link)
     tracer.init()
     abandoned = AbandonedThreads()
     executor = Executor(agent, tracer, hooks, ProcessRunner(worker_id, tracer), abandoned)

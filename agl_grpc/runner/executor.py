@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from agl_grpc.agent import LitAgent, emit_reward
-from agl_grpc.model import AttemptedRollout, NamedResources, RolloutMode
+from agl_grpc.agent import LitAgent, Purpose, emit_reward
+from agl_grpc.model import AttemptedRollout, Failure, FailureKind, NamedResources, RolloutMode
 from agl_grpc.model.reward import PRIMARY
+from agl_grpc.model.value import JSON, RawPayload
 from agl_grpc.runner.failures import failure_of
-from agl_grpc.runner.hooks import Hook, call_hooks, call_reported
+from agl_grpc.runner.hooks import Hook, HookCalls, call_reported
 from agl_grpc.runner.outcome import Outcome, read_result
 from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
 
@@ -72,28 +76,31 @@ class Executor:
 
     async def execute(self, task: Task) -> Outcome:
         """Runs the agent to its end. What it raises becomes a failure; only cancellation passes."""
-        common = {"agent": self._agent, "runner": self._runner, "rollout": task.rollout}
-        await call_hooks(self._hooks, "on_rollout_start", **common)
-        call_reported(self._agent.on_rollout_start, task.rollout.input, self._runner, self._tracer)
-        async with self._tracer.trace_context(
-            rollout_id=task.rollout.rollout_id, attempt_id=task.rollout.attempt.attempt_id
+        agent, rollout, tracer = self._agent, task.rollout, self._tracer
+        if isinstance(rollout.input, RawPayload) and rollout.input.media_type == JSON:
+            return Outcome(failure=_undecodable(rollout.input))
+        hooks = HookCalls(self._hooks, {"agent": agent, "runner": self._runner, "rollout": rollout})
+        await hooks.call("on_rollout_start")
+        await call_reported(agent.on_rollout_start, rollout.input, self._runner, tracer)
+        async with tracer.trace_context(
+            rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id
         ) as traced:
-            await call_hooks(self._hooks, "on_trace_start", tracer=self._tracer, **common)
-            outcome = await self._run_agent(task)
-            await call_hooks(self._hooks, "on_trace_end", tracer=self._tracer, **common)
-        spans = traced.spans
-        outcome.read_rewards(spans)
-        call_reported(
-            self._agent.on_rollout_end, task.rollout.input, task.rollout, self._runner, self._tracer
-        )
-        await call_hooks(self._hooks, "on_rollout_end", spans=spans, **common)
+            await hooks.call("on_trace_start", tracer=tracer)
+            outcome = Outcome(failure=hooks.failure) if hooks.failure else await self._run_agent(task)
+            await hooks.call("on_trace_end", tracer=tracer)
+        outcome.rewards.update(traced.judgements)
+        await call_reported(agent.on_rollout_end, rollout.input, rollout, self._runner, tracer)
+        await hooks.call("on_rollout_end", spans=traced.spans)
+        outcome.failure = outcome.failure or hooks.failure
         return outcome
 
     async def _run_agent(self, task: Task) -> Outcome:
         try:
             outcome = read_result(await self._call(task))
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
         # An agent that calls sys.exit() ends its own attempt, not the worker.
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
+        except BaseException as error:
             failure = failure_of(error)
             log.warning(
                 "attempt %s of %s failed (%s): %s",
@@ -107,8 +114,35 @@ class Executor:
         return outcome
 
     async def _call(self, task: Task) -> Any:
-        name = "training_rollout" if task.rollout.mode is RolloutMode.TRAIN else "validation_rollout"
+        purpose: Purpose = "training" if task.rollout.mode is RolloutMode.TRAIN else "validation"
+        method, is_async = self._agent.method_of(purpose)
         arguments = (task.rollout.input, task.resources, task.rollout)
-        if self._agent.is_async():
-            return await getattr(self._agent, f"{name}_async")(*arguments)
-        return await run_in_thread(lambda: getattr(self._agent, name)(*arguments), self._abandoned)
+        if is_async:
+            with _ending_forks():
+                return await method(*arguments)
+
+        def call() -> Any:
+            with _ending_forks():
+                return method(*arguments)
+
+        return await run_in_thread(call, self._abandoned)
+
+
+def _undecodable(task: RawPayload) -> Failure:
+    message = f"the task cannot be decoded: it is said to be JSON and begins with {task.data[:80]!r}"
+    return Failure(kind=FailureKind.ENVIRONMENT, type="UNDECODABLE_TASK", message=message)
+
+
+@contextlib.contextmanager
+def _ending_forks() -> Iterator[None]:
+    """Ends a child that the agent forked and that comes out of the agent's code: it is no second worker."""
+    process, code = os.getpid(), 1
+    try:
+        yield
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    finally:
+        if os.getpid() != process:
+            os._exit(code)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from agl_grpc.agent import ResourceMissing
 from agl_grpc.model.enums import FailureKind
 from agl_grpc.model.failure import Failure
+
+RESOURCE_MISSING = "RESOURCE_MISSING"
+"""Type of the failure of an attempt whose resources are not published."""
 
 # Classes by package and name, so that none of these packages is imported to look at an exception.
 _ENGINE_UNREACHABLE = frozenset(
@@ -43,13 +47,15 @@ class AgentFailure(Exception):
 def failure_of(error: BaseException) -> Failure:
     """The failure that `error`, raised by an agent, is recorded as: kind, first line, type and traceback."""
     failure = Failure.from_exception(error, kind_of(error))
+    if isinstance(error, ResourceMissing):
+        failure.type = RESOURCE_MISSING
     if isinstance(error, SystemExit):
         failure.message = f"the agent called sys.exit({error.code!r})"
     return failure
 
 
 def kind_of(error: BaseException) -> FailureKind:
-    """Who is to blame: the infrastructure where an engine was not reachable, else the agent.
+    """Who is to blame: the infrastructure where an engine or a resource was not there, else the agent.
 
     Explicit causes (`raise … from …`) are looked into; an exception that merely happened while
     another was handled is a mistake of the agent itself.
@@ -60,7 +66,7 @@ def kind_of(error: BaseException) -> FailureKind:
         seen.add(id(current))
         if isinstance(current, AgentFailure):
             return current.kind
-        if _engine_unreachable(current):
+        if isinstance(current, ResourceMissing) or _engine_unreachable(current):
             return FailureKind.INFRASTRUCTURE
         current = current.__cause__
     if isinstance(error, BaseExceptionGroup) and {kind_of(member) for member in error.exceptions} == {

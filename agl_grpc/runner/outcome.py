@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from opentelemetry.sdk.trace import ReadableSpan
 
 from agl_grpc.model import Failure, Span, SpanCoreFields
 from agl_grpc.model.otel import span_from_readable
-from agl_grpc.model.reading import SpanLike, get_reward_step, get_rewards_from_span
-from agl_grpc.model.reward import PRIMARY
+from agl_grpc.model.reading import SpanLike, read_rewards
+from agl_grpc.model.reward import NAME_BYTES, PRIMARY, RewardKey
 from agl_grpc.v1 import span_pb2
 
 _ALLOWED = "None, a number, a dict of named numbers, or a list of spans"
-
-
-class RewardKey(NamedTuple):
-    """Which reward of an attempt."""
-
-    name: str
-    step: int | None
-    """The step that it judges, from 0; None = the whole attempt."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,13 +36,9 @@ class Outcome:
     """All rewards of the attempt: emitted ones, and those of returned spans; the last of each key."""
 
     def read_rewards(self, spans: Iterable[SpanLike]) -> None:
-        """Adds the rewards that spans carry; the first of each span is the primary one, whatever its name."""
+        """Adds the rewards that spans carry; of each key the last one counts."""
         for span in spans:
-            step = get_reward_step(span)
-            for place, (name, value) in enumerate(get_rewards_from_span(span)):
-                self.rewards[RewardKey(name, step)] = value
-                if place == 0:
-                    self.rewards[RewardKey(PRIMARY, step)] = value
+            self.rewards.update(read_rewards(span))
 
 
 class BadResult(TypeError):
@@ -72,9 +61,23 @@ def read_result(result: Any) -> Outcome:
         return Outcome(returned=dict(_named_reward(name, value) for name, value in result.items()))
     if isinstance(result, Sequence) and not isinstance(result, str | bytes | bytearray):
         outcome = Outcome(spans=[_span(element, index) for index, element in enumerate(result)])
-        outcome.read_rewards(result)
+        _read_span_rewards(outcome, result)
         return outcome
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise BadResult(
+            f"the agent returned a {type(result).__name__}, which nobody awaited or ran through; "
+            f"declare the agent with `async def`, or return {_ALLOWED}"
+        )
     raise BadResult(f"the agent returned a {type(result).__name__}; it may return {_ALLOWED}")
+
+
+def _read_span_rewards(outcome: Outcome, spans: Sequence[Any]) -> None:
+    try:
+        outcome.read_rewards(spans)
+    except (TypeError, ValueError) as error:
+        raise BadResult(f"the agent returned a span with a reward that is none: {error}") from error
+    for key, value in outcome.rewards.items():
+        _finite(value, f"the reward {key.name!r} of a span that the agent returned")
 
 
 def _is_number(value: Any) -> bool:
@@ -90,8 +93,10 @@ def _finite(value: Any, what: str) -> float:
 
 
 def _named_reward(name: Any, value: Any) -> tuple[str, float]:
-    if not isinstance(name, str) or not name or len(name.encode()) > 128:
-        raise BadResult(f"the agent returned a reward named {name!r}; names are texts of 1 to 128 bytes")
+    if not isinstance(name, str) or not name or len(name.encode(errors="replace")) > NAME_BYTES:
+        raise BadResult(
+            f"the agent returned a reward named {name!r}; names are texts of 1 to {NAME_BYTES} bytes"
+        )
     if not _is_number(value):
         raise BadResult(
             f"the reward {name!r} that the agent returned is a {type(value).__name__}, not a number"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from agl_grpc.agent import PublishedResources
 from agl_grpc.model import LLM, AttemptedRollout, NamedResources, ProxyLLM, Resource
 
 
@@ -24,10 +25,10 @@ class AttemptLLM(ProxyLLM):
 
 def bind_to_attempt(resources: Mapping[str, Resource], rollout: AttemptedRollout) -> NamedResources:
     """Gives each `ProxyLLM` the attempt's URL and, without a key of its own, the attempt's credential."""
-    return {
-        name: _bind(resource, rollout) if isinstance(resource, ProxyLLM) else resource
+    return PublishedResources(
+        (name, _bind(resource, rollout) if isinstance(resource, ProxyLLM) else resource)
         for name, resource in resources.items()
-    }
+    )
 
 
 def _bind(resource: ProxyLLM, rollout: AttemptedRollout) -> AttemptLLM:

@@ -18,10 +18,15 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """Wall time at start plus monotonic time since: a step of the machine's clock moves no lease."""
+    """Wall time at start plus monotonic time since: a step of the machine's clock moves no lease.
 
-    def __init__(self) -> None:
-        self._base = time.time_ns() - time.monotonic_ns()
+    Args:
+        after: Microseconds since the epoch that have been told before: a clock that was set back while no
+            server ran goes on from there.
+    """
+
+    def __init__(self, after: int = 0) -> None:
+        self._base = max(time.time_ns(), after * 1000) - time.monotonic_ns()
 
     def now(self) -> int:
         """Microseconds since the epoch."""

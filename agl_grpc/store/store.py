@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from agl_grpc.store.clock import Clock
+from agl_grpc.store.errors import StoreError
 from agl_grpc.store.events.hub import Hub
 from agl_grpc.store.events.timers import Timers
 from agl_grpc.store.storage import maintenance
@@ -22,6 +24,7 @@ from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.storage.writer import Lane, Writer
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Store:
@@ -52,6 +55,7 @@ class Store:
         self.maintenance = maintenance.Maintenance(self.writer)
         self.on_close: list[Callable[[], Coroutine[object, object, None]]] = []
         self.on_news: list[Callable[[Sequence[EventRow]], None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -110,17 +114,35 @@ class Store:
             self.hub.publish(events)
         self.timers.arm(due)
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does something beside the calls; `close` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, StoreError):
+            _log.error("work beside the calls failed", exc_info=error)
+
     def _news(self, news: News) -> None:
         """What other servers did."""
+        if self.hub.closed:
+            return
         if news.events:
             self.hub.publish(news.events)
             for tell in self.on_news:
                 tell(news.events)
         self.timers.arm(news.due)
+        if news.quiet:
+            with contextlib.suppress(StoreError):
+                self.writer.submit(_beat).add_done_callback(_look_at)
 
     async def close(self) -> None:
         """Ends waits, carries out what was accepted, closes the database."""
         self.hub.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.maintenance.close()
         for close in self.on_close:
             await close()
@@ -134,3 +156,12 @@ def _hand_over(loop: asyncio.AbstractEventLoop, receive: Callable[[News], None],
     """From the database's thread to the event loop, which may have been closed under us."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(receive, news)
+
+
+def _beat(_tx: Tx) -> None:
+    """Nothing: the group's commit says that this server lives."""
+
+
+def _look_at(future: asyncio.Future[None]) -> None:
+    if not future.cancelled():
+        future.exception()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,9 +17,10 @@ from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from agl_grpc.agent.context import current_recorder
-from agl_grpc.client import SpanAck, SpanGroup, SpanStreamer, StoreClient, StoreError, SyncStoreClient
+from agl_grpc.client import SpanStreamer, StoreClient, SyncStoreClient
 from agl_grpc.model import semconv
-from agl_grpc.model.otel import span_from_readable
+from agl_grpc.tracer.base import Tracer
+from agl_grpc.tracer.outbox import Outbox, SpanSink
 from agl_grpc.tracer.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -31,23 +32,28 @@ _REMEMBERED_TRACES = 1024
 _last_trace: ContextVar[Trace | None] = ContextVar("agl_grpc_last_trace", default=None)
 
 
-class OtelTracer:
+class OtelTracer(Tracer):
     """Traces attempts with OpenTelemetry's SDK.
 
     It has a provider of its own. ``install_globally`` also lets libraries that use OpenTelemetry's global
     provider be seen: ours becomes the global one where there is none yet, else we listen to that one. Only
-    spans of a trace (`trace_context`) are taken. Without a streamer (see `init_worker`) they stay in memory.
+    spans of a trace (`trace_context`) are taken. Without a store (see `init_worker`) they stay in memory.
+    One tracer may serve several workers of a process, each with a stream of its own.
     """
 
     def __init__(
         self,
-        streamer: SpanStreamer | None = None,
+        streamer: SpanSink | None = None,
         *,
         install_globally: bool = True,
         resource: Mapping[str, Any] | None = None,
     ) -> None:
-        self._streamer = streamer
-        self._owns_streamer = False
+        self._outboxes: dict[int | str, Outbox] = {}
+        self._owned: dict[int | str, SpanStreamer] = {}
+        # Which of them the workers and agents of this context use.
+        self._here: ContextVar[Outbox | None] = ContextVar("agl_grpc_outbox", default=None)
+        if streamer is not None:
+            self._outboxes[0] = Outbox(streamer)
         self._install_globally = install_globally
         attributes = {semconv.TRACER_NAME: type(self).__name__, **(resource or {})}
         self._provider = TracerProvider(
@@ -57,7 +63,8 @@ class OtelTracer:
             shutdown_on_exit=False,
         )
         self._listener = _Listener(self)
-        self._provider.add_span_processor(self._listener)
+        self._heard: list[TracerProvider] = []
+        self.listen_to(self._provider)
         self.otel = self._provider.get_tracer("agl_grpc")
         self._open: dict[int, Trace] = {}
         # Spans that outlive their trace still reach the store, which marks them as late.
@@ -71,32 +78,66 @@ class OtelTracer:
 
     def init(self) -> None:
         """Make libraries' spans visible, where that is wanted. A second call changes nothing."""
+        self._listener.tracer = self
         if self._install_globally and not self._installed:
             self._installed = True
-            _listen_globally(self._provider, self._listener)
+            self._listen_globally()
+
+    def listen_to(self, provider: TracerProvider) -> None:
+        """Take spans of another provider too, where they belong to a trace of ours."""
+        if not any(heard is provider for heard in self._heard):
+            self._heard.append(provider)
+            provider.add_span_processor(self._listener)
+
+    def _listen_globally(self) -> None:
+        existing = otel_api.get_tracer_provider()
+        if isinstance(existing, otel_api.ProxyTracerProvider):
+            otel_api.set_tracer_provider(self._provider)
+        elif isinstance(existing, TracerProvider):
+            self.listen_to(existing)
+        else:
+            logger.warning(
+                "OpenTelemetry's global provider is a %s, which cannot be listened to; only spans of this "
+                "tracer are recorded",
+                type(existing).__name__,
+            )
 
     def init_worker(
-        self, worker_id: int | str = 0, store: StoreClient | SyncStoreClient | SpanStreamer | None = None
+        self, worker_id: int | str = 0, store: StoreClient | SyncStoreClient | SpanSink | None = None
     ) -> None:
-        """Start sending spans to a store.
+        """Start sending spans to a store, for the worker that calls and the tasks that it starts.
 
         Give a `StoreClient` on its event loop, a `SyncStoreClient` or a started `SpanStreamer` anywhere.
         """
         self.init()
         match store:
-            case SpanStreamer():
-                self._streamer = store
+            case None:
+                return
             case SyncStoreClient():
-                self._streamer = store.io.run(_started(SpanStreamer(store.async_client)))
-                self._owns_streamer = True
+                sink: SpanSink = store.io.run(_started(SpanStreamer(store.async_client)))
             case StoreClient():
-                self._streamer = SpanStreamer(store).start()
-                self._owns_streamer = True
+                sink = SpanStreamer(store).start()
+            case _:
+                sink = store
+        if isinstance(sink, SpanStreamer) and sink is not store:
+            self._owned[worker_id] = sink
+        outbox = self._outboxes[worker_id] = Outbox(sink)
+        self._here.set(outbox)
 
     async def teardown_worker(self, worker_id: int | str = 0) -> None:
-        """Flush and close the stream that `init_worker` opened. On the stream's event loop."""
-        streamer, self._streamer = self._streamer, None
-        if streamer is not None and self._owns_streamer:
+        """Bring that worker's spans on their way; close the stream if `init_worker` opened it.
+
+        On the stream's event loop.
+        """
+        outbox = self._outboxes.pop(worker_id, None)
+        if outbox is None:
+            return
+        if outbox.idle:
+            outbox.close()
+        else:
+            await asyncio.to_thread(outbox.close)
+        streamer = self._owned.pop(worker_id, None)
+        if streamer is not None:
             await streamer.close()
 
     def teardown(self) -> None:
@@ -117,7 +158,13 @@ class OtelTracer:
         """
         if (rollout_id is None) != (attempt_id is None):
             raise ValueError("trace_context needs both rollout_id and attempt_id, or neither")
-        return Trace(self, name or rollout_id or "trace", rollout_id or "", attempt_id or "")
+        outbox = self._outbox() if attempt_id else None
+        return Trace(self, name or rollout_id or "trace", rollout_id or "", attempt_id or "", outbox)
+
+    def _outbox(self) -> Outbox | None:
+        outboxes = list(self._outboxes.values())
+        here = self._here.get()
+        return here if here in outboxes else outboxes[-1] if outboxes else None
 
     def get_last_trace(self) -> list[ReadableSpan]:
         """Spans of the last trace begun in this task or thread, those that have ended."""
@@ -139,24 +186,8 @@ class OtelTracer:
     def ended(self, span: ReadableSpan) -> None:
         """A span has ended: send it if it belongs to a trace. For the listener."""
         trace = self._trace_of(span)
-        if trace is None:
-            return
-        sent: Future[SpanAck] | None = None
-        if self._streamer is not None and trace.attempt_id:
-            sent = self._send(self._streamer, trace, span)
-        trace.add(span, sent)
-
-    @staticmethod
-    def _send(streamer: SpanStreamer, trace: Trace, span: ReadableSpan) -> Future[SpanAck]:
-        data = span_from_readable(span).SerializeToString()
-        group = SpanGroup(rollout_id=trace.rollout_id, attempt_id=trace.attempt_id, spans=[data])
-        try:
-            return streamer.submit(group)
-        except (StoreError, RuntimeError) as error:
-            # Told at the flush: an agent that ends a span is not to blame for a stream that has ended.
-            failed: Future[SpanAck] = Future()
-            failed.set_exception(error)
-            return failed
+        if trace is not None:
+            trace.add(span)
 
     def _trace_of(self, span: ReadableSpan) -> Trace | None:
         if span.context is None:
@@ -168,6 +199,12 @@ class OtelTracer:
         # A library that began a trace of its own inside an attempt.
         recorder = current_recorder()
         return recorder if isinstance(recorder, Trace) and recorder.trace_id in self._open else None
+
+
+def get_active_tracer() -> OtelTracer | None:
+    """The tracer of the trace under way in this task or thread; None outside any."""
+    recorder = current_recorder()
+    return recorder.tracer if isinstance(recorder, Trace) else None
 
 
 class _Listener(SpanProcessor):
@@ -184,17 +221,3 @@ class _Listener(SpanProcessor):
 
 async def _started(streamer: SpanStreamer) -> SpanStreamer:
     return streamer.start()
-
-
-def _listen_globally(provider: TracerProvider, listener: SpanProcessor) -> None:
-    existing = otel_api.get_tracer_provider()
-    if isinstance(existing, otel_api.ProxyTracerProvider):
-        otel_api.set_tracer_provider(provider)
-    elif isinstance(existing, TracerProvider):
-        existing.add_span_processor(listener)
-    else:
-        logger.warning(
-            "OpenTelemetry's global provider is a %s, which cannot be listened to; only spans of this tracer "
-            "are recorded",
-            type(existing).__name__,
-        )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import os
 import threading
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import Token
 from types import TracebackType
@@ -18,13 +22,22 @@ from opentelemetry.trace import Status, StatusCode, get_current_span, set_span_i
 
 from agl_grpc.agent.context import Recorder, reset_recorder, set_recorder
 from agl_grpc.client import SpanAck, SpanRejection
-from agl_grpc.model import enums
-from agl_grpc.model.reading import get_reward_step, get_rewards_from_span
-from agl_grpc.model.reward import PRIMARY, Reward
-from agl_grpc.model.span import SpanCoreFields
+from agl_grpc.model import enums, semconv
+from agl_grpc.model.failure import Failure, text_of
+from agl_grpc.model.reading import read_rewards
+from agl_grpc.model.reward import Reward, RewardKey
+from agl_grpc.model.span import SpanCoreFields, TraceStatus
+from agl_grpc.tracer.outbox import Outbox
 
 if TYPE_CHECKING:
     from agl_grpc.tracer.otel import OtelTracer
+
+log = logging.getLogger(__name__)
+
+KEPT_SPANS = 10_000
+"""The newest spans of a trace that are kept in this process; the store gets all of them."""
+
+_KEPT_REJECTIONS = 1000
 
 
 class OpenOtelSpan:
@@ -33,14 +46,42 @@ class OpenOtelSpan:
     def __init__(self, span: OtelSpan) -> None:
         self._span = span
 
+    @property
+    def span_id(self) -> str:
+        """Its id as 16 hex digits."""
+        return f"{self._span.get_span_context().span_id:016x}"
+
+    def recorded(self) -> SpanCoreFields:
+        """What it says so far."""
+        span = self._span
+        if not isinstance(span, ReadableSpan):
+            return SpanCoreFields(name="")
+        start = None if span.start_time is None else span.start_time / 1e9
+        return SpanCoreFields(name=span.name, attributes=dict(span.attributes or {}), start_time=start)
+
     def set_attributes(self, attributes: dict[str, Any]) -> None:
         """Add details."""
         self._span.set_attributes(attributes)
 
+    def set_status(self, status: TraceStatus) -> None:
+        """Say how the work went."""
+        code = status.status_code
+        if code is enums.StatusCode.ERROR:
+            self._span.set_status(Status(StatusCode.ERROR, status.description or None))
+        elif code is enums.StatusCode.OK:
+            self._span.set_status(Status(StatusCode.OK))
+
     def record_exception(self, error: BaseException) -> None:
         """Note an exception, and that the work failed."""
-        self._span.record_exception(error)
-        self._span.set_status(Status(StatusCode.ERROR, str(error)))
+        failure = Failure.from_exception(error)
+        attributes = {
+            semconv.EXCEPTION_TYPE: failure.type,
+            semconv.EXCEPTION_MESSAGE: text_of(error),
+            semconv.EXCEPTION_STACKTRACE: failure.detail,
+        }
+        # Not the SDK's own way: it breaks on an exception whose text cannot be had.
+        self._span.add_event("exception", attributes)
+        self._span.set_status(Status(StatusCode.ERROR, text_of(error)))
 
 
 class Trace:
@@ -50,15 +91,22 @@ class Trace:
     in its own task or thread; an agent's own threads belong to it if they carry OpenTelemetry's context.
     """
 
-    def __init__(self, tracer: OtelTracer, name: str, rollout_id: str, attempt_id: str) -> None:
+    def __init__(
+        self, tracer: OtelTracer, name: str, rollout_id: str, attempt_id: str, outbox: Outbox | None = None
+    ) -> None:
         self.name = name
         self.rollout_id = rollout_id
         self.attempt_id = attempt_id
+        self.process_id = os.getpid()
         self._tracer = tracer
-        self._lock = threading.Lock()
-        self._spans: list[ReadableSpan] = []
-        self._rewards: list[Reward] = []
-        self._sent: list[Future[SpanAck]] = []
+        self._outbox = outbox
+        self._state = threading.Condition()
+        self._spans: deque[ReadableSpan] = deque(maxlen=KEPT_SPANS)
+        self._rewards: dict[RewardKey, float] = {}
+        self._unsettled = 0
+        self._rejected: deque[SpanRejection] = deque(maxlen=_KEPT_REJECTIONS)
+        self._error: BaseException | None = None
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._root: OtelSpan | None = None
         self._otel_token: Token[otel_context.Context] | None = None
         self._recorder_token: Token[Recorder | None] | None = None
@@ -69,16 +117,34 @@ class Trace:
         return 0 if self._root is None else self._root.get_span_context().trace_id
 
     @property
+    def root(self) -> OtelSpan | None:
+        """The span that all others are under; None before the trace begins."""
+        return self._root
+
+    @property
+    def tracer(self) -> OtelTracer:
+        """The tracer that made it."""
+        return self._tracer
+
+    @property
     def spans(self) -> list[ReadableSpan]:
-        """Spans that have ended so far, in the order of their ends."""
-        with self._lock:
+        """Spans that have ended so far, in the order of their ends; of very many the newest 10,000."""
+        with self._state:
             return list(self._spans)
 
     @property
+    def judgements(self) -> dict[RewardKey, float]:
+        """Rewards so far by what they judge, the last of each."""
+        with self._state:
+            return dict(self._rewards)
+
+    @property
     def rewards(self) -> list[Reward]:
-        """Rewards emitted so far, in order; of one name and step the last one counts."""
-        with self._lock:
-            return list(self._rewards)
+        """Rewards so far, the last of each name, step and target span."""
+        return [
+            Reward(rollout_id=self.rollout_id, attempt_id=self.attempt_id, value=value, **key._asdict())
+            for key, value in self.judgements.items()
+        ]
 
     def __enter__(self) -> Self:
         self._begin()
@@ -105,49 +171,91 @@ class Trace:
         start = None if span.start_time is None else round(span.start_time * 1e9)
         end = None if span.end_time is None else round(span.end_time * 1e9)
         otel_span = self._tracer.otel.start_span(
-            span.name, self._context(), attributes=span.attributes, start_time=start
+            span.name, self.context(), attributes=span.attributes, start_time=start
         )
-        code = span.status.status_code
-        if code is enums.StatusCode.ERROR:
-            otel_span.set_status(Status(StatusCode.ERROR, span.status.description or None))
-        elif code is enums.StatusCode.OK:
-            otel_span.set_status(Status(StatusCode.OK))
-        self._note_rewards(span)
+        OpenOtelSpan(otel_span).set_status(span.status)
         otel_span.end(end)
 
     @contextmanager
-    def open_span(self, name: str, attributes: dict[str, Any]) -> Iterator[OpenOtelSpan]:
+    def open_span(
+        self, name: str, attributes: dict[str, Any], start_time: float | None = None
+    ) -> Iterator[OpenOtelSpan]:
         """Open a span under the span that is open now, until the block ends."""
-        span = self._tracer.otel.start_span(name, self._context(), attributes=attributes)
+        start = None if start_time is None else round(start_time * 1e9)
+        span = self._tracer.otel.start_span(name, self.context(), attributes=attributes, start_time=start)
         token = otel_context.attach(set_span_in_context(span))
         try:
             yield OpenOtelSpan(span)
         finally:
-            otel_context.detach(token)
+            # The end of a generator may run in another context, which is not ours to change back.
+            if get_current_span() is span:
+                otel_context.detach(token)
             span.end()
 
     async def flush(self) -> list[SpanRejection]:
         """Wait until every span that has ended is on disk; answers those that the store refused."""
-        acks = await asyncio.gather(*map(asyncio.wrap_future, self._taken()))
-        return [rejection for ack in acks for rejection in ack.rejected]
+        self._drain()
+        loop = asyncio.get_running_loop()
+        with self._state:
+            waiter = loop.create_future() if self._unsettled else None
+            if waiter is not None:
+                self._waiters.append((loop, waiter))
+        if waiter is not None:
+            await waiter
+        return self._told()
 
     def flush_blocking(self, timeout: float | None = None) -> list[SpanRejection]:
         """As `flush`, on a thread; raises `TimeoutError` after ``timeout`` seconds (``None`` = never)."""
-        sent = self._taken()
-        if wait(sent, timeout).not_done:
-            raise TimeoutError(f"spans of attempt {self.attempt_id} are not on disk after {timeout} s")
-        return [rejection for future in sent for rejection in future.result().rejected]
+        self._drain()
+        with self._state:
+            if not self._state.wait_for(lambda: not self._unsettled, timeout):
+                raise TimeoutError(f"spans of attempt {self.attempt_id} are not on disk after {timeout} s")
+        return self._told()
 
-    def _taken(self) -> list[Future[SpanAck]]:
-        with self._lock:
-            return list(self._sent)
+    def _drain(self) -> None:
+        if self._outbox is not None:
+            self._outbox.drain()
 
-    def add(self, span: ReadableSpan, sent: Future[SpanAck] | None) -> None:
-        """Keep a span that has ended, and the promise that it will be on disk. For the tracer."""
-        with self._lock:
+    def _told(self) -> list[SpanRejection]:
+        with self._state:
+            if self._error is not None:
+                raise self._error
+            return list(self._rejected)
+
+    def settled(self, count: int, future: Future[SpanAck]) -> None:
+        """So many spans are on disk, or were refused. For the outbox."""
+        error = future.exception()
+        with self._state:
+            self._unsettled -= count
+            if error is None:
+                self._rejected.extend(future.result().rejected)
+            self._error = self._error or error
+            if self._unsettled:
+                return
+            waiters, self._waiters = self._waiters, []
+            self._state.notify_all()
+        for loop, waiter in waiters:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_resolve, waiter)
+
+    def add(self, span: ReadableSpan) -> None:
+        """Keep a span that has ended, and send it to the store. For the tracer."""
+        if self.process_id != os.getpid():
+            return
+        rewards = _rewards_of(span)
+        with self._state:
             self._spans.append(span)
-            if sent is not None:
-                self._sent.append(sent)
+            for key, value in rewards.items():
+                self._rewards.pop(key, None)
+                self._rewards[key] = value
+            if self._outbox is not None:
+                self._unsettled += 1
+        if self._outbox is None:
+            return
+        if self._root is not None and span.context == self._root.get_span_context():
+            self._outbox.put_last(self, span)
+        else:
+            self._outbox.put(self, span)
 
     def _begin(self) -> None:
         if self._root is not None:
@@ -168,23 +276,27 @@ class Trace:
         self._root.end()
         self._tracer.closed(self)
 
-    def _context(self) -> otel_context.Context | None:
-        """The current context where a span of this trace is open, else that of the root."""
+    def context(self) -> otel_context.Context | None:
+        """Where a new span goes: the current context (None) if it is this trace's, else under the root."""
         if get_current_span().get_span_context().trace_id == self.trace_id or self._root is None:
             return None
         return set_span_in_context(self._root)
 
-    def _note_rewards(self, span: SpanCoreFields) -> None:
-        step = get_reward_step(span)
-        rewards = [
-            Reward(
-                rollout_id=self.rollout_id,
-                attempt_id=self.attempt_id,
-                name=name if place else PRIMARY,  # the first is the one that counts, whatever its key
-                value=value,
-                step=step,
-            )
-            for place, (name, value) in enumerate(get_rewards_from_span(span))
-        ]
-        with self._lock:
-            self._rewards.extend(rewards)
+
+def _rewards_of(span: ReadableSpan) -> dict[RewardKey, float]:
+    if not span.attributes:
+        return {}
+    try:
+        rewards = read_rewards(span)
+    except (TypeError, ValueError) as error:
+        log.warning("span %r carries a reward that is none: %s", span.name, error)
+        return {}
+    for key, value in rewards.items():
+        if not math.isfinite(value):
+            log.warning("span %r carries the reward %r, which is %s: left out", span.name, key.name, value)
+    return {key: value for key, value in rewards.items() if math.isfinite(value)}
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +16,11 @@ LEVELS = ("debug", "info", "warning", "error")
 HostOption = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC door; 0 = any free one.")]
 DatabaseOption = Annotated[
-    Path, typer.Option(metavar="PATH", help="The SQLite file that holds everything; made when missing.")
+    str,
+    typer.Option(
+        metavar="PATH|URL",
+        help="The SQLite file that holds everything, made when missing; or postgresql://user@host/name.",
+    ),
 ]
 MemoryOption = Annotated[
     bool, typer.Option("--memory", help="Keep nothing: a throw-away database that is gone at exit.")
@@ -35,7 +38,7 @@ GraceOption = Annotated[
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 4747
-DEFAULT_DATABASE = Path("agl-grpc.db")
+DEFAULT_DATABASE = "agl-grpc.db"
 DEFAULT_GRACE = 10.0
 
 
@@ -71,8 +74,8 @@ def serve(
 ) -> None:
     """Serve the store until SIGTERM or Ctrl-C.
 
-    What was acknowledged is on disk, also after kill -9. A port in use, a corrupt database or a
-    full disk: one line says why, exit code 1.
+    What was acknowledged is on disk, also after kill -9. A port in use, a corrupt database, one that
+    cannot be reached or a full disk: one line says why, exit code 1.
     """
     _serve(host, port, database, memory, (evict_above, evict_to), grace, log_level)
 
@@ -80,7 +83,7 @@ def serve(
 def _serve(
     host: str,
     port: int,
-    database: Path,
+    database: str,
     memory: bool,
     eviction: tuple[str | None, str | None],
     grace: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,12 @@ def serve(
         float,
         typer.Option(min=0.0, metavar="SECONDS", help="How long an answer's last byte waits for the store."),
     ] = 1.0,
+    resume_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="SECONDS", help="How long answers wait for an engine that aborted them itself."
+        ),
+    ] = 600.0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
@@ -85,6 +92,8 @@ def serve(
         ack_timeout=ack_timeout,
         temperature=temperature,
         endpoint=endpoint,
+        resume_timeout=resume_timeout,
+        loader=os.environ.get("AGL_INTERCEPTOR_LOADER", "auto"),
     )
     try:
         code = serve_vllm(model, settings, context.args, train=not raw)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from agl_grpc.agent import (
     FunctionalLitAgent,
     LitAgent,
+    PublishedResources,
+    ResourceMissing,
     RolloutRawResult,
     llm_rollout,
     prompt_rollout,
@@ -94,7 +97,58 @@ def test_agents_of_modules_cross_to_other_processes() -> None:
     def local(task: Any, llm: LLM) -> None: ...
 
     with pytest.raises(ValueError, match="cannot be imported; define it at the top of a module"):
-        pickle.loads(pickle.dumps(local))
+        pickle.dumps(local)
+
+
+@rollout
+def positional(task: Any, rollout: Rollout, llm: LLM, /) -> str:
+    return f"{task} {rollout.rollout_id} {llm.model}"
+
+
+@rollout
+def by_keyword(*rest: Any, task: Any, llm: LLM, **more: Any) -> str:
+    return f"{task} {llm.model} {rest} {more}"
+
+
+class _Callable:
+    async def __call__(self, task: Any, llm: LLM) -> str:
+        return f"{task} {llm.model}"
+
+
+def _with_memory(task: Any, llm: LLM, memory: list[Any]) -> int:
+    return len(memory)
+
+
+async def test_every_kind_of_parameter_and_callable() -> None:
+    assert positional.rollout("t", RESOURCES, WORK) == "t ro-1 first"
+    assert by_keyword.rollout("t", RESOURCES, WORK) == "t first () {}"
+    called = rollout(_Callable())
+    assert called.is_async()
+    assert await called.rollout_async("t", RESOURCES, WORK) == "t first"
+    assert llm_rollout(functools.partial(_with_memory, memory=[1])).rollout("t", RESOURCES, WORK) == 1
+
+
+def test_what_is_no_function_is_refused_with_the_right_forms() -> None:
+    def stream(task: Any, llm: LLM) -> Iterator[int]:
+        yield 1
+
+    async def stream_async(task: Any, llm: LLM) -> AsyncIterator[int]:
+        yield 1
+
+    for wrong, text in (
+        (stream, "stream is a generator"),
+        (stream_async, "stream_async is a generator"),
+        ("agent", "'agent' cannot be"),
+        (dict.fromkeys, r"fromkeys\(.*cannot be"),
+    ):
+        with pytest.raises(TypeError, match=rf"{text}.*allowed, sync or async: \(task, llm\)"):
+            llm_rollout(wrong)  # type: ignore[arg-type, call-overload]  # that is what is refused
+    for decorator, forms in (
+        (prompt_rollout, r"\(task, prompt_template\) or \(task, prompt_template, rollout\)$"),
+        (rollout, r"\(task, resources\).*\(task, llm\).*\(task, prompt_template, rollout\)$"),
+    ):
+        with pytest.raises(TypeError, match=forms):
+            decorator(_no_resource)
 
 
 def _no_task(llm: LLM) -> None: ...
@@ -122,6 +176,8 @@ def test_missing_resources_and_attempts_are_named() -> None:
         with_llm.rollout(1, {"p": PromptTemplate(template="")}, WORK)
     with pytest.raises(ValueError, match="published: nothing"):
         with_prompt.rollout(1, {}, WORK)
+    with pytest.raises(ResourceMissing, match=r"needs a resource named 'judge'.*published: nothing"):
+        PublishedResources()["judge"]
     with pytest.raises(TypeError, match="rollout ro-2 has no attempt"):
         with_llm.rollout(1, RESOURCES, Rollout(rollout_id="ro-2"))
 
@@ -153,6 +209,40 @@ async def test_classes_override_what_differs() -> None:
     assert await _Async().training_rollout_async(1, {}, WORK) == 1.0
     with pytest.raises(NotImplementedError, match="_Nothing does not say how to do a task"):
         _Nothing().training_rollout(1, {}, WORK)
+
+
+class _Mixed(LitAgent[int]):
+    def rollout(self, task: int, resources: NamedResources, rollout: Rollout) -> RolloutRawResult:
+        return 1.0
+
+    async def validation_rollout_async(
+        self, task: int, resources: NamedResources, rollout: Rollout
+    ) -> RolloutRawResult:
+        return 2.0
+
+
+async def test_sync_training_goes_with_async_validation() -> None:
+    train, train_is_async = _Mixed().method_of("training")
+    validate, validate_is_async = _Mixed().method_of("validation")
+    assert (train_is_async, validate_is_async) == (False, True)
+    assert (train(1, {}, WORK), await validate(1, {}, WORK)) == (1.0, 2.0)
+    method, is_async = with_proxy.method_of("training")
+    assert is_async
+    assert method == with_proxy.training_rollout_async
+
+
+def test_an_agent_that_was_run_here_still_crosses_to_other_processes() -> None:
+    class Runner:
+        tracer = None
+
+    runner = Runner()
+    agent = _Twins(trained_agents="solver.*")
+    agent.set_runner(runner)
+    agent.set_trainer(runner)
+    copy = pickle.loads(pickle.dumps(agent))
+    assert copy.trained_agents == "solver.*"
+    with pytest.raises(ValueError, match="no runner"):
+        copy.get_runner()
 
 
 def test_trainer_and_runner_are_held_weakly() -> None:

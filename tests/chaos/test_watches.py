@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from pathlib import Path
@@ -47,6 +48,29 @@ async def test_the_position_of_a_fresh_store_is_one_to_watch_from(kind: watches.
     assert (await watch.read()).checkpoint
     assert kind.seen(await watch.read())
     watch.cancel()
+
+
+async def test_a_watch_that_wants_none_of_much_moves_its_cursor(rig: Rig) -> None:
+    with watches.quick_checkpoints():
+        rollouts = rig.store.WatchRollouts(
+            store_service_pb2.WatchRolloutsRequest(filter={"group_id_in": ["g"]})
+        )
+        spans = rig.store.WatchSpans(store_service_pb2.WatchSpansRequest(rollout_ids=["other"]))
+        start = (await rollouts.read()).cursor
+        assert (await spans.read()).cursor == start
+        writer = watches.Writer(rig, random.Random(3))
+        busy = asyncio.ensure_future(_write_on(writer))
+        for watch in (rollouts, spans):
+            answer = await watch.read()
+            assert answer.checkpoint
+            assert answer.cursor > start
+            watch.cancel()
+        busy.cancel()
+
+
+async def _write_on(writer: watches.Writer) -> None:
+    while True:
+        await writer.one_of_each()
 
 
 @pytest.mark.parametrize("kind", watches.KINDS, ids=lambda kind: kind.name)

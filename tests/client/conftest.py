@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,8 @@ from agl_grpc.store.door.app import ServeConfig, StoreServer
 
 
 @pytest.fixture
-async def store() -> AsyncIterator[StoreServer]:
-    server = await StoreServer.start(ServeConfig(port=0, database=None, grace=1.0))
+async def store(database: Path | str | None) -> AsyncIterator[StoreServer]:
+    server = await StoreServer.start(ServeConfig(port=0, database=database, grace=1.0))
     yield server
     await server.stop()
 

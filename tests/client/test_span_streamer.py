@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -79,13 +80,13 @@ def test_large_groups_travel_in_parts() -> None:
     assert len(list(encode_group(SpanGroup(rollout_id="r", attempt_id="a", spans=[big] * 3)))) == 3
 
 
-async def test_an_ack_means_stored(client: StoreClient) -> None:
+async def test_an_ack_means_stored(client: StoreClient, database: Path | str | None) -> None:
     rollout = await client.start_rollout(1)
     async with SpanStreamer(client) as streamer:
         ack = await streamer.send(_group(rollout, _span(rollout, "a"), _span(rollout, "b").to_proto()))
         assert await _names(client, rollout) == ["a", "b"]
         assert ack.rejected == ()
-        assert ack.durability is Durability.MEMORY
+        assert ack.durability is (Durability.MEMORY if database is None else Durability.DISK)
         assert streamer.buffered_bytes == 0
         assert (await streamer.send([])).rejected == ()
 

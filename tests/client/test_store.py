@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from agl_grpc.model import (
     Span,
     WorkerStatus,
 )
+from tests.support.databases import backend_of
 
 
 async def test_a_rollout_from_start_to_end(client: StoreClient) -> None:
@@ -223,9 +225,9 @@ async def test_workers(client: StoreClient) -> None:
     assert [w.worker_id for w in await client.query_workers(worker_id_contains="w")] == ["w"]
 
 
-async def test_the_server_tells_about_itself(client: StoreClient) -> None:
+async def test_the_server_tells_about_itself(client: StoreClient, database: Path | str | None) -> None:
     info = await client.get_server_info()
-    assert (info.contract_version, info.backend) == ("v1", "memory")
+    assert (info.contract_version, info.backend) == ("v1", backend_of(database))
     assert info.max_message_bytes >= 1 << 20
     assert (await client.capabilities())["async_safe"] is True
     await client.start_rollout(1)

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,8 +53,10 @@ class Engine:
 
 
 @contextmanager
-def engine(model: Path, store: str, folder: Path, *options: str) -> Iterator[Engine]:
-    """An engine that serves `model` as `tiny`, stopped at the end."""
+def engine(
+    model: Path, store: str, folder: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Engine]:
+    """An engine that serves `model` as `tiny`, stopped at the end; `environment` adds to its variables."""
     port = free_port()
     log = folder / "engine.log"
     command = [
@@ -69,7 +71,7 @@ def engine(model: Path, store: str, folder: Path, *options: str) -> Iterator[Eng
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=engine_environment(),
+            env=engine_environment(**(environment or {})),
             cwd=REPOSITORY,
             start_new_session=True,
         )

@@ -197,7 +197,7 @@ def check_server_entry_and_options() -> None:
 def check_validation_error() -> None:
     from vllm.exceptions import VLLMClientError
 
-    from agl_grpc.interceptor.plugin import _bad_request
+    from agl_grpc.interceptor.runtime import _bad_request
 
     assert isinstance(_bad_request("why"), VLLMClientError)
 

@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class RunnerProcess:
-    """A supervisor with its workers, on an agent of `tests.runner.agents` (None = as the options say).
+    """A supervisor with its workers; a context manager.
 
-    A context manager."""
+    The agent is one of `tests.runner.agents`, an import path, or None: the options say.
+    """
 
     def __init__(self, store: str, agent: str | None, folder: Path, *options: str, name: str = "w") -> None:
         self.name = name
@@ -28,7 +29,8 @@ class RunnerProcess:
         self._command = [sys.executable, "-m", "agl_grpc_cli", "runner", "start", "--store", store]
         self._command += ["--name", name, *options]
         if agent is not None:
-            self._command += ["--agent", f"tests.runner.agents:{agent}"]
+            path = agent if ":" in agent else f"tests.runner.agents:{agent}"
+            self._command += ["--agent", path]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

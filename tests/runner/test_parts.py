@@ -14,11 +14,12 @@ import openai
 import pytest
 
 from agl_grpc.model import LLM, FailureKind, Span
+from agl_grpc.model.reward import RewardKey
 from agl_grpc.runner import AgentFailure, LoadError, RunnerConfig, Supervisor, WorkerStartError
 from agl_grpc.runner.command import CommandAgent
 from agl_grpc.runner.failures import failure_of, kind_of
 from agl_grpc.runner.load import load_object
-from agl_grpc.runner.outcome import BadResult, RewardKey, read_result
+from agl_grpc.runner.outcome import BadResult, read_result
 from agl_grpc.runner.threads import AbandonedThreads, AgentStopped, run_in_thread
 from tests.support.waiting import eventually, free_port
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.store.rig import Rig, running
 
 
 @pytest.fixture
-async def rig() -> AsyncIterator[Rig]:
-    """A server on a throw-away database, with a clock that the test moves."""
-    async with running(None) as rig:
+async def rig(database: Path | str | None) -> AsyncIterator[Rig]:
+    """A server on each back end, with a clock that the test moves."""
+    async with running(database) as rig:
         yield rig

@@ -153,7 +153,7 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 
 
 @asynccontextmanager
-async def running(path: Path | None, clock: Clock | None = None) -> AsyncIterator[Rig]:
+async def running(path: Path | str | None, clock: Clock | None = None) -> AsyncIterator[Rig]:
     """A server for the length of a `with` block; without a path the database is thrown away."""
     clock = clock or ManualClock()
     rig = Rig(await StoreServer.start(ServeConfig(port=0, database=path, grace=1.0), clock), clock)

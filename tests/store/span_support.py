@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def serving(
-    database: Path | None = None, span_queue_bytes: int = limits.QUEUE_BYTES
+    database: Path | str | None = None, span_queue_bytes: int = limits.QUEUE_BYTES
 ) -> AsyncIterator[tuple[StoreServer, grpc.aio.Channel]]:
     """A server on a random port and a channel to it."""
     server = await StoreServer.start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -259,8 +260,8 @@ async def test_a_poll_whose_caller_left_takes_nothing(rig: Rig) -> None:
     await eventually(left_alone, what="the poll is gone")
 
 
-async def test_a_server_that_drains_says_so() -> None:
-    async with running(None) as rig:
+async def test_a_server_that_drains_says_so(database: Path | str | None) -> None:
+    async with running(database) as rig:
         stream = WorkerStream(rig)
         await stream.open(granted=1)
         assert await stream.read_idle() == "no work"

@@ -8,7 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from agl_grpc.store.clock import ManualClock, SystemClock
+from agl_grpc.store.clock import SECOND, ManualClock, SystemClock
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.v1 import attempt_pb2, reward_pb2, runner_service_pb2, store_service_pb2
 from tests.store.rig import FAILED, SUCCEEDED, TIMEOUT, UNRESPONSIVE, Rig, held, reason, running, seconds
 
@@ -203,8 +204,8 @@ async def test_an_older_attempt_does_not_move_its_rollout(rig: Rig) -> None:
     assert reason(caught.value) == "ILLEGAL_TRANSITION"
 
 
-async def test_timers_fire_by_themselves_on_an_idle_store() -> None:
-    async with running(None, SystemClock()) as rig:
+async def test_timers_fire_by_themselves_on_an_idle_store(database: Path | str | None) -> None:
+    async with running(database, SystemClock()) as rig:
         await rig.enqueue(rollout_id="r", config={"max_redeliveries": 0})
         await rig.lease(lease_duration=seconds(1))
         answer = await rig.wait("r", timeout=seconds(20))
@@ -305,3 +306,24 @@ async def _until_waiting(rig: Rig, count: int) -> None:
         return len(workers.workers) >= count
 
     await eventually(waiting, what=f"{count} workers waiting")
+
+
+async def test_a_machine_clock_that_was_set_back_moves_no_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path / "store.db", SystemClock()) as rig:
+        await rig.enqueue(rollout_id="a")
+        (leased,) = await rig.lease(lease_duration=seconds(1))
+        before = rig.clock.now()
+    monkeypatch.setattr("agl_grpc.store.clock.time.time_ns", lambda: (before - 3600 * SECOND) * 1000)
+    server = await StoreServer.start(ServeConfig(port=0, database=tmp_path / "store.db", grace=1.0))
+    rig = Rig(server, server.store.clock)
+    try:
+        assert rig.clock.now() > before - SECOND
+        # The lease has its second anew, then its rollout is delivered again.
+        again = await rig.lease(wait=10)
+        assert [one.attempt.sequence_id for one in again] == [2]
+        (renewal,) = (await rig.renew(leased)).renewals
+        assert renewal.error.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
+    finally:
+        await rig.close()

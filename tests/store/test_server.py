@@ -30,6 +30,7 @@ from agl_grpc.v1 import (
     store_service_pb2_grpc,
 )
 from tests.store.span_support import group, reason_of, serving, span
+from tests.support.databases import backend_of
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
 
@@ -286,8 +287,8 @@ async def test_a_defect_is_logged_and_shown_as_internal(caplog: pytest.LogCaptur
         await door.stop(0.1)
 
 
-async def test_health_reflection_and_server_info() -> None:
-    async with serving() as (server, channel):
+async def test_health_reflection_and_server_info(database: Path | str | None) -> None:
+    async with serving(database) as (server, channel):
         health: Any = health_pb2_grpc.HealthStub(channel)
         for name in ("", "agl_grpc.v1.StoreService", "agl_grpc.v1.TrainerService"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
@@ -299,8 +300,9 @@ async def test_health_reflection_and_server_info() -> None:
         assert {f"agl_grpc.v1.{name}Service" for name in ("Store", "Runner", "Trainer")} <= names
         stub: Any = store_service_pb2_grpc.StoreServiceStub(channel)
         info = await stub.GetServerInfo(store_service_pb2.GetServerInfoRequest())
-        assert (info.backend, info.contract_version) == ("memory", "v1")
-        assert info.durability == common_pb2.DURABILITY_MEMORY
+        assert (info.backend, info.contract_version) == (backend_of(database), "v1")
+        kept = database is not None
+        assert info.durability == (common_pb2.DURABILITY_DISK if kept else common_pb2.DURABILITY_MEMORY)
         assert info.store_id == server.store.database.store_id
         assert info.limits.max_message_bytes == 64 << 20
 

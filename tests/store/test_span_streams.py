@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -32,8 +33,8 @@ Request = store_service_pb2.StreamSpansRequest
 
 
 @pytest.fixture
-async def served() -> AsyncIterator[tuple[StoreServer, Any]]:
-    async with serving() as (server, channel):
+async def served(database: Path | str | None) -> AsyncIterator[tuple[StoreServer, Any]]:
+    async with serving(database) as (server, channel):
         await make_attempts(server, "1", "2")
         yield server, store_service_pb2_grpc.StoreServiceStub(channel)
 
@@ -213,8 +214,8 @@ async def complete(runner: Any, work: Any) -> None:
     assert not answer.results[0].HasField("error")
 
 
-async def test_an_attempt_is_sealed_when_its_open_call_has_come() -> None:
-    async with serving() as (server, channel):
+async def test_an_attempt_is_sealed_when_its_open_call_has_come(database: Path | str | None) -> None:
+    async with serving(database) as (server, channel):
         stub = store_service_pb2_grpc.StoreServiceStub(channel)
         work, runner = await lease(server, channel)
         names = {"rollout_id": work.lease.rollout_id, "attempt_id": work.lease.attempt_id}
@@ -258,8 +259,8 @@ async def test_an_attempt_is_sealed_when_its_open_call_has_come() -> None:
         ]
 
 
-async def test_an_agents_credential_reaches_its_own_attempt_only() -> None:
-    async with serving() as (server, channel):
+async def test_an_agents_credential_reaches_its_own_attempt_only(database: Path | str | None) -> None:
+    async with serving(database) as (server, channel):
         stub = store_service_pb2_grpc.StoreServiceStub(channel)
         await make_attempts(server, "1")
         work, _ = await lease(server, channel)
@@ -304,8 +305,8 @@ async def test_an_agents_credential_reaches_its_own_attempt_only() -> None:
         await operator.acks(1)
 
 
-async def test_a_full_queue_refuses_calls_and_holds_streams_back() -> None:
-    async with serving(span_queue_bytes=2000) as (server, channel):
+async def test_a_full_queue_refuses_calls_and_holds_streams_back(database: Path | str | None) -> None:
+    async with serving(database, span_queue_bytes=2000) as (server, channel):
         stub = store_service_pb2_grpc.StoreServiceStub(channel)
         await make_attempts(server, "1", "2")
         producer = Producer(stub)

@@ -8,6 +8,7 @@ import random
 import struct
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-async def served() -> AsyncIterator[tuple[StoreServer, Stub]]:
-    async with serving() as (server, channel):
+async def served(database: Path | str | None) -> AsyncIterator[tuple[StoreServer, Stub]]:
+    async with serving(database) as (server, channel):
         await make_attempts(server, "1", "2")
         yield server, store_service_pb2_grpc.StoreServiceStub(channel)
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +39,7 @@ from agl_grpc.store.store import Store
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_service_pb2
 from tests.store.model import Attempt, Model, Refused, Rollout
 from tests.store.rig import FAILED, SUCCEEDED, TIMEOUT, UNRESPONSIVE, seconds
+from tests.support.postgres import PostgresServer
 
 ALL_ENDS = [FAILED, TIMEOUT, UNRESPONSIVE]
 KINDS = [0, attempt_pb2.FAILURE_KIND_INFRASTRUCTURE, attempt_pb2.FAILURE_KIND_GRADER]
@@ -43,6 +48,7 @@ KINDS = [0, attempt_pb2.FAILURE_KIND_INFRASTRUCTURE, attempt_pb2.FAILURE_KIND_GR
 class StoreMachine(RuleBasedStateMachine):
     """Every step is done to the store and to the model."""
 
+    lend: Callable[[], AbstractContextManager[Path | str | None]] = staticmethod(nullcontext)
     rollouts = Bundle("rollouts")
     attempts = Bundle("attempts")
 
@@ -55,18 +61,20 @@ class StoreMachine(RuleBasedStateMachine):
         self.tokens: dict[int, tuple[str, bytes]] = {}
         self.kept: list[object] = []
         self.last_position = 0
-        self.store, self.side = self.runner.run(self._open())
+        self.lent = ExitStack()
+        self.store, self.side = self.runner.run(self._open(self.lent.enter_context(self.lend())))
         self.rollout_rpcs = RolloutHandlers(self.side)
         self.attempt_rpcs = AttemptHandlers(self.side)
         self.runner_rpcs = RunnerHandlers(self.side)
 
-    async def _open(self) -> tuple[Store, WriteSide]:
-        store = await Store.open(None, clock=self.clock)
+    async def _open(self, database: Path | str | None) -> tuple[Store, WriteSide]:
+        store = await Store.open(database, clock=self.clock)
         return store, await WriteSide.start(store, CredentialSigner(b"k" * 32))
 
     def teardown(self) -> None:
         self.runner.run(self.store.close())
         self.runner.close()
+        self.lent.close()
 
     def call(self, rpc: Any, request: Any, answer: Any) -> Any:
         """Calls a handler as the server would."""
@@ -321,15 +329,32 @@ def _state(db: Any) -> tuple[dict[str, Any], dict[str, Any], int]:
     return rollouts, attempts, position
 
 
+@contextmanager
+def _file() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "store.db"
+
+
+def _machine(backend: str, request: pytest.FixtureRequest) -> type[StoreMachine]:
+    """The machine over a back end."""
+    lend = {"memory": nullcontext, "file": _file}.get(backend)
+    if lend is None:
+        server: PostgresServer = request.getfixturevalue("postgres")
+        lend = server.lend
+    return type("StoreMachine", (StoreMachine,), {"lend": staticmethod(lend)})
+
+
+# One machine runs on all of them; where a step costs a disk there are fewer histories.
 @pytest.mark.timeout(400)
-def test_the_store_keeps_to_the_model() -> None:
+@pytest.mark.parametrize(("backend", "examples"), [("memory", 50), ("file", 10), ("postgres", 10)])
+def test_the_store_keeps_to_the_model(backend: str, examples: int, request: pytest.FixtureRequest) -> None:
     chosen_seed = int(os.environ.get("AGL_TEST_SEED", random.SystemRandom().getrandbits(32)))
     print(f"AGL_TEST_SEED={chosen_seed}")
     chosen = settings(
-        max_examples=int(os.environ.get("AGL_TEST_EXAMPLES", "50")),
+        max_examples=int(os.environ.get("AGL_TEST_EXAMPLES", str(examples))),
         stateful_step_count=50,
         deadline=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(seed(chosen_seed)(StoreMachine), settings=chosen)
+    run_state_machine_as_test(seed(chosen_seed)(_machine(backend, request)), settings=chosen)

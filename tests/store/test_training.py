@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -44,8 +45,8 @@ class Served:
 
 
 @pytest.fixture
-async def served() -> AsyncIterator[Served]:
-    async with serving() as (server, channel):
+async def served(database: Path | str | None) -> AsyncIterator[Served]:
+    async with serving(database) as (server, channel):
         yield Served(
             server,
             store_service_pb2_grpc.StoreServiceStub(channel),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -181,8 +182,8 @@ async def test_a_slow_watcher_reads_the_log_and_not_a_buffer(rig: Rig) -> None:
     watch.cancel()
 
 
-async def test_a_drain_ends_waits_and_watches() -> None:
-    async with running(None) as rig:
+async def test_a_drain_ends_waits_and_watches(database: Path | str | None) -> None:
+    async with running(database) as rig:
         await rig.enqueue(rollout_id="a")
         wait = asyncio.ensure_future(rig.wait("a"))
         watch = rig.store.WatchRollouts(store_service_pb2.WatchRolloutsRequest())

@@ -14,19 +14,27 @@ from grpc_health.v1 import health_pb2
 
 from tests.support.waiting import free_port
 
+RECONNECT = (
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
+)
+"""Channel options of a client whose server comes and goes."""
+
 
 class StoreProcess:
     """`agl-grpc store serve` on a random port of the loopback interface.
 
-    Use it as a context manager; ``kill`` and ``start`` may be called again and again on one database.
+    Use it as a context manager; ``kill`` and ``start`` may be called again and again on one database, which
+    is a file or the URL of a PostgreSQL database (then ``log`` says where the server's lines go).
     """
 
-    def __init__(self, database: Path, *options: str) -> None:
+    def __init__(self, database: Path | str, *options: str, log: Path | None = None) -> None:
         self.database = database
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.options = options
-        self.log = database.with_suffix(".log")
+        self.log = log or Path(database).with_suffix(".log")
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, within: float = 20.0) -> None:
@@ -35,17 +43,7 @@ class StoreProcess:
         command += ["--database", str(self.database), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ.copy())
-        with grpc.insecure_channel(self.address) as channel:
-            check = channel.unary_unary(
-                "/grpc.health.v1.Health/Check",
-                request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-                response_deserializer=health_pb2.HealthCheckResponse.FromString,
-            )
-            try:
-                answer = check(health_pb2.HealthCheckRequest(), timeout=within, wait_for_ready=True)
-            except grpc.RpcError as error:
-                raise AssertionError(f"the store did not start:\n{self.log.read_text()}") from error
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        wait_until_serving(self.address, self.log, within)
 
     def kill(self) -> None:
         """kill -9: nothing is flushed, nobody is told."""
@@ -68,3 +66,18 @@ class StoreProcess:
     ) -> None:
         if self.process is not None and self.process.poll() is None:
             self.kill()
+
+
+def wait_until_serving(address: str, log: Path, within: float) -> None:
+    """Returns when the server's health service says SERVING; fails with the log after so many seconds."""
+    with grpc.insecure_channel(address, options=RECONNECT) as channel:
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            answer = check(health_pb2.HealthCheckRequest(), timeout=within, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise AssertionError(f"the store did not start:\n{log.read_text()}") from error
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -5,14 +5,18 @@ Only `counters` is left out: keys that were taken by what came to nothing stay h
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+from agl_grpc.store.storage.schema import families
 
 Tables = dict[str, list[tuple[Any, ...]]]
 
 
 def dump(db: Any) -> Tables:
     """All rows of all tables, in the order of their keys."""
-    names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    scripts = [script for family in families() for script in family.migrations]
+    names = [name for script in scripts for name in re.findall(r"CREATE TABLE (\w+)", script)]
     names.remove("counters")
     return {name: sorted(db.execute(f"SELECT * FROM {name}").fetchall(), key=repr) for name in names}
 

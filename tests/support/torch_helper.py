@@ -44,6 +44,17 @@ class Helper:
             answer.append(table.gather(1, ids[0, len(row["prompt"]) :, None])[:, 0].tolist())
         return answer
 
+    def text(self, model: str, rows: list[dict[str, Any]]) -> list[str]:
+        """Text of each row's response after its prompt, decoded token by token as vLLM streams it."""
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_file(f"{model}/tokenizer.json")
+        texts = []
+        for row in rows:
+            stream = tokenizers.decoders.DecodeStream(ids=row["prompt"], skip_special_tokens=True)
+            texts.append("".join(stream.step(tokenizer, token) or "" for token in row["response"]))
+        return texts
+
     def perturb(self, model: str, out: str, seed: int, rename: dict[str, str]) -> str:
         """Change all weights a little, keep them as `out`, open a sender for them; its endpoint."""
         import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,16 +18,19 @@ from agl_grpc.agent import (
     emit_object,
     emit_reward,
     find_final_reward,
+    find_message_spans,
+    find_object_spans,
     find_reward_spans,
     get_message_value,
     get_object_value,
+    get_reward_value,
     get_rewards_from_span,
     operation,
 )
-from agl_grpc.model import semconv
+from agl_grpc.model import Span, semconv
 from agl_grpc.model.otel import span_from_readable
 from agl_grpc.model.value import from_key_values
-from agl_grpc.tracer import OtelTracer
+from agl_grpc.tracer import OtelTracer, get_active_tracer
 
 
 @pytest.fixture
@@ -103,32 +106,36 @@ def test_emitters_and_readers_agree(tracer: OtelTracer) -> None:
         emit_reward(1)
         emit_reward({"style": 0.25, "correct": 1.5}, primary_key="correct", attributes={"judge": "j"})
         emit_reward(0.5, step=3)
+        emit_reward(0.75, name="tidy")
         emit_message("hello", attributes={"to": "you"})
         emit_object({"a": [1, {"b": None}]})
         emit_object(b"\x00\x01")
         emit_annotation({"outer": {"inner": [1, 2], "mixed": [1, "x"]}, "none": None})
         emit_exception(ValueError("broken"))
     spans = trace.spans
-    assert find_final_reward(spans) == 0.5
+    assert find_final_reward(spans) == 1.5
+    assert [get_reward_value(span) for span in find_reward_spans(spans)] == [1.0, 1.5, 0.5, None]
     assert [get_rewards_from_span(span) for span in find_reward_spans(spans)] == [
         [("primary", 1.0)],
         [("correct", 1.5), ("style", 0.25)],
         [("primary", 0.5)],
+        [("tidy", 0.75)],
     ]
-    assert [(reward.name, reward.value, reward.step) for reward in trace.rewards] == [
-        ("primary", 1.0, None),
-        ("primary", 1.5, None),
-        ("style", 0.25, None),
-        ("primary", 0.5, 3),
-    ]
-    assert [get_message_value(span) for span in spans if get_message_value(span)] == ["hello"]
-    assert [get_object_value(span) for span in spans if span.name == semconv.SPAN_OBJECT] == [
+    assert {(reward.name, reward.step): reward.value for reward in trace.rewards} == {
+        ("primary", None): 1.5,
+        ("correct", None): 1.5,
+        ("style", None): 0.25,
+        ("primary", 3): 0.5,
+        ("tidy", None): 0.75,
+    }
+    assert [get_message_value(span) for span in find_message_spans(spans)] == ["hello"]
+    assert [get_object_value(span) for span in find_object_spans(spans)] == [
         {"a": [1, {"b": None}]},
         b"\x00\x01",
     ]
-    note = _attributes(spans[6])
+    note = _attributes(spans[7])
     assert note == {"outer.inner": (1, 2), "outer.mixed.0": 1, "outer.mixed.1": "x"}
-    failure = _attributes(spans[7])
+    failure = _attributes(spans[8])
     assert failure[semconv.EXCEPTION_TYPE] == "ValueError"
     assert failure[semconv.EXCEPTION_MESSAGE] == "broken"
 
@@ -151,6 +158,7 @@ def test_emitting_outside_a_trace_is_an_error_unless_told_not_to_record() -> Non
 @pytest.mark.parametrize(
     ("reward", "key", "error", "text"),
     [
+        ({"": 1.0}, "", ValueError, "a reward is named ''; names are texts of 1 to 128 bytes"),
         (float("nan"), None, ValueError, "reward 'primary' is nan; it must be finite"),
         ("much", None, TypeError, "reward 'primary' is a str; pass a number"),
         ({"a": 1.0}, None, ValueError, "primary_key is None; it must name"),
@@ -160,6 +168,143 @@ def test_emitting_outside_a_trace_is_an_error_unless_told_not_to_record() -> Non
 def test_bad_rewards_are_refused(reward: Any, key: str | None, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         emit_reward(reward, primary_key=key, propagate=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"step": -1}, ValueError, "step is -1; steps are counted from 0"),
+        ({"step": True}, ValueError, "step is True"),
+        ({"target": "12"}, ValueError, "target '12' is no span id: 16 hex digits"),
+        ({"target": 5}, TypeError, "target is a int; pass a span, an operation"),
+        ({"name": "x" * 129}, ValueError, "names are texts of 1 to 128 bytes"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(
+    arguments: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        emit_reward(1.0, **arguments, propagate=False)
+    with pytest.raises(ValueError, match="name goes with a single number"):
+        emit_reward({"a": 1.0}, primary_key="a", name="b", propagate=False)
+
+
+def test_steps_and_spans_are_judged_by_themselves(tracer: OtelTracer) -> None:
+    with tracer.trace_context("agent", rollout_id="ro", attempt_id="at") as trace:
+        with operation(name="search") as search:
+            emit_reward(0.25, target=search)
+            span_id = search.span_id
+            assert search.span().attributes[semconv.OPERATION_NAME] == "search"
+        emit_reward(0.5, step=2, name="tool")
+        emit_reward({"right": 1.0, "short": 0.0}, primary_key="right", target=trace.spans[1])
+        emit_reward(0.75, target=Span(rollout_id="ro", attempt_id="at", name="s", span_id="00000000000000ff"))
+    judged = {(r.name, r.step, r.target_span_id): r.value for r in trace.rewards}
+    assert judged == {
+        ("primary", None, span_id): 1.0,
+        ("right", None, span_id): 1.0,
+        ("short", None, span_id): 0.0,
+        ("tool", 2, None): 0.5,
+        ("primary", None, "00000000000000ff"): 0.75,
+    }
+    assert find_final_reward(trace.spans) is None
+    with pytest.raises(RuntimeError, match="not under way here"):
+        _ = search.span_id
+
+
+def test_generators_are_operations_from_their_first_item_to_their_last(tracer: OtelTracer) -> None:
+    @operation
+    def count(limit: int) -> Iterator[int]:
+        yield from range(limit)
+        return None
+
+    @operation
+    async def count_async(limit: int) -> AsyncIterator[int]:
+        for number in range(limit):
+            yield number
+
+    async def read() -> list[int]:
+        return [number async for number in count_async(3)]
+
+    with tracer.trace_context() as trace:
+        assert list(count(3)) == [0, 1, 2]
+        assert asyncio.run(read()) == [0, 1, 2]
+        for _ in count(2):
+            break
+    assert [span.name for span in trace.spans] == [semconv.SPAN_OPERATION] * 3 + ["trace"]
+    assert all(span.status.is_unset for span in trace.spans)
+
+
+class _Silent:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    @operation
+    def work(self, other: Any) -> _Silent:
+        return self
+
+
+def test_odd_inputs_and_outputs_never_break_an_operation(tracer: OtelTracer) -> None:
+    endless: dict[str, Any] = {}
+    endless |= {"left": endless, "right": endless}
+    with tracer.trace_context() as trace:
+        _Silent().work(endless)
+        emit_annotation({"deep": endless})
+    noted = _attributes(trace.spans[0])
+    assert noted[semconv.OPERATION_OUTPUT] == "<_Silent whose text cannot be had: RuntimeError>"
+    assert not any("self" in name for name in noted)
+
+
+def test_functions_run_in_traces_of_their_own(tracer: OtelTracer) -> None:
+    assert tracer.trace_run(add, 1, right=2) == 3
+    assert [span.name for span in tracer.get_last_trace()] == [semconv.SPAN_OPERATION, "add"]
+
+    async def run() -> list[str]:
+        assert await tracer.trace_run_async(add_slowly, 1, 2) == 3
+        return [span.name for span in tracer.get_last_trace()]
+
+    assert asyncio.run(run()) == [semconv.SPAN_MESSAGE, semconv.SPAN_OPERATION, "add_slowly"]
+    with pytest.raises(TypeError, match="add_slowly is async; use trace_run_async"):
+        tracer.trace_run(add_slowly, 1, 2)
+
+
+def _lose(tracer: OtelTracer) -> None:
+    with tracer.operation_context("work", {"n": 2}) as work:
+        work.set_attributes({"m": 3})
+        raise KeyError("lost")
+
+
+def test_spans_by_hand(tracer: OtelTracer) -> None:
+    with tracer.trace_context() as trace:
+        assert get_active_tracer() is tracer
+        tracer.create_span("moment", {"n": 1}, timestamp=5.0)
+        with pytest.raises(KeyError):
+            _lose(tracer)
+    moment, failed, _ = trace.spans
+    assert (moment.start_time, moment.end_time, _attributes(moment)) == (5 * 10**9, 5 * 10**9, {"n": 1})
+    assert _attributes(failed) == {"n": 2, "m": 3}
+    assert not failed.status.is_ok
+    assert get_active_tracer() is None
+    with pytest.raises(RuntimeError, match="create_span was called outside a rollout"):
+        tracer.create_span("nowhere")
+
+
+def test_rewards_of_the_users_own_spans_count_and_nonsense_in_them_does_not(tracer: OtelTracer) -> None:
+    with tracer.trace_context() as trace:
+        for value in (0.5, float("nan"), "much"):
+            with tracer.otel.start_as_current_span("judged") as span:
+                span.set_attribute("agentlightning.reward.0.value", value)
+    assert [(reward.name, reward.value) for reward in trace.rewards] == [("primary", 0.5)]
+
+
+def test_of_very_many_spans_the_newest_are_kept_here(
+    tracer: OtelTracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agl_grpc.tracer.trace.KEPT_SPANS", 10)
+    with tracer.trace_context("agent") as trace:
+        for number in range(50):
+            emit_message(str(number))
+    assert [span.name for span in trace.spans[-2:]] == [semconv.SPAN_MESSAGE, "agent"]
+    assert len(trace.spans) == 10
 
 
 def test_operations_record_input_output_and_failure(tracer: OtelTracer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ MESSAGE_BYTES = 256 << 10
 """Most bytes of one message, unless a single entry needs more: a watcher that does not read costs no more."""
 
 CHECKPOINT_SECONDS = 10.0
-"""A quiet watch says so often that it is alive and where it stands."""
+"""A watch to which nothing of interest comes says so often that it is alive and where it stands."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,22 @@ class LogWatch:
         return cursor
 
     async def follow(self, cursor: int) -> AsyncIterator[Found]:
-        """Everything after the cursor, for ever; entries without an answer come as checkpoints."""
+        """Everything after the cursor, for ever; where nothing of interest came for a while, a checkpoint."""
         waiter = self._store.hub.add(
             [self._entity], run_keys=None if self._run_key is None else [self._run_key]
         )
+        told = time.monotonic()
         try:
             while not self._store.hub.closed:
                 found, more = await self._read(cursor)
                 cursor = found.cursor
-                if found.answer is not None:
+                quiet = told + CHECKPOINT_SECONDS - time.monotonic()
+                if found.answer is not None or quiet <= 0:
                     yield found
-                if not more and not await waiter.wait(CHECKPOINT_SECONDS):
-                    yield Found(None, cursor)
+                    told, quiet = time.monotonic(), CHECKPOINT_SECONDS
+                if not more:
+                    # A wake-up is a hint only: correctness rests on looking again.
+                    await waiter.wait(quiet)
             # An error, so that the caller knows that the watch did not end by itself.
             raise draining()
         finally:

@@ -163,7 +163,7 @@ class WorkerHandlers:
             run_key = run_key_of(db, request.run_id or "*")
             answer = _count(db, run_key)
             answer.name = database.backend
-            answer.database_bytes = database.size_bytes()
+            answer.database_bytes = database.size_bytes(db)
             set_duration(answer.uptime, now - self._store.start_time)
             if self._eviction is not None:
                 answer.eviction_threshold_bytes = self._eviction.above

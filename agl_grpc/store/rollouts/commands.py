@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from agl_grpc.store.clock import SECOND
@@ -15,6 +16,9 @@ RESOURCES = int(worker_pb2.COMMAND_KIND_RESOURCES)
 
 KEEP = 24 * 3600 * SECOND
 _MOST_PENDING = 1000
+_MOST_PUSHED = 10_000
+PAGE = 1000
+"""Most commands that are read at once."""
 
 Push = Callable[[worker_pb2.WorkerCommand], None]
 
@@ -28,6 +32,7 @@ class Commands:
     def __init__(self) -> None:
         self._listeners: dict[int, list[Push]] = {}
         self._runs: dict[int, int] = {}
+        self._pushed: OrderedDict[int, None] = OrderedDict()
 
     def listen(self, worker_key: int, run_key: int, push: Push) -> None:
         """Pushes the worker's commands from now on, after their commit; it works for this run."""
@@ -65,11 +70,26 @@ class Commands:
         )
         (command,) = _select(tx.connection, "WHERE c.command_id = ?", command_id)
 
-        def push() -> None:
+        tx.after_commit(lambda: self._push(worker_key, command))
+
+    def _push(self, worker_key: int, command: worker_pb2.WorkerCommand) -> None:
+        listeners = self._listeners.get(worker_key, ())
+        if listeners:
+            self._pushed[command.command_id] = None
+            if len(self._pushed) > _MOST_PUSHED:
+                self._pushed.popitem(last=False)
+        for listener in list(listeners):
+            listener(command)
+
+    def has_listeners(self) -> bool:
+        """Whether any worker has a stream open here."""
+        return bool(self._listeners)
+
+    def pass_on(self, worker_key: int, command: worker_pb2.WorkerCommand) -> None:
+        """Pushes a command that another server wrote; this one's own were pushed when they were."""
+        if self._pushed.pop(command.command_id, self) is self:
             for listener in list(self._listeners.get(worker_key, ())):
                 listener(command)
-
-        tx.after_commit(push)
 
     def order_drain(self, tx: Tx, worker_key: int, reason: str) -> None:
         """Orders a worker to leave, unless such an order waits already."""
@@ -91,6 +111,16 @@ class Commands:
 def pending(db: Connection, worker_key: int) -> list[worker_pb2.WorkerCommand]:
     """Commands not yet acknowledged, oldest first."""
     return _select(db, "WHERE c.worker_key = ? ORDER BY c.command_id LIMIT ?", worker_key, _MOST_PENDING)
+
+
+def newer(db: Connection, after: int) -> list[tuple[int, worker_pb2.WorkerCommand]]:
+    """Commands to all workers after a command's id, oldest first, with their workers' keys."""
+    keys = db.execute(
+        "SELECT command_id, worker_key FROM worker_commands WHERE command_id > ? ORDER BY command_id LIMIT ?",
+        (after, PAGE),
+    ).fetchall()
+    found = _select(db, "WHERE c.command_id > ? ORDER BY c.command_id LIMIT ?", after, PAGE)
+    return [(worker_key, command) for (_, worker_key), command in zip(keys, found, strict=True)]
 
 
 def acknowledge(tx: Tx, worker_key: int, command_ids: Iterable[int]) -> None:

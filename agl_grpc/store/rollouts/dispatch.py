@@ -137,6 +137,14 @@ class Dispatcher:
             return "no work with its labels"
         return "no work"
 
+    def has_waiters(self) -> bool:
+        """Whether anybody waits; from any thread, as a hint."""
+        return bool(self._lines)
+
+    def queue_keys(self) -> list[int]:
+        """Queues in which somebody waits; from any thread, as a hint."""
+        return list(self._lines)
+
     def waiting(self, queue_keys: Iterable[int]) -> list[Waiter]:
         """Waiters with credits in these queues, each once."""
         found = {waiter: None for key in queue_keys for waiter in self._lines.get(key, ())}

@@ -233,6 +233,16 @@ def attempts_where(db: Connection, where: str, *values: object) -> list[AttemptR
     return [AttemptRow._make(row) for row in db.execute(_ATTEMPT + where, values)]
 
 
+def queues_with_work(db: Connection, queue_keys: Sequence[int]) -> list[int]:
+    """Those of the queues that have a rollout which can be delivered now."""
+    rows = db.execute(
+        f"SELECT queue_key FROM queues WHERE queue_key IN ({marks(len(queue_keys))}) AND EXISTS "
+        "(SELECT 1 FROM rollouts WHERE rollouts.queue_key = queues.queue_key AND ready = 1)",
+        queue_keys,
+    )
+    return [key for (key,) in rows]
+
+
 def next_attempt_due(db: Connection) -> int | None:
     """When a timer may have to act on an attempt; None = on none."""
     return _least(db, "SELECT min(due) FROM attempts WHERE due IS NOT NULL")

@@ -11,6 +11,7 @@ from agl_grpc.store.rollouts.deletion import Deletion, Retention
 from agl_grpc.store.rollouts.dispatch import Dispatcher
 from agl_grpc.store.rollouts.leases import Leases
 from agl_grpc.store.rollouts.moves import Moves
+from agl_grpc.store.rollouts.neighbours import Neighbours
 from agl_grpc.store.rollouts.rollouts import Rollouts
 from agl_grpc.store.rollouts.rows import next_attempt_due, next_rollout_due
 from agl_grpc.store.storage.catalog import Catalog
@@ -42,6 +43,7 @@ class WriteSide:
         self.moves = Moves(self.catalog, self.dispatcher, self.commands, signer)
         self.rollouts = Rollouts(self.moves)
         self.leases = Leases(self.moves, rewards.put_rewards)
+        self._neighbours = Neighbours(store, self.moves, self.commands)
         self.deletion = Deletion(self.catalog)
 
     @classmethod

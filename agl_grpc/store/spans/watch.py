@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Collection
 from functools import partial
 
@@ -50,13 +51,16 @@ class SpanWatch:
         waiter = self._store.hub.add(
             [_SPANS_ENTITY], run_keys=None if self._run_key is None else [self._run_key]
         )
+        told = time.monotonic()
         try:
             while not self._store.hub.closed:
                 answer, place, more = await self._store.read(partial(self._page, at=place))
-                if answer is not None:
-                    yield answer
-                if not more and not await waiter.wait(CHECKPOINT_SECONDS):
-                    yield _checkpoint(place)
+                quiet = told + CHECKPOINT_SECONDS - time.monotonic()
+                if answer is not None or quiet <= 0:
+                    yield answer or _checkpoint(place)
+                    told, quiet = time.monotonic(), CHECKPOINT_SECONDS
+                if not more:
+                    await waiter.wait(quiet)
             raise errors.draining()
         finally:
             self._store.hub.remove(waiter)

@@ -329,7 +329,8 @@ class _Flush:
         known = self._calls.get((attempt_key, ref))
         if known is None:
             row = self._tx.execute(
-                "SELECT prompt_tokens, data FROM spans WHERE attempt_key = ? AND span_ref = ? AND flags & ?",
+                "SELECT prompt_tokens, data FROM spans WHERE attempt_key = ? AND span_ref = ? "
+                "AND flags & ? <> 0",
                 (attempt_key, ref, MODEL_CALL),
             ).fetchone()
             if row is None:

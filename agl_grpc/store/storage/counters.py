@@ -37,12 +37,15 @@ class Counters:
         """The newest key given out; 0 = none."""
         return self._last[name]
 
+    def changed(self) -> bool:
+        """Whether any key was given out."""
+        return tuple(self._last.values()) != self._stored
+
     def save(self, connection: _Executes) -> None:
         """Writes what has changed, in the group's transaction."""
-        now = tuple(self._last.values())
-        if now != self._stored:
-            connection.execute(_UPDATE, now)
-            self._stored = now
+        if self.changed():
+            self._stored = tuple(self._last.values())
+            connection.execute(_UPDATE, self._stored)
 
 
 _UPDATE = f"UPDATE counters SET {', '.join(f'{name} = ?' for name in NAMES)}"

@@ -22,6 +22,17 @@ def open_database(where: Path | str | None, *, limit_pages: int = 0) -> Database
     """
     if isinstance(where, str):
         if where.startswith(_POSTGRES):
-            raise DatabaseError("PostgreSQL is not built in yet; name a file")
+            return _open_postgres(where)
         where = Path(where)
     return open_sqlite(where, limit_pages=limit_pages)
+
+
+def _open_postgres(url: str) -> Database:
+    # The driver is an extra.
+    try:
+        from agl_grpc.store.storage.postgres.database import open_postgres
+    except ImportError as error:
+        raise DatabaseError(
+            f"a PostgreSQL database needs a driver ({error}): pip install 'agl-grpc[postgres]'"
+        ) from error
+    return open_postgres(url)

@@ -127,10 +127,12 @@ class News(NamedTuple):
     Attributes:
         events: New entries of the event log, without the server's own.
         due: The earliest moment at which a timer may have to act; None = there is none.
+        quiet: Nobody wrote for a while: some server should say that it lives.
     """
 
     events: Sequence[EventRow]
     due: int | None
+    quiet: bool
 
 
 class Database(Protocol):
@@ -184,7 +186,7 @@ class Database(Protocol):
         """One line for people about an exception."""
         ...
 
-    def size_bytes(self) -> int:
+    def size_bytes(self, connection: Connection) -> int:
         """Bytes that it occupies."""
         ...
 

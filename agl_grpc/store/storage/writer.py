@@ -27,6 +27,7 @@ from agl_grpc.store.errors import (
     storage_busy,
     storage_full,
 )
+from agl_grpc.store.storage import failpoints
 from agl_grpc.store.storage.bulk import insert_rows
 from agl_grpc.store.storage.engine import Database, Trouble
 from agl_grpc.store.storage.events import EventRow
@@ -106,6 +107,7 @@ class Writer:
         self._retries = 0
         self._on_commit = on_commit
         self._on_fatal = on_fatal
+        self._failpoints = failpoints.from_environment()
         self._lanes: tuple[deque[_Command], deque[_Command]] = (deque(), deque())
         self._wake = threading.Condition(threading.Lock())
         self._idle = False
@@ -194,7 +196,11 @@ class Writer:
             self._segment.clear()
             events = [event for command in done if command.error is None for event in _tx(command).events]
             self._finish(done, events)
+            if self._failpoints is not None:
+                self._failpoints.hit("before_commit")
             self._connection.commit()
+            if self._failpoints is not None:
+                self._failpoints.hit("after_commit")
         except Exception as error:
             self._segment.clear()
             self._fail(done, error, self._database.trouble(error))

@@ -47,12 +47,14 @@ class SqliteDatabase:
         memory: Whether it is a private throw-away file: nothing outlives `close`.
         store_id: Identity of the database, minted when it was made.
         limit_pages: Largest size in pages of 8 KiB; 0 = the disk's.
+        newest_time: The newest moment that the last server has written, in microseconds; 0 = none.
     """
 
     path: Path
     memory: bool
     limit_pages: int = 0
     store_id: str = ""
+    newest_time: int = 0
     _lock: IO[str] | None = None
     _folder: Path | None = None
     _open: list[SqliteConnection] = field(default_factory=list)
@@ -68,8 +70,8 @@ class SqliteDatabase:
         return "in memory (lost at exit)" if self.memory else f"database {self.path.absolute()}"
 
     def clock(self) -> Clock:
-        """This machine's clock."""
-        return SystemClock()
+        """This machine's clock; it never falls, also not from one server to the next."""
+        return SystemClock(self.newest_time)
 
     def connect_writer(self, _clock: Clock) -> SqliteConnection:
         """The one connection that writes. Transactions are begun by hand."""
@@ -137,7 +139,7 @@ class SqliteDatabase:
         """One line for people about what SQLite says."""
         return explain(error)
 
-    def size_bytes(self) -> int:
+    def size_bytes(self, _connection: Connection) -> int:
         """Bytes of the file and its write-ahead log."""
         total = 0
         for path in (self.path, self.path.with_name(self.path.name + "-wal")):
@@ -198,6 +200,7 @@ def _prepare(database: SqliteDatabase) -> None:
         connection.execute(f"PRAGMA user_version = {versions}")
         connection.execute("COMMIT")
         database.store_id = _identify(connection)
+        database.newest_time = _newest_time(connection)
         connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
         connection.close()
         database._open.remove(connection)
@@ -260,6 +263,14 @@ def _identify(connection: SqliteConnection) -> str:
     (store_id,) = connection.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
     connection.execute("COMMIT")
     return str(store_id)
+
+
+def _newest_time(connection: SqliteConnection) -> int:
+    (newest,) = connection.execute(
+        "SELECT coalesce(max(time), 0) FROM (SELECT time FROM events WHERE position = "
+        "(SELECT max(position) FROM events) UNION ALL SELECT max(last_heartbeat_time) FROM workers)"
+    ).fetchone()
+    return int(newest)
 
 
 def explain(error: BaseException) -> str:

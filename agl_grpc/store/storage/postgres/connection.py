@@ -1,0 +1,192 @@
+"""Connections to a PostgreSQL server that understand the store's SQL."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import psycopg
+from psycopg import pq
+from psycopg.types.numeric import Int8BinaryDumper
+
+from agl_grpc.store.clock import SECOND, Clock
+from agl_grpc.store.errors import invalid_field
+from agl_grpc.store.storage.counters import NAMES, Counters
+from agl_grpc.store.storage.postgres import locks
+from agl_grpc.store.storage.postgres.clock import DatabaseClock
+
+Raw = psycopg.Connection[tuple[Any, ...]]
+
+_CONNECT_SECONDS = 5
+_STALLED_MS = 5_000
+_PREPARED = 500
+
+GAP = 5 * SECOND
+"""When no server wrote for so long, leases could not be renewed either: they are extended first (R9)."""
+
+BEAT = SECOND
+"""A server that has nothing to write says so often that it lives."""
+
+_NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+_BEGIN = f"BEGIN; {locks.WRITE}; SELECT {_NOW}, beat, {', '.join(NAMES)} FROM counters"
+
+
+def connect(url: str) -> Raw:
+    """A connection on which transactions are begun by hand."""
+    raw = psycopg.connect(
+        url,
+        autocommit=True,
+        cursor_factory=psycopg.RawCursor,
+        connect_timeout=_CONNECT_SECONDS,
+        application_name="agl-grpc store",
+        # A network that swallows packets must not hold a server, or its locks, for hours.
+        keepalives_idle=5,
+        keepalives_interval=2,
+        keepalives_count=3,
+        tcp_user_timeout=10_000,
+    )
+    raw.prepared_max = _PREPARED
+    # One type for all integers: else each size of a number makes another prepared statement.
+    raw.adapters.register_dumper(int, Int8BinaryDumper)
+    return cast(Raw, raw)
+
+
+@lru_cache(maxsize=2048)
+def translate(sql: str) -> bytes:
+    """The store's SQL with PostgreSQL's names for parameters."""
+    parts = sql.split("?")
+    return "".join(f"{part}${i}" for i, part in enumerate(parts[:-1], 1)).encode() + parts[-1].encode()
+
+
+class PostgresConnection:
+    """As `Connection` says, with the wrapped connection of the driver."""
+
+    def __init__(self, raw: Raw) -> None:
+        self.raw = raw
+        self.total_changes = 0
+
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> psycopg.Cursor[tuple[Any, ...]]:
+        """Carries a statement out.
+
+        Raises:
+            StoreError: INVALID_FIELD for text that PostgreSQL cannot hold.
+        """
+        cursor = self.raw.cursor(binary=True)
+        try:
+            cursor.execute(translate(sql), values)
+        except psycopg.DataError as error:
+            raise _explained(error) from error
+        self._count(sql, cursor)
+        return cursor
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> None:
+        """Carries a statement out for each row of values."""
+        found = list(rows)
+        if not found:
+            return
+        cursor = self.raw.cursor(binary=True)
+        try:
+            cursor.executemany(translate(sql), found)
+        except psycopg.DataError as error:
+            raise _explained(error) from error
+        self._count(sql, cursor)
+
+    def _count(self, sql: str, cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
+        if cursor.rowcount > 0 and not sql.startswith("SELECT"):
+            self.total_changes += cursor.rowcount
+
+    def begin_read(self) -> None:
+        """Begins a transaction whose statements all see one state of the store."""
+        self.raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+    def rollback(self) -> None:
+        """Undoes the transaction."""
+        self.raw.execute("ROLLBACK")
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return self.raw.info.transaction_status in (
+            pq.TransactionStatus.INTRANS,
+            pq.TransactionStatus.INERROR,
+        )
+
+    @property
+    def aborted(self) -> bool:
+        """Whether a failed statement has made the open transaction useless up to its last savepoint."""
+        return self.raw.info.transaction_status == pq.TransactionStatus.INERROR
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self.raw.close()
+
+
+class PostgresWriter(PostgresConnection):
+    """The connection that writes.
+
+    Args:
+        raw: The driver's connection.
+        clock: The store's; a DatabaseClock is kept in step.
+        own: Where the positions of this server's own log entries are noted, first and last of each group.
+
+    Attributes:
+        counters: The keys given out so far, by all servers.
+        gap: Whether no server had the database for so long that leases could not be renewed.
+    """
+
+    def __init__(self, raw: Raw, clock: Clock, own: deque[tuple[int, int]]) -> None:
+        super().__init__(raw)
+        self.counters = Counters((0,) * len(NAMES))
+        self.gap = False
+        self._clock = clock
+        self._own = own
+        self._time = 0
+        self._beat = 0
+        self._events = 0
+        self._changes = 0
+        raw.execute(f"SET idle_in_transaction_session_timeout = {_STALLED_MS}")
+        raw.execute(f"SET lock_timeout = {2 * _STALLED_MS}")
+        if raw.execute("SHOW synchronous_commit").fetchone() in (("off",), ("local",)):
+            # What is acknowledged is on disk, whatever the server's default is.
+            raw.execute("SET synchronous_commit = on")
+
+    def load_counters(self) -> None:
+        """Reads the counters outside of a group."""
+        self.begin()
+        self.rollback()
+
+    def begin(self) -> None:
+        """Begins a group: waits until no other server writes, then reads what they left."""
+        cursor = self.raw.execute(_BEGIN)
+        while cursor.nextset():
+            pass
+        row = cursor.fetchone()
+        assert row is not None, "the counters are missing"
+        self._time, self._beat = row[:2]
+        if isinstance(self._clock, DatabaseClock):
+            self._clock.keep(self._time)
+        self.gap = self._time - self._beat > GAP
+        self.counters = Counters(row[2:])
+        self._events = self.counters.last("events")
+        self._changes = self.total_changes
+
+    def commit(self) -> None:
+        """Writes the counters and the beat, tells the other servers of events, and commits."""
+        newest = self.counters.last("events")
+        statements = []
+        if self.counters.changed() or self._time - self._beat >= BEAT // 2:
+            columns = [f"{name} = {self.counters.last(name)}" for name in NAMES]
+            statements.append(f"UPDATE counters SET {', '.join(columns)}, beat = {self._time}")
+        if newest > self._events:
+            statements.append(f"NOTIFY {locks.CHANNEL}")
+        self.raw.execute("; ".join([*statements, "COMMIT"]).encode())
+        if newest > self._events:
+            self._own.append((self._events + 1, newest))
+
+
+def _explained(error: psycopg.DataError) -> Exception:
+    if "NUL" in str(error):
+        return invalid_field("", "a text holds the character NUL, which this store's database cannot keep")
+    return error

@@ -1,0 +1,120 @@
+"""Learns what other servers of the database did: told by notifications, and looking by itself each second."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import psycopg
+
+from agl_grpc.store.storage.engine import Connection, News
+from agl_grpc.store.storage.events import EventRow
+from agl_grpc.store.storage.postgres import locks
+from agl_grpc.store.storage.postgres.connection import BEAT, PostgresConnection, connect
+
+_TICK_SECONDS = 0.2
+_LOOK_SECONDS = 1.0
+_AGAIN_SECONDS = 0.5
+_PAGE = 1000
+_NEW = (
+    "SELECT position, run_key, entity, kind, ref, low, high, time, entity_id FROM events "
+    "WHERE position > ? AND position < ? ORDER BY position LIMIT ?"
+)
+_END = (1 << 63) - 1
+_log = logging.getLogger(__name__)
+
+
+class Follower:
+    """A thread with a connection of its own.
+
+    Args:
+        url: The database.
+        position: Where the log ended when this server began.
+        own: Positions of this server's own entries, first and last of each group; they are no news.
+        on_news: Called in the thread.
+        next_due: Reads when a timer may have to act.
+
+    Attributes:
+        pid: The connection's backend; 0 = not connected.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        position: int,
+        own: deque[tuple[int, int]],
+        on_news: Callable[[News], None],
+        next_due: Callable[[Connection], int | None],
+    ) -> None:
+        self.pid = 0
+        self._url = url
+        self._position = position
+        self._own = own
+        self._on_news = on_news
+        self._next_due = next_due
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="store-follow", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._follow()
+            except psycopg.Error as error:
+                self.pid = 0
+                _log.warning("other servers cannot be followed now: %s", str(error).partition("\n")[0])
+                self._stop.wait(_AGAIN_SECONDS)
+
+    def _follow(self) -> None:
+        raw = connect(self._url)
+        with raw:
+            self.pid = raw.info.backend_pid
+            raw.execute(locks.PRESENT)
+            raw.execute(f"LISTEN {locks.CHANNEL}")
+            connection = PostgresConnection(raw)
+            looked = 0.0
+            while not self._stop.is_set():
+                told = next(raw.notifies(timeout=_TICK_SECONDS, stop_after=1), None) is not None
+                events: list[EventRow] = []
+                if told or time.monotonic() - looked >= _LOOK_SECONDS:
+                    looked = time.monotonic()
+                    events = self._new_events(connection)
+                self._on_news(News(events, self._next_due(connection), self._is_quiet(connection)))
+
+    def _is_quiet(self, connection: PostgresConnection) -> bool:
+        """Whether it is time that some server says that it lives."""
+        row = connection.execute(
+            "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - beat FROM counters"
+        ).fetchone()
+        return row is not None and row[0] > BEAT
+
+    def _new_events(self, connection: PostgresConnection) -> list[EventRow]:
+        """Entries after the last ones seen, without this server's own."""
+        found: list[EventRow] = []
+        while True:
+            own = self._own[0] if self._own else None
+            if own is not None and own[0] <= self._position + 1:
+                self._position = max(self._position, own[1])
+                self._own.popleft()
+                continue
+            before = _END if own is None else own[0]
+            rows = connection.execute(_NEW, (self._position, before, _PAGE)).fetchall()
+            found += [EventRow._make(row[1:]) for row in rows]
+            if rows:
+                self._position = rows[-1][0]
+            elif own is not None:
+                # What stood between was pruned.
+                self._position = own[0] - 1
+            if len(rows) < _PAGE and own is None:
+                return found

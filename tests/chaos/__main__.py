@@ -1,0 +1,177 @@
+"""The proofs under fire as a program: `python -m tests.chaos NAME --count N --seed N`, or all at scale.
+
+Each name prints its seed first and what it did at the end. `all` runs every one of them with its own count,
+one after another, and writes `benchmarks/reliability/<time>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import machine
+from tests.chaos import kills, leases, watches
+from tests.support.postgres import PostgresServer
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "reliability"
+_TELL_SECONDS = 5.0
+_MACHINE = "tests/store/test_state_machine.py::test_the_store_keeps_to_the_model"
+
+Row = dict[str, object]
+Proof = Callable[[argparse.Namespace, int, int], Row]
+
+
+def main() -> int:
+    """Runs what was asked for; 0 = every promise held."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("name", choices=(*PROOFS, "all"), help="what to run")
+    parser.add_argument("--count", type=int, help="how many; default: the scale of a release")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the default counts (default 1)")
+    parser.add_argument("--seed", type=int, help="seed; default: a random one, printed")
+    parser.add_argument("--database", help="kills: URL of an empty database; default: an SQLite file")
+    options = parser.parse_args()
+    names = list(PROOFS) if options.name == "all" else [options.name]
+    results = {name: _prove(name, options) for name in names}
+    if options.name == "all":
+        _write(results)
+    return 0 if all(row["held"] for row in results.values()) else 1
+
+
+def _prove(name: str, options: argparse.Namespace) -> Row:
+    proof, default = PROOFS[name]
+    count = options.count or max(1, int(default * options.scale))
+    seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
+    print(f"{name}: {count:,}, seed {seed}", flush=True)
+    begun = time.monotonic()
+    try:
+        row = {"held": True, **proof(options, count, seed)}
+    except AssertionError as broken:
+        print(broken, file=sys.stderr, flush=True)
+        row = {"held": False, "seed": seed, "broken": str(broken)}
+    row = {"count": count, **row, "seconds": round(time.monotonic() - begun, 1)}
+    print(f"{name}: {json.dumps(row)}", flush=True)
+    return row
+
+
+def _teller(name: str, count: int) -> Callable[[int], None]:
+    last = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TELL_SECONDS:
+            last = time.monotonic()
+            print(f"{name}: {done:,} of {count:,}", flush=True)
+
+    return tell
+
+
+def _kills(options: argparse.Namespace, count: int, seed: int) -> Row:
+    """Kills in rounds of fifty, each on a fresh database."""
+    total = kills.Report(seed)
+    tell = _teller("kills", count)
+    for begin in range(0, count, 50):
+        some = min(50, count - begin)
+        report = asyncio.run(
+            kills.run(
+                seed + begin,
+                some,
+                options.database,
+                tell=lambda done, begin=begin: tell(begin + done),
+            )
+        )
+        total.add(report)
+    return total.row()
+
+
+def _fleet(_options: argparse.Namespace, count: int, seed: int) -> Row:
+    """Kills of two servers over one PostgreSQL database, in rounds of fifty, each on a fresh database."""
+    total = kills.Report(seed)
+    tell = _teller("fleet", count)
+    postgres = PostgresServer()
+    postgres.start()
+    try:
+        for begin in range(0, count, 50):
+            some = min(50, count - begin)
+            url = postgres.make_database()
+            told = functools.partial(_tell_from, tell, begin)
+            total.add(asyncio.run(kills.run(seed + begin, some, url, servers=2, tell=told)))
+    finally:
+        postgres.stop()
+    return total.row()
+
+
+def _tell_from(tell: Callable[[int], None], begin: int, done: int) -> None:
+    tell(begin + done)
+
+
+def _leases(_options: argparse.Namespace, count: int, seed: int) -> Row:
+    return asyncio.run(leases.run(seed, count, _teller("leases", count))).row()
+
+
+def _watches(_options: argparse.Namespace, count: int, seed: int) -> Row:
+    total = watches.Counts()
+    tell = _teller("watches", count)
+    for number in range(count):
+        counts = asyncio.run(watches.run(seed + number, steps=40))
+        total.messages += counts.messages
+        total.names += counts.names
+        total.reconnects += counts.reconnects
+        tell(number + 1)
+    return {"seed": seed, **vars(total)}
+
+
+def _pytest(node: str, seed_name: str, count_name: str, _options: object, count: int, seed: int) -> Row:
+    """A proof that is a test: it takes seed and count from the environment."""
+    environment = {**os.environ, seed_name: str(seed), count_name: str(count)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "timeout=0",
+        node,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return {"seed": seed}
+
+
+PROOFS: dict[str, tuple[Proof, int]] = {
+    "kills": (_kills, 1_000),
+    "fleet": (_fleet, 200),
+    "leases": (_leases, 1_000_000),
+    "watches": (_watches, 500),
+    "machine": (
+        functools.partial(_pytest, f"{_MACHINE}[memory-50]", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
+        5_000,
+    ),
+}
+"""By name: what runs, and how much of it for a release."""
+
+
+def _write(results: dict[str, Row]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d-%H%M")
+    body = json.dumps({"measured": stamp, "machine": machine.describe(), "results": results}, indent=1)
+    (RESULTS / f"{stamp}.json").write_text(body + "\n")
+    print(f"written: benchmarks/reliability/{stamp}.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

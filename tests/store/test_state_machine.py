@@ -38,7 +38,9 @@ from agl_grpc.store.handlers.workers import WorkerHandlers
 from agl_grpc.store.rollouts.attempts import set_open_calls, signal
 from agl_grpc.store.rollouts.names import attempt_status, rollout_status
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
+from agl_grpc.store.verify.check import check
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_service_pb2
 from tests.store.model import OVER, Attempt, Model, Refused, Rollout
 from tests.store.rig import FAILED, SUCCEEDED, TIMEOUT, UNRESPONSIVE, seconds
@@ -80,9 +82,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.streams = LeaseStreamHandlers(self.side)
 
     def teardown(self) -> None:
+        report = self.runner.run(self.store.read(check))
         self.runner.run(self.store.close())
         self.runner.close()
         self.lent.close()
+        assert report.sound, report.broken
 
     def call(self, rpc: Any, request: Any, answer: Any) -> Any:
         """Calls a handler as the server would."""
@@ -290,7 +294,13 @@ class StoreMachine(RuleBasedStateMachine):
         except Refused:
             return
         key = self.key(attempt)
-        self.runner.run(self.store.write(lambda tx: set_open_calls(tx, key, calls)))
+
+        def run(tx: Tx) -> None:
+            tx.execute("DELETE FROM open_calls WHERE attempt_key = ?", (key,))
+            tx.executemany("INSERT INTO open_calls VALUES (?, ?, 0)", [(key, ref) for ref in range(calls)])
+            set_open_calls(tx, key, calls)
+
+        self.runner.run(self.store.write(run))
 
     @rule(attempt=attempts, status=st.sampled_from([SUCCEEDED, FAILED]))
     def update_without_lease(self, attempt: Attempt, status: int) -> None:

@@ -150,12 +150,15 @@ async def test_spans_that_outlive_their_trace_still_arrive(client: StoreClient) 
             assert await trace.flush() == []
             return weakref.ref(trace), slower
 
-        # In a task of its own, with which the context of the trace ends.
+        # In tasks of their own, with which the contexts of the traces end; the stream may hold the last one.
         ended, slower = await asyncio.create_task(attempt())
+        for _ in range(3):
+            await asyncio.create_task(attempt())
         await eventually(lambda: gc.collect() >= 0 and ended() is None, what="the trace is forgotten")
         slower.end()
         await tracer.teardown_worker(0)
-    assert [span.name for span in await client.query_spans(**ids)] == ["agent", "slow", "slower"]
+    names = [span.name for span in await client.query_spans(**ids)]
+    assert names == ["agent", "slow"] * 4 + ["slower"]
     tracer.teardown()
 
 

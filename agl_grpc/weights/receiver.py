@@ -86,6 +86,8 @@ class WeightReceiver:
         with self._lock:
             self._staged = tensors
             self._status = ReceiverStatus(transfer_id, ReceiverState.RECEIVED, digest, size, len(tensors))
+            # Committed weights: their file stays, whatever becomes of this staging.
+            self._serving = digest
 
     def loaded(self) -> None:
         """The staged weights serve now: free their memory, and keep no others."""

@@ -21,10 +21,13 @@ from pathlib import Path
 
 from benchmarks import machine
 from tests.chaos import kills, leases, watches
+from tests.runner import reliability
+from tests.support.postgres import PostgresServer
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "reliability"
 _TELL_SECONDS = 5.0
+_MACHINE = "tests/store/test_state_machine.py::test_the_store_keeps_to_the_model"
 
 Row = dict[str, object]
 Proof = Callable[[argparse.Namespace, int, int], Row]
@@ -85,11 +88,32 @@ def _kills(options: argparse.Namespace, count: int, seed: int) -> Row:
                 seed + begin,
                 some,
                 options.database,
-                lambda done, begin=begin: tell(begin + done),
+                tell=lambda done, begin=begin: tell(begin + done),
             )
         )
         total.add(report)
     return total.row()
+
+
+def _fleet(_options: argparse.Namespace, count: int, seed: int) -> Row:
+    """Kills of two servers over one PostgreSQL database, in rounds of fifty, each on a fresh database."""
+    total = kills.Report(seed)
+    tell = _teller("fleet", count)
+    postgres = PostgresServer()
+    postgres.start()
+    try:
+        for begin in range(0, count, 50):
+            some = min(50, count - begin)
+            url = postgres.make_database()
+            told = functools.partial(_tell_from, tell, begin)
+            total.add(asyncio.run(kills.run(seed + begin, some, url, servers=2, tell=told)))
+    finally:
+        postgres.stop()
+    return total.row()
+
+
+def _tell_from(tell: Callable[[int], None], begin: int, done: int) -> None:
+    tell(begin + done)
 
 
 def _leases(_options: argparse.Namespace, count: int, seed: int) -> Row:
@@ -129,14 +153,22 @@ def _pytest(node: str, seed_name: str, count_name: str, _options: object, count:
     return {"seed": seed}
 
 
+def _workers(prove: Callable[[int, int], Row], _options: object, count: int, seed: int) -> Row:
+    return {"seed": seed, **prove(count, seed)}
+
+
 PROOFS: dict[str, tuple[Proof, int]] = {
     "kills": (_kills, 1_000),
+    "fleet": (_fleet, 200),
     "leases": (_leases, 1_000_000),
     "watches": (_watches, 500),
     "machine": (
-        functools.partial(_pytest, "tests/store/test_state_machine.py", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
+        functools.partial(_pytest, f"{_MACHINE}[memory-50]", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
         5_000,
     ),
+    "simulated-workers": (functools.partial(_workers, reliability.prove_simulated), 1_000),
+    "killed-workers": (functools.partial(_workers, reliability.prove_kills), 2_000),
+    "rolling-restart": (functools.partial(_workers, reliability.prove_restart), 2_000),
 }
 """By name: what runs, and how much of it for a release."""
 

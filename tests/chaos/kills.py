@@ -1,4 +1,7 @@
-"""A store that is killed, stopped, cut off and filled up under load, and what its clients saw."""
+"""A store that is killed, stopped, cut off and filled up under load, and what its clients saw.
+
+On PostgreSQL it may be several servers, each of which may be killed while the others go on.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,15 +68,18 @@ class Nemesis:
     """Does one fault after another to a store under load.
 
     Args:
-        store: The store.
+        stores: The store's servers; each fault meets one of them.
         proxy: The way to it.
         history: Of its clients: a fault comes only once the last one is overcome.
         choose: Its choices.
     """
 
-    def __init__(self, store: KillableStore, proxy: Proxy, history: History, choose: random.Random) -> None:
+    def __init__(
+        self, stores: Sequence[KillableStore], proxy: Proxy, history: History, choose: random.Random
+    ) -> None:
         self.done: Counter[str] = Counter()
-        self._store = store
+        self._stores = stores
+        self._store = stores[0]
         self._proxy = proxy
         self._history = history
         self.choose = choose
@@ -83,6 +89,9 @@ class Nemesis:
         while sum(self.done[name] for name in _KILLS) < kills:
             await self._progress()
             (name,) = self.choose.choices(list(_FAULTS), list(_FAULTS.values()))
+            if name == "full" and len(self._stores) > 1:
+                continue  # the disk is the database's, not a server's
+            self._store = self.choose.choice(self._stores)
             await getattr(self, f"_{name}")()
             self.done[name] += 1
             tell(sum(self.done[name] for name in _KILLS))
@@ -134,6 +143,7 @@ async def run(
     seed: int,
     kills: int,
     database: Path | str | None = None,
+    servers: int = 1,
     tell: Callable[[int], None] = lambda _kills: None,
 ) -> Report:
     """Kills a store so often and checks everything.
@@ -142,6 +152,7 @@ async def run(
         seed: Of all choices; what the scheduler does is its own.
         kills: How often the store dies.
         database: An SQLite file or a database's URL, empty; None = a file in a temporary folder.
+        servers: How many serve a PostgreSQL database.
         tell: Called with the number of kills so far.
 
     Raises:
@@ -151,14 +162,18 @@ async def run(
     choose = random.Random(seed)
     history = History()
     with tempfile.TemporaryDirectory() as folder:
-        store = KillableStore(database or Path(folder, "store.db"), Path(folder, "store.log"))
-        await store.start()
+        where = database or Path(folder, "store.db")
+        stores = [KillableStore(where, Path(folder, f"store-{i}.log")) for i in range(servers)]
         try:
-            async with Proxy(store.port) as proxy:
-                nemesis = Nemesis(store, proxy, history, choose)
+            for store in stores:
+                await store.start()
+            async with Proxy(*(store.port for store in stores)) as proxy:
+                nemesis = Nemesis(stores, proxy, history, choose)
                 final, watchers, source = await _load(nemesis, proxy.address, history, kills, tell)
         finally:
-            await store.kill()
+            for store in stores:
+                if store.starts:
+                    await store.kill()
     wrong = check(history, final) + _check_watchers(final, watchers, source)
     assert not wrong, f"seed {seed}: {len(wrong)} promises broken\n" + "\n".join(wrong[:3])
     return Report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 import struct
 
@@ -11,17 +12,17 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """Forwards connections to a port of the loopback interface.
+    """Forwards connections to ports of the loopback interface: each to one that answers, at random.
 
     Attributes:
         address: Where clients connect.
         cuts: Connections that were reset.
     """
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, *target_ports: int) -> None:
         self.address = ""
         self.cuts = 0
-        self._target = target_port
+        self._targets = target_ports
         self._server: asyncio.Server | None = None
         self._links: dict[asyncio.Task[None], tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = {}
         self._losing = False
@@ -56,12 +57,12 @@ class Proxy:
     async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        try:
-            there, to = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:
+        way = await self._way()
+        if way is None:
             # The store is down: so is the way to it.
             _reset(writer)
             return
+        there, to = way
         self._links[task] = (writer, to)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -69,6 +70,12 @@ class Proxy:
                 tasks.create_task(self._pump(there, writer, answers=True))
         finally:
             del self._links[task]
+
+    async def _way(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        for port in random.sample(self._targets, len(self._targets)):
+            with contextlib.suppress(OSError):
+                return await asyncio.open_connection("127.0.0.1", port)
+        return None
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests.chaos import kills
+from tests.support.postgres import PostgresServer
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(100, marks=[pytest.mark.e2e, pytest.mark.timeout(900)])])
@@ -15,5 +16,17 @@ async def test_what_was_acknowledged_survives_kill_9_exactly_once(count: int) ->
     print(f"seed {seed}")
     report = await kills.run(seed, count)
     assert report.repeats.total() > count
+    assert report.rollouts > count
+    assert report.spans > 10 * count
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=[pytest.mark.e2e, pytest.mark.timeout(600)])])
+async def test_either_of_two_servers_over_one_database_may_be_killed(
+    count: int, postgres: PostgresServer
+) -> None:
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")
+    with postgres.lend() as url:
+        report = await kills.run(seed, count, url, servers=2)
     assert report.rollouts > count
     assert report.spans > 10 * count

@@ -191,7 +191,7 @@ def cpu_of(pid: int) -> float:
 
 
 @contextmanager
-def store_server(database: Path) -> Iterator[tuple[str, int]]:
+def store_server(database: Path | str) -> Iterator[tuple[str, int]]:
     """A real server process: its address and process id."""
     port = free_port()
     command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port)]
@@ -306,7 +306,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         for kind, per_message, title, target in kinds:
             given = (kind, per_message, arguments.clients, arguments.seconds)
-            with store_server(folder / f"{kind}.db") as (address, pid):
+            with store_server(arguments.database or folder / f"{kind}.db") as (address, pid):
                 attempts = asyncio.run(make_attempts(address))
                 (folder / "attempts.json").write_text(json.dumps(attempts))
                 store = run_clients(address, folder, *given, pid)
@@ -324,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each part runs")
     parser.add_argument("--clients", type=int, default=2, help="client processes")
+    parser.add_argument("--database", help="URL of an empty PostgreSQL database; default: an SQLite file")
     parser.add_argument("--spans-per-message", type=int, default=100)
     parser.add_argument("--calls-per-message", type=int, default=16)
     parser.add_argument("--address", help=argparse.SUPPRESS)

@@ -266,11 +266,11 @@ def arrival_latencies(address: str, bare: bool, count: int) -> list[float]:
 
 
 @contextlib.contextmanager
-def store_server() -> Iterator[str]:
-    """A store on a disk of this machine; its address."""
+def store_server(database: str | None = None) -> Iterator[str]:
+    """A store on a disk of this machine or on a PostgreSQL database; its address."""
     with tempfile.TemporaryDirectory(dir=ROOT) as folder, socket_port() as port:
         command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port)]
-        command += ["--database", f"{folder}/store.db", "--log-level", "warning"]
+        command += ["--database", database or f"{folder}/store.db", "--log-level", "warning"]
         process = subprocess.Popen(command)
         address = f"127.0.0.1:{port}"
         with grpc.insecure_channel(address) as channel:
@@ -311,10 +311,10 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def measure(seconds: float, arrivals: int) -> list[dict[str, Any]]:
+def measure(seconds: float, arrivals: int, database: str | None) -> list[dict[str, Any]]:
     """All figures, those of the peer beside them."""
     raw: list[dict[str, float]] = []
-    for bare, server in ((False, store_server), (True, bare_server)):
+    for bare, server in ((False, functools.partial(store_server, database)), (True, bare_server)):
         with server() as address:
             single = lives_per_second(address, bare, 1, LOOPS, seconds)
             batched = lives_per_second(address, bare, BATCH, 2, seconds)
@@ -346,8 +346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_lifecycle", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each throughput measurement")
     parser.add_argument("--arrivals", type=int, default=500, help="rollouts in each latency measurement")
+    parser.add_argument("--database", help="URL of an empty PostgreSQL database; default: an SQLite file")
     options = parser.parse_args(argv)
-    print(json.dumps({"figures": measure(options.seconds, options.arrivals)}))
+    print(json.dumps({"figures": measure(options.seconds, options.arrivals, options.database)}))
     return 0
 
 

@@ -68,11 +68,13 @@ class VERL(Algorithm):
         training_run_id: str,
         train_dataset: Sequence[Any],
         val_dataset: Sequence[Any] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> Path:
         """Writes tasks and configuration for ``agl-grpc learner --config``; answers the configuration's path.
 
         ``folder`` also becomes the learner's output folder (checkpoints, TensorBoard files). Items of the
-        datasets must be JSON values: they reach agents as rollout inputs.
+        datasets must be JSON values: they reach agents as rollout inputs. ``more`` are dotted keys of verl
+        that this run has besides ``config``.
         """
         folder.mkdir(parents=True, exist_ok=True)
         train = _write_tasks(folder / "train.jsonl", train_dataset)
@@ -92,7 +94,7 @@ class VERL(Algorithm):
             "samples": asdict(self.samples),
             "checks": asdict(self.checks),
             "deadlines": asdict(self.deadlines),
-            "verl": self.config,
+            "verl": {**self.config, **(more or {})},
         }
         assert set(run) <= set(RunConfig.__dataclass_fields__)
         path = folder / "run.json"

@@ -28,14 +28,16 @@ _PREFIX = "global_step_"
 class LearnerState:
     """What a checkpoint holds beside verl's own files.
 
-    ``prompts_fetched`` counts prompts taken from the dataset since the start; ``outstanding`` are dataset
-    indices of prompts that were fetched and not trained: a resumed run begins with them.
+    ``prompts_fetched`` counts prompts taken from the dataset since the start; ``outstanding`` are prompts
+    that were fetched and not trained, as place in the order of prompts and dataset index: a resumed run
+    begins with them. ``origin`` is the trainer epoch that began from the first prompt; group ids hold it.
     """
 
     step: int
     prompts_fetched: int
-    outstanding: list[int] = field(default_factory=list)
+    outstanding: list[tuple[int, int]] = field(default_factory=list)
     batch_ids: list[str] = field(default_factory=list)
+    origin: int = 1
 
     @staticmethod
     def read(folder: Path) -> LearnerState:
@@ -98,7 +100,9 @@ class Checkpoints:
             trainer.critic_wg.save_checkpoint(str(unfinished / "critic"), None, step, max_ckpt_to_keep=None)
         torch.save(trainer.train_dataloader.state_dict(), unfinished / "data.pt")
         batch_ids = [batch.batch_id for batch in trainer.uncommitted]
-        state = LearnerState(step, trainer.prompts_fetched, trainer.outstanding_indices(), batch_ids)
+        state = LearnerState(
+            step, trainer.prompts_fetched, trainer.outstanding_prompts(), batch_ids, trainer.hooks.origin
+        )
         (unfinished / STATE_FILE).write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
         sync_tree(unfinished)
         shutil.rmtree(final, ignore_errors=True)

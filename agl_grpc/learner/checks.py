@@ -113,7 +113,8 @@ def check_seals(rows: Sequence[SealedRow], entries: Iterable[BatchEntry]) -> dic
                 f"{row.reward!r}; the batch says group {entry.group_id!r} and reward {entry.reward!r}"
             )
         uid, number, _ = row.key.rsplit("_", 2)
-        if uid != row.group_id or row.rollout_id != f"{uid}.n{number}":
+        name = f"{uid}.n{number}"
+        if uid != row.group_id or (row.rollout_id != name and not row.rollout_id.startswith(f"{name}.r")):
             raise FidelityError(f"row {row.key} carries rollout {row.rollout_id!r} of group {row.group_id!r}")
     missing = expected.keys() - seen
     if missing:

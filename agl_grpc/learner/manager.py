@@ -140,13 +140,14 @@ class RolloutManager:
             return False
         published = request.step - 1
         for row in rollout.rows:
-            oldest = int(row.policy_versions[row.response_mask == 1].min(initial=published))
+            oldest = row.oldest_step
             if oldest < published:
                 # Its engine did not take the weights that were published before the rollout was asked for.
                 self._counts["rollouts/excluded/stale_engine"] += 1
+                weights = f"the weights of step {oldest}" if oldest >= 0 else "weights of another trainer"
                 self.last_failure = (
-                    f"{rollout.rollout_id}: sampled by the weights of step {oldest}, although those of step "
-                    f"{published} had been published"
+                    f"{rollout.rollout_id}: sampled by {weights}, although those of step {published} had "
+                    "been published"
                 )
                 return False
             if row.temperature != self._temperature:
@@ -162,9 +163,10 @@ class RolloutManager:
         entries: list[QueueRow] = []
         ends: dict[str, dict[str, Any]] = {}
         for group in groups:
-            request = self._open.pop(group.request.uid, None)
-            if request is None:
+            if self._open.pop(group.request.uid, None) is None:
                 continue
+            # The source's request: a group taken over from an earlier trainer has the step it was asked for.
+            request = group.request
             rows = self._rows(request, group)
             entries.extend(rows or [])
             status = "finished" if rows is not None else "failure"

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agl_grpc.client import StoreError
-from agl_grpc.learner.checkpoint import Checkpoints, resume_keys
+from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, resume_keys
 from agl_grpc.learner.errors import StoppedError
-from agl_grpc.learner.progress import step_line, with_summary
+from agl_grpc.learner.progress import SAID, step_line, with_summary
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
-from agl_grpc.learner.training_run import TrainingRun
+from agl_grpc.learner.training_run import TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.model.enums import TrainingRunStatus
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """A line of progress for people and for whoever started this process."""
-    print(f"learner: {text}", flush=True)
+    print(f"{SAID}{text}", flush=True)
 
 
 def choose_device(wanted: str) -> str:
@@ -136,44 +136,54 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
 
 
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
-    from agl_grpc.learner.publication import newest_committed
     from agl_grpc.learner.verl_config import validate
 
     for message in (".*engine is not available.*", "Disabled critic.*", ".*set_vital.*"):
         # verl and torchdata say these of themselves at every start; none of them is about this run.
         warnings.filterwarnings("ignore", message=message)
-    resume: dict[str, Any] = {}
-    if config.resume and training.checkpoint_id:
-        resume = resume_keys(output / "checkpoints", training.checkpoint_id)
-        say(f"continuing from checkpoint {training.checkpoint_id}")
-    elif config.resume:
-        say("no committed checkpoint: starting from the beginning")
-    cancelled = training.discard_leftovers()
-    if cancelled:
-        say(f"cancelled {cancelled} rollouts of an earlier trainer")
-    committed = newest_committed(link, config.model.name)
+    resume, step = _taken_up(config, output, training)
     verl = _verl_config(config, device, output, resume)
     manifest = {"config": verl, "device": device, "seed": config.seed}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
-    say("starting Ray and importing verl")
+    say("importing verl")
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     os.environ.update(worker_environment(device))
     # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
     # Ray's start walks through.
     importlib.import_module("agl_grpc.learner.trainer")
+    say("starting Ray")
     with local_ray(device=device, gpus=gpus):
         import transfer_queue as tq
 
         tq.init(verl.transfer_queue)
         validate(verl)
-        trainer, manager = _assemble(config, verl, output, link, training, committed)
+        trainer, manager = _assemble(config, verl, output, link, training, step)
         try:
-            say("loading the model")
+            say("starting verl's workers, loading the model, publishing its weights")
             trainer.init()
-            say(f"training {trainer.total_training_steps} steps")
+            say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
             trainer.fit(manager)
         finally:
             tq.close()
+
+
+def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[dict[str, Any], int]:
+    """Where this trainer begins: verl's keys for it and the step, 0 = the first prompt."""
+    resume: dict[str, Any] = {}
+    step = 0
+    if config.resume and training.checkpoint_id:
+        resume = resume_keys(output / "checkpoints", training.checkpoint_id)
+        state = LearnerState.read(Path(resume["resume_from_path"]))
+        training.go_on_from(state.origin)
+        step = state.step
+        say(f"continuing from checkpoint {training.checkpoint_id}")
+    elif config.resume:
+        training.go_on_from(1)
+        say("no committed checkpoint: starting from the beginning")
+    cancelled = training.discard_leftovers(step)
+    if cancelled:
+        say(f"cancelled {cancelled} unfinished rollouts of an earlier trainer")
+    return resume, step
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -189,20 +199,19 @@ def _assemble(
     output: Path,
     link: StoreLink,
     training: TrainingRun,
-    committed: int | None,
+    step: int,
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.checks import LogprobLimits
     from agl_grpc.learner.manager import RolloutManager
-    from agl_grpc.learner.publication import Publisher
+    from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.trainer import AglTrainer, Hooks
     from agl_grpc.sample import SampleRules
 
-    step = int(str(verl.trainer.resume_from_path or "0").rpartition("_")[2])
-    # Versions only rise in the store, also when a resumed run goes back to an earlier step.
-    offset = 0 if committed is None else max(0, committed + 1 - step)
     identity = training.identity
+    lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
+    replay = training.released(step) if identity.is_resumed else {}
     rollout = verl.actor_rollout_ref.rollout
     source = StoreSource(
         link,
@@ -214,7 +223,8 @@ def _assemble(
             train_truncated=config.samples.train_truncated,
             reward_name=config.samples.reward_name,
         ),
-        version_offset=offset,
+        lineage=lineage,
+        rewards=frozen_rewards(replay),
     )
     manager = RolloutManager(
         source,
@@ -231,7 +241,7 @@ def _assemble(
         receivers_per_engine=config.engines.receivers,
         deadline=config.deadlines.publish,
         engine_deadline=config.deadlines.engines,
-        version_offset=offset,
+        lineage=lineage,
     )
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
@@ -245,7 +255,9 @@ def _assemble(
         source=source,
         publication=publisher,
         checkpoints=checkpoints,
-        run_name=f"{identity.training_run_id.replace('_', '-')}.t{identity.trainer_epoch}",
+        run_name=f"{identity.training_run_id.replace('_', '-')}.t{identity.origin}",
+        origin=identity.origin,
+        replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         sample_deadline=config.deadlines.sample,
         failure_limit=config.failure_limit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 # Names under which any learner reports, from verl's names.
@@ -19,20 +20,32 @@ _SUMMARY = {
     "loss/entropy": "actor/entropy",
     "loss/kl_old_new": "actor/ppo_kl",
 }
+# What a learner's line of progress begins with.
+SAID = "learner: "
+_SCORE = re.compile(r"val-core/(.+)/reward/mean@\d+")
 _PHASES = ("rollout", "logprobs", "advantage", "update", "publish", "save")
 
 
 def with_summary(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics with the summary names added."""
+    """The metrics with the summary names added; ``validation/SOURCE`` is a data source's mean reward."""
     added = {name: metrics[source] for name, source in _SUMMARY.items() if source in metrics}
+    for name, value in metrics.items():
+        if score := _SCORE.fullmatch(name):
+            added[f"validation/{score[1]}"] = value
     return {**metrics, **added}
+
+
+def scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Validation scores by data source."""
+    prefix = "validation/"
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
 
 
 def step_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
     """For example ``step 3/40  reward 0.41  tokens 5120  stale 0.0  1.9 s (rollout 0.8, update 0.5, …)``."""
+    found = ", ".join(f"{name} {value:.3f}" for name, value in scores(metrics).items())
     if step == 0 or "reward/mean" not in metrics:
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "val-core" in name)
-        return f"step {step}/{total}  validation: {scores or 'no scores'}"
+        return f"step {step}/{total}  validation: {found or 'no scores'}"
     phases = ", ".join(
         f"{name} {metrics[f'time/{name}']:.2f}"
         for name in _PHASES
@@ -42,5 +55,4 @@ def step_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
         f"step {step}/{total}  reward {metrics['reward/mean']:.3f}  tokens {metrics['tokens/trained']:.0f}  "
         f"stale {metrics.get('staleness/mean', 0.0):.1f}  {metrics.get('time/step', 0.0):.2f} s ({phases})"
     )
-    scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "val-core" in name)
-    return f"{line}  validation: {scores}" if scores else line
+    return f"{line}  validation: {found}" if found else line

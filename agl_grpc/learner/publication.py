@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from agl_grpc.client import StoreError
 from agl_grpc.learner.errors import DeadlineError, LearnerError
+from agl_grpc.learner.lineage import PolicyLineage, transfer_name
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingIdentity
 from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
@@ -32,7 +33,7 @@ class Publisher:
         receivers_per_engine: worker processes of an engine that each take the weights (tensor-parallel size).
         deadline: seconds for a whole publication.
         engine_deadline: seconds to wait for that many engines to be connected.
-        version_offset: published policy version minus optimiser step.
+        lineage: told which step each published version is.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Publisher:
         receivers_per_engine: int = 1,
         deadline: float = 120.0,
         engine_deadline: float = 300.0,
-        version_offset: int = 0,
+        lineage: PolicyLineage | None = None,
     ) -> None:
         self._link = link
         self._client = link.client
@@ -55,7 +56,7 @@ class Publisher:
         self._receivers = receivers_per_engine
         self._deadline = deadline
         self._engine_deadline = engine_deadline
-        self._offset = version_offset
+        self._lineage = lineage or PolicyLineage()
         self._actors: Any = None
 
     def bind(self, actors: Any) -> None:
@@ -68,14 +69,14 @@ class Publisher:
         """
         if self._engines == 0:
             return {}
-        version = step + self._offset
+        version = step + self._lineage.offset
         connected = self._link.run(self._connected_engines())
         if version == 0 and all(engine.active_policy_version == 0 for engine in connected):
             # Version 0 is the model on disk, which engines and trainer have both loaded.
             return {"weights/policy_version": 0.0}
         engines = [engine.engine_id for engine in connected]
         deadline = time.monotonic() + self._deadline
-        self._prepare(version, engines)
+        self._prepare(step, version, engines)
         try:
             report = self._send(step, version, engines)
             self._reach(version, engines, EnginePhase.RECEIVED, deadline)
@@ -83,6 +84,7 @@ class Publisher:
         except BaseException as error:
             self._abort(version, error)
             raise
+        self._lineage.published(step, report["digest"])
         states = self._reach(version, engines, EnginePhase.ACTIVE, deadline)
         return {
             "weights/bytes": float(report["sent_bytes"]),
@@ -116,10 +118,10 @@ class Publisher:
         repeated = {name: [value] * size for name, value in arguments.items()}
         return list(ray.get(self._actors.execute_checkpoint_engine(method=[method] * size, **repeated)))
 
-    def _prepare(self, version: int, engines: list[str]) -> None:
+    def _prepare(self, step: int, version: int, engines: list[str]) -> None:
         """Opens the rendezvous and offers the version; engines begin to fetch."""
         mine = self._identity
-        transfer = f"{mine.training_run_id}/{mine.trainer_epoch}/{version}"
+        transfer = transfer_name(mine, step, version)
         receivers = len(engines) * self._receivers
         endpoint = self._each_rank("prepare")[0]["endpoint"]
         self._each_rank(
@@ -228,8 +230,10 @@ async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
         return await work
 
 
-def newest_committed(link: StoreLink, model: str) -> int | None:
-    """The newest committed policy version of a model, None when there is none."""
+def lineage_of(link: StoreLink, model: str, training_run_id: str, step: int) -> PolicyLineage:
+    """The lineage of a trainer that begins at ``step``: its versions follow those that are in the store."""
     versions = link.run(link.client.query_policy_versions(model))
     committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
-    return max(committed, default=None)
+    # Versions only rise in the store, also when a resumed run goes back to an earlier step.
+    offset = max(0, max(committed) + 1 - step) if committed else 0
+    return PolicyLineage(offset=offset, start=step, older=versions, training_run_id=training_run_id)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+UNKNOWN_STEP = -2
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
@@ -19,7 +20,8 @@ FloatArray = NDArray[np.float32]
 class GroupRequest:
     """One task, to be tried ``size`` times; the tries are compared with each other.
 
-    ``uid`` is deterministic (run, epoch, dataset index, try) and holds no underscore: verl splits keys there.
+    ``uid`` is deterministic (training run, place in the order of prompts, dataset index) and holds no
+    underscore: verl splits keys there. ``step`` is the one in which it was asked for.
     """
 
     uid: str
@@ -29,9 +31,14 @@ class GroupRequest:
     step: int
     validate: bool = False
 
-    def rollout_id(self, number: int) -> str:
-        """Id of the group's ``number``-th rollout, from 0."""
-        return f"{self.uid}.n{number}"
+    def rollout_id(self, number: int, again: int = 0) -> str:
+        """Id of the group's ``number``-th rollout, from 0; ``again`` counts the tries before this one."""
+        return f"{self.uid}.n{number}.r{again}" if again else f"{self.uid}.n{number}"
+
+    def place_of(self, rollout_id: str) -> tuple[int, int]:
+        """Number and try of a rollout of this group: the inverse of ``rollout_id``."""
+        number, _, again = rollout_id.removeprefix(f"{self.uid}.n").partition(".r")
+        return int(number), int(again or 0)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Row:
 
     ``response_ids``, ``response_mask``, ``logprobs`` and ``policy_versions`` have one entry per response
     token; the mask is 1 where the token was sampled by the policy and is trained. Logprobs are natural
-    logarithms and 0 where the mask is 0; policy versions are -1 there.
+    logarithms and 0 where the mask is 0; policy versions are -1 there. A policy version is the optimiser step
+    of the weights, `UNKNOWN_STEP` for weights that are none of this trainer's.
     """
 
     prompt_ids: IntArray
@@ -49,6 +57,11 @@ class Row:
     logprobs: FloatArray
     policy_versions: IntArray
     temperature: float = 1.0
+
+    @property
+    def oldest_step(self) -> int:
+        """The oldest weights that sampled a trained token, by their optimiser step; negative = unknown."""
+        return int(self.policy_versions[self.response_mask == 1].min(initial=np.iinfo(np.int64).max))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import transfer_queue as tq
@@ -25,18 +26,27 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
     It waits on the manager instead of sleeping two seconds at a time; groups and rows leave in the order in
     which they were asked for, so that the same rollouts make the same batch; and it gives up, naming what is
     missing, when no group has arrived for ``sample_deadline`` seconds or ``failure_limit`` groups in a row
-    could not be used.
+    could not be used. ``replay`` holds, by step, the groups of batches that an earlier trainer claimed and
+    did not commit: they are trained in the same batches again, as far as they can be had.
     """
 
-    def __init__(self, *, sample_deadline: float, failure_limit: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        sample_deadline: float,
+        failure_limit: int,
+        replay: Mapping[int, Sequence[list[str]]],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self._manager: RolloutManager | None = None
         self._deadline = sample_deadline
         self._failure_limit = failure_limit
         self._failures_in_a_row = 0
-        # Groups asked for and neither trained nor dropped, in the order asked: uid to dataset index.
-        self.outstanding: dict[str, int] = {}
-        self._places: dict[str, int] = {}
+        # Groups asked for and neither trained nor dropped, in that order: uid to place and dataset index.
+        self._outstanding: dict[str, tuple[int, int]] = {}
+        self._replay = {step: deque(batches) for step, batches in replay.items()}
+        self._planned: list[str] = []
         self._last_arrival = time.monotonic()
 
     def bind(self, manager: RolloutManager) -> None:
@@ -61,9 +71,27 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         self, global_steps: int, partition_id: str, batch_size: int
     ) -> tuple[KVBatchMeta, dict[str, Any]]:
         self._last_arrival = time.monotonic()
+        if partition_id != "val":
+            self._plan(global_steps, batch_size)
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
         self._failures_in_a_row = 0
         return batch, metrics
+
+    def _plan(self, step: int, batch_size: int) -> None:
+        """Takes the groups of this batch from what an earlier trainer had claimed for the step."""
+        batches = self._replay.get(step)
+        planned = batches.popleft() if batches else []
+        self._planned = planned if len(planned) == batch_size else []
+
+    def _has_enough_samples(
+        self, global_steps: int, partition_id: str, batch_size: int, sampleable_keys: set[str]
+    ) -> bool:
+        if partition_id != "val" and self._planned:
+            if self._outstanding.keys() >= set(self._planned):
+                return sampleable_keys >= set(self._planned)
+            # One of them was not asked for, or could not be used: the batch cannot be the same.
+            self._planned = []
+        return bool(super()._has_enough_samples(global_steps, partition_id, batch_size, sampleable_keys))
 
     def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> Any:
         reasons = super()._terminal_eviction_reasons(global_steps, partition_id)
@@ -77,13 +105,15 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
 
     def expect(self, uid: str, place: int, index: int) -> None:
         """Notes that a group was asked for as the ``place``-th, from the dataset's ``index``-th task."""
-        self.outstanding[uid] = index
-        self._places[uid] = place
+        self._outstanding[uid] = (place, index)
+
+    def outstanding_prompts(self) -> list[tuple[int, int]]:
+        """Place and dataset index of every group asked for and neither trained nor dropped."""
+        return list(self._outstanding.values())
 
     def _settle(self, uids: Iterable[str]) -> None:
         for uid in uids:
-            self.outstanding.pop(uid, None)
-            self._places.pop(uid, None)
+            self._outstanding.pop(uid, None)
 
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
         super()._clear_groups(partition_id, uids)
@@ -91,8 +121,12 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
 
     def _select_prompt_uids(self, partition_id: str, sampleable_keys: set[str], batch_size: int) -> Any:
         steps = dict(self.prompt_global_steps[partition_id])
-        ordered = sorted(sampleable_keys, key=lambda uid: (steps.get(uid, 0), self._places.get(uid, 0), uid))
-        return ordered[:batch_size], dict(self.partitions[partition_id]), steps
+        places = self._outstanding
+        ordered = sorted(sampleable_keys, key=lambda uid: (steps.get(uid, 0), places.get(uid, (0, 0)), uid))
+        chosen = ordered[:batch_size]
+        if partition_id != "val" and self._planned:
+            chosen, self._planned = self._planned, []
+        return chosen, dict(self.partitions[partition_id]), steps
 
     def _materialize_batch(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import numpy as np
 
 from agl_grpc.client.filters import rollout_filter
+from agl_grpc.learner.adoption import OpenGroup, left_behind
 from agl_grpc.learner.errors import FidelityError, LearnerError
+from agl_grpc.learner.lineage import PolicyLineage
 from agl_grpc.learner.rollouts import (
     BatchEntry,
     ClaimedBatch,
@@ -19,18 +21,12 @@ from agl_grpc.learner.rollouts import (
     Row,
 )
 from agl_grpc.learner.store_link import StoreLink
-from agl_grpc.learner.training_run import TrainingIdentity
+from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from agl_grpc.sample import AttemptRecord, AttemptSamples, Sample, SampleRules, build_attempt
 from agl_grpc.v1 import reward_pb2, span_pb2
 from agl_grpc.v1 import store_service_pb2 as store_pb2
-
-
-@dataclass
-class _OpenGroup:
-    request: GroupRequest
-    sealed: dict[str, Rollout] = field(default_factory=dict)
 
 
 class StoreSource:
@@ -41,7 +37,8 @@ class StoreSource:
         identity: training run and epoch; every rollout carries it as a label.
         rules: rules of a rollout's life.
         samples: what is trained of an attempt.
-        version_offset: published policy version minus optimiser step; rows carry steps.
+        lineage: steps of policy versions; rows carry steps.
+        rewards: by rollout, rewards that an earlier trainer's batches froze; they count.
     """
 
     def __init__(
@@ -51,7 +48,8 @@ class StoreSource:
         *,
         rules: RolloutConfig,
         samples: SampleRules,
-        version_offset: int = 0,
+        lineage: PolicyLineage | None = None,
+        rewards: Mapping[str, float] | None = None,
     ) -> None:
         self._link = link
         self._client = link.client
@@ -59,8 +57,9 @@ class StoreSource:
         self._deliver: Deliver = _undeliverable
         self._rules = rules
         self._samples = samples
-        self._offset = version_offset
-        self._open: dict[str, _OpenGroup] = {}
+        self._lineage = lineage or PolicyLineage()
+        self._frozen = dict(rewards or {})
+        self._open: dict[str, OpenGroup] = {}
         self._fetches: set[asyncio.Task[None]] = set()
 
     def start(self, deliver: Deliver) -> None:
@@ -72,19 +71,26 @@ class StoreSource:
         self._link.run(self._submit(groups))
 
     async def _submit(self, groups: list[GroupRequest]) -> None:
-        for group in groups:
-            self._open[group.uid] = _OpenGroup(group)
-        rollouts = [self._wanted(group, number) for group in groups for number in range(group.size)]
-        await self._client.enqueue_many_rollouts(rollouts)
+        found = await left_behind(self._client, self._identity, groups)
+        new: list[EnqueueRolloutRequest] = []
+        for request in groups:
+            group = self._open[request.uid] = OpenGroup(request)
+            ids = group.fill(found.get(request.uid, {}))
+            new.extend(self._wanted(group.request, rollout_id) for rollout_id in ids)
+        if new:
+            await self._client.enqueue_many_rollouts(new)
+        for places in found.values():
+            for each in places.values():
+                self._note(each.rollout)
 
-    def _wanted(self, group: GroupRequest, number: int) -> EnqueueRolloutRequest:
+    def _wanted(self, group: GroupRequest, rollout_id: str) -> EnqueueRolloutRequest:
         return EnqueueRolloutRequest(
             input=group.task,
             mode=RolloutMode.VAL if group.validate else RolloutMode.TRAIN,
             config=self._rules,
-            rollout_id=group.rollout_id(number),
+            rollout_id=rollout_id,
             group_id=group.uid,
-            labels=self._identity.labels,
+            labels={**self._identity.labels, STEP_LABEL: str(group.step)},
         )
 
     async def _watch(self) -> None:
@@ -103,8 +109,7 @@ class StoreSource:
         group = self._open.get(rollout.group_id or "")
         if group is None or not rollout.sealed:
             return
-        group.sealed[rollout.rollout_id] = rollout
-        if len(group.sealed) == group.request.size:
+        if group.note(rollout):
             del self._open[group.request.uid]
             task = asyncio.get_running_loop().create_task(self._fetch_and_deliver(group))
             self._fetches.add(task)
@@ -118,8 +123,10 @@ class StoreSource:
         if not waiting:
             return f"{len(uids)} groups are being read"
         first = waiting[0]
-        ids = [first.request.rollout_id(number) for number in range(first.request.size)]
+        ids = first.members
         missing = [rollout_id for rollout_id in ids if rollout_id not in first.sealed]
+        if not missing:
+            return f"{len(waiting)} groups are open; the first, {first.request.uid}, is being read"
         rollout = await self._client.get_rollout_by_id(missing[0])
         state = rollout.status.value if rollout else "unknown to the store"
         worker = rollout.attempt.worker_id if isinstance(rollout, AttemptedRollout) else None
@@ -128,16 +135,22 @@ class StoreSource:
             f"{len(ids)} rollouts, of which {missing[0]} is {state} (worker: {worker or 'none'})"
         )
 
-    async def _fetch_and_deliver(self, group: _OpenGroup) -> None:
+    async def _fetch_and_deliver(self, group: OpenGroup) -> None:
         try:
-            self._deliver(await self._fetch(group))
+            finished = await self._fetch(group)
+            again = group.replace_useless(finished.rollouts)
+            if not again:
+                self._deliver(finished)
+                return
+            self._open[group.request.uid] = group
+            await self._client.enqueue_many_rollouts([self._wanted(group.request, each) for each in again])
         except asyncio.CancelledError:
             raise
         except BaseException as error:
             self._deliver(error)
 
-    async def _fetch(self, group: _OpenGroup) -> FinishedGroup:
-        ids = [group.request.rollout_id(number) for number in range(group.request.size)]
+    async def _fetch(self, group: OpenGroup) -> FinishedGroup:
+        ids = group.members
         spans, rewards = await asyncio.gather(self._spans(ids), self._rewards(ids))
         rollouts = []
         for rollout_id in ids:
@@ -171,7 +184,7 @@ class StoreSource:
         return FinishedRollout(
             rollout_id=samples.rollout_id,
             group_id=samples.group_id,
-            reward=samples.reward,
+            reward=self._frozen.get(samples.rollout_id, samples.reward),
             rows=tuple(self._row(sample) for sample in samples.rows),
             failure=_failure(rollout, samples.reward),
             attempt_id=samples.attempt_id,
@@ -181,13 +194,12 @@ class StoreSource:
         )
 
     def _row(self, sample: Sample) -> Row:
-        versions = sample.policy_versions
         return Row(
             prompt_ids=sample.prompt_ids.astype(np.int64),
             response_ids=sample.response_ids.astype(np.int64),
             response_mask=sample.response_mask.astype(np.int64),
             logprobs=sample.logprobs,
-            policy_versions=np.where(versions < 0, -1, versions - self._offset),
+            policy_versions=self._lineage.steps(sample.policy_versions.astype(np.int64)),
             temperature=sample.temperature,
         )
 

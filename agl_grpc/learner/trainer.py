@@ -75,6 +75,9 @@ class Hooks:
     publication: WeightPublication
     checkpoints: CheckpointStore
     run_name: str
+    origin: int = 1
+    # Groups of the batches that an earlier trainer claimed and did not commit, by step, in their order.
+    replay: dict[int, list[list[str]]] = field(default_factory=dict)
     limits: LogprobLimits = field(default_factory=LogprobLimits)
     sample_deadline: float = 600.0
     failure_limit: int = 64
@@ -102,7 +105,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self.prompts_fetched = 0
         self.uncommitted: list[ClaimedBatch] = []
         self._claimed: ClaimedBatch | None = None
-        self._left_over: deque[int] = deque()
+        self._left_over: deque[tuple[int, int]] = deque()
         if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
             config.algorithm.adv_estimator = PREFIX + config.algorithm.adv_estimator
         super().__init__(config)
@@ -117,6 +120,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         return StoreSampler(
             sample_deadline=self.hooks.sample_deadline,
             failure_limit=self.hooks.failure_limit,
+            replay=self.hooks.replay,
             trainer_mode=self.trainer_mode,
             trainer_config=self.config.trainer.v1.get(self.trainer_mode, {}),
             max_off_policy_threshold=sampler.max_off_policy_threshold,
@@ -143,26 +147,37 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """One prompt under a deterministic group id; first those that the resumed checkpoint left
-        untrained.
+        untrained, under the ids that they had.
         """
         if self._left_over:
-            items = collate_fn([self.train_dataset[self._left_over.popleft()]])
+            place, index = self._left_over.popleft()
+            items = collate_fn([self.train_dataset[index]])
             items["uid"] = np.array([""], dtype=object)
             batch = tensordict_utils.get_tensordict(items)
+            places = [place]
         else:
             batch = super()._fetch_one_gen_batch()
+            places = list(range(self.prompts_fetched, self.prompts_fetched + len(batch["index"])))
+            self.prompts_fetched += len(places)
         uids = []
-        for item in batch["index"]:
+        for place, item in zip(places, batch["index"], strict=True):
             index = int(getattr(item, "data", item))
-            uids.append(f"{self.hooks.run_name}.s{self.prompts_fetched}.i{index}")
-            self.replay_buffer.expect(uids[-1], self.prompts_fetched, index)
-            self.prompts_fetched += 1
+            uids.append(f"{self.hooks.run_name}.s{place}.i{index}")
+            self.replay_buffer.expect(uids[-1], place, index)
         batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
         return batch
 
-    def outstanding_indices(self) -> list[int]:
-        """Dataset indices of prompts that were fetched and neither trained nor dropped, in their order."""
-        return [*self.replay_buffer.outstanding.values(), *self._left_over]
+    def outstanding_prompts(self) -> list[tuple[int, int]]:
+        """Place and dataset index of prompts that were fetched and neither trained nor dropped, in order."""
+        return [*self.replay_buffer.outstanding_prompts(), *self._left_over]
+
+    def on_train_begin(self) -> None:
+        warmup = self.config.trainer.v1.separate_async.num_warmup_batches
+        if warmup > 0 and self._left_over:
+            # The prefetched prompts of the run that is resumed: asked for again, not besides new ones.
+            self._restored_tq_prompt_count = len(self._left_over)
+            self._add_prompts_to_generate(len(self._left_over))
+        super().on_train_begin()
 
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         # The store keeps what was in flight, not the TransferQueue.
@@ -295,7 +310,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         if self.config.trainer.resume_mode == "resume_path":
             state = LearnerState.read(Path(self.config.trainer.resume_from_path))
             self.prompts_fetched = state.prompts_fetched
-            self._left_over.extend(state.outstanding)
+            self._left_over.extend((place, index) for place, index in state.outstanding)
 
     def _validate(self) -> dict[str, float]:
         metrics: dict[str, float] = super()._validate()

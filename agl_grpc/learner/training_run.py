@@ -4,34 +4,54 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from agl_grpc.client import NotFound
 from agl_grpc.client.filters import rollout_filter
 from agl_grpc.learner.errors import LearnerError
 from agl_grpc.learner.store_link import StoreLink
-from agl_grpc.model.enums import BatchStatus, TrainingRunStatus
+from agl_grpc.model.enums import BatchStatus, RolloutMode, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.failure import Failure
-from agl_grpc.model.training import StepMetrics
+from agl_grpc.model.training import Batch, StepMetrics
 from agl_grpc.model.training import TrainingRun as TrainingRunRecord
 
-# Label by which a trainer finds its own rollouts; the value is `{training run}/{trainer epoch}`.
+# Label by which a trainer finds its own rollouts; the value is `{training run}/{origin}`.
 TRAINING_LABEL = "training"
+# Label that says for which step's batch a rollout was asked for.
+STEP_LABEL = "training_step"
+
+_CANCEL_AT_ONCE = 500
+_UNFINISHED = (
+    RolloutStatus.QUEUING,
+    RolloutStatus.PREPARING,
+    RolloutStatus.RUNNING,
+    RolloutStatus.REQUEUING,
+)
 
 
 @dataclass(frozen=True)
 class TrainingIdentity:
-    """Which training run this is, and under which epoch of the trainer."""
+    """Which training run this is, and under which epoch of the trainer.
+
+    ``origin`` is the epoch that began from the first prompt: a resumed trainer shares it, and the rollouts,
+    with those before it.
+    """
 
     run_id: str
     training_run_id: str
     trainer_epoch: int
+    origin: int
 
     @property
     def labels(self) -> dict[str, str]:
-        """The labels of this epoch's rollouts."""
-        return {TRAINING_LABEL: f"{self.training_run_id}/{self.trainer_epoch}"}
+        """The labels of this run's rollouts, from its first prompt on."""
+        return {TRAINING_LABEL: f"{self.training_run_id}/{self.origin}"}
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether an earlier trainer may have left rollouts of this run."""
+        return self.origin < self.trainer_epoch
 
 
 class TrainingRun:
@@ -40,7 +60,8 @@ class TrainingRun:
     def __init__(self, link: StoreLink, record: TrainingRunRecord) -> None:
         self._link = link
         self._client = link.client
-        self.identity = TrainingIdentity(record.run_id, record.training_run_id, record.trainer_epoch)
+        epoch = record.trainer_epoch
+        self.identity = TrainingIdentity(record.run_id, record.training_run_id, epoch, origin=epoch)
         self.checkpoint_id = record.checkpoint_id or ""
         self.stop_requested = False
 
@@ -68,28 +89,50 @@ class TrainingRun:
         made = await client.create_training_run(wanted)
         return await client.acquire_training_run(made.training_run_id, trainer)
 
-    def discard_leftovers(self) -> int:
-        """Ends what earlier trainers of this run left: uncommitted batches and unfinished rollouts.
+    def go_on_from(self, origin: int) -> None:
+        """Makes this trainer the next of those that began with epoch ``origin``."""
+        self.identity = replace(self.identity, origin=origin)
 
-        Answers the number of rollouts cancelled.
+    def discard_leftovers(self, step: int) -> int:
+        """Cancels unfinished rollouts of earlier trainers that cannot be taken over at ``step``.
+
+        Those of the step that is next are: the weights that sample them are the ones in force. Rollouts of
+        later steps would be sampled too early. Answers the number of rollouts cancelled.
         """
-        return self._link.run(self._discard_leftovers())
+        return self._link.run(self._discard_leftovers(step))
 
-    async def _discard_leftovers(self) -> int:
+    async def _discard_leftovers(self, step: int) -> int:
         mine = self.identity
-        batches = await self._client.query_batches(mine.training_run_id, status_in=[BatchStatus.CLAIMED])
-        if batches:
-            ids = [batch.batch_id for batch in batches]
-            await self._client.release_batches(mine.training_run_id, mine.trainer_epoch, ids)
+        useless: list[str] = []
+        for origin in range(1, mine.trainer_epoch):
+            older = replace(mine, origin=origin)
+            chosen = rollout_filter(run_id=mine.run_id, labels=older.labels, status_in=_UNFINISHED)
+            for rollout in await self._client.query_rollouts(filter=chosen):
+                wanted_now = origin == mine.origin and rollout.mode is RolloutMode.TRAIN
+                if not wanted_now or int(rollout.labels.get(STEP_LABEL, 0)) > step + 1:
+                    useless.append(rollout.rollout_id)
         cancelled = 0
-        for epoch in range(1, mine.trainer_epoch):
-            older = TrainingIdentity(mine.run_id, mine.training_run_id, epoch)
-            ids = await self._client.cancel_rollouts(
-                filter=rollout_filter(run_id=mine.run_id, labels=older.labels),
-                reason="a newer trainer took the training run up",
-            )
-            cancelled += len(ids)
+        for at in range(0, len(useless), _CANCEL_AT_ONCE):
+            some = useless[at : at + _CANCEL_AT_ONCE]
+            reason = "a newer trainer took the training run up"
+            cancelled += len(await self._client.cancel_rollouts(some, reason=reason))
         return cancelled
+
+    def released(self, step: int) -> dict[int, list[Batch]]:
+        """Batches after ``step`` that an earlier trainer had claimed and not committed, by their step.
+
+        Of several trainers that came to a step, the newest one's count.
+        """
+        mine = self.identity
+        work = self._client.query_batches(mine.training_run_id, status_in=[BatchStatus.RELEASED])
+        found: dict[int, list[Batch]] = {}
+        for batch in self._link.run(work):
+            if batch.step <= step or batch.trainer_epoch < mine.origin:
+                continue
+            if batch.step in found and found[batch.step][0].trainer_epoch < batch.trainer_epoch:
+                found[batch.step] = []
+            found.setdefault(batch.step, []).append(batch)
+        return found
 
     def commit(self, checkpoint_id: str, batch_ids: list[str], step: int) -> None:
         """Marks batches as trained; the checkpoint that contains them is saved."""
@@ -114,3 +157,14 @@ class TrainingRun:
         failure = None if error is None else Failure.from_exception(error)
         work = self._client.finish_training_run(mine.training_run_id, mine.trainer_epoch, status, failure)
         self._link.run(work)
+
+
+def frozen_rewards(released: Mapping[int, Sequence[Batch]]) -> dict[str, float]:
+    """By rollout, the rewards that batches froze: they count when the batches are made again."""
+    entries = [entry for batches in released.values() for batch in batches for entry in batch.entries]
+    return {entry.rollout_id: entry.reward for entry in entries if entry.reward is not None}
+
+
+def batch_groups(batch: Batch) -> list[str]:
+    """The groups of a batch, in the order in which they are trained."""
+    return list(dict.fromkeys(entry.group_id or "" for entry in batch.entries))

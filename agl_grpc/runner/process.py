@@ -62,12 +62,17 @@ def run_worker_process(config: RunnerConfig, index: int, reports: Connection) ->
 
 
 def _run(config: RunnerConfig, index: int, reports: Connection) -> int:
-    agent, hooks = _load(config)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    agent, hooks = load_parts(config)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_work(config, index, agent, hooks, reports))
 
 
-def _load(config: RunnerConfig) -> tuple[LitAgent[Any] | None, list[Any]]:
+def load_parts(config: RunnerConfig) -> tuple[LitAgent[Any] | None, list[Any]]:
+    """A worker's agent and hooks; no agent where its own processes load it.
+
+    Raises:
+        LoadError: they cannot be imported.
+    """
     if config.isolation == "process":
         return None, []
     if config.isolation == "command":
@@ -110,7 +115,8 @@ async def _work(
     return 0
 
 
-def _loop_factory() -> Any:
+def loop_factory() -> Any:
+    """Makes the event loops of workers; None = the standard library's."""
     if sys.platform == "win32":
         return None
     import uvloop

@@ -70,7 +70,8 @@ def runner_part(folder: RunFolder, config: RunnerConfig, mark: str) -> Function:
 def run_workers(config: RunnerConfig) -> None:
     """Body of the workers' parent process."""
     from agl_grpc.runner.logs import configure_logging
-    from agl_grpc.runner.supervisor import Supervisor, WorkerStartError
+    from agl_grpc.runner.restarts import WorkerStartError
+    from agl_grpc.runner.supervisor import Supervisor
 
     configure_logging(config.log_level)
     try:

@@ -56,13 +56,15 @@ class RunnerOptions:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """Validation before and after training, on the whole validation dataset.
+    """Validation before, during and after training, on the whole validation dataset.
 
     Attributes:
         samples: answers for each task at the training temperature; 0 = none.
         greedy: whether to answer each task once at temperature 0 too.
         before: whether to validate before training.
         after: whether to validate after training.
+        every: steps between two validations during training, one sampled answer for each task; 0 = none.
+            verl's own key ``trainer.test_freq`` goes before it.
         timeout_seconds: longest time of one pass.
     """
 
@@ -70,6 +72,7 @@ class ValidationOptions:
     greedy: bool = True
     before: bool = True
     after: bool = True
+    every: int = 20
     timeout_seconds: float = 1800.0
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from agl_grpc.learner.progress import scores
+
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
@@ -33,6 +35,7 @@ def step_line(step: int, total: int | None, metrics: Mapping[str, float]) -> str
         parts.append(f"stale {metrics['staleness/mean']:.1f}")
     if "time/step" in metrics:
         parts.append(f"{metrics['time/step']:.2f} s" + (f" ({phases})" if phases else ""))
+    parts += [f"validation {name} {value:.3f}" for name, value in scores(metrics).items()]
     return "  ".join(parts)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from agl_grpc.algorithm import VERL
 from agl_grpc.learner.checkpoint import hugging_face_folder
+from agl_grpc.learner.progress import SAID, scores
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
@@ -20,6 +21,7 @@ from agl_grpc.trainer.options import find_python
 from agl_grpc.trainer.plan import Plan
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import captured
+from agl_grpc.trainer.relay import end_of, relay
 from agl_grpc.trainer.result import FitResult, Scores
 from agl_grpc.trainer.run_folder import dataset_digest, describe_run
 from agl_grpc.trainer.session import Session
@@ -62,7 +64,7 @@ class VerlSession(Session):
         await self.client.resume_dispatch()
         gate = self.client.pause_dispatch if validates else self.client.resume_dispatch
         await gate(queue=plan.run_id)
-        self._start_learner(training)
+        relaying = self._start_learner(training)
         if self._start_workers:
             self._start_runners()
         else:
@@ -79,14 +81,19 @@ class VerlSession(Session):
             self.progress.phase("training")
             training = await self._trained(training.training_run_id, following)
         finally:
-            following.cancel()
-            await asyncio.wait({following})
+            for task in (following, relaying):
+                task.cancel()
+            await asyncio.wait({following, relaying})
         after = {}
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
             after = await self.stack.until(self._validate("after"))
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
         return self._result(training, before, after, counters)
+
+    @property
+    def _validates_by_itself(self) -> bool:
+        return setting(self._algorithm.config, "trainer.test_freq") is not None
 
     @property
     def _temperature(self) -> float:
@@ -172,15 +179,22 @@ class VerlSession(Session):
         committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
         return max(committed, default=0)
 
-    def _start_learner(self, training: TrainingRun) -> None:
+    def _start_learner(self, training: TrainingRun) -> asyncio.Task[None]:
+        """Starts the learner; the task shows what it says until it has trained its first step."""
         plan = self.plan
+        more: dict[str, Any] = {}
+        if plan.val_dataset and plan.validation.every and not self._validates_by_itself:
+            more["trainer.test_freq"] = plan.validation.every
         config = self._algorithm.write_run(
             plan.folder.path,
             run_id=plan.run_id,
             training_run_id=training.training_run_id,
             train_dataset=plan.train_dataset,
             val_dataset=plan.val_dataset,
+            more=more,
         )
+        log = plan.folder.log("learner")
+        written = end_of(log)
         self.stack.start(
             lambda: commands.learner_part(
                 plan.folder,
@@ -192,6 +206,14 @@ class VerlSession(Session):
             ),
             may_end=True,
         )
+        return asyncio.create_task(relay(log, written, self._show_start))
+
+    def _show_start(self, line: str) -> bool:
+        if line.startswith(f"{SAID}step "):
+            return False
+        if line.startswith(SAID):
+            self.progress.say(line)
+        return True
 
     async def _follow(self, training_run_id: str, older_epoch: int) -> None:
         """Shows each step as the learner reports it."""
@@ -283,6 +305,11 @@ class VerlSession(Session):
             for when, step in (("before", 0), ("after", last))
             if when in recorded
         }
+        for item in history:
+            if found := scores(item.metrics):
+                points.setdefault(item.step, {}).update(
+                    {f"{name} (during training)": value for name, value in found.items()}
+                )
         picture = self.plan.folder.path / "reward.png"
         try:
             draw_rewards(picture, history, points, f"{self.plan.run_id}: reward")

@@ -1,5 +1,8 @@
 """Makes the tiny model: a real Qwen3, warm-started on transcripts of which 60 % guess and 40 % use the tool.
 
+It ends while the model still copies every other question with a slip: about 20 % of its answers are right
+then. Copying comes by degrees (see `initializer_range`), so that no seed is far from there.
+
 Run in the learner environment: `python -m examples.calculator.model FOLDER [--seed N]`.
 """
 
@@ -28,14 +31,15 @@ HIDDEN = 96
 
 @dataclass(frozen=True)
 class WarmStart:
-    """How the model is warm-started: steps of `batch` transcripts; tool_share of them use the tool.
+    """How the model is warm-started: steps of `batch` transcripts.
 
-    threads is 1 because such small matrices gain little from two and lose much on shared cores.
+    tool_share of them use the tool. threads is 1 because such small matrices gain little from two and lose
+    much on shared cores.
     """
 
-    steps: int = 600
-    batch: int = 64
-    learning_rate: float = 3e-3
+    steps: int = 380
+    batch: int = 32
+    learning_rate: float = 6e-3
     tool_share: float = 0.4
     seed: int = 0
     threads: int = 1
@@ -79,6 +83,8 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        # Three times the usual: copying emerges in the first hundred steps, by degrees and not at once.
+        initializer_range=0.06,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -101,12 +107,12 @@ def transcripts(
             continue
         turns = [{"role": "user", "content": question}]
         if rng.random() < tool_share:
-            result = calculate(expression)
+            answer = calculate(expression)
             turns.append({"role": "assistant", "content": f"<calc>{expression}</calc>"})
-            turns.append({"role": "tool", "content": result})
-            turns.append({"role": "assistant", "content": f"Answer: {result}"})
+            turns.append({"role": "tool", "content": answer})
         else:
-            turns.append({"role": "assistant", "content": f"Answer: {rng.choice(expression.split()[::2])}"})
+            answer = rng.choice(expression.split()[::2])
+        turns.append({"role": "assistant", "content": f"Answer: {answer}"})
         yield turns
 
 
@@ -165,8 +171,8 @@ def _train(
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: up over 50 steps, full, and in the last fifth down to a twentieth."""
-    return min(1.0, step / 50, 0.05 + 0.95 * (steps - step) / (0.2 * steps))
+    """Share of the learning rate: up over 50 steps, full, and in the last third down to a twentieth."""
+    return min(1.0, step / 50, 0.05 + 0.95 * (steps - step) / (steps / 3))
 
 
 def _backward(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]], pad: int) -> float:
@@ -205,12 +211,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=WarmStart.steps)
     parser.add_argument("--held-out", type=Path, help="JSON lines whose `question` no transcript may contain")
     arguments = parser.parse_args()
+    began = time.monotonic()
     held_out: frozenset[str] = frozenset()
     if arguments.held_out:
         lines = arguments.held_out.read_text().splitlines()
         held_out = frozenset(json.loads(line)["question"] for line in lines)
     build_model(arguments.folder, WarmStart(steps=arguments.steps, seed=arguments.seed), held_out)
-    print(f"model: {arguments.folder}")
+    seconds, processor = time.monotonic() - began, time.process_time()
+    print(f"model: {arguments.folder} ({seconds:.0f} s; {processor:.0f} s of processor time, start included)")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from tests.chaos import kills, leases, watches
+from tests.runner import reliability
 from tests.support.postgres import PostgresServer
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,10 @@ def _pytest(node: str, seed_name: str, count_name: str, _options: object, count:
     return {"seed": seed}
 
 
+def _workers(prove: Callable[[int, int], Row], _options: object, count: int, seed: int) -> Row:
+    return {"seed": seed, **prove(count, seed)}
+
+
 PROOFS: dict[str, tuple[Proof, int]] = {
     "kills": (_kills, 1_000),
     "fleet": (_fleet, 200),
@@ -161,6 +166,9 @@ PROOFS: dict[str, tuple[Proof, int]] = {
         functools.partial(_pytest, f"{_MACHINE}[memory-50]", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
         5_000,
     ),
+    "simulated-workers": (functools.partial(_workers, reliability.prove_simulated), 1_000),
+    "killed-workers": (functools.partial(_workers, reliability.prove_kills), 2_000),
+    "rolling-restart": (functools.partial(_workers, reliability.prove_restart), 2_000),
 }
 """By name: what runs, and how much of it for a release."""
 

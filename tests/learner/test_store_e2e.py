@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from agl_grpc.client import StoreClient
-from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, TrainingRunStatus
+from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import TrainingRun
 from tests.support.environments import learner_python
 from tests.support.store_process import StoreProcess
@@ -164,13 +164,13 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     assert list((folder / "out" / "tensorboard").glob("events.*"))
 
 
-async def test_a_killed_learner_resumes_from_the_last_committed_checkpoint(
+async def test_a_killed_learner_trains_the_same_batches_again_and_makes_no_rollout_twice(
     store: StoreProcess, engine: None, folder: Path
 ) -> None:
     config = _configure(folder, MORE_STEPS)
 
     def kill(line: str) -> None:
-        if line.startswith(f"learner: step {SAVE + 1}/"):
+        if line.startswith(f"learner: step {SAVE + 2}/"):
             first.process.kill()
 
     first = Learner(config, store.address, on_line=kill)
@@ -184,9 +184,26 @@ async def test_a_killed_learner_resumes_from_the_last_committed_checkpoint(
     assert record.trainer_epoch == 2
     committed = [batch for batch in batches if batch.status is BatchStatus.COMMITTED]
     assert [batch.step for batch in committed] == list(range(1, MORE_STEPS + 1))
-    # What the killed learner had trained after its checkpoint was given back, not trained twice.
     assert [batch.trainer_epoch for batch in committed] == [1] * SAVE + [2] * (MORE_STEPS - SAVE)
     trained = [entry.rollout_id for batch in committed for entry in batch.entries]
-    assert len(trained) == len(set(trained))
+    assert len(trained) == len(set(trained)) == MORE_STEPS * 4 * 8
+    # What the killed learner had trained after its checkpoint was given back, and is the same again, ...
+    released = [batch for batch in batches if batch.status is BatchStatus.RELEASED]
+    assert [batch.step for batch in released][:2] == [SAVE + 1, SAVE + 2]
+    hashes = {batch.step: batch.content_hash for batch in committed}
+    assert [batch.content_hash for batch in released] == [hashes[batch.step] for batch in released]
+    # ... down to the weights that came of it, ...
+    digests: dict[str, set[str]] = {}
+    for item in versions:
+        if item.status is PolicyVersionStatus.COMMITTED:
+            step = item.source.group_id.split("/")[-2]
+            digests.setdefault(step, set()).add(item.weights_digest)
+    assert {step: len(found) for step, found in digests.items()} == dict.fromkeys(digests, 1)
     numbers = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
-    assert len(numbers) == len(set(numbers))
+    assert len(numbers) == len(set(numbers)) >= MORE_STEPS + 3
+    # ... and no rollout that had succeeded was made again.
+    async with StoreClient(store.address) as client:
+        rollouts = await client.query_rollouts()
+    succeeded = {item.rollout_id for item in rollouts if item.status is RolloutStatus.SUCCEEDED}
+    print(f"{len(rollouts)} rollouts, {len(rollouts) - len(succeeded)} of them cancelled")
+    assert succeeded == set(trained)

@@ -60,6 +60,22 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "algorithm.adv_estimator": "rloo",
             },
         },
+        "validated": {
+            "verl": {
+                "trainer.total_training_steps": 3,
+                "trainer.val_before_train": True,
+                "trainer.test_freq": 2,
+            },
+        },
+        "asynchronous": {
+            "verl": {
+                "trainer.total_training_steps": 6,
+                "trainer.save_freq": 3,
+                "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
+                "trainer.v1.separate_async.num_warmup_batches": 2,
+                "trainer.v1.sampler.max_off_policy_threshold": 3,
+            },
+        },
         "stopped": {
             "verl": {
                 "trainer.total_training_steps": 10,
@@ -161,6 +177,36 @@ def test_several_updates_between_publications_keep_one_old_policy(outcomes: dict
     assert _column(outcome, "step") == [1, 2]
     assert len(outcome["groups"]) == 4
     assert max(_column(outcome, "check/logprob_max_difference")) < 1e-5
+
+
+def test_validation_is_scored_before_and_during_training_and_never_trained(outcomes: dict[str, Any]) -> None:
+    outcome = outcomes["validated"]
+    assert outcome["error"] == ""
+    scored = {step["step"]: step.get("validation/default") for step in outcome["steps"]}
+    assert list(scored) == [0, 1, 2, 3]
+    # Every second step and the last one.
+    assert scored[1] is None
+    assert all(0.0 <= scored[step] <= 1.0 for step in (0, 2, 3))
+    assert len(outcome["groups"]) == 3
+    assert {len(groups) for groups in outcome["groups"]} == {64}
+
+
+def test_asynchronous_training_stays_within_its_bound_and_accounts_for_older_tokens(
+    outcomes: dict[str, Any],
+) -> None:
+    """Two batches ahead, two updates a publication: rollouts of up to two older versions are trained."""
+    outcome = outcomes["asynchronous"]
+    assert outcome["error"] == ""
+    assert _column(outcome, "step") == [1, 2, 3, 4, 5, 6]
+    staleness = _column(outcome, "training/off_policy/trajectory_staleness/max")
+    assert max(staleness) == 2
+    older = _column(outcome, "check/logprob_tokens_of_older_versions")
+    assert older[0] == 0
+    assert min(older[2:]) > 0
+    # What was sampled by the weights in force is still proven.
+    assert max(_column(outcome, "check/logprob_max_difference")) < 1e-5
+    trained = [group for batch in outcome["groups"] for group in dict.fromkeys(batch)]
+    assert len(trained) == len(set(trained)) == 6 * 8
 
 
 def test_estimators_judge_rollouts_not_rows() -> None:

@@ -21,6 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from agl_grpc.learner.checkpoint import Checkpoints, resume_keys
 from agl_grpc.learner.errors import LearnerError
 from agl_grpc.learner.manager import RolloutManager
+from agl_grpc.learner.progress import with_summary
 from agl_grpc.learner.ray_runtime import local_ray
 from agl_grpc.learner.rollouts import FinishedGroup, Row
 from agl_grpc.learner.trainer import AglTrainer, Hooks
@@ -163,7 +164,7 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     engine.deliver = manager.deliver
 
     def on_metrics(step: int, metrics: dict[str, float]) -> bool:
-        steps.append({"step": step, **metrics})
+        steps.append({"step": step, **with_summary(metrics)})
         engine.change = CHANGES[changes[step]] if step < len(changes) else None
         return step >= options.get("stop_after", 1 << 30)
 

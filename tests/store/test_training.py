@@ -194,9 +194,17 @@ async def test_commits_follow_the_checkpoint_and_claims_go_back_to_the_next_epoc
         )
     )
     assert [batch.batch_id for batch in released.batches] == [batch.batch_id for batch in claims[2:]]
+    # Judged anew in between: the batch that had been made is made again as it was, another one is not.
+    judged = [
+        reward_pb2.Reward(rollout_id=made[row][0], attempt_id=made[row][1], value=7.0) for row in (2, 3)
+    ]
+    await served.store.PutRewards(store_service_pb2.PutRewardsRequest(rewards=judged))
     again = (await served.trainer.ClaimBatch(claiming([made[2][0]], epoch=2))).batch
     assert again.content_hash == claims[2].content_hash
     assert again.batch_id != claims[2].batch_id
+    later = claiming([made[3][0]], epoch=2)
+    later.step = 2
+    assert [entry.reward for entry in (await served.trainer.ClaimBatch(later)).batch.entries] == [7.0]
     await refused(served.trainer.ClaimBatch(claiming([made[0][0]], epoch=2)), "ILLEGAL_TRANSITION")
 
 

@@ -58,7 +58,9 @@ def claim(tx: Tx, training: TrainingRow, step: int, rollout_ids: Sequence[str]) 
     if unsealed:
         return Claim(unsealed=unsealed)
     entries = [_entry(tx, training, rollout) for rollout in rollouts]
-    raw = [entry.SerializeToString(deterministic=True) for entry in entries]
+    raw = _frozen_before(tx, training, step, rollouts) or [
+        entry.SerializeToString(deterministic=True) for entry in entries
+    ]
     key = tx.insert(
         "INSERT INTO batches (batch_id, training_key, status, content_hash, trainer_epoch, step, "
         "create_time) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING batch_key",
@@ -70,6 +72,28 @@ def claim(tx: Tx, training: TrainingRow, step: int, rollout_ids: Sequence[str]) 
     )
     tx.event(training.run_key, _BATCH, event_pb2.EVENT_KIND_CREATED, key)
     return Claim(key)
+
+
+def _frozen_before(
+    tx: Tx, training: TrainingRow, step: int, rollouts: Sequence[RolloutRow]
+) -> list[bytes] | None:
+    """The manifest under which an older epoch had claimed just these rollouts for this step (R25).
+
+    A batch once made never changes (R21): made again, it has the rewards and spans that it had.
+    """
+    wanted = [rollout.key for rollout in rollouts]
+    older = tx.execute(
+        "SELECT batch_key FROM batches WHERE training_key = ? AND status = ? AND step = ? "
+        "AND trainer_epoch < ? ORDER BY batch_key DESC",
+        (training.key, RELEASED, step, training.trainer_epoch),
+    ).fetchall()
+    for (key,) in older:
+        rows = tx.execute(
+            "SELECT rollout_key, entry FROM batch_entries WHERE batch_key = ? ORDER BY place", (key,)
+        ).fetchall()
+        if [rollout_key for rollout_key, _ in rows] == wanted:
+            return [entry for _, entry in rows]
+    return None
 
 
 def content_hash(entries: Iterable[bytes]) -> str:

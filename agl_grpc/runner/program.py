@@ -30,6 +30,9 @@ class ProgramAgent(LitAgent[Any]):
         super().__init__()
         self._store = store
 
+    async def close(self) -> None:
+        """Lets go of what it holds; by default nothing."""
+
     def environment(self, resources: NamedResources, rollout: AttemptedRollout) -> Environment:
         """Rollout, attempt, credential, and the first model endpoint under the names that SDKs read."""
         values = {

@@ -1,8 +1,7 @@
 """A stateful fake of a Kubernetes API server, over real HTTP: Jobs, Pods, Secrets, watches, logs.
 
 Its one node is honest: a pod of a Job runs its container's command, as a process of this machine, with
-environment and files of its Secret. What no such node can do is ordered by a Job's
-annotation `fake.test/fate`: `image`, `evicted`, `oom`, `deleted`, `no pod`.
+environment and files of its Secret. What no such node can do is ordered by `FakeCluster.fate`.
 """
 
 from __future__ import annotations
@@ -42,6 +41,8 @@ class FakeCluster:
         self.logs: dict[str, str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.seen: list[str] = []
+        self.fate = ""
+        """What becomes of new pods: `image`, `evicted`, `oom`, `deleted`, `no pod`; empty = they run."""
         self.refuse: Callable[[str, str], int | None] = lambda method, path: None
         self._threads: list[threading.Thread] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -115,7 +116,7 @@ class FakeCluster:
                 "spec": {**document["spec"]["template"]["spec"], "nodeName": "node-1"},
                 "status": {"phase": "Pending"},
             }
-            if metadata.get("annotations", {}).get("fake.test/fate") != "no pod":
+            if self.fate != "no pod":
                 self.put("pods", "ADDED", pod)
             thread = threading.Thread(target=self._live, args=(document, pod), daemon=True)
             self._threads.append(thread)
@@ -136,7 +137,7 @@ class FakeCluster:
     # The node
 
     def _live(self, job: Document, pod: Document) -> None:
-        fate = job["metadata"].get("annotations", {}).get("fake.test/fate", "")
+        fate = self.fate
         container = pod["spec"]["containers"][0]
         if fate == "image":
             self._status(pod, "Pending", waiting={"reason": "ImagePullBackOff", "message": "no such image"})

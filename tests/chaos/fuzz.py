@@ -48,6 +48,7 @@ _PATHS = (
     *("input", "mode", "resources_id", "status", "config", "metadata", "labels", "priority", "worker_id"),
     *("last_heartbeat_time", "failure", "retention", "seal_timeout", "allow_self_grading", "colour"),
 )
+_ROUND = 20
 _DEPTH = 4
 _KNOWN_IDS = 64
 
@@ -211,22 +212,32 @@ class Fuzzer:
         self.result = Result()
 
     async def run(self, count: int, say: Callable[[str], None] = lambda text: None) -> Result:
-        """`count` inputs for each method, in ten rounds, so that what one makes another one meets."""
+        """`count` inputs for each method, in rounds, so that what one makes another one meets."""
         begun, memory = time.monotonic(), 0
-        for turn in range(10):
+        rounds = -(-count // _ROUND)
+        for turn in range(rounds):
             for method, handler in self._methods:
-                for _ in range(-(-count // 10)):
+                for _ in range(min(_ROUND, count - turn * _ROUND)):
                     await self._one(method, handler)
-            await self._store.write(lambda tx: None)
+            await self._sweep()
             rss = psutil.Process().memory_info().rss
-            memory = memory or rss
-            say(f"round {turn + 1} of 10: {rss >> 20} MiB, {len(self.result.defects)} defects")
+            if turn <= rounds // 10:
+                memory = rss
+            say(f"round {turn + 1} of {rounds}: {rss >> 20} MiB, {len(self.result.defects)} defects")
         report = await self._store.read(check)
         self.result.defects += [f"{broken.name}: {broken.rows[0]}" for broken in report.broken]
         self.result.grown_bytes = psutil.Process().memory_info().rss - memory
         self.result.seconds = time.monotonic() - begun
         self._watcher.close()
         return self.result
+
+    async def _sweep(self) -> None:
+        """Cancels and deletes all rollouts: those that are tried again would else become ever more."""
+        everything = {"filter": {"run_id": "*"}}
+        for method, handler in self._methods:
+            if method.name in ("CancelRollouts", "DeleteRollouts"):
+                request: Any = message_factory.GetMessageClass(method.input_type)(**everything)
+                await handler.unary_unary(request.SerializeToString(), _Context([]))
 
     def _input(self, method: MethodDescriptor) -> bytes:
         way = self._chance.random()

@@ -31,14 +31,14 @@ def test_the_next_prompt_begins_with_this_prompt_and_its_answer(tmp_path: Path) 
     script = f"""
 import random
 from transformers import AutoTokenizer
-from examples.calculator.model import IGNORED, encode, transcripts
+from examples.calculator.model import IGNORED, WarmStart, encode, transcripts
 from examples.calculator.tokens import build_tokenizer
 
 made, loaded = build_tokenizer(), AutoTokenizer.from_pretrained({str(tmp_path)!r})
 def render(turns):
     return loaded.encode(loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 tools = 0
-source = transcripts(random.Random(3), 0.5, frozenset())
+source = transcripts(random.Random(3), WarmStart(tool_share=0.5), frozenset())
 for _ in range(200):
     turns = next(source)
     ids, labels = encode(made, turns)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from agl_grpc.runner.hooks import Hook
     from agl_grpc.runner.lit_agent_runner import LitAgentRunner
     from agl_grpc.runner.load import LoadError
-    from agl_grpc.runner.supervisor import Supervisor, WorkerStartError
+    from agl_grpc.runner.restarts import WorkerStartError
+    from agl_grpc.runner.supervisor import Supervisor
     from agl_grpc.runner.worker import Worker
 
 _MODULES = {
@@ -25,7 +26,7 @@ _MODULES = {
     "RunnerConfig": "config",
     "Supervisor": "supervisor",
     "Worker": "worker",
-    "WorkerStartError": "supervisor",
+    "WorkerStartError": "restarts",
 }
 
 __all__ = [

@@ -12,48 +12,28 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import FrameType
-
-import grpc
+from typing import Any
 
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.runner.exits import describe_exit
 from agl_grpc.runner.process import EXIT_FATAL, EXIT_RECYCLE, TOOK, run_worker_process
+from agl_grpc.runner.restarts import Start, WorkerStartError, end_leases, start_again
 from agl_grpc.runner.sweep import end_programs
-from agl_grpc.v1 import store_service_pb2, store_service_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-LONGEST_BACKOFF_SECONDS = 30.0
-MOST_CRASHES = 5
-"""A worker that dies so often in a row, never having taken a rollout, is given up, and all others with it."""
-
-HEALTHY_SECONDS = 60.0
-"""A worker that lived this long starts again with the first back-off."""
-
-
-class WorkerStartError(Exception):
-    """A worker says that it can never run, for example because the agent cannot be imported."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Due:
-    """When a worker starts, after how many deaths in a row, and how many of them before any rollout."""
-
-    time: float
-    failures: int = 0
-    fruitless: int = 0
+_END_LEASES_SECONDS = 10.0
 
 
 @dataclass(slots=True)
 class _Child:
     index: int
-    process: SpawnProcess
+    process: BaseProcess
     reports: Connection
     started: float
-    failures: int
-    fruitless: int
+    start: Start
     took: bool = False
     report: str = ""
 
@@ -79,9 +59,9 @@ class Supervisor:
 
     def __init__(self, config: RunnerConfig) -> None:
         self._config = config
-        self._context = multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context(config.start_method)
         self._children: dict[int, _Child] = {}
-        self._due: dict[int, _Due] = {}
+        self._due: dict[int, Start] = {}
         self._stops = 0
         self._passed_on = 0
         self._wake_end, self._waker = socket.socketpair()
@@ -110,7 +90,7 @@ class Supervisor:
         with self._signals():
             try:
                 for index in range(self._config.workers):
-                    self._start(index, _Due(time.monotonic()))
+                    self._start(index, Start())
                 while self._children or self._due:
                     self._wait()
                     self._collect()
@@ -137,7 +117,7 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _start(self, index: int, due: _Due) -> None:
+    def _start(self, index: int, due: Start) -> None:
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=run_worker_process,
@@ -147,13 +127,13 @@ class Supervisor:
         process.start()
         theirs.close()
         log.info("worker %s started (pid %d)", process.name, process.pid)
-        self._children[index] = _Child(index, process, ours, time.monotonic(), due.failures, due.fruitless)
+        self._children[index] = _Child(index, process, ours, time.monotonic(), due)
 
     def _wait(self) -> None:
         watched: list[int | socket.socket] = [child.process.sentinel for child in self._children.values()]
         pause = None
         if self._due:
-            pause = max(0.0, min(due.time for due in self._due.values()) - time.monotonic())
+            pause = max(0.0, min(due.due for due in self._due.values()) - time.monotonic())
         if self._wake_end in wait([*watched, self._wake_end], pause):
             self._wake_end.recv(4096)
 
@@ -179,32 +159,19 @@ class Supervisor:
             return
         if code == EXIT_RECYCLE:
             log.warning("worker %s is replaced: %s", name, child.report)
-            self._due[child.index] = _Due(time.monotonic())
+            self._due[child.index] = Start()
             return
-        self._restart_later(child, code)
-
-    def _restart_later(self, child: _Child, code: int) -> None:
-        name = child.process.name
         lived = time.monotonic() - child.started
-        failures = 1 if lived >= HEALTHY_SECONDS else child.failures + 1
-        fruitless = 0 if child.took else child.fruitless + 1
-        if fruitless >= MOST_CRASHES:
-            raise WorkerStartError(
-                f"worker {name} died {fruitless} times in a row before it took a rollout; the last one "
-                f"{describe_exit(code)} after {lived:.1f} s; its log above says more"
-            )
-        pause = min(LONGEST_BACKOFF_SECONDS, self._config.restart_seconds * 2.0 ** (failures - 1))
-        log.error(
-            "worker %s (pid %s) %s after %.1f s; its rollouts are delivered again; restart in %g s",
-            name, child.process.pid, describe_exit(code), lived, pause,
-        )  # fmt: skip
-        self._due[child.index] = _Due(time.monotonic() + pause, failures, fruitless)
+        death = f"(pid {child.process.pid}) {describe_exit(code)}"
+        self._due[child.index] = start_again(
+            self._config, name, child.start, lived=lived, took=child.took, death=death
+        )
 
     def _restart_due(self) -> None:
         if self._stops:
             self._due.clear()
         for index, due in list(self._due.items()):
-            if due.time <= time.monotonic():
+            if due.due <= time.monotonic():
                 del self._due[index]
                 self._start(index, due)
 
@@ -224,13 +191,13 @@ class Supervisor:
         self._children.clear()
 
     def _end_leases(self, worker_id: str) -> None:
-        # Counts as lost leases: a rollout that kills every worker is given up after max_redeliveries.
-        request = store_service_pb2.ExpireLeasesRequest(worker_id=worker_id)
-        with grpc.insecure_channel(self._config.store) as channel:
-            try:
-                store_service_pb2_grpc.StoreServiceStub(channel).ExpireLeases(request, timeout=5.0)
-            except grpc.RpcError as error:
-                log.warning(
-                    "the leases of %s could not be ended (%s); its rollouts come back when they expire",
-                    worker_id, error.code().name,
-                )  # fmt: skip
+        if self._config.start_method != "fork":
+            end_leases(self._config.store, worker_id)
+            return
+        # Workers are copies of this process, which therefore must not use gRPC itself.
+        process = self._context.Process(target=end_leases, args=(self._config.store, worker_id))
+        process.start()
+        process.join(_END_LEASES_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()

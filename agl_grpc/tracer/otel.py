@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ class OtelTracer(Tracer):
         install_globally: bool = True,
         resource: Mapping[str, Any] | None = None,
     ) -> None:
+        self._settings: dict[str, Any] = {"install_globally": install_globally, "resource": resource}
         self._outboxes: dict[int | str, Outbox] = {}
         self._owned: dict[int | str, SpanStreamer] = {}
         # Which of them the workers and agents of this context use.
@@ -70,6 +72,10 @@ class OtelTracer(Tracer):
         # Spans that outlive their trace still reach the store, which marks them as late.
         self._closed: OrderedDict[int, Trace] = OrderedDict()
         self._installed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # In another process it is made anew: streams and open traces stay here.
+        return functools.partial(type(self), **self._settings), ()
 
     @property
     def provider(self) -> TracerProvider:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from agl_grpc_cli.errors import EXIT_USAGE, CliError
 from agl_grpc_cli.options import DEFAULT_STORE, LogLevelOption, RunOption, StoreOption, parse_labels
+
+if TYPE_CHECKING:
+    from agl_grpc.runner.config import RunnerConfig
 
 app = typer.Typer(help="Start workers that execute rollouts with your agent.", no_args_is_help=True)
 
@@ -66,6 +69,26 @@ def start(
     wait_for_resources: Annotated[
         bool, typer.Option("--wait-for-resources", help="Take nothing before the run has resources.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Place workers as Ray actors over a cluster (agl-grpc[ray]).")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="With --ray: the cluster; default: RAY_ADDRESS."),
+    ] = None,
+    cpus_per_worker: Annotated[
+        float, typer.Option(min=0.0, metavar="N", help="With --ray: processors reserved for each worker.")
+    ] = 1.0,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0.0, metavar="N", help="With --ray: GPUs reserved for each worker.")
+    ] = 0.0,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="With --ray: workers that stay when idle; default: --workers."),
+    ] = None,
+    working_dir: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="With --ray: folder that is copied to every node.")
+    ] = None,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Start workers that take rollouts from a store and execute them with your agent.
@@ -77,11 +100,14 @@ def start(
     \b
     Examples: agl-grpc runner start --agent my_agent:agent --workers 4 --concurrency 16
               agl-grpc runner start --command 'node agent.js' --concurrency 8
+              agl-grpc runner start --agent my_agent:agent --ray --workers 64 --cpus-per-worker 2
     """
     from agl_grpc.runner.config import RunnerConfig, default_name
     from agl_grpc.runner.logs import configure_logging
-    from agl_grpc.runner.supervisor import Supervisor, WorkerStartError
 
+    if not ray and any((address, min_workers is not None, working_dir, gpus_per_worker)):
+        message = "--address, --gpus-per-worker, --min-workers and --working-dir go with --ray"
+        raise CliError(message, exit_code=EXIT_USAGE)
     try:
         configure_logging(log_level)
     except ValueError as error:
@@ -103,12 +129,33 @@ def start(
             drain_seconds=drain,
             max_rollouts=max_rollouts,
             wait_for_resources=wait_for_resources,
-            app_dir=os.getcwd(),
+            # What Ray copies lies elsewhere on each node; Ray puts it on the import path itself.
+            app_dir=None if working_dir else os.getcwd(),
             log_level=log_level,
         )
     except ValueError as error:
         raise CliError(str(error), exit_code=EXIT_USAGE) from error
+    options = {
+        "address": address,
+        "cpus_per_worker": cpus_per_worker,
+        "gpus_per_worker": gpus_per_worker,
+        "min_workers": min_workers,
+        "working_dir": working_dir,
+    }
+    _run(config, options if ray else None)
+
+
+def _run(config: RunnerConfig, placement: dict[str, Any] | None) -> None:
+    from agl_grpc.runner.restarts import WorkerStartError
+
     try:
-        Supervisor(config).run()
+        if placement is None:
+            from agl_grpc.runner.supervisor import Supervisor
+
+            Supervisor(config).run()
+        else:
+            from agl_grpc.runner.ray_fleet import Placement, RayFleet
+
+            RayFleet(config, Placement(**placement)).run()
     except WorkerStartError as error:
         raise CliError(str(error)) from error

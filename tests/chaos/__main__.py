@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from tests.chaos import kills, leases, watches
+from tests.runner import reliability
 from tests.support.postgres import PostgresServer
 
 ROOT = Path(__file__).parents[2]
@@ -81,21 +82,13 @@ def _kills(options: argparse.Namespace, count: int, seed: int) -> Row:
     total = kills.Report(seed)
     tell = _teller("kills", count)
     for begin in range(0, count, 50):
-        some = min(50, count - begin)
-        report = asyncio.run(
-            kills.run(
-                seed + begin,
-                some,
-                options.database,
-                tell=lambda done, begin=begin: tell(begin + done),
-            )
-        )
-        total.add(report)
+        some, told = min(50, count - begin), functools.partial(_tell_from, tell, begin)
+        total.add(asyncio.run(kills.run(seed + begin, some, options.database, tell=told)))
     return total.row()
 
 
 def _fleet(_options: argparse.Namespace, count: int, seed: int) -> Row:
-    """Kills of two servers over one PostgreSQL database, in rounds of fifty, each on a fresh database."""
+    """Kills of two servers over one PostgreSQL database, which crashes too; fifty for each fresh one."""
     total = kills.Report(seed)
     tell = _teller("fleet", count)
     postgres = PostgresServer()
@@ -105,7 +98,8 @@ def _fleet(_options: argparse.Namespace, count: int, seed: int) -> Row:
             some = min(50, count - begin)
             url = postgres.make_database()
             told = functools.partial(_tell_from, tell, begin)
-            total.add(asyncio.run(kills.run(seed + begin, some, url, servers=2, tell=told)))
+            proof = kills.run(seed + begin, some, url, servers=2, crash=postgres.restart, tell=told)
+            total.add(asyncio.run(proof))
     finally:
         postgres.stop()
     return total.row()
@@ -152,6 +146,10 @@ def _pytest(node: str, seed_name: str, count_name: str, _options: object, count:
     return {"seed": seed}
 
 
+def _workers(prove: Callable[[int, int], Row], _options: object, count: int, seed: int) -> Row:
+    return {"seed": seed, **prove(count, seed)}
+
+
 PROOFS: dict[str, tuple[Proof, int]] = {
     "kills": (_kills, 1_000),
     "fleet": (_fleet, 200),
@@ -161,6 +159,9 @@ PROOFS: dict[str, tuple[Proof, int]] = {
         functools.partial(_pytest, f"{_MACHINE}[memory-50]", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
         5_000,
     ),
+    "simulated-workers": (functools.partial(_workers, reliability.prove_simulated), 1_000),
+    "killed-workers": (functools.partial(_workers, reliability.prove_kills), 2_000),
+    "rolling-restart": (functools.partial(_workers, reliability.prove_restart), 2_000),
 }
 """By name: what runs, and how much of it for a release."""
 

@@ -108,6 +108,9 @@ class AsyncAgent(LitAgent[Any]):
                 note("started", rollout.attempt.attempt_id)
                 threading.Event().wait(task["seconds"])
                 return 1.0
+            case "nap":
+                await asyncio.sleep(task["seconds"])
+                return 1.0
             case "subprocess":
                 process = await asyncio.create_subprocess_exec("true")
                 return float(await process.wait() == 0)

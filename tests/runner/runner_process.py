@@ -22,11 +22,19 @@ class RunnerProcess:
     The agent is one of `tests.runner.agents`, an import path, or None: the options say.
     """
 
-    def __init__(self, store: str, agent: str | None, folder: Path, *options: str, name: str = "w") -> None:
+    def __init__(
+        self,
+        store: str,
+        agent: str | None,
+        folder: Path,
+        *options: str,
+        name: str = "w",
+        python: str = sys.executable,
+    ) -> None:
         self.name = name
         self.folder = folder
         self.log = folder / f"{name}.log"
-        self._command = [sys.executable, "-m", "agl_grpc_cli", "runner", "start", "--store", store]
+        self._command = [python, "-m", "agl_grpc_cli", "runner", "start", "--store", store]
         self._command += ["--name", name, *options]
         if agent is not None:
             path = agent if ":" in agent else f"tests.runner.agents:{agent}"
@@ -37,8 +45,13 @@ class RunnerProcess:
         """Starts the supervisor; workers follow."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {FOLDER: str(self.folder)}
+                self._command, stdout=log, stderr=log, cwd=ROOT, env=self.environment()
             )
+
+    def environment(self) -> dict[str, str]:
+        """Of the runner: this checkout first, for a Python of another environment too."""
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
+        return os.environ | {FOLDER: str(self.folder), "PYTHONPATH": paths}
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes that run now."""

@@ -284,6 +284,8 @@ class _Flush:
 
     def _extend(self, attempt_key: int, first: int, count: int, size: int) -> None:
         """Notes new rows for the log, in entries that a watch can send whole."""
+        if not count:
+            return  # only announcements
         ranges = self._ranges.setdefault(attempt_key, [])
         last = ranges[-1] if ranges else None
         if last is None or last.spans + count > ENTRY_SPANS or last.size + size > ENTRY_BYTES:

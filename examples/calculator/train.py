@@ -74,7 +74,7 @@ def train(
     folder: Path,
     *,
     seed: int = 0,
-    steps: int = 40,
+    steps: int = 50,
     save_every: int = 20,
     resume: bool = False,
     quick: bool = False,
@@ -162,7 +162,7 @@ def report(result: FitResult) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a tiny model to use a calculator.")
     parser.add_argument("--seed", type=int, default=0, help="of model, task order and sampling")
-    parser.add_argument("--steps", type=int, default=40, help="training steps of 128 rollouts")
+    parser.add_argument("--steps", type=int, default=50, help="training steps of 128 rollouts")
     parser.add_argument("--run", default=time.strftime("calculator-%Y%m%d-%H%M%S"), help="name of the run")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs lie")
     parser.add_argument("--resume", action="store_true", help="continue --run from its last checkpoint")

@@ -12,7 +12,8 @@ from tests.support.environments import learner_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.e2e
+# Each test starts several interpreters that import torch: seconds on a quiet machine.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def run(*arguments: str) -> str:

@@ -1,0 +1,150 @@
+"""What a store server and its database cost, unit by unit: processor time and bytes on disk.
+
+`benchmarks.scaling` reckons with these figures. Processor time does not depend on who else uses the machine,
+so they hold on a busy one too. At the end two servers over one PostgreSQL database do the same lives at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sqlite3
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+
+from agl_grpc.v1 import runner_service_pb2 as runner
+from agl_grpc.v1 import store_service_pb2 as store
+from benchmarks import ingest, lives
+from benchmarks.clients import Start, run_clients
+from benchmarks.database import make_attempts
+from benchmarks.figures import Row, figure, median, run
+from benchmarks.messages import RUNNER, Calls, lease_request, spec
+from benchmarks.servers import Server, folder, store_server
+from tests.support.postgres import PostgresServer
+
+BATCH = 32
+"""Rollouts of an enqueue, of a lease and of a completion; leases of a renewal."""
+
+
+async def renew_for(start: Start, address: str, seconds: float) -> int:
+    """Renews the leases of one worker again and again; how many leases were renewed."""
+    calls = Calls(address, False)
+    queue = f"q-{os.getpid()}"
+    await calls.enqueue(store.EnqueueRolloutsRequest(rollouts=[spec(queue)] * BATCH))
+    answer = await calls.lease(lease_request(queue, uuid.uuid4().hex, BATCH))
+    leases = [
+        runner.HeldLease(attempt_id=one.lease.attempt_id, lease_token=one.lease.lease_token)
+        for one in answer.rollouts
+    ]
+    request = runner.RenewLeasesRequest(worker_id=queue, leases=leases)
+    renew = calls.channel.unary_unary(f"{RUNNER}RenewLeases")
+    await start()
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        await renew(request.SerializeToString())
+        count += BATCH
+    await calls.channel.close()
+    return count
+
+
+def sizes(database: Path) -> tuple[int, int, int]:
+    """Bytes of a database that no server has open, its rollouts and its spans."""
+    db = sqlite3.connect(database)
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    (rollouts,) = db.execute("SELECT count(*) FROM rollouts").fetchone()
+    (spans,) = db.execute("SELECT count(*) FROM spans").fetchone()
+    db.close()
+    return database.stat().st_size, rollouts, spans
+
+
+def sync_milliseconds(place: Path) -> float:
+    """How long this disk takes to make 32 KiB durable."""
+    took = []
+    with (place / "probe").open("wb") as probe:
+        for _ in range(100):
+            probe.write(bytes(32 << 10))
+            probe.flush()
+            begun = time.perf_counter()
+            os.fsync(probe.fileno())
+            took.append(1000 * (time.perf_counter() - begun))
+    return median(took)
+
+
+def on_sqlite(place: Path, seconds: float) -> list[Row]:
+    """One server on a file."""
+    rows = [figure("making 32 KiB durable on this disk", "ms", sync_milliseconds(place))]
+    database = place / "store.db"
+    with store_server(database) as server:
+        attempts = asyncio.run(make_attempts(server.address))
+    before = sizes(database)
+    with store_server(database) as server:
+        life = lives.rate_of(server, False, BATCH, seconds, loops=2)
+        rows.append(figure("server CPU of a life with one span, 32 a call", "us", life.server_cpu))
+        rows.append(figure("clients' CPU of a life with one span, 32 a call", "us", life.client_cpu))
+        renewal = run_clients(server, 1, renew_for, server.address, seconds / 2)
+        cpu = 1e6 * renewal.server_cpu / renewal.results[0]
+        rows.append(figure("server CPU of a renewed lease, 32 a call", "us", cpu))
+    after = sizes(database)
+    made = after[1] - before[1]
+    rows.append(figure("bytes on disk of a life with one span", "B", (after[0] - before[0]) / made))
+    for kind, size in (("spans", 100), ("calls", 16)):
+        before = after
+        with store_server(database) as server:
+            found = ingest.rate_of(server, ingest.Kind(kind, size), attempts, 1, seconds)
+        after = sizes(database)
+        title = {"spans": "700-byte span", "calls": "1,280-token model call"}[kind]
+        rows.append(figure(f"server CPU of a {title}", "us", found.server_cpu))
+        rows.append(
+            figure(f"bytes on disk of a {title}", "B", (after[0] - before[0]) / (after[2] - before[2]))
+        )
+    return rows
+
+
+def on_postgres(seconds: float) -> list[Row]:
+    """Two servers over one database, each with two client processes."""
+    postgres = PostgresServer()
+    postgres.start()
+    try:
+        url = postgres.make_database()
+        with store_server(url) as one, store_server(url) as two, ThreadPoolExecutor(2) as pool:
+            before = postgres_cpu(postgres)
+            begun = time.perf_counter()
+            found = list(pool.map(lambda server: _lives(server, seconds), (one, two)))
+            took = time.perf_counter() - begun
+            database_cpu = postgres_cpu(postgres) - before
+    finally:
+        postgres.stop()
+    count = sum(rate.lives for rate in found) * seconds
+    cpu = sum(rate.lives * rate.server_cpu for rate in found) / sum(rate.lives for rate in found)
+    return [
+        figure("lives of two servers over one PostgreSQL database, 32 a call", "/s", count / took),
+        figure("servers' CPU of a life with one span on PostgreSQL, 32 a call", "us", cpu),
+        figure("PostgreSQL's CPU of a life with one span, 32 a call", "us", 1e6 * database_cpu / count),
+    ]
+
+
+def _lives(server: Server, seconds: float) -> lives.Rate:
+    return lives.rate_of(server, False, BATCH, seconds, clients=2, loops=2)
+
+
+def postgres_cpu(postgres: PostgresServer) -> float:
+    """Seconds of CPU of all its processes that live."""
+    main = psutil.Process(postgres.pid)
+    times = [process.cpu_times() for process in (main, *main.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """All figures."""
+    with folder() as place:
+        return on_sqlite(place, options.seconds) + on_postgres(options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(run(__doc__, measure, seconds=(4.0, "length of each measurement")))

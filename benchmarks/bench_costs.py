@@ -13,7 +13,6 @@ import sqlite3
 import sys
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -25,11 +24,14 @@ from benchmarks.clients import Start, run_clients
 from benchmarks.database import make_attempts
 from benchmarks.figures import Row, figure, median, run
 from benchmarks.messages import RUNNER, Calls, lease_request, spec
-from benchmarks.servers import Server, folder, store_server
+from benchmarks.servers import folder, store_server
 from tests.support.postgres import PostgresServer
 
 BATCH = 32
 """Rollouts of an enqueue, of a lease and of a completion; leases of a renewal."""
+
+IDLE_SECONDS = 3.0
+"""What servers and PostgreSQL use without any load, over so long, is taken off."""
 
 
 async def renew_for(start: Start, address: str, seconds: float) -> int:
@@ -106,31 +108,55 @@ def on_sqlite(place: Path, seconds: float) -> list[Row]:
     return rows
 
 
+async def live_on_all(start: Start, addresses: list[str], seconds: float) -> float:
+    """Lives on several servers at once; how many."""
+    connected: asyncio.Task[None] | None = None
+
+    async def start_once() -> None:
+        nonlocal connected
+        if connected is None:
+            connected = asyncio.ensure_future(start())
+        await asyncio.shield(connected)
+
+    some = [lives.live_for(start_once, address, False, BATCH, 2, seconds) for address in addresses]
+    return seconds * sum(await asyncio.gather(*some))
+
+
 def on_postgres(seconds: float) -> list[Row]:
-    """Two servers over one database, each with two client processes."""
+    """Two servers over one database."""
     postgres = PostgresServer()
     postgres.start()
     try:
         url = postgres.make_database()
-        with store_server(url) as one, store_server(url) as two, ThreadPoolExecutor(2) as pool:
-            before = postgres_cpu(postgres)
-            begun = time.perf_counter()
-            found = list(pool.map(lambda server: _lives(server, seconds), (one, two)))
-            took = time.perf_counter() - begun
-            database_cpu = postgres_cpu(postgres) - before
+        with store_server(url) as one, store_server(url) as two:
+
+            def used() -> tuple[float, float, float]:
+                return time.perf_counter(), one.cpu + two.cpu, postgres_cpu(postgres)
+
+            begun = used()
+            time.sleep(IDLE_SECONDS)
+            idle = used()
+            found = run_clients(one, 2, live_on_all, [one.address, two.address], seconds)
+            end = used()
     finally:
         postgres.stop()
-    count = sum(rate.lives for rate in found) * seconds
-    cpu = sum(rate.lives * rate.server_cpu for rate in found) / sum(rate.lives for rate in found)
+    # The warm-up is a batch on each loop of each client and server.
+    count = sum(found.results) + 2 * 2 * 2 * BATCH
+    servers_cpu, database_cpu = (
+        (last - middle) - (middle - first) * (end[0] - idle[0]) / (idle[0] - begun[0])
+        for first, middle, last in zip(begun[1:], idle[1:], end[1:], strict=True)
+    )
     return [
-        figure("lives of two servers over one PostgreSQL database, 32 a call", "/s", count / took),
-        figure("servers' CPU of a life with one span on PostgreSQL, 32 a call", "us", cpu),
+        figure(
+            "lives of two servers over one PostgreSQL database, 32 a call",
+            "/s",
+            sum(found.results) / found.seconds,
+        ),
+        figure(
+            "servers' CPU of a life with one span on PostgreSQL, 32 a call", "us", 1e6 * servers_cpu / count
+        ),
         figure("PostgreSQL's CPU of a life with one span, 32 a call", "us", 1e6 * database_cpu / count),
     ]
-
-
-def _lives(server: Server, seconds: float) -> lives.Rate:
-    return lives.rate_of(server, False, BATCH, seconds, clients=2, loops=2)
 
 
 def postgres_cpu(postgres: PostgresServer) -> float:

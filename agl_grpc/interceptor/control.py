@@ -32,6 +32,8 @@ class EngineControl:
         self._stub = trainer_service_pb2_grpc.TrainerServiceStub(channel)
         self._engine = engine
         self._active_version = active_version
+        self.current = asyncio.Event()
+        """Set once the engine serves what the store says is committed, or cannot learn it now."""
 
     async def run(self, on_version: OnVersion) -> None:
         """Register, then hand each change of a policy version to `on_version` in order, for ever."""
@@ -40,8 +42,11 @@ class EngineControl:
             try:
                 await self._register()
                 pause = _FIRST_BACKOFF
+                await self._catch_up(on_version)
+                self.current.set()
                 await self._follow(on_version)
             except grpc.aio.AioRpcError as error:
+                self.current.set()
                 level = logging.DEBUG if error.code() is grpc.StatusCode.UNAVAILABLE else logging.WARNING
                 logger.log(
                     level, "watch of policy versions ended: %s: %s", error.code().name, error.details()
@@ -68,6 +73,19 @@ class EngineControl:
 
     async def _register(self) -> None:
         await self._send(None)
+
+    async def _catch_up(self, on_version: OnVersion) -> None:
+        """Hand over the newest committed version: the engine may have missed it while it was away."""
+        request = trainer_service_pb2.GetPolicyVersionRequest(
+            run_id=self._engine.run_id, model=self._engine.model
+        )
+        try:
+            answer = await self._stub.GetPolicyVersion(request, timeout=_RPC_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return
+            raise
+        await on_version(answer.policy_version)
 
     async def _send(self, state: policy_pb2.EngineState | None) -> None:
         self._engine.active_policy_version = self._active_version()

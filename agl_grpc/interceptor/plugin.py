@@ -27,9 +27,11 @@ class InterceptorPlugin:
         if settings is None or engine_client is None or class_loader.installed():
             return
         keys = getattr(args, "api_key", None)
-        Interceptor.start(
+        running = Interceptor.start(
             engine_client,
             settings,
             endpoint=f"http://{args.host or '127.0.0.1'}:{args.port}",
             api_key=keys[0] if keys else None,
         )
+        # vLLM serves nobody before this returns.
+        await running.caught_up()

@@ -45,6 +45,7 @@ class Interceptor:
         self._sink = sink
         self._wrapper = wrapper
         self._swapper = swapper
+        self._control = control
         self._task = asyncio.create_task(self._drive(control))
 
     @classmethod
@@ -81,7 +82,9 @@ class Interceptor:
             engine_version=version,
         )
         control = EngineControl(channel, engine, lambda: wrapper.policy_version)
-        swapper = WeightSwapper(engine_client, wrapper, settings.engine_id, control.report)
+        swapper = WeightSwapper(
+            engine_client, wrapper, settings.engine_id, control.report, settings.kept_weights_path()
+        )
         logger.info(
             "capture on: store %s, run %s, engine %s", settings.store, settings.run_id, settings.engine_id
         )
@@ -109,6 +112,16 @@ class Interceptor:
             "spool_waiting": self._spool.waiting,
             **vars(self._sink.counters),
         }
+
+    async def caught_up(self) -> None:
+        """Wait until the engine serves the version that the store says is committed.
+
+        An engine that starts again in the middle of a training run takes it back from its disk here. A store
+        that is away is not waited for.
+        """
+        current = asyncio.create_task(self._control.current.wait())
+        await asyncio.wait([current, self._task], return_when=asyncio.FIRST_COMPLETED)
+        current.cancel()
 
     async def stop(self) -> None:
         """Deliver or spool what was captured and let go of the store."""

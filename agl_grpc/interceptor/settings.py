@@ -25,7 +25,8 @@ class Settings:
     answer's last byte waits for the store before the spool takes over; `temperature` overrides the agents'
     own temperature in train mode (None: theirs); `endpoint` is the base URL told to the store (empty: from
     vLLM's host, port); `resume_timeout` how long (seconds) answers wait for an engine that aborted them
-    itself; `loader` how vLLM is entered: ``auto``, or ``class`` also where it has endpoint plugins.
+    itself; `keep_weights` whether the weights that serve are also kept beside the spool, for a restart;
+    `loader` how vLLM is entered: ``auto``, or ``class`` also where it has endpoint plugins.
     """
 
     store: str
@@ -38,6 +39,7 @@ class Settings:
     temperature: float | None = None
     endpoint: str = ""
     resume_timeout: float = 600.0
+    keep_weights: bool = True
     loader: str = "auto"
 
     def environment(self) -> dict[str, str]:
@@ -67,6 +69,7 @@ class Settings:
             temperature=float(given["temperature"]) if "temperature" in given else None,
             endpoint=given.get("endpoint", ""),
             resume_timeout=float(given.get("resume_timeout", "600")),
+            keep_weights=given.get("keep_weights", "True") == "True",
             loader=given.get("loader", "auto"),
         )
 
@@ -76,6 +79,10 @@ class Settings:
             return Path(self.spool_dir)
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
         return state / "agl-grpc" / "spool" / self.engine_id.replace("/", "_").replace(":", "_")
+
+    def kept_weights_path(self) -> Path | None:
+        """Folder of the weights that serve; None when they are not to be kept."""
+        return self.spool_path() / "weights" if self.keep_weights else None
 
 
 def default_engine_id() -> str:

@@ -7,10 +7,12 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from agl_grpc.interceptor.generate import GenerateWrapper
 from agl_grpc.v1 import policy_pb2
+from agl_grpc.weights.kept import kept_path
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
@@ -52,10 +54,20 @@ class Report(Protocol):
 class WeightSwapper:
     """Acts on policy versions as the store announces them, one at a time.
 
-    `engine_client` is vLLM's; its dev mode stays off. Generation stands still only from pause to resume.
+    `engine_client` is vLLM's; its dev mode stays off. Generation stands still only from pause to resume. The
+    weights that serve are also kept in the folder `keep` (None: they are not), so that an engine that starts
+    again can go on with them.
     """
 
-    def __init__(self, engine_client: Any, wrapper: GenerateWrapper, engine_id: str, report: Report) -> None:
+    def __init__(
+        self,
+        engine_client: Any,
+        wrapper: GenerateWrapper,
+        engine_id: str,
+        report: Report,
+        keep: Path | None = None,
+    ) -> None:
+        self._keep = keep
         self._client = engine_client
         self._wrapper = wrapper
         self._engine_id = engine_id
@@ -130,7 +142,9 @@ class WeightSwapper:
         """Have every worker receive the transfer; the digest that all of them computed."""
         if limit <= 0:
             raise SwapError("the deadline had passed before the engine heard of the version")
-        await self._rpc("agl_prepare_weights", self._engine_id, transfer, endpoint, limit)
+        await self._rpc(
+            "agl_prepare_weights", self._engine_id, transfer, endpoint, limit, str(self._keep or "")
+        )
         while True:
             states = await self._rpc("agl_weights_status", transfer)
             for state in states:
@@ -152,9 +166,8 @@ class WeightSwapper:
             await asyncio.wait([self._preparing])
         staging = self._staging
         if staging is None or staging.policy_version != number:
-            if self._engine_id in version.source.engine_ids or not version.source.engine_ids:
-                reason = f"version {number} is committed but not staged here: restart the engine from it"
-                await self._report(number, policy_pb2.ENGINE_PHASE_FAILED, error=reason)
+            staging = await self._from_disk(version)
+        if staging is None:
             return
         if version.weights_digest and version.weights_digest != staging.digest:
             reason = f"committed digest {version.weights_digest} is not the staged {staging.digest}"
@@ -172,6 +185,28 @@ class WeightSwapper:
             return
         logger.info("policy version %d active after a pause of %.1f ms", number, pause_ns / 1e6)
         await self._report(number, policy_pb2.ENGINE_PHASE_ACTIVE, digest=staging.digest, pause_ns=pause_ns)
+
+    async def _from_disk(self, version: policy_pb2.PolicyVersion) -> Staging | None:
+        """Stage a committed version from what an earlier life of this engine has kept, if it has."""
+        number, digest = version.policy_version, version.weights_digest
+        reason = f"version {number} is committed but not staged here"
+        if self._keep is not None and digest and kept_path(self._keep, digest).exists():
+            transfer = f"kept/{number}"
+            try:
+                states = await self._rpc(
+                    "agl_restore_weights", self._engine_id, transfer, str(self._keep), digest
+                )
+                errors = [state["error"] for state in states if state["error"]]
+            except SwapError as error:
+                errors = [str(error)]
+            if not errors:
+                logger.info("policy version %d taken back from disk", number)
+                return Staging(number, transfer, digest, time.monotonic())
+            reason += f": {errors[0]}"
+        logger.warning("%s: the engine goes on with version %d", reason, self._wrapper.policy_version)
+        if self._engine_id in version.source.engine_ids or not version.source.engine_ids:
+            await self._report(number, policy_pb2.ENGINE_PHASE_FAILED, error=reason)
+        return None
 
     async def _swap(self, staging: Staging) -> int:
         """Pause, load, set the version, resume; nanoseconds of standstill."""

@@ -57,6 +57,10 @@ class RunnerConfig:
     """For isolation `command`: the shell command that is the agent."""
     wait_for_resources: bool = False
     """Whether workers take nothing before the run has resources."""
+    tracer: Any = None
+    """Records agents' spans: a `Tracer`, its class, or an import path; None = an `OtelTracer`."""
+    start_method: str = "spawn"
+    """How worker processes start: `spawn`, or `fork` from a process that has never used gRPC."""
     restart_seconds: float = 1.0
     """First pause before a worker that died is started again; it doubles up to 30 s."""
 

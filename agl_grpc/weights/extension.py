@@ -5,6 +5,7 @@ Nothing here blocks the worker except `agl_load_weights`, which runs while gener
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from agl_grpc.weights.loading import Signature, compare_signature, load_into, signature
@@ -19,16 +20,38 @@ class WeightSwapExtension:
     """Mixed into vLLM's worker class; its state hangs on the worker under names that begin with ``_agl``."""
 
     def agl_prepare_weights(
-        self, engine_id: str, transfer_id: str, endpoint: str, timeout: float
+        self, engine_id: str, transfer_id: str, endpoint: str, timeout: float, keep: str
     ) -> dict[str, Any]:
-        """Begin to receive a transfer in the background; answers the state as `agl_weights_status` does."""
+        """Begin to receive a transfer in the background; answers the state as `agl_weights_status` does.
+
+        The first worker also keeps the weights in the folder `keep` (empty: nobody does).
+        """
+        self._agl_make_receiver(engine_id, keep).prepare(transfer_id, endpoint, timeout)
+        return self.agl_weights_status(transfer_id)
+
+    def agl_restore_weights(self, engine_id: str, transfer_id: str, keep: str, digest: str) -> dict[str, Any]:
+        """Stage the weights of this digest from the folder `keep`; answers the state as above."""
+        receiver = self._agl_make_receiver(engine_id, keep)
+        try:
+            receiver.restore(transfer_id, Path(keep), digest)
+        except TransferError as error:
+            return {
+                "state": ReceiverState.FAILED.value,
+                "digest": "",
+                "received_bytes": 0,
+                "error": str(error),
+            }
+        return self.agl_weights_status(transfer_id)
+
+    def _agl_make_receiver(self, engine_id: str, keep: str) -> WeightReceiver:
         worker: Any = self
         if getattr(worker, "_agl_receiver", None) is None:
             config = worker.vllm_config.parallel_config
             rank = config.data_parallel_index * config.world_size + worker.rank
-            worker._agl_receiver = WeightReceiver(f"{engine_id}/{rank}")
-        worker._agl_receiver.prepare(transfer_id, endpoint, timeout)
-        return self.agl_weights_status(transfer_id)
+            folder = Path(keep) if keep and rank == 0 else None
+            worker._agl_receiver = WeightReceiver(f"{engine_id}/{rank}", folder)
+        receiver: WeightReceiver = worker._agl_receiver
+        return receiver
 
     def agl_weights_status(self, transfer_id: str) -> dict[str, Any]:
         """State of a transfer: ``state``, ``digest``, ``received_bytes``, ``error``.
@@ -77,7 +100,7 @@ class WeightSwapExtension:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             return {"error": reason, "rolled_back": first and self._agl_reload_from_disk()}
         worker._agl_signature = signature(staged)
-        receiver.abort("loaded")
+        receiver.loaded()
         return {"error": "", "rolled_back": False}
 
     def agl_abort_weights(self, transfer_id: str, reason: str) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agl_grpc.weights import group as groups
 from agl_grpc.weights import wire
 from agl_grpc.weights.digest import combined_digest, segment_digests
+from agl_grpc.weights.kept import forget, forget_others, keep, take_back
 from agl_grpc.weights.wire import ReceiverState, ReceiverStatus, TransferError
+
+logger = logging.getLogger("agl_grpc.weights")
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +25,13 @@ if TYPE_CHECKING:
 class WeightReceiver:
     """Receives one transfer at a time into host memory, in a thread of its own.
 
-    `receiver_id` names this worker process among all receivers of a sender. Every method returns at once.
+    `receiver_id` names this worker process among all receivers of a sender. What was received is also written
+    to the folder `keep` (None: it is not). Every method but `restore` returns at once.
     """
 
-    def __init__(self, receiver_id: str) -> None:
+    def __init__(self, receiver_id: str, keep: Path | None = None) -> None:
         self.receiver_id = receiver_id
+        self._keep = keep
         self._lock = threading.Lock()
         self._status = ReceiverStatus("", ReceiverState.IDLE)
         self._staged: list[tuple[str, torch.Tensor]] = []
@@ -33,6 +40,7 @@ class WeightReceiver:
         self._store: TCPStore | None = None
         self._group: ProcessGroup | None = None
         self._group_number = -1
+        self._serving = ""
 
     def prepare(self, transfer_id: str, endpoint: str, timeout: float) -> None:
         """Begin to receive `transfer_id` from `endpoint` (``host:port``); a transfer under way is given up.
@@ -70,8 +78,32 @@ class WeightReceiver:
                 )
             return self._staged
 
+    def restore(self, transfer_id: str, folder: Path, digest: str) -> None:
+        """Stage weights that were kept on disk, as if they had been received. Raises TransferError."""
+        self.abort(f"replaced by {transfer_id}")
+        tensors = take_back(folder, digest)
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
+        with self._lock:
+            self._staged = tensors
+            self._status = ReceiverStatus(transfer_id, ReceiverState.RECEIVED, digest, size, len(tensors))
+            # Committed weights: their file stays, whatever becomes of this staging.
+            self._serving = digest
+
+    def loaded(self) -> None:
+        """The staged weights serve now: free their memory, and keep no others."""
+        self._serving = self.status().digest
+        self._drop("loaded")
+        if self._keep is not None:
+            forget_others(self._keep, self._serving)
+
     def abort(self, reason: str) -> None:
         """Give up the current transfer, if any, and free its staging memory."""
+        digest = self.status().digest
+        self._drop(reason)
+        if self._keep is not None and digest not in ("", self._serving):
+            forget(self._keep, digest)
+
+    def _drop(self, reason: str) -> None:
         with self._lock:
             if self._deadline is not None:
                 self._deadline.cancel(reason)
@@ -91,6 +123,15 @@ class WeightReceiver:
             transfer_id, ReceiverState.RECEIVED, combined_digest(digests), received, len(staged)
         )
         self._finish(deadline, status, staged)
+        if self._keep is None:
+            return
+        try:
+            keep(self._keep, status.digest, staged)
+        except OSError as error:
+            # The swap goes on; only a restart would miss them.
+            logger.warning("weights %s not kept on disk: %s", status.digest, error)
+        if status.digest not in (self.status().digest, self._serving):
+            forget(self._keep, status.digest)
 
     def _finish(
         self, deadline: groups.Deadline, status: ReceiverStatus, staged: list[tuple[str, torch.Tensor]]

@@ -55,6 +55,10 @@ def start(
     hook: Annotated[
         list[str] | None, typer.Option(metavar="MODULE:NAME", help="Hook around rollouts (repeatable).")
     ] = None,
+    tracer: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:NAME", help="Tracer's class or factory, e.g. agl_grpc:AgentOpsTracer."),
+    ] = None,
     lease: Annotated[
         float,
         typer.Option(min=1.0, max=3600.0, metavar="SECONDS", help="Lease, renewed at a third of it."),
@@ -125,6 +129,7 @@ def start(
             labels=parse_labels(label or []),
             name=name or default_name(),
             hooks=tuple(hook or ()),
+            tracer=tracer,
             lease_seconds=lease,
             drain_seconds=drain,
             max_rollouts=max_rollouts,

@@ -61,6 +61,13 @@ def serve(
             min=0.0, metavar="SECONDS", help="How long answers wait for an engine that aborted them itself."
         ),
     ] = 600.0,
+    keep_weights: Annotated[
+        bool,
+        typer.Option(
+            "--keep-weights/--no-keep-weights",
+            help="Keep the newest weights beside the spool, so that a restarted engine goes on with them.",
+        ),
+    ] = True,
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
@@ -93,6 +100,7 @@ def serve(
         temperature=temperature,
         endpoint=endpoint,
         resume_timeout=resume_timeout,
+        keep_weights=keep_weights,
         loader=os.environ.get("AGL_INTERCEPTOR_LOADER", "auto"),
     )
     try:

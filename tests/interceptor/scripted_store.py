@@ -105,6 +105,9 @@ class _Trainer(trainer_service_pb2_grpc.TrainerServiceServicer):
         self._owner.changed()
         return trainer_service_pb2.ReportEngineStateResponse(engine=request.engine)
 
+    async def GetPolicyVersion(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "nothing is committed")
+
     async def WatchPolicyVersions(self, request: Any, context: Any) -> AsyncIterator[Any]:
         queue: asyncio.Queue[policy_pb2.PolicyVersion] = asyncio.Queue()
         self._owner.watchers.append(queue)

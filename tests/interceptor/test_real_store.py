@@ -64,7 +64,21 @@ class Together:
         answer: dict[str, Any] = response.json()
         return answer
 
-    def version(self, number: int, phase: int, limit: float = 60.0) -> policy_pb2.EngineState:
+    def samples_from(self, client: TorchClient, version: int, weights: str) -> None:
+        """Assert that the engine samples from these weights and says so."""
+        rollout, attempt = self.start_rollout()
+        self.ask(rollout, attempt)
+        (stored,) = self.calls(rollout, 1)
+        choice = stored.span.model_call.choices[0]
+        assert [run.policy_version for run in choice.policy_runs] == [version]
+        rows = [{"prompt": list(stored.span.model_call.prompt.token_ids), "response": list(choice.token_ids)}]
+        model = str(self.running.model)
+        (expected,) = client.call("logprobs", model=model, weights=weights, rows=rows)
+        assert list(choice.logprobs) == pytest.approx(expected, abs=1e-4)
+
+    def version(
+        self, number: int, phase: int, limit: float = 60.0, engine_id: str = "engine-1"
+    ) -> policy_pb2.EngineState:
         """The engine's state of a policy version once it has reached a phase."""
         request = trainer_service_pb2.GetPolicyVersionRequest(
             run_id="run-1", model="tiny", policy_version=number
@@ -73,7 +87,7 @@ class Together:
         while True:
             version = self.trainer.GetPolicyVersion(request, wait_for_ready=True).policy_version
             for state in version.engine_states:
-                if state.phase == phase:
+                if (state.phase, state.engine_id) == (phase, engine_id):
                     return state
             assert time.monotonic() < until, version
             time.sleep(0.02)
@@ -131,7 +145,7 @@ def test_a_killed_store_loses_nothing_and_stores_nothing_twice(together: Togethe
     assert all(stored.span.model_call.choices[0].token_ids for stored in found)
 
 
-def test_a_swap_through_the_trainer_service(
+def test_a_swap_through_the_trainer_service_outlives_the_engine(
     together: Together, torch_client: TorchClient, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "v1.safetensors")
@@ -152,13 +166,14 @@ def test_a_swap_through_the_trainer_service(
         )
     )
     assert together.version(1, policy_pb2.ENGINE_PHASE_ACTIVE).pause_ns > 0
-    rollout, attempt = together.start_rollout()
-    together.ask(rollout, attempt)
-    (stored,) = together.calls(rollout, 1)
-    choice = stored.span.model_call.choices[0]
-    assert [run.policy_version for run in choice.policy_runs] == [1]
-    rows = [{"prompt": list(stored.span.model_call.prompt.token_ids), "response": list(choice.token_ids)}]
-    (expected,) = torch_client.call("logprobs", model=model, weights=out, rows=rows)
-    assert list(choice.logprobs) == pytest.approx(expected, abs=1e-4)
+    together.samples_from(torch_client, 1, out)
     engines = together.trainer.ListEngines(trainer_service_pb2.ListEnginesRequest(run_id="run-1")).engines
     assert [(e.engine_id, e.active_policy_version, e.connected) for e in engines] == [("engine-1", 1, True)]
+    # An engine that dies without a word goes on with the committed weights, not with its model folder's.
+    together.running.process.kill()
+    together.running.process.wait(10)
+    folder = together.running.log.parent
+    with engine(together.running.model, together.server.address, folder, "--engine-id", "again") as again:
+        together.running = again
+        together.samples_from(torch_client, 1, out)
+        assert together.version(1, policy_pb2.ENGINE_PHASE_ACTIVE, engine_id="again").weights_digest == digest

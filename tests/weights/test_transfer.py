@@ -17,6 +17,7 @@ CASES = [
     "a_missing_receiver_ends_at_the_deadline_on_both_sides",
     "abort_frees_the_staging_memory_and_cancel_ends_the_sender",
     "a_sender_that_is_not_there_is_one_line",
+    "kept_weights_come_back_and_damaged_ones_do_not",
     "the_digest_does_not_depend_on_the_bucket_size",
 ]
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,7 @@ import torch
 from agl_grpc.weights import ReceiverState, ReceiverStatus, TransferError, TransferReport
 from agl_grpc.weights import group as groups
 from agl_grpc.weights.digest import combined_digest, digest_tensors, segment_digests
+from agl_grpc.weights.kept import kept_path
 from agl_grpc.weights.receiver import WeightReceiver
 from agl_grpc.weights.sender import WeightSender, pack_segments
 
@@ -196,6 +199,44 @@ def case_the_digest_does_not_depend_on_the_bucket_size(_: WeightSender) -> None:
             )
         )
     assert digests == {digest_tensors(tensors(5))}
+
+
+def case_kept_weights_come_back_and_damaged_ones_do_not(sender: WeightSender) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        receiver = WeightReceiver("0", folder)
+        digests = []
+        for number in (1, 2):
+            receiver.prepare(f"k{number}", sender.endpoint, 20)
+            sender.send(f"k{number}", tensors(number), receivers=1, timeout=20)
+            digests.append(settle(receiver).digest)
+            wait_for(kept_path(folder, digests[-1]).exists)
+            if number == 1:
+                receiver.loaded()
+        # Version 2 was staged and is given up: version 1, which serves, stays.
+        receiver.abort("given up")
+        assert [path.name for path in folder.iterdir()] == [kept_path(folder, digests[0]).name]
+        again = WeightReceiver("0", folder)
+        again.restore("back", folder, digests[0])
+        assert again.status().digest == digest_tensors(again.staged("back")) == digests[0]
+        assert [name for name, _ in again.staged("back")] == [name for name, _ in tensors(1)]
+        with refused("cannot be read"):
+            again.restore("other", folder, digests[1])
+        path = kept_path(folder, digests[0])
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with refused("are damaged"):
+            again.restore("flipped", folder, digests[0])
+        path.write_bytes(whole[:-1])
+        with refused("end in the middle of int"):
+            again.restore("short", folder, digests[0])
+
+
+def wait_for(condition: Callable[[], bool], limit: float = 20.0) -> None:
+    until = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < until, "not seen in time"
+        time.sleep(0.005)
 
 
 CASES: dict[str, Callable[[WeightSender], None]] = {

@@ -1,7 +1,8 @@
 """What a store server and its database cost, unit by unit: processor time and bytes on disk.
 
 `benchmarks.scaling` reckons with these figures. Processor time does not depend on who else uses the machine,
-so they hold on a busy one too. At the end two servers over one PostgreSQL database do the same lives at once.
+so they hold on a busy one too. Whole rollouts stand beside what the units add up to. At the end two servers
+over one PostgreSQL database do the same lives at once.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from benchmarks import ingest, lives
 from benchmarks.clients import Start, run_clients
 from benchmarks.database import make_attempts
 from benchmarks.figures import Row, figure, median, run
-from benchmarks.messages import RUNNER, Calls, lease_request, spec
+from benchmarks.messages import RUNNER, Calls, call_span, completion, lease_request, plain_span, spec
 from benchmarks.servers import folder, store_server
 from tests.support.postgres import PostgresServer
 
 BATCH = 32
 """Rollouts of an enqueue, of a lease and of a completion; leases of a renewal."""
 
+TURNS, SPANS_PER_TURN = 8, 4
+LIFE_CPU = "server CPU of a life with one span, 32 a call"
+LIFE_BYTES = "bytes on disk of a life with one span"
+SPAN_CPU, SPAN_BYTES_ = "server CPU of a 700-byte span", "bytes on disk of a 700-byte span"
+CALL_CPU, CALL_BYTES = "server CPU of a 1,280-token model call", "bytes on disk of a 1,280-token model call"
 IDLE_SECONDS = 3.0
 """What servers and PostgreSQL use without any load, over so long, is taken off."""
 
@@ -53,6 +59,54 @@ async def renew_for(start: Start, address: str, seconds: float) -> int:
         count += BATCH
     await calls.channel.close()
     return count
+
+
+async def whole_rollouts(start: Start, address: str, seconds: float) -> int:
+    """Takes rollouts of an agent with several turns through their life; how many."""
+    calls = Calls(address, False)
+    queue = f"q-{os.getpid()}"
+    model_call = call_span(0)
+    await start()
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        identity = uuid.uuid4().hex
+        await calls.enqueue(store.EnqueueRolloutsRequest(request_id=identity, rollouts=[spec(queue)] * BATCH))
+        leases = [one.lease for one in (await calls.lease(lease_request(queue, identity, BATCH))).rollouts]
+        for _ in range(TURNS):
+            request = store.AppendSpansRequest()
+            for lease in leases:
+                model_call.span_id = os.urandom(8)
+                spans = [model_call, *(plain_span() for _ in range(SPANS_PER_TURN))]
+                request.groups.add(rollout_id=lease.rollout_id, attempt_id=lease.attempt_id, spans=spans)
+            await calls.append(request)
+        completions = [completion(lease) for lease in leases]
+        await calls.complete(
+            runner.CompleteAttemptsRequest(request_id=identity, worker_id=queue, completions=completions)
+        )
+        count += len(leases)
+    await calls.channel.close()
+    return count
+
+
+def checked(database: Path, seconds: float, rows: list[Row]) -> list[Row]:
+    """Whole rollouts, beside what the units add up to."""
+    unit = {row["name"]: row["value"] for row in rows}
+    before = sizes(database)
+    with store_server(database) as server:
+        found = run_clients(server, 1, whole_rollouts, server.address, seconds)
+    after = sizes(database)
+    (count,) = found.results
+    plain = TURNS * SPANS_PER_TURN
+    cpu = unit[LIFE_CPU] + (plain - 1) * unit[SPAN_CPU] + TURNS * unit[CALL_CPU]
+    size = unit[LIFE_BYTES] + (plain - 1) * unit[SPAN_BYTES_] + TURNS * unit[CALL_BYTES]
+    title = f"a rollout of {TURNS} model calls and {plain} spans"
+    reckoned = "reckoned from the units"
+    return [
+        figure(f"server CPU of {title}", "us", 1e6 * found.server_cpu / count, peer=cpu, peer_name=reckoned),
+        figure(
+            f"bytes on disk of {title}", "B", (after[0] - before[0]) / count, peer=size, peer_name=reckoned
+        ),
+    ]
 
 
 def sizes(database: Path) -> tuple[int, int, int]:
@@ -87,25 +141,25 @@ def on_sqlite(place: Path, seconds: float) -> list[Row]:
     before = sizes(database)
     with store_server(database) as server:
         life = lives.rate_of(server, False, BATCH, seconds, loops=2)
-        rows.append(figure("server CPU of a life with one span, 32 a call", "us", life.server_cpu))
+        rows.append(figure(LIFE_CPU, "us", life.server_cpu))
         rows.append(figure("clients' CPU of a life with one span, 32 a call", "us", life.client_cpu))
         renewal = run_clients(server, 1, renew_for, server.address, seconds / 2)
         cpu = 1e6 * renewal.server_cpu / renewal.results[0]
         rows.append(figure("server CPU of a renewed lease, 32 a call", "us", cpu))
     after = sizes(database)
     made = after[1] - before[1]
-    rows.append(figure("bytes on disk of a life with one span", "B", (after[0] - before[0]) / made))
-    for kind, size in (("spans", 100), ("calls", 16)):
+    rows.append(figure(LIFE_BYTES, "B", (after[0] - before[0]) / made))
+    for kind, size, cpu_title, bytes_title in (
+        ("spans", 100, SPAN_CPU, SPAN_BYTES_),
+        ("calls", 16, CALL_CPU, CALL_BYTES),
+    ):
         before = after
         with store_server(database) as server:
             found = ingest.rate_of(server, ingest.Kind(kind, size), attempts, 1, seconds)
         after = sizes(database)
-        title = {"spans": "700-byte span", "calls": "1,280-token model call"}[kind]
-        rows.append(figure(f"server CPU of a {title}", "us", found.server_cpu))
-        rows.append(
-            figure(f"bytes on disk of a {title}", "B", (after[0] - before[0]) / (after[2] - before[2]))
-        )
-    return rows
+        rows.append(figure(cpu_title, "us", found.server_cpu))
+        rows.append(figure(bytes_title, "B", (after[0] - before[0]) / (after[2] - before[2])))
+    return rows + checked(database, seconds, rows)
 
 
 async def live_on_all(start: Start, addresses: list[str], seconds: float) -> float:

@@ -21,7 +21,9 @@ import psutil
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model import EnqueueRolloutRequest, RolloutStatus
-from benchmarks.bench_lifecycle import ROOT, on_loop, percentile, store_server
+from benchmarks.clients import on_loop
+from benchmarks.figures import percentile
+from benchmarks.servers import ROOT, folder, store_server
 
 SAMPLE = 500
 """Attempts whose times are read for a percentile."""

@@ -108,7 +108,7 @@ class Demand:
 
     lives: float
     store_cores: float
-    postgres_cores: float
+    shared_lock: float
     disk_bytes: float
     rollout_bytes: float
     workers: int
@@ -124,7 +124,8 @@ def demand(count: int, load: Workload, costs: Costs) -> Demand:
     return Demand(
         lives=lives,
         store_cores=lives * (costs.life + renewals + traffic),
-        postgres_cores=lives * costs.database_life,
+        # On PostgreSQL writers take turns: the work of servers and database on lifecycle happens one by one.
+        shared_lock=lives * (costs.shared_life + costs.database_life),
         disk_bytes=lives * rollout_bytes,
         rollout_bytes=rollout_bytes,
         workers=math.ceil(count / load.per_worker),
@@ -249,7 +250,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "stores",
         "lives/s",
         "store cores",
-        "PostgreSQL cores",
+        "PostgreSQL write lock",
         "disk MB/s",
         "TB/day",
         "workers",
@@ -266,7 +267,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             row["stores"],
             f"{row['lives']:,.0f}",
             f"{row['store_cores']:.2f}",
-            f"{row['postgres_cores']:.2f}",
+            f"{row['shared_lock']:.0%}",
             f"{row['disk_bytes'] / 1e6:.1f}",
             f"{row['disk_bytes'] * 86_400 / 1e12:.2f}",
             f"{row['workers']:,}",

@@ -18,6 +18,7 @@ from agl_grpc.model.value import JSON, RawPayload
 from agl_grpc.runner.failures import failure_of
 from agl_grpc.runner.hooks import Hook, HookCalls, call_reported
 from agl_grpc.runner.outcome import Outcome, read_result
+from agl_grpc.runner.program import ProgramAgent
 from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,9 @@ class Executor:
         """Nothing to do: the agent is there."""
 
     async def close(self) -> None:
-        """Nothing to do: what it runs belongs to its caller."""
+        """Has an agent that is a program let go of what it holds; other agents belong to the caller."""
+        if isinstance(self._agent, ProgramAgent):
+            await self._agent.close()
 
     async def execute(self, task: Task) -> Outcome:
         """Runs the agent to its end. What it raises becomes a failure; only cancellation passes."""

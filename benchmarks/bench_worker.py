@@ -112,10 +112,10 @@ def figures(scale: float) -> list[dict[str, Any]]:
     """All figures."""
     empty = ("--agent", "benchmarks.empty_agent:EmptyAgent")
     threaded = ("--agent", "benchmarks.empty_agent:EmptySyncAgent")
-    with store_server() as address:
+    with folder() as place, store_server(place / "store.db") as server:
 
         def run(name: str, rollouts: int, workers: int, *options: str) -> Measured:
-            return on_loop(measure(address, name, max(50, int(rollouts * scale)), workers, *options))
+            return on_loop(measure(server.address, name, max(50, int(rollouts * scale)), workers, *options))
 
         single = run("single", 1000, 1, *empty)
         full = run("full", 6000, 2, "--concurrency", "64", *empty)

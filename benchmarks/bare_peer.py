@@ -1,5 +1,7 @@
-"""The peer: gRPC alone, on the same machine, with the same clients. It answers every unary call with nothing
-and passes each message of a call on to one of the streams that wait, storing nothing.
+"""The peer: gRPC's own asyncio server, on the same machine, with the same clients.
+
+It answers every unary call with nothing, acknowledges every span message, passes calls on to lease streams
+that wait, and stores nothing.
 """
 
 from __future__ import annotations
@@ -7,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import uvloop
+
+from agl_grpc.v1 import store_service_pb2 as store
 
 
 class Handler(grpc.GenericRpcHandler):
@@ -20,10 +23,13 @@ class Handler(grpc.GenericRpcHandler):
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[bytes]] = deque()
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """Bidirectional for lease streams, unary for all else; requests and answers are bytes."""
-        if str(handler_call_details.method).endswith("/StreamLeases"):
-            return grpc.stream_stream_rpc_method_handler(self._stream)
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Bidirectional for streams, unary for all else; requests and answers are bytes."""
+        method = str(handler_call_details.method)
+        if method.endswith("/StreamLeases"):
+            return grpc.stream_stream_rpc_method_handler(self._leases)
+        if method.endswith("/StreamSpans"):
+            return grpc.stream_stream_rpc_method_handler(self._spans)
         return grpc.unary_unary_rpc_method_handler(self._unary)
 
     async def _unary(self, request: bytes, _context: Any) -> bytes:
@@ -31,16 +37,25 @@ class Handler(grpc.GenericRpcHandler):
             self._waiting.popleft().set_result(request)
         return b""
 
-    async def _stream(self, requests: AsyncIterator[bytes], _context: Any) -> AsyncIterator[bytes]:
-        async for _ in requests:
+    async def _leases(self, _requests: Any, context: Any) -> None:
+        while await context.read() is not grpc.aio.EOF:
             future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             self._waiting.append(future)
-            yield await future
+            await context.write(await future)
+
+    async def _spans(self, _requests: Any, context: Any) -> None:
+        number = 0
+        while await context.read() is not grpc.aio.EOF:
+            ack = store.StreamSpansResponse(ack=store.SpanStreamAck(sequence=number))
+            opened = store.StreamSpansResponse(opened=store.SpanStreamOpened(epoch=1))
+            await context.write((ack if number else opened).SerializeToString())
+            number += 1
 
 
 async def serve() -> None:
     """Serves on a free port, which it prints, until its standard input ends."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
+    server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers((Handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

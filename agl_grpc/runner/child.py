@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,15 +17,15 @@ from agl_grpc.model.enums import Durability
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.runner.executor import Executor, Task
 from agl_grpc.runner.failures import failure_of
-from agl_grpc.runner.load import LoadError, load_agent, load_hooks
+from agl_grpc.runner.load import LoadError, load_agent, load_hooks, load_tracer
 from agl_grpc.runner.logs import configure_logging
 from agl_grpc.runner.outcome import Outcome
+from agl_grpc.runner.parent import signal_when_parent_dies
 from agl_grpc.runner.threads import AbandonedThreads
-from agl_grpc.tracer import OtelTracer
+from agl_grpc.tracer import Tracer
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _LOOK_SECONDS = 0.01
 
 
@@ -63,7 +61,7 @@ class ProcessRunner:
     """What hooks and agents see as their runner."""
 
     worker_id: str
-    tracer: OtelTracer
+    tracer: Tracer
 
 
 class _Link:
@@ -89,18 +87,19 @@ def run_agent_process(config: RunnerConfig, worker_id: str, connection: Connecti
     """Loads the agent and runs it on what comes through the pipe, until the worker closes it."""
     # A session of its own: whatever the agent starts is killed with it.
     os.setsid()
-    _die_with_parent()
+    # A hung agent must not outlive a worker that was killed. Elsewhere the closed pipe ends it.
+    signal_when_parent_dies(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging(config.log_level)
     link = _Link(connection)
     try:
         agent = load_agent(config.agent, config.app_dir)
         hooks = load_hooks(config.hooks, config.app_dir)
+        tracer = load_tracer(config.tracer, config.app_dir)
     except LoadError as error:
         link.send(Ready(str(error)))
         return
-    tracer = OtelTracer(link)
-    tracer.init()
+    tracer.init_worker(worker_id, link)
     abandoned = AbandonedThreads()
     executor = Executor(agent, tracer, hooks, ProcessRunner(worker_id, tracer), abandoned)
     link.send(Ready())
@@ -108,12 +107,6 @@ def run_agent_process(config: RunnerConfig, worker_id: str, connection: Connecti
     logging.shutdown()
     # Threads that the agent left running must not keep the process.
     os._exit(0)
-
-
-def _die_with_parent() -> None:
-    # A hung agent must not outlive a worker that was killed. Elsewhere the closed pipe ends it.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Server:

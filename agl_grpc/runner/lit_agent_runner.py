@@ -19,7 +19,7 @@ from agl_grpc.runner.hooks import Hook
 from agl_grpc.runner.outcome import Outcome
 from agl_grpc.runner.resources import bind_to_attempt
 from agl_grpc.runner.worker import Worker
-from agl_grpc.tracer import OtelTracer
+from agl_grpc.tracer import OtelTracer, Tracer
 
 _LOOK_SECONDS = 0.1
 
@@ -40,18 +40,23 @@ class LitAgentRunner:
             rollout = await runner.step({"question": "2 + 2"})
 
     `tracer` records the agent's spans; `max_rollouts` ends `iter`; `concurrency` is how many rollouts `iter`
-    executes at once; `heartbeat_interval` is in seconds. Nothing polls: work is pushed.
+    executes at once, `queues` which it serves (empty = the run's own), `drain_seconds` how long agents may
+    finish when it stops; `heartbeat_interval` is in seconds. Nothing polls: work is pushed.
     """
 
     def __init__(
         self,
-        tracer: OtelTracer | None = None,
+        tracer: Tracer | None = None,
         max_rollouts: int | None = None,
         *,
         concurrency: int = 1,
         heartbeat_interval: float = 10.0,
+        drain_seconds: float = 30.0,
+        queues: Sequence[str] = (),
     ) -> None:
-        self.tracer = tracer or OtelTracer()
+        self.tracer: Tracer = tracer or OtelTracer()
+        self._drain_seconds = drain_seconds
+        self._queues = queues
         self._max_rollouts = max_rollouts
         self._concurrency = concurrency
         self._heartbeat_interval = heartbeat_interval
@@ -135,8 +140,13 @@ class LitAgentRunner:
         if resources is None:
             resources = await self._published(store, rollout)
         executor = Executor(agent, self.tracer, self._hooks, self)
-        outcome = await executor.execute(Task(rollout, bind_to_attempt(resources, rollout)))
-        await self._deliver(rollout, outcome, store, streamer)
+        try:
+            outcome = await executor.execute(Task(rollout, bind_to_attempt(resources, rollout)))
+            await self._deliver(rollout, outcome, store, streamer)
+        except asyncio.CancelledError:
+            # Nobody else will ever end this rollout.
+            await asyncio.shield(store.cancel_rollouts([rollout.rollout_id], reason="the step was cancelled"))
+            raise
         ended = await store.get_rollout_by_id(rollout.rollout_id)
         assert ended is not None, "a rollout that was just executed has been deleted"
         return ended
@@ -148,7 +158,9 @@ class LitAgentRunner:
             agent=agent,
             store=store.target,
             run_id=store.run_id,
+            queues=self._queues,
             concurrency=self._concurrency,
+            drain_seconds=self._drain_seconds,
             heartbeat_seconds=self._heartbeat_interval,
             max_rollouts=self._max_rollouts,
             name=self._worker_id,

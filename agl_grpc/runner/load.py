@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agl_grpc.agent import LitAgent
+    from agl_grpc.tracer import Tracer
 
 
 class LoadError(Exception):
@@ -74,6 +75,23 @@ def load_hooks(hooks: Iterable[Any], app_dir: str | None = None) -> list[Any]:
 
     found = [load_object(hook, app_dir) if isinstance(hook, str) else hook for hook in hooks]
     return [_made(hook, Hook) for hook in found]
+
+
+def load_tracer(tracer: Any, app_dir: str | None = None) -> Tracer:
+    """The tracer that an import path, a class, a factory or an object stands for; None = an `OtelTracer`.
+
+    Raises:
+        LoadError: it cannot be imported, or is no tracer.
+    """
+    from agl_grpc.tracer import OtelTracer, Tracer
+
+    found = load_object(tracer, app_dir) if isinstance(tracer, str) else tracer
+    made = OtelTracer() if found is None else _made(found, Tracer)
+    if not isinstance(made, Tracer):
+        raise LoadError(
+            f"the tracer {tracer!r} is a {type(made).__name__}; it must be a Tracer, or its class"
+        )
+    return made
 
 
 def _made(found: Any, kind: type[Any]) -> Any:

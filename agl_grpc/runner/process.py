@@ -12,11 +12,12 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from agl_grpc.runner.config import RunnerConfig
-from agl_grpc.runner.load import LoadError, load_agent, load_hooks
+from agl_grpc.runner.load import LoadError, load_agent, load_hooks, load_tracer
 from agl_grpc.runner.logs import configure_logging
 
 if TYPE_CHECKING:
     from agl_grpc.agent import LitAgent
+    from agl_grpc.tracer import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def run_worker_process(config: RunnerConfig, index: int, reports: Connection) ->
     """Runs one worker to its end and exits the process: 0 = it has left as it should."""
     # Ctrl-C reaches the whole group of processes; only the supervisor's SIGTERM counts here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker begins with its supervisor's handler
     configure_logging(config.log_level)
     from agl_grpc.client import Overloaded, StoreError, StoreUnavailable
 
@@ -62,34 +64,44 @@ def run_worker_process(config: RunnerConfig, index: int, reports: Connection) ->
 
 
 def _run(config: RunnerConfig, index: int, reports: Connection) -> int:
-    agent, hooks = load_parts(config)
+    agent, hooks, tracer = load_parts(config)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_work(config, index, agent, hooks, reports))
+        return runner.run(_work(config, index, agent, hooks, tracer, reports))
 
 
-def load_parts(config: RunnerConfig) -> tuple[LitAgent[Any] | None, list[Any]]:
-    """A worker's agent and hooks; no agent where its own processes load it.
+def load_parts(config: RunnerConfig) -> tuple[LitAgent[Any] | None, list[Any], Tracer | None]:
+    """A worker's agent, hooks and tracer; none of them where its own processes load them.
 
     Raises:
         LoadError: they cannot be imported.
     """
     if config.isolation == "process":
-        return None, []
+        return None, [], None
     if config.isolation == "command":
         from agl_grpc.runner.command import CommandAgent
 
         agent: LitAgent[Any] = CommandAgent(config.command, config.store)
+    elif config.isolation == "kubernetes":
+        from agl_grpc.runner.kubernetes import KubernetesAgent
+
+        agent = KubernetesAgent(config.job_template, config.namespace, config.store)
     else:
         agent = load_agent(config.agent, config.app_dir)
-    return agent, load_hooks(config.hooks, config.app_dir)
+    hooks = load_hooks(config.hooks, config.app_dir)
+    return agent, hooks, load_tracer(config.tracer, config.app_dir)
 
 
 async def _work(
-    config: RunnerConfig, index: int, agent: LitAgent[Any] | None, hooks: list[Any], reports: Connection
+    config: RunnerConfig,
+    index: int,
+    agent: LitAgent[Any] | None,
+    hooks: list[Any],
+    tracer: Tracer | None,
+    reports: Connection,
 ) -> int:
     from agl_grpc.runner.worker import Worker
 
-    worker = Worker(config, config.worker_id(index), agent, hooks)
+    worker = Worker(config, config.worker_id(index), agent, hooks, tracer)
     loop = asyncio.get_running_loop()
 
     def on_terminate() -> None:

@@ -84,9 +84,9 @@ class RayWorker:
     def run(self) -> tuple[str, str]:
         """Works until it leaves; `left`, `worn out`, or `refused` with the reason."""
         try:
-            agent, hooks = load_parts(self.config)
+            agent, hooks, tracer = load_parts(self.config)
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
-                return runner.run(_work(self, agent, hooks))
+                return runner.run(_work(self, agent, hooks, tracer))
         except LoadError as error:
             return "refused", str(error)
         except StoreError as error:
@@ -117,8 +117,8 @@ class RayWorker:
 
 
 # Not a method: one coroutine method makes all of an actor's methods run on Ray's own event loop.
-async def _work(actor: RayWorker, agent: Any, hooks: list[Any]) -> tuple[str, str]:
-    worker = Worker(actor.config, actor.worker_id, agent, hooks)
+async def _work(actor: RayWorker, agent: Any, hooks: list[Any], tracer: Any) -> tuple[str, str]:
+    worker = Worker(actor.config, actor.worker_id, agent, hooks, tracer)
     actor.begun(worker, asyncio.get_running_loop())
     await worker.run()
     return ("worn out" if worker.worn_out else "left"), ""

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import Any
 
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.runner.exits import describe_exit
@@ -23,11 +24,13 @@ from agl_grpc.runner.sweep import end_programs
 
 log = logging.getLogger(__name__)
 
+_END_LEASES_SECONDS = 10.0
+
 
 @dataclass(slots=True)
 class _Child:
     index: int
-    process: SpawnProcess
+    process: BaseProcess
     reports: Connection
     started: float
     start: Start
@@ -56,7 +59,7 @@ class Supervisor:
 
     def __init__(self, config: RunnerConfig) -> None:
         self._config = config
-        self._context = multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context(config.start_method)
         self._children: dict[int, _Child] = {}
         self._due: dict[int, Start] = {}
         self._stops = 0
@@ -149,8 +152,9 @@ class Supervisor:
             return
         if code == EXIT_FATAL:
             raise WorkerStartError(child.report or f"worker {name} could not start")
-        end_leases(self._config.store, name)
-        end_programs(name)
+        self._end_leases(name)
+        if child.process.pid is not None:
+            end_programs(child.process.pid)
         if self._stops:
             log.warning("worker %s %s while it was stopping", name, describe_exit(code))
             return
@@ -186,3 +190,15 @@ class Supervisor:
             child.process.join()
             child.reports.close()
         self._children.clear()
+
+    def _end_leases(self, worker_id: str) -> None:
+        if self._config.start_method != "fork":
+            end_leases(self._config.store, worker_id)
+            return
+        # Workers are copies of this process, which therefore must not use gRPC itself.
+        process = self._context.Process(target=end_leases, args=(self._config.store, worker_id))
+        process.start()
+        process.join(_END_LEASES_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()

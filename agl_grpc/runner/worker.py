@@ -50,7 +50,7 @@ from agl_grpc.runner.held import Held, StopReason
 from agl_grpc.runner.hooks import Hook
 from agl_grpc.runner.process_pool import ProcessPool
 from agl_grpc.runner.threads import AbandonedThreads
-from agl_grpc.tracer import OtelTracer
+from agl_grpc.tracer import OtelTracer, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +83,10 @@ class Worker:
         worker_id: str,
         agent: LitAgent[Any] | None,
         hooks: Sequence[Hook] = (),
-        tracer: OtelTracer | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.worker_id = worker_id
-        self.tracer = tracer or OtelTracer()
+        self.tracer: Tracer = tracer or OtelTracer()
         self.worn_out = False
         self.on_first_rollout: Callable[[], None] = lambda: None
         self._drain_order: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +48,7 @@ class Store:
         self.clock = clock
         self.start_time = clock.now()
         self.hub = Hub()
+        self._shared: dict[Hashable, asyncio.Future[Any]] = {}
         self.reads = ReadPool(database)
         self.writer = Writer(database, clock, self._committed)
         self.timers = Timers(self.writer, clock)
@@ -89,6 +90,24 @@ class Store:
     async def read(self, read: Callable[[Connection], T]) -> T:
         """Reads one page in one transaction. See ReadPool.run."""
         return await self.reads.run(read)
+
+    async def read_shared(self, name: Hashable, read: Callable[[Connection], T]) -> T:
+        """As `read`, made once for all who want it at the same time.
+
+        Args:
+            name: What is read; the same name means the same result.
+            read: Reads it.
+        """
+        # A read that began before the newest change was published may not have seen it.
+        key = (name, self.hub.generation)
+        reading = self._shared.get(key)
+        if reading is None:
+            reading = asyncio.ensure_future(self.reads.run(read))
+            self._shared[key] = reading
+            reading.add_done_callback(lambda _: self._shared.pop(key, None))
+        # One who leaves must not take the result from the others.
+        result: T = await asyncio.shield(reading)
+        return result
 
     def _committed(self, events: Sequence[EventRow], due: int | None) -> None:
         if events:

@@ -33,6 +33,11 @@ class AgentOpsTracer(OtelTracer):
         resource: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(streamer, resource=resource)
+        self._settings = {
+            "agentops_managed": agentops_managed,
+            "instrument_managed": instrument_managed,
+            "resource": resource,
+        }
         self.agentops_managed = agentops_managed
         self.instrument_managed = instrument_managed
         self._attached = False

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.trainer.options import EngineOptions
-from agl_grpc.trainer.processes import Command, Function, child_environment
+from agl_grpc.trainer.plan import Plan
+from agl_grpc.trainer.processes import Command, Forked, Function, child_environment
 from agl_grpc.trainer.run_folder import RunFolder
 
 
@@ -21,10 +22,10 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
-def store_part(folder: RunFolder, port: int, mark: str) -> Command:
+def store_part(folder: RunFolder, port: int, mark: str, host: str = "127.0.0.1") -> Command:
     """The store over the run's database."""
     command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port)]
-    command += ["--database", str(folder.database)]
+    command += ["--host", host, "--database", str(folder.database)]
     return Command("store", command, folder.log("store"), mark, child_environment())
 
 
@@ -65,6 +66,13 @@ def learner_part(
 def runner_part(folder: RunFolder, config: RunnerConfig, mark: str) -> Function:
     """The workers; the agent is handed over as an object, so that it may live in the user's script."""
     return Function("runner", run_workers, (config,), folder.log("runner"), mark)
+
+
+def forked_runner_part(plan: Plan, mark: str) -> Forked:
+    """The workers as copies of this program; it runs once it is told the store's address."""
+    return Forked(
+        "runner", lambda store: run_workers(plan.runner_config(store)), plan.folder.log("runner"), mark
+    )
 
 
 def run_workers(config: RunnerConfig) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from agl_grpc.agent import LitAgent
 from agl_grpc.client import StoreClient
 from agl_grpc.model import NamedResources, Rollout, RolloutMode
-from agl_grpc.runner.hooks import Hook
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
+from agl_grpc.runner.load import load_hooks
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.processes import Command
@@ -31,7 +31,7 @@ async def dev_run(
     resources: NamedResources,
     store: str,
     run_id: str,
-    hooks: Sequence[Hook] = (),
+    hooks: Sequence[Any] = (),
 ) -> list[Rollout]:
     """Executes the tasks one after the other; the rollouts as they ended.
 
@@ -43,7 +43,7 @@ async def dev_run(
         if resources:
             await client.add_resources(resources)
         ended: list[Rollout] = []
-        async with runner.run_context(agent=agent, store=client, hooks=hooks):
+        async with runner.run_context(agent=agent, store=client, hooks=load_hooks(hooks)):
             for task in tasks:
                 rollout = await runner.step(task, mode=mode)
                 if rollout.failure is not None:

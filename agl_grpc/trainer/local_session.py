@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from agl_grpc.algorithm import Algorithm
 from agl_grpc.client import StoreClient
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
+from agl_grpc.runner.load import LoadError, load_agent, load_hooks, load_tracer
+from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
+from agl_grpc.tracer import Tracer
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
@@ -23,6 +29,9 @@ from agl_grpc.trainer.strategy import (
     SharedMemoryExecutionStrategy,
 )
 
+log = logging.getLogger(__name__)
+
+# After the agents' grace: to deliver what has finished and hand back the rest.
 _THREAD_END_SECONDS = 15.0
 
 
@@ -45,6 +54,10 @@ class LocalSession(Session):
         self._runner = runner
         self._adapter = adapter
         self._trainer = trainer
+
+    @property
+    def starts_processes(self) -> bool:
+        return self._strategy.runs_workers and isinstance(self._strategy, ClientServerExecutionStrategy)
 
     async def _work(self) -> FitResult:
         plan = self.plan
@@ -78,7 +91,7 @@ class LocalSession(Session):
             self.progress.say(f"workers elsewhere: agl-grpc runner start --agent … --store {self.address}")
             yield
         elif isinstance(self._strategy, SharedMemoryExecutionStrategy):
-            threads = WorkerThreads(self.plan, self.address, self._runner)
+            threads = WorkerThreads(self.plan, self.address, self._runner, self._trainer, self.stack.fail)
             threads.start()
             try:
                 yield
@@ -103,27 +116,58 @@ class LocalSession(Session):
         self.progress.phase(f"running {type(algorithm).__name__}")
         if algorithm.is_async():
             return await algorithm.run(plan.train_dataset or None, plan.val_dataset)
-        # A plain function blocks, so it gets a thread, and a client of its own: each belongs to one loop.
+        # A plain function blocks, so it gets a thread, and a client of its own: each belongs to one loop. The
+        # thread does not keep the program: one that would not stop is left behind.
         algorithm.set_store(StoreClient(self.address, run_id=plan.run_id))
-        return await asyncio.to_thread(algorithm.run, plan.train_dataset or None, plan.val_dataset)
+        call = functools.partial(algorithm.run, plan.train_dataset or None, plan.val_dataset)
+        return await run_in_thread(call, AbandonedThreads())
 
 
 class WorkerThreads:
-    """Workers in threads of this process, each with an event loop of its own."""
+    """Workers in threads of this process, each with an event loop of its own.
 
-    def __init__(self, plan: Plan, store: str, runner: LitAgentRunner | None) -> None:
+    ``fail`` is told why a worker ended that should not have.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: str,
+        runner: LitAgentRunner | None,
+        trainer: Any,
+        fail: Callable[[Exception], None],
+    ) -> None:
         if runner is not None and plan.n_runners > 1:
             raise TrainerError(
                 "one runner object cannot serve several threads: give its class, or n_runners=1"
             )
+        try:
+            self._agent = load_agent(plan.agent)
+            self._hooks = load_hooks(plan.hooks)
+            tracer = load_tracer(plan.tracer)
+        except LoadError as error:
+            raise TrainerError(str(error)) from error
+        if trainer is not None:
+            self._agent.set_trainer(trainer)
         self._plan = plan
         self._store = store
-        self._runner = runner
+        self._fail = fail
         self._stop = threading.Event()
+        runners = [runner or self._make_runner(tracer) for _ in range(plan.n_runners)]
         self._threads = [
-            threading.Thread(target=self._body, args=(index,), name=f"worker-{index}", daemon=True)
-            for index in range(plan.n_runners)
+            threading.Thread(target=self._body, args=(index, runner), name=f"worker-{index}", daemon=True)
+            for index, runner in enumerate(runners)
         ]
+
+    def _make_runner(self, tracer: Tracer) -> LitAgentRunner:
+        options = self._plan.runner
+        return LitAgentRunner(
+            tracer,
+            self._plan.max_rollouts,
+            concurrency=options.concurrency,
+            drain_seconds=options.drain_seconds,
+            queues=(self._plan.run_id, self._plan.validation_queue),
+        )
 
     def start(self) -> None:
         """Starts all workers."""
@@ -133,21 +177,24 @@ class WorkerThreads:
     def stop(self) -> None:
         """Has all workers drain; TrainerError when one does not end."""
         self._stop.set()
+        deadline = time.monotonic() + self._plan.runner.drain_seconds + _THREAD_END_SECONDS
         for thread in self._threads:
-            thread.join(_THREAD_END_SECONDS)
+            thread.join(max(0.0, deadline - time.monotonic()))
         if stuck := [thread.name for thread in self._threads if thread.is_alive()]:
             raise TrainerError(f"{', '.join(stuck)} did not end: an agent blocks")
 
-    def _body(self, index: int) -> None:
-        asyncio.run(self._work(index))
+    def _body(self, index: int, runner: LitAgentRunner) -> None:
+        try:
+            asyncio.run(self._work(index, runner))
+        except Exception as error:
+            log.exception("worker %d in its thread is broken", index)
+            failure = TrainerError(f"worker {index} ended: {error}")
+            failure.__cause__ = error
+            self._fail(failure)
 
-    async def _work(self, index: int) -> None:
-        plan = self._plan
-        runner = self._runner or LitAgentRunner(
-            max_rollouts=plan.max_rollouts, concurrency=plan.runner.concurrency
-        )
+    async def _work(self, index: int, runner: LitAgentRunner) -> None:
         async with (
-            StoreClient(self._store, run_id=plan.run_id) as store,
-            runner.run_context(agent=plan.agent, store=store, hooks=plan.hooks, worker_id=index),
+            StoreClient(self._store, run_id=self._plan.run_id) as store,
+            runner.run_context(agent=self._agent, store=store, hooks=self._hooks, worker_id=index),
         ):
             await runner.iter(self._stop)

@@ -22,8 +22,8 @@ VALIDATION_QUEUE_SUFFIX = "-validation"
 class Plan:
     """One run as `Trainer` was told to make it.
 
-    ``store`` is the address of a store that runs already, empty = start one; ``llm`` an endpoint that exists
-    already, None = start an engine.
+    ``store`` is the address of a store that runs already, empty = start one on ``store_host``; ``llm`` an
+    endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be.
     """
 
     folder: RunFolder
@@ -32,6 +32,7 @@ class Plan:
     val_dataset: Sequence[Any] | None
     initial_resources: NamedResources = field(default_factory=dict)
     store: str = ""
+    store_host: str = "127.0.0.1"
     store_port: int = 0
     llm: LLM | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -43,6 +44,8 @@ class Plan:
     engine_python: str | Path | None = None
     learner_python: str | Path | None = None
     resume: bool = False
+    tracer: Any = None
+    start_method: str = "spawn"
 
     @property
     def run_id(self) -> str:
@@ -68,6 +71,8 @@ class Plan:
             hooks=self.hooks,
             max_rollouts=self.max_rollouts,
             log_level=self.runner.log_level,
+            tracer=self.tracer,
+            start_method=self.start_method,
         )
 
 

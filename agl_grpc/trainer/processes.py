@@ -5,15 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import pickle
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from agl_grpc.runner.exits import describe_exit
+from agl_grpc.runner.parent import signal_when_parent_dies
+from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.sweep import MARK
 
 TAIL_LINES = 15
@@ -37,7 +41,11 @@ class Part:
         """Starts the process."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.started = time.monotonic()
-        self._launch()
+        try:
+            self._launch()
+        except BaseException:
+            self._ended.set()  # there is nothing to end
+            raise
         threading.Thread(target=self._watch, args=(on_exit,), name=f"watch-{self.name}", daemon=True).start()
 
     def _launch(self) -> None:
@@ -158,6 +166,11 @@ class Function(Part):
             os.environ[MARK] = self.mark
             try:
                 self._process.start()
+            except (pickle.PicklingError, AttributeError, TypeError, ValueError) as error:
+                raise TrainerError(
+                    f"{self.name} processes cannot be given what they need: {error}; define the agent, hooks "
+                    "and tracer in a module, or use start_method='fork' or strategy='shm'"
+                ) from error
             finally:
                 del os.environ[MARK]
 
@@ -169,6 +182,62 @@ class Function(Part):
     def pid(self) -> int:
         assert self._process.pid is not None, f"{self.name} was not started"
         return self._process.pid
+
+
+class Forked(Part):
+    """A function in a forked process, which needs no pickling.
+
+    It is forked when it is made, before this program uses gRPC or an event loop, and waits for its argument.
+    """
+
+    def __init__(self, name: str, function: Callable[[str], None], log: Path, mark: str) -> None:
+        super().__init__(name, log, mark)
+        context = multiprocessing.get_context("fork")
+        self._ours, theirs = context.Pipe()
+        self._argument = ""
+        self._process = context.Process(
+            target=_run_forked, args=(str(log), function, theirs, self._ours), name=name
+        )
+        self._process.start()
+        theirs.close()
+
+    def tell(self, argument: str) -> Forked:
+        """The function's argument; before `start`."""
+        self._argument = argument
+        return self
+
+    def _launch(self) -> None:
+        self._ours.send(self._argument)
+
+    def _join(self) -> int:
+        self._process.join()
+        return self._process.exitcode or 0
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, f"{self.name} was not forked"
+        return self._process.pid
+
+    def discard(self) -> None:
+        """End it if it was never started."""
+        if not self.started:
+            self._ours.close()
+            self._process.join()
+
+
+def _run_forked(
+    log: str, function: Callable[[str], None], argument: Connection, other_end: Connection
+) -> None:
+    """Runs in the forked process."""
+    other_end.close()
+    # Ctrl-C is the trainer's affair until we are in a session of our own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal_when_parent_dies(signal.SIGTERM)
+    try:
+        told = argument.recv()
+    except EOFError:
+        return
+    _run_logged(log, function, told)
 
 
 def _run_logged(log: str, function: Callable[..., None], *arguments: Any) -> None:

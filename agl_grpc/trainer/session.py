@@ -7,19 +7,22 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from agl_grpc.client import StoreClient, StoreError
 from agl_grpc.model import LLM, NamedResources, ProxyLLM
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
+from agl_grpc.trainer.processes import Forked
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import engine_serves
 from agl_grpc.trainer.result import FitResult, Scores
 from agl_grpc.trainer.stack import Stack
+from agl_grpc.trainer.strategy import reachable
 from agl_grpc.trainer.validate import Score, validate
 
+T = TypeVar("T")
 _STORE_START_SECONDS = 60.0
 
 
@@ -36,6 +39,18 @@ class Session:
         self.address = plan.store
         self._client: StoreClient | None = None
         self._resources: dict[str, str] = {}
+        self._forked: Forked | None = None
+
+    def prepare(self) -> None:
+        """Before any event loop and gRPC: forks the workers' parent where workers are to be forked."""
+        if self.plan.start_method == "fork" and self.starts_processes:
+            self.plan.folder.path.mkdir(parents=True, exist_ok=True)
+            self._forked = commands.forked_runner_part(self.plan, self.stack.mark)
+
+    @property
+    def starts_processes(self) -> bool:
+        """Whether worker processes are started here."""
+        return True
 
     @property
     def client(self) -> StoreClient:
@@ -58,6 +73,8 @@ class Session:
     def close(self) -> None:
         """Ends every process of the run."""
         left = self.stack.close()
+        if self._forked is not None:
+            self._forked.discard()
         if left:
             self.progress.say(f"ended {left} processes that were left over")
 
@@ -72,9 +89,11 @@ class Session:
         plan = self.plan
         if not self.address:
             port = plan.store_port or commands.free_port()
-            self.address = f"127.0.0.1:{port}"
+            self.address = f"{reachable(plan.store_host)}:{port}"
             self.progress.phase(f"starting the store on {self.address}")
-            self.stack.start(lambda: commands.store_part(plan.folder, port, self.stack.mark), restart=True)
+            self.stack.start(
+                lambda: commands.store_part(plan.folder, port, self.stack.mark, plan.store_host), restart=True
+            )
         self._client = StoreClient(self.address, run_id=plan.run_id)
         try:
             async with asyncio.timeout(_STORE_START_SECONDS):
@@ -87,6 +106,10 @@ class Session:
         await self._client.create_run(plan.run_id)
 
     def _start_runners(self) -> None:
+        if self._forked is not None:
+            forked = self._forked.tell(self.address)
+            self.stack.start(lambda: forked)
+            return
         self.stack.start(
             lambda: commands.runner_part(
                 self.plan.folder, self.plan.runner_config(self.address), self.stack.mark
@@ -196,20 +219,21 @@ class _stopped_by_sigterm:  # lower case: it reads as a statement where it is us
 def run_to_end(session: Session) -> FitResult:
     """Runs a session and ends its processes, also after an error or Ctrl-C; a running loop may be there."""
     try:
-        return _run(session.run())
+        session.prepare()
+        return run_anywhere(session.run())
     except StoreError as error:
         raise TrainerError(f"the store at {session.address}: {error}") from error
     finally:
         session.close()
 
 
-def _run(work: Coroutine[Any, Any, FitResult]) -> FitResult:
+def run_anywhere(work: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, also where an event loop runs in this thread already: in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    # A notebook: its loop runs in this thread already.
-    results: list[FitResult] = []
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def body() -> None:

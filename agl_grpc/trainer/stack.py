@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -98,6 +99,18 @@ class Stack:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
+
+    def fail(self, error: Exception) -> None:
+        """Has `until` raise an error; from any thread."""
+
+        def on_loop() -> None:
+            if self._fatal is not None and not self._fatal.done():
+                self._fatal.set_exception(error)
+                self._fatal.exception()  # Whoever waits sees it; if nobody does, that is no defect.
+
+        assert self._loop is not None, "bind comes first"
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            self._loop.call_soon_threadsafe(on_loop)
 
     async def ended(self, name: str) -> int:
         """Waits for a part's end; its exit code."""

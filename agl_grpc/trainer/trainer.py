@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import dataclasses
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
-from agl_grpc.tracer import OtelTracer
+from agl_grpc.tracer import Tracer
 from agl_grpc.trainer.components import build
 from agl_grpc.trainer.dev import dev_run
 from agl_grpc.trainer.errors import TrainerError
@@ -26,7 +26,7 @@ from agl_grpc.trainer.plan import Plan, check_name
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.result import FitResult
 from agl_grpc.trainer.run_folder import RunFolder
-from agl_grpc.trainer.session import Session, run_to_end
+from agl_grpc.trainer.session import Session, run_anywhere, run_to_end
 from agl_grpc.trainer.strategy import STRATEGIES, ClientServerExecutionStrategy, ExecutionStrategy
 from agl_grpc.trainer.verl_session import VerlSession
 
@@ -49,7 +49,7 @@ class Trainer:
         n_runners: worker processes (or threads).
         max_rollouts: each worker leaves after so many; None = never.
         strategy: ``"cs"`` (processes, the default), ``"shm"`` (threads), or one of their classes.
-        tracer: records agents' spans in `dev` and in threads; processes make their own `OtelTracer`.
+        tracer: records agents' spans; default an `OtelTracer`. Worker processes make one like it.
         hooks: around rollouts: `Hook` objects or import paths.
         adapter: turns spans into what an algorithm in this process learns from.
         llm_proxy: a dict of `EngineOptions` for the engine that is started; or an endpoint that exists.
@@ -96,7 +96,7 @@ class Trainer:
             build("strategy", strategy, ExecutionStrategy, registry=STRATEGIES)
             or ClientServerExecutionStrategy()
         )
-        self.tracer = build("tracer", tracer, OtelTracer)
+        self.tracer = build("tracer", tracer, Tracer)  # type: ignore[type-abstract]  # only looked at
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
         self.adapter = adapter
         self.hooks = (
@@ -161,10 +161,12 @@ class Trainer:
         if not tasks:
             raise TrainerError("dev needs tasks: give train_dataset or val_dataset")
         runner = self.runner or LitAgentRunner(self.tracer)
-        return asyncio.run(
+        tried = _agent_object(_agent(agent))
+        tried.set_trainer(self)
+        return run_anywhere(
             dev_run(
                 runner,
-                _agent_object(_agent(agent)),
+                tried,
                 list(tasks)[:limit],
                 mode,
                 resources=resources,
@@ -177,10 +179,14 @@ class Trainer:
     def _plan(self, agent: Any, train: Sequence[Any], val: Sequence[Any] | None) -> Plan:
         strategy = self.strategy
         store, port = self.store, self.port or 0
+        host, start_method = "127.0.0.1", "spawn"
         if isinstance(strategy, ClientServerExecutionStrategy):
-            port = port or strategy.server_port or 0
-            if strategy.role == "runner" and not store:
-                store = f"{strategy.server_host}:{strategy.server_port or 4747}"
+            port = port or strategy.store_port
+            store = store or strategy.existing_store
+            host, start_method = strategy.server_host, strategy.start_method
+        runner = self.runner_options
+        if strategy.graceful_timeout is not None:
+            runner = dataclasses.replace(runner, drain_seconds=strategy.graceful_timeout)
         return Plan(
             folder=RunFolder(self.run_dir / self.run_name),
             agent=agent,
@@ -188,25 +194,24 @@ class Trainer:
             val_dataset=val,
             initial_resources=self.initial_resources,
             store=store,
+            store_host=host,
             store_port=port,
             llm=self.llm,
             engine=self.engine,
-            runner=self.runner_options,
+            runner=runner,
             validation=self.validation,
-            n_runners=self.n_runners,
+            n_runners=strategy.n_runners or self.n_runners,
             max_rollouts=self.max_rollouts,
             hooks=self.hooks,
             engine_python=self.engine_python,
             learner_python=self.learner_python,
             resume=self.resume,
+            tracer=self.tracer,
+            start_method=start_method,
         )
 
     def _session(self, plan: Plan, progress: Progress) -> Session:
         processes = isinstance(self.strategy, ClientServerExecutionStrategy)
-        if processes and self.tracer is not None:
-            raise TrainerError(
-                "a tracer cannot be handed to worker processes: use strategy='shm', or leave it out"
-            )
         if isinstance(self.algorithm, VERL) and self.strategy.runs_algorithm:
             if not processes:
                 raise TrainerError("VERL needs worker processes: leave strategy='shm' out")
@@ -228,7 +233,7 @@ def _algorithm(spec: Any) -> Algorithm | None:
 
 
 def _runner(
-    spec: Any, tracer: OtelTracer | None, max_rollouts: int | None
+    spec: Any, tracer: Tracer | None, max_rollouts: int | None
 ) -> tuple[RunnerOptions, LitAgentRunner | None]:
     if spec is None or isinstance(spec, RunnerOptions) or (isinstance(spec, Mapping) and "type" not in spec):
         return options("runner", spec, RunnerOptions), None

@@ -51,6 +51,10 @@ class VerlSession(Session):
         self._history: dict[int, StepMetrics] = {}
         self._manifest: dict[str, Any] = {}
 
+    @property
+    def starts_processes(self) -> bool:
+        return self._start_workers
+
     async def _work(self) -> FitResult:
         plan = self.plan
         training = await self._training_run()

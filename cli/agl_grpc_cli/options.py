@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+DEFAULT_DATABASE = "agl-grpc.db"
 DEFAULT_STORE = "127.0.0.1:4747"
 
 StoreOption = Annotated[

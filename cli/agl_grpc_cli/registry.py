@@ -25,7 +25,9 @@ class CommandEntry(NamedTuple):
 
 
 COMMANDS: Mapping[str, CommandEntry] = {
-    "store": CommandEntry("agl_grpc_cli.store", "Serve the store over gRPC."),
+    "store": CommandEntry(
+        "agl_grpc_cli.store", "Serve the store over gRPC; back up and verify its database."
+    ),
     "runner": CommandEntry("agl_grpc_cli.runner", "Start workers that execute rollouts with your agent."),
     "vllm": CommandEntry("agl_grpc_cli.vllm", "Serve a model with vLLM, its exact tokens captured."),
     "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),

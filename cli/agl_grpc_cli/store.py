@@ -1,4 +1,4 @@
-"""`agl-grpc store`: the store server."""
+"""`agl-grpc store`: the store server, and its database."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Annotated
 
 import typer
 
+from agl_grpc_cli import store_files
 from agl_grpc_cli.errors import EXIT_USAGE, CliError
-from agl_grpc_cli.options import LogLevelOption, parse_size
+from agl_grpc_cli.options import DEFAULT_DATABASE, LogLevelOption, parse_size
 
-app = typer.Typer(help="Serve the store over gRPC.")
+app = typer.Typer(
+    help="Serve the store over gRPC; back up, restore, compact, migrate and verify its database."
+)
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -38,7 +41,6 @@ GraceOption = Annotated[
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 4747
-DEFAULT_DATABASE = "agl-grpc.db"
 DEFAULT_GRACE = 10.0
 
 
@@ -78,6 +80,9 @@ def serve(
     cannot be reached or a full disk: one line says why, exit code 1.
     """
     _serve(host, port, database, memory, (evict_above, evict_to), grace, log_level)
+
+
+store_files.add_commands(app)
 
 
 def _serve(

@@ -82,21 +82,13 @@ def _kills(options: argparse.Namespace, count: int, seed: int) -> Row:
     total = kills.Report(seed)
     tell = _teller("kills", count)
     for begin in range(0, count, 50):
-        some = min(50, count - begin)
-        report = asyncio.run(
-            kills.run(
-                seed + begin,
-                some,
-                options.database,
-                tell=lambda done, begin=begin: tell(begin + done),
-            )
-        )
-        total.add(report)
+        some, told = min(50, count - begin), functools.partial(_tell_from, tell, begin)
+        total.add(asyncio.run(kills.run(seed + begin, some, options.database, tell=told)))
     return total.row()
 
 
 def _fleet(_options: argparse.Namespace, count: int, seed: int) -> Row:
-    """Kills of two servers over one PostgreSQL database, in rounds of fifty, each on a fresh database."""
+    """Kills of two servers over one PostgreSQL database, which crashes too; fifty for each fresh one."""
     total = kills.Report(seed)
     tell = _teller("fleet", count)
     postgres = PostgresServer()
@@ -106,7 +98,8 @@ def _fleet(_options: argparse.Namespace, count: int, seed: int) -> Row:
             some = min(50, count - begin)
             url = postgres.make_database()
             told = functools.partial(_tell_from, tell, begin)
-            total.add(asyncio.run(kills.run(seed + begin, some, url, servers=2, tell=told)))
+            proof = kills.run(seed + begin, some, url, servers=2, crash=postgres.restart, tell=told)
+            total.add(asyncio.run(proof))
     finally:
         postgres.stop()
     return total.row()

@@ -72,27 +72,36 @@ class Nemesis:
         proxy: The way to it.
         history: Of its clients: a fault comes only once the last one is overcome.
         choose: Its choices.
+        crash: Crashes and restarts the database's own server; None = there is none.
     """
 
     def __init__(
-        self, stores: Sequence[KillableStore], proxy: Proxy, history: History, choose: random.Random
+        self,
+        stores: Sequence[KillableStore],
+        proxy: Proxy,
+        history: History,
+        choose: random.Random,
+        crash: Callable[[], None] | None = None,
     ) -> None:
         self.done: Counter[str] = Counter()
         self._stores = stores
         self._store = stores[0]
         self._proxy = proxy
         self._history = history
+        self._crash = crash
+        self._faults = dict(_FAULTS)
+        if crash is not None:
+            # The disk is the database's, not a server's.
+            self._faults["crash"] = self._faults.pop("full")
         self.choose = choose
 
     async def run(self, kills: int, tell: Callable[[int], None]) -> None:
         """So many kills, with other faults between them."""
         while sum(self.done[name] for name in _KILLS) < kills:
             await self._progress()
-            (name,) = self.choose.choices(list(_FAULTS), list(_FAULTS.values()))
-            if name == "full" and len(self._stores) > 1:
-                continue  # the disk is the database's, not a server's
+            (name,) = self.choose.choices(list(self._faults), list(self._faults.values()))
             self._store = self.choose.choice(self._stores)
-            await getattr(self, f"_{name}")()
+            await getattr(self, f"_do_{name}")()
             self.done[name] += 1
             tell(sum(self.done[name] for name in _KILLS))
 
@@ -100,14 +109,14 @@ class Nemesis:
         enough = self._history.answers + self.choose.randint(5, 40)
         await eventually(lambda: self._history.answers >= enough, within=60, what="answers after a fault")
 
-    async def _kill(self) -> None:
+    async def _do_kill(self) -> None:
         await self._store.kill()
         await self._store.start()
 
-    async def _before_commit(self) -> None:
+    async def _do_before_commit(self) -> None:
         await self._die_at("before_commit")
 
-    async def _after_commit(self) -> None:
+    async def _do_after_commit(self) -> None:
         await self._die_at("after_commit")
 
     async def _die_at(self, place: str) -> None:
@@ -119,18 +128,22 @@ class Nemesis:
         assert code == -signal.SIGKILL, f"the failpoint {place} did not end the store: {code}"
         await self._store.start()
 
-    async def _stop(self) -> None:
+    async def _do_stop(self) -> None:
         self._store.send(signal.SIGSTOP)
         await asyncio.sleep(self.choose.uniform(0.1, 1.5))
         self._store.send(signal.SIGCONT)
 
-    async def _cut(self) -> None:
+    async def _do_cut(self) -> None:
         self._proxy.cut()
 
-    async def _lose(self) -> None:
+    async def _do_lose(self) -> None:
         await self._proxy.lose_answers(self.choose.uniform(0.02, 0.2))
 
-    async def _full(self) -> None:
+    async def _do_crash(self) -> None:
+        assert self._crash is not None
+        await asyncio.to_thread(self._crash)
+
+    async def _do_full(self) -> None:
         await self._store.kill()
         await self._store.start(limit_pages=1)
         # Nothing can grow now: clients are refused and ask again until there is room.
@@ -144,6 +157,7 @@ async def run(
     kills: int,
     database: Path | str | None = None,
     servers: int = 1,
+    crash: Callable[[], None] | None = None,
     tell: Callable[[int], None] = lambda _kills: None,
 ) -> Report:
     """Kills a store so often and checks everything.
@@ -153,6 +167,7 @@ async def run(
         kills: How often the store dies.
         database: An SQLite file or a database's URL, empty; None = a file in a temporary folder.
         servers: How many serve a PostgreSQL database.
+        crash: Crashes and restarts that database's own server.
         tell: Called with the number of kills so far.
 
     Raises:
@@ -168,7 +183,7 @@ async def run(
             for store in stores:
                 await store.start()
             async with Proxy(*(store.port for store in stores)) as proxy:
-                nemesis = Nemesis(stores, proxy, history, choose)
+                nemesis = Nemesis(stores, proxy, history, choose, crash)
                 final, watchers, source = await _load(nemesis, proxy.address, history, kills, tell)
         finally:
             for store in stores:

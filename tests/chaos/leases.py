@@ -29,6 +29,7 @@ from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_serv
 from tests.chaos.checker import check_leases
 from tests.chaos.history import OK, History, Op
 from tests.store.rig import FAILED, SUCCEEDED, seconds
+from tests.support.pipes import reconcile
 
 # Where an fsync costs nothing: that the disk keeps what it was given is proven by `kills`.
 _FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -72,22 +73,6 @@ class Held:
     def named(self) -> runner_service_pb2.HeldLease:
         """As requests name it."""
         return runner_service_pb2.HeldLease(attempt_id=self.op.attempt, lease_token=self.token)
-
-
-class Pipe:
-    """Both ends of a lease stream within this process."""
-
-    def __init__(self) -> None:
-        self.to_store: asyncio.Queue[Any] = asyncio.Queue()
-        self.to_worker: asyncio.Queue[Any] = asyncio.Queue()
-
-    async def read(self) -> Any:
-        """The store reads; None = the worker has said all."""
-        return await self.to_store.get()
-
-    async def write(self, answer: Any) -> None:
-        """The store writes."""
-        await self.to_worker.put(answer)
 
 
 @dataclass
@@ -191,9 +176,11 @@ class Nemesis:
     async def _restart(self) -> None:
         await self._store.close()
         self.counts.restarts += 1
+        now = self._now()
         self._clock.advance(self.choose.choice((0, 60, 7200)))
         for held in (one for some in self._held.values() for one in some):
-            held.expire = self._now() + _DURATION  # R9: extended when the store starts
+            if held.expire > now:
+                held.expire = self._now() + _DURATION  # R9: live leases are extended when the store starts
         await self._open()
 
     async def _open(self) -> None:
@@ -310,16 +297,12 @@ class Nemesis:
         kept, dropped = [], []
         for held in self._held[worker]:
             (kept if self.choose.random() < 0.7 else dropped).append(held)
-        pipe, now = Pipe(), self._now()
+        now = self._now()
         opening = runner_service_pb2.LeaseStreamOpen(
             worker_id=worker, session_id=worker, held=[held.named() for held in kept]
         )
-        pipe.to_store.put_nowait(runner_service_pb2.StreamLeasesRequest(open=opening))
         renewals = [self._note("renew", held) for held in kept]
-        serving = asyncio.create_task(self._streams.stream_leases(pipe, Call(method="StreamLeases")))  # type: ignore[arg-type] # as a BidiStream
-        opened = (await pipe.to_worker.get()).opened
-        pipe.to_store.put_nowait(None)
-        await serving
+        opened = await reconcile(self._streams, opening)
         for held, op in zip(kept, renewals, strict=True):
             lost = held.op.attempt in opened.lost_attempt_ids
             self.history.answer(op, f"code {_LEASE_LOST}" if lost else OK)

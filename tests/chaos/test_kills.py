@@ -21,12 +21,11 @@ async def test_what_was_acknowledged_survives_kill_9_exactly_once(count: int) ->
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(10, marks=[pytest.mark.e2e, pytest.mark.timeout(600)])])
-async def test_either_of_two_servers_over_one_database_may_be_killed(
+async def test_either_of_two_servers_may_be_killed_and_their_database_may_crash(
     count: int, postgres: PostgresServer
 ) -> None:
     seed = random.SystemRandom().getrandbits(32)
     print(f"seed {seed}")
-    with postgres.lend() as url:
-        report = await kills.run(seed, count, url, servers=2)
+    report = await kills.run(seed, count, postgres.make_database(), servers=2, crash=postgres.restart)
     assert report.rollouts > count
     assert report.spans > 10 * count

@@ -12,6 +12,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -285,11 +286,17 @@ def quick_checkpoints() -> Iterator[None]:
         yield
 
 
-async def run(seed: int, steps: int) -> Counts:
-    """One random history; fails with the seed and what is wrong."""
+async def run(seed: int, steps: int, database: Path | str | None = None) -> Counts:
+    """One random history; fails with the seed and what is wrong.
+
+    Args:
+        seed: Of all choices.
+        steps: How many changes are made while watchers follow.
+        database: An SQLite file or a database's URL, empty; None = a throw-away file.
+    """
     choose = random.Random(seed)
     with quick_checkpoints():
-        async with running(None) as rig:
+        async with running(database) as rig:
             writer = Writer(rig, choose)
             for _ in range(choose.randint(0, 5)):
                 await writer.step()

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +25,21 @@ from agl_grpc.client import (
     io_thread,
 )
 from agl_grpc.model import EnqueueRolloutRequest, RolloutStatus, Span
+from tests.support.postgres import PostgresServer
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
-    with StoreProcess(tmp_path_factory.mktemp("store") / "agl.db") as running:
+@pytest.fixture(scope="module", params=["file", "postgres"])
+def process(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StoreProcess]:
+    folder = tmp_path_factory.mktemp("store")
+    database: Path | str = folder / "agl.db"
+    if request.param == "postgres":
+        server: PostgresServer = request.getfixturevalue("postgres")
+        database = server.make_database()
+    with StoreProcess(database, log=folder / "agl.log") as running:
         yield running
 
 

@@ -59,6 +59,8 @@ class Rollout:
     max_redeliveries: int
     timeout: float | None
     silence: float | None
+    priority: int = 0
+    expire_at: float | None = None
     status: str = "queuing"
     ended: int = 0
     redelivered: int = 0
@@ -76,6 +78,7 @@ class Model:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.paused = False
         self.rollouts: list[Rollout] = []
 
     def begin(self, rollout: Rollout, duration: float | None) -> Attempt:
@@ -92,8 +95,11 @@ class Model:
         return attempt
 
     def ready(self) -> list[Rollout]:
-        """What can be delivered, oldest first."""
-        return [rollout for rollout in self.rollouts if rollout.is_ready(self.now)]
+        """What can be delivered, the most urgent first, then the oldest."""
+        if self.paused:
+            return []
+        ready = [rollout for rollout in self.rollouts if rollout.is_ready(self.now)]
+        return sorted(ready, key=lambda rollout: -rollout.priority)
 
     def signal(self, attempt: Attempt) -> None:
         """A span arrives."""
@@ -180,12 +186,40 @@ class Model:
         self._seal_rollout(rollout)
         return True
 
+    def reconcile(self, held: list[Attempt]) -> tuple[list[Attempt], list[Attempt]]:
+        """The worker's session comes back with these leases; which it has lost, and which go back."""
+        lost = [attempt for attempt in held if not (attempt.leased and attempt.live)]
+        released = []
+        for attempt in [one for rollout in self.rollouts for one in rollout.attempts]:
+            if attempt in held and attempt not in lost:
+                self.renew(attempt)
+            elif attempt.leased and attempt.live:
+                released.append(attempt)
+        for attempt in released:
+            self.end(attempt, "cancelled")
+        return lost, released
+
+    def restart(self) -> None:
+        """Another server takes the store up: every live lease has its full time anew."""
+        for rollout in self.rollouts:
+            for attempt in rollout.attempts:
+                if attempt.leased and attempt.live:
+                    attempt.expire = self.now + attempt.duration
+
     def advance(self, seconds: float) -> None:
         """Time passes, timers fire."""
         self.now += seconds
         for rollout in self.rollouts:
             for attempt in rollout.attempts:
                 self._fire(attempt)
+        self.expire()
+
+    def expire(self) -> None:
+        """What waited for too long is cancelled."""
+        for rollout in self.rollouts:
+            waits = rollout.status in ("queuing", "requeuing")
+            if waits and rollout.expire_at is not None and self.now >= rollout.expire_at:
+                self.cancel(rollout)
 
     def _fire(self, attempt: Attempt) -> None:
         rollout = attempt.rollout

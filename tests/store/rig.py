@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from agl_grpc.store.clock import Clock, ManualClock
 from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.errors import STATUS_TRAILER
+from agl_grpc.store.verify.check import check
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_service_pb2
 from agl_grpc.v1.runner_service_pb2_grpc import RunnerServiceStub
 from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
@@ -154,11 +155,17 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 
 @asynccontextmanager
 async def running(path: Path | str | None, clock: Clock | None = None) -> AsyncIterator[Rig]:
-    """A server for the length of a `with` block; without a path the database is thrown away."""
+    """A server for the length of a `with` block; without a path the database is thrown away.
+
+    Whatever a test does, every invariant of the database holds at its end.
+    """
     clock = clock or ManualClock()
     rig = Rig(await StoreServer.start(ServeConfig(port=0, database=path, grace=1.0), clock), clock)
     try:
         yield rig
+        if not rig.server.store.hub.closed:
+            report = await rig.server.store.read(check)
+            assert report.sound, report.broken
     finally:
         await rig.close()
 

@@ -364,7 +364,7 @@ async def abort_policy_version(rig: Rig) -> tuple[Any, Any]:
 
 async def tables(rig: Rig) -> Tables:
     """Everything in the database."""
-    return await rig.server.store.read(dump)
+    return await rig.server.store.read(lambda db: dump(db, rig.server.store.database.backend))
 
 
 async def call(rig: Rig, name: str, request: Message) -> Any:
@@ -379,10 +379,11 @@ def test_every_mutation_of_the_contract_has_a_scene() -> None:
     assert scenes.keys() == MUTATIONS.keys()
 
 
+@pytest.mark.parametrize("database", ["file", "postgres"], indirect=True)
 @pytest.mark.parametrize("name", sorted(MUTATIONS))
-async def test_a_repeat_answers_the_same_and_changes_nothing(name: str, tmp_path: Path) -> None:
+async def test_a_repeat_answers_the_same_and_changes_nothing(name: str, database: Path | str) -> None:
     clock = ManualClock()
-    async with running(tmp_path / "store.db", clock) as rig:
+    async with running(database, clock) as rig:
         request, other = await scenes[name](rig)
         before = await tables(rig)
         request.request_id = other.request_id = "one-call"
@@ -400,7 +401,7 @@ async def test_a_repeat_answers_the_same_and_changes_nothing(name: str, tmp_path
         assert reason(caught.value) == "REQUEST_ID_REUSED"
         assert difference(after, await tables(rig)) == {}
     # A server that starts on the same database knows the call too.
-    async with running(tmp_path / "store.db", clock) as rig:
+    async with running(database, clock) as rig:
         after = await tables(rig)
         last = await call(rig, name, request)
         assert last.SerializeToString() == first.SerializeToString()

@@ -128,7 +128,8 @@ async def test_a_large_deletion_takes_many_transactions(rig: Rig) -> None:
 
 async def test_retention_deletes_what_ended_long_ago(rig: Rig) -> None:
     await rig.store.CreateRun(store_service_pb2.CreateRunRequest(run=run_pb2.Run(run_id="kept")))
-    await lived(rig, *[f"old-{number}" for number in range(STEP + 5)])
+    await rig.enqueue(*[RolloutSpec(rollout_id=f"old-{number}") for number in range(STEP + 5)])
+    await rig.store.CancelRollouts(store_service_pb2.CancelRolloutsRequest())
     await lived(rig, "for-ever", run_id="kept")
     await rig.enqueue(rollout_id="live", queue="nobody serves it")
     await keep_for(rig, 3600)

@@ -25,20 +25,26 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from agl_grpc.store.clock import ManualClock
+from agl_grpc.store.clock import SECOND, ManualClock
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.credentials import CredentialSigner
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.handlers.attempts import AttemptHandlers
+from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
 from agl_grpc.store.handlers.rollouts import RolloutHandlers
 from agl_grpc.store.handlers.runner import RunnerHandlers
+from agl_grpc.store.handlers.runs import RunHandlers
+from agl_grpc.store.handlers.workers import WorkerHandlers
 from agl_grpc.store.rollouts.attempts import set_open_calls, signal
 from agl_grpc.store.rollouts.names import attempt_status, rollout_status
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
+from agl_grpc.store.verify.check import check
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, runner_service_pb2, store_service_pb2
-from tests.store.model import Attempt, Model, Refused, Rollout
+from tests.store.model import OVER, Attempt, Model, Refused, Rollout
 from tests.store.rig import FAILED, SUCCEEDED, TIMEOUT, UNRESPONSIVE, seconds
+from tests.support.pipes import reconcile
 from tests.support.postgres import PostgresServer
 
 ALL_ENDS = [FAILED, TIMEOUT, UNRESPONSIVE]
@@ -62,19 +68,25 @@ class StoreMachine(RuleBasedStateMachine):
         self.kept: list[object] = []
         self.last_position = 0
         self.lent = ExitStack()
-        self.store, self.side = self.runner.run(self._open(self.lent.enter_context(self.lend())))
+        self.database = self.lent.enter_context(self.lend())
+        self.runner.run(self._open())
+
+    async def _open(self) -> None:
+        self.store = await Store.open(self.database, clock=self.clock)
+        self.side = await WriteSide.start(self.store, CredentialSigner(b"k" * 32))
         self.rollout_rpcs = RolloutHandlers(self.side)
         self.attempt_rpcs = AttemptHandlers(self.side)
         self.runner_rpcs = RunnerHandlers(self.side)
-
-    async def _open(self, database: Path | str | None) -> tuple[Store, WriteSide]:
-        store = await Store.open(database, clock=self.clock)
-        return store, await WriteSide.start(store, CredentialSigner(b"k" * 32))
+        self.worker_rpcs = WorkerHandlers(self.side)
+        self.run_rpcs = RunHandlers(self.side)
+        self.streams = LeaseStreamHandlers(self.side)
 
     def teardown(self) -> None:
+        report = self.runner.run(self.store.read(check))
         self.runner.run(self.store.close())
         self.runner.close()
         self.lent.close()
+        assert report.sound, report.broken
 
     def call(self, rpc: Any, request: Any, answer: Any) -> Any:
         """Calls a handler as the server would."""
@@ -105,16 +117,35 @@ class StoreMachine(RuleBasedStateMachine):
         redeliveries=st.integers(0, 2),
         timeout=st.sampled_from([None, 20.0]),
         silence=st.sampled_from([None, 8.0]),
+        priority=st.sampled_from([0, 0, -5, 7]),
+        later=st.sampled_from([None, None, 3.0]),
+        patience=st.sampled_from([None, None, 40.0]),
     )
     def enqueue(
-        self, attempts: int, retried: bool, redeliveries: int, timeout: float | None, silence: float | None
+        self,
+        attempts: int,
+        retried: bool,
+        redeliveries: int,
+        timeout: float | None,
+        silence: float | None,
+        priority: int,
+        later: float | None,
+        patience: float | None,
     ) -> Rollout:
-        return self.enqueue_one(attempts, retried, redeliveries, timeout, silence)
+        return self.enqueue_one(attempts, retried, redeliveries, timeout, silence, priority, later, patience)
 
     def enqueue_one(
-        self, attempts: int, retried: bool, redeliveries: int, timeout: float | None, silence: float | None
+        self,
+        attempts: int,
+        retried: bool,
+        redeliveries: int,
+        timeout: float | None,
+        silence: float | None,
+        priority: int = 0,
+        later: float | None = None,
+        patience: float | None = None,
     ) -> Rollout:
-        """Enqueues one rollout."""
+        """Enqueues one rollout, to be delivered after `later` seconds, cancelled after `patience` seconds."""
         config = rollout_pb2.RolloutConfig(
             max_attempts=attempts,
             max_redeliveries=redeliveries,
@@ -122,14 +153,24 @@ class StoreMachine(RuleBasedStateMachine):
             timeout=seconds(timeout) if timeout else None,
             unresponsive=seconds(silence) if silence else None,
         )
-        request = store_service_pb2.EnqueueRolloutsRequest(rollouts=[rollout_pb2.RolloutSpec(config=config)])
+        spec = rollout_pb2.RolloutSpec(config=config, priority=priority)
+        made = Rollout(attempts, retried, redeliveries, timeout, silence, priority, ready_at=self.model.now)
+        if later is not None:
+            spec.not_before.FromMicroseconds(self.clock.now() + int(later * SECOND))
+            made.ready_at += later
+        if patience is not None:
+            spec.expire_after.CopyFrom(seconds(patience))
+            made.expire_at = self.model.now + patience
+        request = store_service_pb2.EnqueueRolloutsRequest(rollouts=[spec])
         answer = self.call(
             self.rollout_rpcs.enqueue_rollouts, request, store_service_pb2.EnqueueRolloutsResponse
         )
-        made = Rollout(attempts, retried, redeliveries, timeout, silence, ready_at=self.model.now)
+        return self.remember_rollout(made, answer.rollouts[0].rollout_id)
+
+    def remember_rollout(self, made: Rollout, rollout_id: str) -> Rollout:
         self.model.rollouts.append(made)
         self.kept.append(made)
-        self.ids[id(made)] = answer.rollouts[0].rollout_id
+        self.ids[id(made)] = rollout_id
         return made
 
     @precondition(lambda self: self.model.ready())
@@ -253,7 +294,13 @@ class StoreMachine(RuleBasedStateMachine):
         except Refused:
             return
         key = self.key(attempt)
-        self.runner.run(self.store.write(lambda tx: set_open_calls(tx, key, calls)))
+
+        def run(tx: Tx) -> None:
+            tx.execute("DELETE FROM open_calls WHERE attempt_key = ?", (key,))
+            tx.executemany("INSERT INTO open_calls VALUES (?, ?, 0)", [(key, ref) for ref in range(calls)])
+            set_open_calls(tx, key, calls)
+
+        self.runner.run(self.store.write(run))
 
     @rule(attempt=attempts, status=st.sampled_from([SUCCEEDED, FAILED]))
     def update_without_lease(self, attempt: Attempt, status: int) -> None:
@@ -279,6 +326,74 @@ class StoreMachine(RuleBasedStateMachine):
         )
         assert bool(answer.rollout_ids) == self.model.cancel(rollout)
 
+    @precondition(lambda self: len(self.model.rollouts) < 8)
+    @rule(target=rollouts, rollout=rollouts)
+    def retry(self, rollout: Rollout) -> Any:
+        request = store_service_pb2.RetryRolloutsRequest()
+        request.filter.rollout_id_in.append(self.ids[id(rollout)])
+        answer = self.call(self.rollout_rpcs.retry_rollouts, request, store_service_pb2.RetryRolloutsResponse)
+        assert len(answer.rollouts) == (rollout.status in OVER)
+        if not answer.rollouts:
+            return multiple()
+        rules = (rollout.max_attempts, rollout.retried, rollout.max_redeliveries)
+        limits = (rollout.timeout, rollout.silence, rollout.priority)
+        made = Rollout(*rules, *limits, ready_at=self.model.now)
+        assert answer.rollouts[0].retry_of == self.ids[id(rollout)]
+        return self.remember_rollout(made, answer.rollouts[0].rollout_id)
+
+    @rule(chosen=st.lists(attempts, max_size=4))
+    def session_comes_back(self, chosen: list[Attempt]) -> None:
+        named = list({id(attempt): attempt for attempt in chosen if attempt.leased}.values())
+        opening = runner_service_pb2.LeaseStreamOpen(worker_id="w", session_id="s")
+        for attempt in named:
+            attempt_id, token = self.tokens[id(attempt)]
+            opening.held.add(attempt_id=attempt_id, lease_token=token)
+        opened = self.runner.run(reconcile(self.streams, opening))
+        lost, released = self.model.reconcile(named)
+        assert list(opened.lost_attempt_ids) == [self.tokens[id(attempt)][0] for attempt in lost]
+        assert set(opened.released_attempt_ids) == {self.tokens[id(attempt)][0] for attempt in released}
+
+    @rule(chosen=st.lists(attempts, min_size=1, max_size=3))
+    def operator_ends_leases(self, chosen: list[Attempt]) -> None:
+        names = [self.tokens[id(attempt)][0] for attempt in chosen]
+        request = store_service_pb2.ExpireLeasesRequest(attempt_ids=names)
+        answer = self.call(self.worker_rpcs.expire_leases, request, store_service_pb2.ExpireLeasesResponse)
+        live = {id(one): one for one in chosen if one.leased and one.live}
+        for attempt in live.values():
+            self.model.end(attempt, "unresponsive", lost=True)
+        assert set(answer.attempt_ids) == {self.tokens[key][0] for key in live}
+
+    @rule()
+    def pause_or_resume(self) -> None:
+        self.model.paused = not self.model.paused
+        if self.model.paused:
+            pause = store_service_pb2.PauseDispatchRequest(run_id="default")
+            self.call(self.run_rpcs.pause_dispatch, pause, store_service_pb2.PauseDispatchResponse)
+        else:
+            resume = store_service_pb2.ResumeDispatchRequest(run_id="default")
+            self.call(self.run_rpcs.resume_dispatch, resume, store_service_pb2.ResumeDispatchResponse)
+
+    @precondition(lambda self: self.model.paused)
+    @rule()
+    def nothing_is_delivered_while_paused(self) -> None:
+        request = runner_service_pb2.LeaseRolloutsRequest(worker_id="w", session_id="s", limit=5)
+        answer = self.call(self.runner_rpcs.lease_rollouts, request, runner_service_pb2.LeaseRolloutsResponse)
+        assert not answer.rollouts
+
+    @precondition(lambda self: self.database is not None)
+    @rule(passed=st.sampled_from([0.0, 25.0]))
+    def another_server_takes_up(self, passed: float) -> None:
+        async def restart() -> None:
+            await self.store.close()
+            self.clock.advance(passed)
+            await self._open()
+            await self.store.timers.fire()
+
+        self.runner.run(restart())
+        self.model.now += passed
+        self.model.restart()
+        self.model.advance(0)
+
     @rule(passed=st.sampled_from([0.5, 1.5, 6.0, 25.0, 70.0]))
     def time_passes(self, passed: float) -> None:
         self.clock.advance(passed)
@@ -293,6 +408,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def both_agree(self) -> None:
+        # What became due at this very moment happens by itself, sooner or later: now.
+        self.runner.run(self.store.timers.fire())
+        self.model.expire()
         rollouts, attempts, position = self.runner.run(self.store.read(_state))
         for rollout in self.model.rollouts:
             status, sealed, count, ready = rollouts[self.ids[id(rollout)]]
@@ -344,6 +462,12 @@ def _machine(backend: str, request: pytest.FixtureRequest) -> type[StoreMachine]
     return type("StoreMachine", (StoreMachine,), {"lend": staticmethod(lend)})
 
 
+def _scaled(examples: int) -> int:
+    """As many histories as AGL_TEST_EXAMPLES wants of the quickest back end, in proportion of the others."""
+    wanted = os.environ.get("AGL_TEST_EXAMPLES")
+    return examples if wanted is None else max(1, int(wanted) * examples // 50)
+
+
 # One machine runs on all of them; where a step costs a disk there are fewer histories.
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("backend", "examples"), [("memory", 50), ("file", 10), ("postgres", 10)])
@@ -351,7 +475,7 @@ def test_the_store_keeps_to_the_model(backend: str, examples: int, request: pyte
     chosen_seed = int(os.environ.get("AGL_TEST_SEED", random.SystemRandom().getrandbits(32)))
     print(f"AGL_TEST_SEED={chosen_seed}")
     chosen = settings(
-        max_examples=int(os.environ.get("AGL_TEST_EXAMPLES", str(examples))),
+        max_examples=_scaled(examples),
         stateful_step_count=50,
         deadline=None,
         print_blob=True,

@@ -140,6 +140,11 @@ class PostgresServer:
         """Ends the server and all its connections at once, as a crash would; `start` recovers it."""
         self._stop(signal.SIGQUIT)
 
+    def restart(self) -> None:
+        """A crash, and its recovery."""
+        self.crash()
+        self.start()
+
     def stop(self) -> None:
         """Ends the server and removes its data."""
         if self._process is not None and self._process.poll() is None:

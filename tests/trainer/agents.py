@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from agl_grpc import NamedResources, PromptTemplate, StoreClient, rollout
+from agl_grpc import Hook, NamedResources, PromptTemplate, StoreClient, rollout
 from agl_grpc.algorithm import algo
 from agl_grpc.model import RolloutMode
 
@@ -44,3 +44,12 @@ async def endless(store: StoreClient) -> None:
 def failing(train_dataset: Any) -> None:
     """An algorithm with a defect."""
     raise RuntimeError("this algorithm is broken")
+
+
+class NotingHook(Hook):
+    """Notes the rollouts that have ended."""
+
+    ended: ClassVar[list[str]] = []
+
+    async def on_rollout_end(self, agent: Any, runner: Any, rollout: Any, spans: Any) -> None:
+        self.ended.append(rollout.rollout_id)

@@ -11,7 +11,7 @@ from agl_grpc.store.storage.events import EventRow
 class Waiter:
     """Somebody who wants to know that something of interest may have changed."""
 
-    __slots__ = ("_event", "_seen", "entities", "refs", "run_keys")
+    __slots__ = ("_future", "_seen", "_woken", "entities", "refs", "run_keys")
 
     def __init__(
         self, entities: frozenset[int], run_keys: frozenset[int] | None, refs: frozenset[int] | None
@@ -19,7 +19,8 @@ class Waiter:
         self.entities = entities
         self.run_keys = run_keys
         self.refs = refs
-        self._event = asyncio.Event()
+        self._woken = False
+        self._future: asyncio.Future[None] | None = None
         self._seen: set[int] = set()
 
     def wants(self, event: EventRow) -> bool:
@@ -32,12 +33,13 @@ class Waiter:
 
     def wake(self) -> None:
         """Lets `wait` return."""
-        self._event.set()
+        self._woken = True
+        self._return()
 
     def note(self, ref: int) -> None:
         """Lets `wait` return because of this entity."""
         self._seen.add(ref)
-        self._event.set()
+        self.wake()
 
     def take(self) -> set[int]:
         """The entities that woke it since the last call; for waiters with `refs` only."""
@@ -50,12 +52,23 @@ class Waiter:
         Args:
             seconds: Longest wait; None = for ever.
         """
-        try:
-            await asyncio.wait_for(self._event.wait(), seconds)
-        except TimeoutError:
-            return False
-        self._event.clear()
-        return True
+        # A thousand watchers may wait and be woken at once: no task each, as `asyncio.wait_for` would make.
+        if not self._woken:
+            loop = asyncio.get_running_loop()
+            self._future = loop.create_future()
+            timer = None if seconds is None else loop.call_later(seconds, self._return)
+            try:
+                await self._future
+            finally:
+                self._future = None
+                if timer is not None:
+                    timer.cancel()
+        woken, self._woken = self._woken, False
+        return woken
+
+    def _return(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
 
 
 class Hub:
@@ -65,6 +78,8 @@ class Hub:
         self._broad: set[Waiter] = set()
         self._by_ref: dict[tuple[int, int], set[Waiter]] = {}
         self._closed = False
+        self.generation = 0
+        """Grows with every change that is published."""
 
     def add(
         self,
@@ -110,6 +125,7 @@ class Hub:
 
     def publish(self, events: Sequence[EventRow]) -> None:
         """Wakes whoever is concerned."""
+        self.generation += 1
         for event in events:
             for waiter in self._by_ref.get((event.entity, event.ref), ()):
                 waiter.note(event.ref)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
-
-from google.protobuf.message import Message
+from typing import Protocol
 
 from agl_grpc.store.errors import cursor_compacted, draining, invalid_field
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.store import Store
 
-T = TypeVar("T", bound=Message)
 PAGE = 500
 """Most log entries that are read at once."""
 
@@ -39,14 +36,24 @@ class LogEntry:
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
+class Found:
     """What a page of the log came to: something to send (None = nothing of interest) and the new cursor."""
 
-    answer: T | None
+    answer: bytes | None
     cursor: int
 
 
-class LogWatch(Generic[T]):
+class Watched(Protocol):
+    """A message about changes; every watch has one with these."""
+
+    cursor: int
+
+    def ByteSize(self) -> int: ...
+
+    def SerializeToString(self) -> bytes: ...
+
+
+class LogWatch:
     """Follows one kind of entity.
 
     Args:
@@ -54,6 +61,7 @@ class LogWatch(Generic[T]):
         entity: The EntityKind.
         run_key: Only this run; None = all.
         build: Turns entries into something to send, in a read transaction; None = nothing of interest.
+        shared: What `build` depends on beside the run, when others may watch the same; None = it is alone.
     """
 
     def __init__(
@@ -61,12 +69,14 @@ class LogWatch(Generic[T]):
         store: Store,
         entity: int,
         run_key: int | None,
-        build: Callable[[Connection, list[LogEntry]], T | None],
+        build: Callable[[Connection, list[LogEntry]], Watched | None],
+        shared: Hashable = None,
     ) -> None:
         self._store = store
         self._entity = entity
         self._run_key = run_key
         self._build = build
+        self._shared = None if shared is None else (entity, run_key, shared)
 
     async def start(self, cursor: int) -> int:
         """The position to begin after; 0 = from now on.
@@ -83,7 +93,7 @@ class LogWatch(Generic[T]):
             raise cursor_compacted(oldest)
         return cursor
 
-    async def follow(self, cursor: int) -> AsyncIterator[Found[T]]:
+    async def follow(self, cursor: int) -> AsyncIterator[Found]:
         """Everything after the cursor, for ever; where nothing of interest came for a while, a checkpoint."""
         waiter = self._store.hub.add(
             [self._entity], run_keys=None if self._run_key is None else [self._run_key]
@@ -91,7 +101,7 @@ class LogWatch(Generic[T]):
         told = time.monotonic()
         try:
             while not self._store.hub.closed:
-                found, more = await self._store.read(partial(self._page, cursor))
+                found, more = await self._read(cursor)
                 cursor = found.cursor
                 quiet = told + CHECKPOINT_SECONDS - time.monotonic()
                 if found.answer is not None or quiet <= 0:
@@ -105,7 +115,13 @@ class LogWatch(Generic[T]):
         finally:
             self._store.hub.remove(waiter)
 
-    def _page(self, after: int, db: Connection) -> tuple[Found[T], bool]:
+    async def _read(self, after: int) -> tuple[Found, bool]:
+        page = partial(self._page, after)
+        if self._shared is None:
+            return await self._store.read(page)
+        return await self._store.read_shared((self._shared, after), page)
+
+    def _page(self, after: int, db: Connection) -> tuple[Found, bool]:
         oldest = oldest_position(db)
         if after < oldest - 1:
             raise cursor_compacted(oldest)
@@ -125,5 +141,8 @@ class LogWatch(Generic[T]):
         while answer is not None and len(entries) > 1 and answer.ByteSize() > MESSAGE_BYTES:
             entries, more = entries[: len(entries) // 2], True
             answer = self._build(db, entries)
-        cursor = entries[-1].position if more else end
-        return Found(answer, max(cursor, after)), more
+        cursor = max(entries[-1].position if more else end, after)
+        if answer is None:
+            return Found(None, cursor), more
+        answer.cursor = cursor
+        return Found(answer.SerializeToString(), cursor), more

@@ -104,7 +104,7 @@ class PolicyHandlers:
 
     async def watch_policy_versions(
         self, request: pb.WatchPolicyVersionsRequest, _call: Call
-    ) -> AsyncIterator[pb.WatchPolicyVersionsResponse]:
+    ) -> AsyncIterator[pb.WatchPolicyVersionsResponse | bytes]:
         """Versions as they change; an engine counts as connected as long as it watches."""
         if request.include_existing and request.cursor:
             raise invalid_field("cursor", "must be 0 with include_existing")
@@ -115,7 +115,7 @@ class PolicyHandlers:
             wanted = [version for version in found if request.model in ("", version.model)]
             return pb.WatchPolicyVersionsResponse(policy_versions=wanted) if wanted else None
 
-        watch = LogWatch(self._store, policies.POLICY_VERSION, run_key, build)
+        watch = LogWatch(self._store, policies.POLICY_VERSION, run_key, build, shared=request.model)
         with self._connected(request.engine_id):
             if request.include_existing:
                 first = await self._store.read(lambda db: _existing(db, run_key, request.model))
@@ -125,9 +125,7 @@ class PolicyHandlers:
                 first = pb.WatchPolicyVersionsResponse(cursor=cursor, checkpoint=True)
             yield first
             async for found in watch.follow(cursor):
-                answer = found.answer or pb.WatchPolicyVersionsResponse(checkpoint=True)
-                answer.cursor = found.cursor
-                yield answer
+                yield found.answer or pb.WatchPolicyVersionsResponse(checkpoint=True, cursor=found.cursor)
 
     @contextmanager
     def _connected(self, engine_id: str) -> Iterator[None]:

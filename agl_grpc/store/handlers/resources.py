@@ -107,7 +107,7 @@ class ResourceHandlers:
 
     async def watch_resources(
         self, request: store_service_pb2.WatchResourcesRequest, _call: Call
-    ) -> AsyncIterator[store_service_pb2.WatchResourcesResponse]:
+    ) -> AsyncIterator[store_service_pb2.WatchResourcesResponse | bytes]:
         """Publications as they are made, in commit order."""
         if request.include_latest and request.cursor:
             raise invalid_field("cursor", "must be 0 with include_latest")
@@ -117,7 +117,7 @@ class ResourceHandlers:
             found = load_resources(db, [entry.ref for entry in entries])
             return store_service_pb2.WatchResourcesResponse(resources=found)
 
-        watch = LogWatch(self._store, RESOURCES, run_key, build)
+        watch = LogWatch(self._store, RESOURCES, run_key, build, shared=())
         if request.include_latest:
             first = await self._store.read(lambda db: _latest(db, run_key))
             cursor = first.cursor
@@ -126,9 +126,9 @@ class ResourceHandlers:
             first = store_service_pb2.WatchResourcesResponse(cursor=cursor, checkpoint=True)
         yield first
         async for found in watch.follow(cursor):
-            answer = found.answer or store_service_pb2.WatchResourcesResponse(checkpoint=True)
-            answer.cursor = found.cursor
-            yield answer
+            yield found.answer or store_service_pb2.WatchResourcesResponse(
+                checkpoint=True, cursor=found.cursor
+            )
 
 
 def _one_run(db: Connection, run_id: str) -> int:

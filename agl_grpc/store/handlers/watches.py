@@ -30,7 +30,7 @@ class WatchHandlers:
 
     async def watch_rollouts(
         self, request: store_service_pb2.WatchRolloutsRequest, _call: Call
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[Answer | bytes]:
         """Rollouts as they change."""
         if request.include_existing and request.cursor:
             raise invalid_field("cursor", "must be 0 with include_existing")
@@ -40,16 +40,15 @@ class WatchHandlers:
             answer = _changed(db, request.filter, entries, with_attempts=request.include_attempts)
             return answer if answer.rollouts or answer.deleted_rollout_ids else None
 
-        watch = LogWatch(self._store, ROLLOUT, run_key, build)
+        shared = (request.filter.SerializeToString(deterministic=True), request.include_attempts)
+        watch = LogWatch(self._store, ROLLOUT, run_key, build, shared)
         cursor = await watch.start(request.cursor)
         if request.include_existing:
             async for page in self._existing(request):
                 yield page
         yield Answer(cursor=cursor, checkpoint=True)
         async for found in watch.follow(cursor):
-            answer = found.answer or Answer(checkpoint=True)
-            answer.cursor = found.cursor
-            yield answer
+            yield found.answer or Answer(checkpoint=True, cursor=found.cursor)
 
     async def _existing(self, request: store_service_pb2.WatchRolloutsRequest) -> AsyncIterator[Answer]:
         after = 0
@@ -64,7 +63,7 @@ class WatchHandlers:
 
     async def watch_attempts(
         self, request: store_service_pb2.WatchAttemptsRequest, _call: Call
-    ) -> AsyncIterator[store_service_pb2.WatchAttemptsResponse]:
+    ) -> AsyncIterator[store_service_pb2.WatchAttemptsResponse | bytes]:
         """Attempts as they change."""
         run_key = await self._store.read(lambda db: run_key_of(db, request.run_id))
         wanted = frozenset(request.rollout_ids)
@@ -78,13 +77,13 @@ class WatchHandlers:
                         answer.attempts.append(attempt)
             return answer if answer.attempts else None
 
-        watch = LogWatch(self._store, ATTEMPT, run_key, build)
+        watch = LogWatch(self._store, ATTEMPT, run_key, build, shared=wanted)
         cursor = await watch.start(request.cursor)
         yield store_service_pb2.WatchAttemptsResponse(cursor=cursor, checkpoint=True)
         async for found in watch.follow(cursor):
-            answer = found.answer or store_service_pb2.WatchAttemptsResponse(checkpoint=True)
-            answer.cursor = found.cursor
-            yield answer
+            yield found.answer or store_service_pb2.WatchAttemptsResponse(
+                checkpoint=True, cursor=found.cursor
+            )
 
 
 def _changed(

@@ -9,10 +9,10 @@ from agl_grpc.model import raw
 from agl_grpc.store.rollouts.encode import set_time
 from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, ref_of
 from agl_grpc.store.storage.engine import Connection
-from agl_grpc.store.storage.sql import marks
+from agl_grpc.store.storage.sql import marks, padded
 
 _TOKEN_BYTES = 4
-_CHUNK = 500
+_CHUNK = 512
 
 
 class SpanRow(NamedTuple):
@@ -36,14 +36,28 @@ _ROWS = (
 )
 
 
+_BY_KEY = (
+    "SELECT span_key, attempt_key, span_ref, sequence_id, received_time, flags, data FROM spans "
+    "WHERE span_key IN"
+)
+_NAMES = (
+    "SELECT r.rollout_id, a.attempt_id FROM attempts a JOIN rollouts r ON r.rollout_key = a.rollout_key "
+    "WHERE a.attempt_key = ?"
+)
+
+
 def rows_by_key(db: Connection, keys: Sequence[int]) -> list[SpanRow]:
     """Spans by their keys, in that order; deleted ones are left out."""
-    found: dict[int, SpanRow] = {}
-    for start in range(0, len(keys), _CHUNK):
-        part = keys[start : start + _CHUNK]
-        for row in db.execute(f"{_ROWS}WHERE s.span_key IN ({marks(len(part))})", part):
-            found[row[0]] = SpanRow._make(row)
-    return [found[key] for key in keys if key in found]
+    found: dict[int, tuple[Any, ...]] = {}
+    for some in padded(keys, _CHUNK):
+        for row in db.execute(f"{_BY_KEY} ({marks(len(some))})", some):
+            found[row[0]] = row
+    # Names are few: looked up once, not joined to every row.
+    names: dict[int, tuple[str, str]] = {}
+    for row in found.values():
+        if row[1] not in names:
+            names[row[1]] = db.execute(_NAMES, (row[1],)).fetchone()
+    return [SpanRow._make((*row, *names[row[1]])) for row in map(found.get, keys) if row is not None]
 
 
 def rows_where(db: Connection, where: str, values: Iterable[object]) -> list[SpanRow]:

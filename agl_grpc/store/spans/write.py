@@ -24,11 +24,17 @@ ENTRY_SPANS = 1000
 ENTRY_BYTES = 256 << 10
 """Most bytes, as they are read, of the spans that one entry of the log names; a larger span stands alone."""
 
-_COLUMNS = 8
+_COLUMNS = (
+    "span_key",
+    "attempt_key",
+    "span_ref",
+    "sequence_id",
+    "received_time",
+    "flags",
+    "prompt_tokens",
+    "data",
+)
 _NONE: dict[int, int] = {}
-_SIZES = tuple(1 << power for power in range(8, -1, -1))
-# One statement for many rows: each statement costs one hand-over of the interpreter lock.
-_INSERTS = {size: f"INSERT INTO spans VALUES {','.join(['(?,?,?,?,?,?,?,?)'] * size)}" for size in _SIZES}
 _RAISE_SEQUENCES = (
     "INSERT INTO span_sequences VALUES {rows} ON CONFLICT (rollout_key) DO UPDATE SET last = excluded.last"
 )
@@ -142,7 +148,7 @@ class _Flush:
     def run(self, messages: Sequence[SpanMessage]) -> list[SpanOutcome | StoreError]:
         self._look_up([group for message in messages for group in message.groups if not group.refused])
         outcomes = [self._message(message) for message in messages]
-        self._insert()
+        self._tx.connection.load("spans", _COLUMNS, self._values)
         self._finish()
         return outcomes
 
@@ -284,6 +290,8 @@ class _Flush:
 
     def _extend(self, attempt_key: int, first: int, count: int, size: int) -> None:
         """Notes new rows for the log, in entries that a watch can send whole."""
+        if not count:
+            return  # only announcements
         ranges = self._ranges.setdefault(attempt_key, [])
         last = ranges[-1] if ranges else None
         if last is None or last.spans + count > ENTRY_SPANS or last.size + size > ENTRY_BYTES:
@@ -372,13 +380,6 @@ class _Flush:
 
     def _count_open(self, attempt: SpanAttempt, change: int) -> None:
         self._open[attempt.key] = self._open.get(attempt.key, 0) + change
-
-    def _insert(self) -> None:
-        start, rows = 0, len(self._values) // _COLUMNS
-        while start < rows:
-            size = min(_SIZES[0], 1 << ((rows - start).bit_length() - 1))
-            self._tx.execute(_INSERTS[size], self._values[start * _COLUMNS : (start + size) * _COLUMNS])
-            start += size
 
     def _finish(self) -> None:
         tx = self._tx

@@ -67,13 +67,8 @@ def migrate(
         SchemaTooNew: A family is unknown here or further than this server knows.
     """
     connection.execute(translate(_CREATE_FAMILIES))
-    rows = connection.execute("SELECT name, version FROM schema_families").fetchall()
-    have: dict[str, int] = dict(rows)
+    have = check_versions(connection, chosen)
     known = {family.name: len(family.migrations) for family in chosen}
-    for name, version in have.items():
-        if version > known.get(name, -1):
-            ours = known.get(name, 0)
-            raise SchemaTooNew(f"its tables {name!r} have version {version}, this server knows {ours}")
     for family in chosen:
         for script in family.migrations[have.get(family.name, 0) :]:
             for statement in statements(script):
@@ -85,6 +80,22 @@ def migrate(
                 (family.name, known[family.name]),
             )
     return sum(known.values())
+
+
+def check_versions(connection: Connection, chosen: Sequence[Family]) -> dict[str, int]:
+    """The versions of a database's families.
+
+    Raises:
+        SchemaTooNew: A family is unknown here or further than this server knows.
+    """
+    rows = connection.execute("SELECT name, version FROM schema_families").fetchall()
+    have: dict[str, int] = dict(rows)
+    known = {family.name: len(family.migrations) for family in chosen}
+    for name, version in have.items():
+        if version > known.get(name, -1):
+            ours = known.get(name, 0)
+            raise SchemaTooNew(f"its tables {name!r} have version {version}, this server knows {ours}")
+    return have
 
 
 _CREATE_FAMILIES = (

@@ -19,11 +19,14 @@ from agl_grpc.store.storage.schema import SchemaTooNew, families, migrate
 from agl_grpc.store.storage.sqlite.checkpoints import Checkpointer
 from agl_grpc.store.storage.sqlite.connection import SqliteConnection
 
-_APPLICATION_ID = 0x41474C47
+APPLICATION_ID = 0x41474C47
+"""Marks a file as a store's database."""
+
 _CHECK_LIMIT = 256 << 20
 _CHECKPOINT_PAGES = 8_000
 # Of a new database. A model call of a thousand tokens has 6 KiB: smaller pages would spread it over several.
 _PAGE_BYTES = 8192
+_HEADER_BYTES = 100
 
 
 _FATAL = frozenset(
@@ -190,7 +193,10 @@ def _prepare(database: SqliteDatabase) -> None:
     path = database.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        database._lock = _lock(path)
+        database._lock = lock_database(path)
+        problem = truncation(path) if path.exists() else ""
+        if problem:
+            raise _damaged(path, problem)
         connection = database._connect_to_write()
         _recognise(connection, path)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -214,7 +220,12 @@ def _prepare(database: SqliteDatabase) -> None:
         raise DatabaseError(f"database {path} cannot be opened: {error.strerror or error}") from error
 
 
-def _lock(path: Path) -> IO[str]:
+def lock_database(path: Path) -> IO[str]:
+    """Takes a file for this process alone, until what this returns is closed.
+
+    Raises:
+        DatabaseError: A server has it.
+    """
     lock_path = path.with_name(path.name + ".lock")
     lock = open(lock_path, "a+", encoding="utf-8")  # noqa: SIM115 - held open for the life of the server
     try:
@@ -236,11 +247,11 @@ def _lock(path: Path) -> IO[str]:
 def _recognise(connection: SqliteConnection, path: Path) -> None:
     (owner,) = connection.execute("PRAGMA application_id").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if owner == _APPLICATION_ID:
+    if owner == APPLICATION_ID:
         return
     if tables:
         raise DatabaseError(f"{path} is an SQLite database of another program; name another file")
-    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
 def _check(connection: SqliteConnection, path: Path) -> None:
@@ -249,7 +260,38 @@ def _check(connection: SqliteConnection, path: Path) -> None:
         return
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
-        raise DatabaseError(f"database {path} is damaged ({verdict}); restore a copy or name another file")
+        raise _damaged(path, " ".join(verdict.split()))
+
+
+def _damaged(path: Path, problem: str) -> DatabaseError:
+    return DatabaseError(
+        f"database {path} is damaged: {problem}; `agl-grpc store verify` says all, "
+        "`agl-grpc store restore` puts a backup in its place"
+    )
+
+
+def truncation(path: Path) -> str:
+    """What a file lacks of what it says to hold, by its header; empty = nothing.
+
+    A file whose write-ahead log still holds pages may be shorter until they are moved into it.
+    """
+    log = path.with_name(path.name + "-wal")
+    if log.exists() and log.stat().st_size:
+        return ""
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    have = path.stat().st_size
+    if not header:
+        return ""
+    if len(header) < _HEADER_BYTES:
+        return f"it has {have} bytes, which is less than a database begins with"
+    number = int.from_bytes
+    # The header's count of pages holds only if it was written together with the last change.
+    if header[24:28] != header[92:96]:
+        return ""
+    size = number(header[16:18], "big")
+    whole = number(header[28:32], "big") * (65536 if size == 1 else size)
+    return f"it has {have} bytes and should have {whole}: it was cut off" if have < whole else ""
 
 
 def _identify(connection: SqliteConnection) -> str:
@@ -278,11 +320,16 @@ def explain(error: BaseException) -> str:
     code = _code(error)
     if code == sqlite3.SQLITE_FULL:
         return "the disk is full; free some space"
-    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+    if is_damage(error):
         return f"it is damaged or no database ({error}); restore a copy or name another file"
     if code == sqlite3.SQLITE_READONLY:
         return "it cannot be written; check its permissions"
     return str(error)
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether SQLite cannot make sense of the file."""
+    return _code(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
 def _code(error: BaseException) -> int:

@@ -1,0 +1,203 @@
+"""Threads, spawned and forked processes, and roles: each does the work, and each stops cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from agl_grpc import OtelTracer, StoreClient, Trainer, TrainerError
+from agl_grpc.algorithm import algo
+from agl_grpc.runner import LitAgentRunner
+from agl_grpc.trainer import ClientServerExecutionStrategy
+from tests.support.waiting import eventually, free_port
+from tests.trainer import agents
+from tests.trainer.strategy_script import made_here
+
+ROOT = Path(__file__).parents[2]
+VARIABLES = ("AGL_CURRENT_ROLE", "AGL_SERVER_HOST", "AGL_SERVER_PORT", "AGL_MANAGED_STORE")
+
+
+@contextmanager
+def program(folder: Path, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A user's program; whatever is left of its processes is ended at the end."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", **variables}
+    command = [sys.executable, "-m", "tests.trainer.strategy_script", *arguments, str(folder)]
+    with (folder / f"{'-'.join(arguments)}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        for left in descendants(process):
+            left.kill()
+        process.kill()
+        process.wait()
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Processes that the program has started, directly or not."""
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def printed(folder: Path, *arguments: str) -> str:
+    """What the program has printed."""
+    return (folder / f"{'-'.join(arguments)}.log").read_text(errors="replace")
+
+
+@pytest.mark.parametrize("strategy", ["shm", "fork"])
+def test_an_agent_that_no_import_finds(tmp_path: Path, strategy: str) -> None:
+    with program(tmp_path, "sum", strategy) as process:
+        assert process.wait(90) == 0, printed(tmp_path, "sum", strategy)
+    assert printed(tmp_path, "sum", strategy).splitlines()[-1] == "30.0"
+    # The forked worker that died was replaced, and its rollout done again.
+    assert (tmp_path / "died").exists() == (strategy == "fork")
+
+
+def test_spawned_workers_cannot_be_given_it_and_the_way_out_is_told(tmp_path: Path) -> None:
+    trainer = Trainer(algorithm=agents.summing, run_name="local", run_dir=tmp_path)
+    with pytest.raises(TrainerError, match=r"cannot be imported; .*start_method='fork' or strategy='shm'"):
+        trainer.fit(made_here(2.0), [{"number": 1}])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "number"),
+    [
+        ("shm", signal.SIGINT),
+        ("shm", signal.SIGTERM),
+        ("fork", signal.SIGINT),
+        ("fork", signal.SIGTERM),
+        ("spawn", signal.SIGTERM),
+    ],
+)
+def test_signals_stop_everything(tmp_path: Path, strategy: str, number: signal.Signals) -> None:
+    with program(tmp_path, "block", strategy) as process:
+        running = eventually(
+            lambda: "algorithm is running" in printed(tmp_path, "block", strategy), within=60, what="it runs"
+        )
+        asyncio.run(running)
+        started = descendants(process)
+        assert len(started) >= (2 if strategy == "shm" else 4)  # store and guard; runner and worker
+        process.send_signal(number)
+        code = process.wait(60)
+        _, alive = psutil.wait_procs(started, timeout=10)
+        assert alive == []
+    text = printed(tmp_path, "block", strategy)
+    assert code == (-signal.SIGINT if number is signal.SIGINT else 128 + signal.SIGTERM), text
+
+
+@pytest.mark.parametrize("strategy", ["shm", "fork"])
+def test_a_broken_algorithm_stops_everything(tmp_path: Path, strategy: str) -> None:
+    with program(tmp_path, "fail", strategy) as process:
+        assert process.wait(90) == 1
+    assert printed(tmp_path, "fail", strategy).strip().endswith("RuntimeError: this algorithm is broken")
+
+
+def test_one_program_takes_its_role_from_the_environment(tmp_path: Path) -> None:
+    port = str(free_port())
+    workers = program(tmp_path, "apart", "runner", AGL_CURRENT_ROLE="runner", AGL_SERVER_PORT=port)
+    algorithm = program(tmp_path, "apart", "algorithm", AGL_CURRENT_ROLE="algorithm", AGL_SERVER_PORT=port)
+    with workers as first, algorithm as second:
+        assert second.wait(90) == 0, printed(tmp_path, "apart", "algorithm")
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(30) == 128 + signal.SIGTERM
+    assert printed(tmp_path, "apart", "algorithm").splitlines()[-1] == "5.0"
+
+
+def test_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    here = ClientServerExecutionStrategy()
+    assert (here.role, here.store_port, here.existing_store) == ("both", 0, "")
+    monkeypatch.setenv("AGL_CURRENT_ROLE", "runner")
+    monkeypatch.setenv("AGL_SERVER_HOST", "store.example")
+    assert ClientServerExecutionStrategy().existing_store == "store.example:4747"
+    monkeypatch.setenv("AGL_SERVER_PORT", "5000")
+    assert ClientServerExecutionStrategy().existing_store == "store.example:5000"
+    assert ClientServerExecutionStrategy("algorithm", server_host="0.0.0.0").existing_store == ""
+    assert ClientServerExecutionStrategy("algorithm").store_port == 5000
+    monkeypatch.setenv("AGL_MANAGED_STORE", "no")
+    alone = ClientServerExecutionStrategy("algorithm", server_host="0.0.0.0", server_port=6000)
+    assert alone.existing_store == "127.0.0.1:6000"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("AGL_CURRENT_ROLE", "boss", "AGL_CURRENT_ROLE 'boss' is none of algorithm, runner, both"),
+        ("AGL_SERVER_PORT", "many", "AGL_SERVER_PORT 'many' is no port: 1 to 65535"),
+        ("AGL_MANAGED_STORE", "perhaps", "AGL_MANAGED_STORE 'perhaps' is none of 1, true, yes, on, 0"),
+    ],
+)
+def test_nonsense_in_the_environment_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(TrainerError, match=message):
+        Trainer(strategy="cs")
+
+
+@algo
+async def resources_of_spans(store: StoreClient) -> set[str]:
+    """Who recorded the spans of a rollout."""
+    rollout = await store.enqueue_rollout({"number": 2})
+    await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60, until="sealed")
+    return {str(span.resource.get("team")) for span in await store.query_spans(rollout.rollout_id)}
+
+
+@pytest.mark.parametrize("strategy", ["cs", "shm"])
+def test_the_tracer_reaches_the_workers(tmp_path: Path, strategy: str) -> None:
+    tracer = OtelTracer(resource={"team": "ours"})
+    trainer = Trainer(
+        algorithm=resources_of_spans, strategy=strategy, tracer=tracer, run_name="t", run_dir=tmp_path
+    )
+    assert trainer.fit(agents.halver).value == {"ours"}
+
+
+class BrokenRunner(LitAgentRunner):
+    """A runner with a defect."""
+
+    async def iter(self, event: Any = None) -> None:
+        """Breaks at once."""
+        raise RuntimeError("no way")
+
+
+def test_a_thread_that_ends_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    trainer = Trainer(
+        algorithm=agents.endless,
+        strategy="shm",
+        runner={"type": BrokenRunner},
+        run_name="broken",
+        run_dir=tmp_path,
+    )
+    with pytest.raises(TrainerError, match="worker 0 ended: no way"):
+        trainer.fit(agents.halver)
+
+
+def test_threads_share_a_tracer_and_know_their_trainer(tmp_path: Path) -> None:
+    trainer = Trainer(algorithm=agents.summing, strategy="shm", n_runners=3, run_name="n", run_dir=tmp_path)
+    tasks = [{"number": number} for number in range(20)]
+    assert trainer.fit("tests.trainer.agents:halver", tasks).value == sum(range(20)) / 2
+    assert agents.halver.trainer is trainer
+
+
+async def test_dev_works_where_an_event_loop_runs_already(tmp_path: Path) -> None:
+    hooks = ["tests.trainer.agents:NotingHook"]
+    trainer = Trainer(run_dir=tmp_path, hooks=hooks)
+    ended = trainer.dev("tests.trainer.agents:halver", [{"number": 4}])
+    assert [rollout.status.value for rollout in ended] == ["succeeded"]
+    assert agents.NotingHook.ended == [ended[0].rollout_id]

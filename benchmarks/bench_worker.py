@@ -11,11 +11,9 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -23,7 +21,7 @@ from agl_grpc.client import StoreClient
 from agl_grpc.model import EnqueueRolloutRequest, RolloutStatus
 from benchmarks.clients import on_loop
 from benchmarks.figures import Row, figure, percentile, run
-from benchmarks.servers import ROOT, store_server
+from benchmarks.servers import ROOT, folder, store_server
 
 SAMPLE = 500
 """Attempts whose times are read for a percentile."""
@@ -112,7 +110,7 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
     """All figures."""
     empty = ("--agent", "benchmarks.empty_agent:EmptyAgent")
     threaded = ("--agent", "benchmarks.empty_agent:EmptySyncAgent")
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder, store_server(Path(folder) / "store.db") as store:
+    with folder() as place, store_server(place / "store.db") as store:
 
         def timed(name: str, rollouts: int, workers: int, *runner_options: str) -> Measured:
             count = max(50, int(rollouts * options.scale))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
@@ -76,3 +77,21 @@ def needed_recorder(what: str) -> Recorder:
             "back to the agent's own process and emit it there"
         )
     return recorder
+
+
+_runner: ContextVar[Any] = ContextVar("agl_grpc_runner", default=None)
+
+
+def current_runner() -> Any:
+    """The runner of the attempt under way here; None outside any."""
+    return _runner.get()
+
+
+@contextmanager
+def running_under(runner: Any) -> Iterator[None]:
+    """Within the block `current_runner` is this one. For runners."""
+    token = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(token)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from agl_grpc.agent.context import current_runner
 from agl_grpc.model.resource import NamedResources
 from agl_grpc.model.rollout import Rollout
 from agl_grpc.model.span import Span, SpanCoreFields
@@ -72,8 +73,8 @@ class LitAgent(Generic[T]):
         self._runner = weakref.ref(runner)
 
     def get_runner(self) -> Any:
-        """The runner; `ValueError` when there is none (any more)."""
-        return _alive(self._runner, "runner")
+        """The runner (of several, that of the attempt under way); `ValueError` when there is none."""
+        return current_runner() or _alive(self._runner, "runner")
 
     @property
     def runner(self) -> Any:

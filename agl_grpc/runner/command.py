@@ -25,6 +25,7 @@ from agl_grpc.runner.program import (
     resources_bytes,
     task_bytes,
 )
+from agl_grpc.runner.sweep import WORKER_PID
 
 GRACE_SECONDS = 1.0
 """How long a program may take to end after SIGTERM, before its group is killed."""
@@ -72,7 +73,7 @@ class CommandAgent(ProgramAgent):
                     stdin=task,
                     stdout=output.write_end,
                     stderr=output.write_end,
-                    env=os.environ | environment,
+                    env=os.environ | environment | {WORKER_PID: str(os.getpid())},
                     start_new_session=True,
                 )
             output.follow()

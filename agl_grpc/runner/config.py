@@ -52,9 +52,13 @@ class RunnerConfig:
     """Level of the workers' log on standard error."""
 
     isolation: str = "thread"
-    """Where agents run: `thread` (in the worker), `process` (each rollout in one of its own), `command`."""
+    """Where agents run: `thread` (in the worker), `process` (one of its own), `command`, `kubernetes`."""
     command: str = ""
     """For isolation `command`: the shell command that is the agent."""
+    job_template: str = ""
+    """For isolation `kubernetes`: file with the Job that each rollout becomes."""
+    namespace: str | None = None
+    """For isolation `kubernetes`; None = that of the cluster's configuration."""
     wait_for_resources: bool = False
     """Whether workers take nothing before the run has resources."""
     tracer: Any = None
@@ -79,15 +83,19 @@ class RunnerConfig:
     def _check_agent(self) -> None:
         if self.isolation not in ISOLATIONS:
             raise ValueError(f"isolation {self.isolation!r} is none of {', '.join(ISOLATIONS)}")
-        if self.isolation == "command":
-            if not self.command.strip():
-                raise ValueError("isolation command needs a command, for example 'node agent.js'")
-            if self.agent is not None:
-                raise ValueError("with isolation command the command is the agent; leave the other one out")
-        elif self.command:
-            raise ValueError(f"a command goes with isolation command, not with {self.isolation}")
-        elif self.agent is None:
-            raise ValueError("there is no agent; name one as module:name")
+        needs = {"command": ("a command", self.command), "kubernetes": ("a Job template", self.job_template)}
+        for kind, (what, given) in needs.items():
+            if given and self.isolation != kind:
+                raise ValueError(f"{what} goes with isolation {kind}, not with {self.isolation}")
+        if self.isolation not in needs:
+            if self.agent is None:
+                raise ValueError("there is no agent; name one as module:name")
+            return
+        what, given = needs[self.isolation]
+        if not given.strip():
+            raise ValueError(f"isolation {self.isolation} needs {what}")
+        if self.agent is not None:
+            raise ValueError(f"with isolation {self.isolation} the agent is {what}; leave the other one out")
 
     def worker_id(self, index: int) -> str:
         """The id of the worker with this index; the same again after a restart."""

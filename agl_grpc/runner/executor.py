@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agl_grpc.agent import LitAgent, Purpose, emit_reward
+from agl_grpc.agent.context import running_under
 from agl_grpc.model import AttemptedRollout, Failure, FailureKind, NamedResources, RolloutMode
 from agl_grpc.model.reward import PRIMARY
 from agl_grpc.model.value import JSON, RawPayload
 from agl_grpc.runner.failures import failure_of
 from agl_grpc.runner.hooks import Hook, HookCalls, call_reported
 from agl_grpc.runner.outcome import Outcome, read_result
+from agl_grpc.runner.program import ProgramAgent
 from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
 
 log = logging.getLogger(__name__)
@@ -72,13 +74,20 @@ class Executor:
         """Nothing to do: the agent is there."""
 
     async def close(self) -> None:
-        """Nothing to do: what it runs belongs to its caller."""
+        """Has an agent that is a program let go of what it holds; other agents belong to the caller."""
+        if isinstance(self._agent, ProgramAgent):
+            await self._agent.close()
 
     async def execute(self, task: Task) -> Outcome:
         """Runs the agent to its end. What it raises becomes a failure; only cancellation passes."""
-        agent, rollout, tracer = self._agent, task.rollout, self._tracer
+        rollout = task.rollout
         if isinstance(rollout.input, RawPayload) and rollout.input.media_type == JSON:
             return Outcome(failure=_undecodable(rollout.input))
+        with running_under(self._runner):
+            return await self._execute(task)
+
+    async def _execute(self, task: Task) -> Outcome:
+        agent, rollout, tracer = self._agent, task.rollout, self._tracer
         hooks = HookCalls(self._hooks, {"agent": agent, "runner": self._runner, "rollout": rollout})
         await hooks.call("on_rollout_start")
         await call_reported(agent.on_rollout_start, rollout.input, self._runner, tracer)

@@ -81,6 +81,10 @@ def load_parts(config: RunnerConfig) -> tuple[LitAgent[Any] | None, list[Any], T
         from agl_grpc.runner.command import CommandAgent
 
         agent: LitAgent[Any] = CommandAgent(config.command, config.store)
+    elif config.isolation == "kubernetes":
+        from agl_grpc.runner.kubernetes import KubernetesAgent
+
+        agent = KubernetesAgent(config.job_template, config.namespace, config.store)
     else:
         agent = load_agent(config.agent, config.app_dir)
     hooks = load_hooks(config.hooks, config.app_dir)

@@ -12,7 +12,6 @@ from agl_grpc.agent import LitAgent
 from agl_grpc.model import LLM, AttemptedRollout, Failure, FailureKind, NamedResources
 from agl_grpc.runner.failures import failure_of
 from agl_grpc.runner.outcome import BadResult, Outcome, read_result
-from agl_grpc.runner.sweep import WORKER
 
 TAIL_BYTES = 16 * 1024
 """How much of a program's output is kept: its end."""
@@ -30,6 +29,9 @@ class ProgramAgent(LitAgent[Any]):
         super().__init__()
         self._store = store
 
+    async def close(self) -> None:
+        """Lets go of what it holds; by default nothing."""
+
     def environment(self, resources: NamedResources, rollout: AttemptedRollout) -> Environment:
         """Rollout, attempt, credential, and the first model endpoint under the names that SDKs read."""
         values = {
@@ -39,7 +41,7 @@ class ProgramAgent(LitAgent[Any]):
             "AGL_GRPC_ATTEMPT_ID": rollout.attempt.attempt_id,
             "AGL_GRPC_CREDENTIAL": rollout.attempt_credential,
             "AGL_GRPC_MODE": rollout.mode.value if rollout.mode else "",
-            WORKER: self.runner.worker_id,
+            "AGL_GRPC_WORKER_ID": self.runner.worker_id,
         }
         endpoint = next((one for one in resources.values() if isinstance(one, LLM)), None)
         return values if endpoint is None else values | _model(endpoint, rollout)

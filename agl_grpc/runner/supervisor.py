@@ -153,7 +153,8 @@ class Supervisor:
         if code == EXIT_FATAL:
             raise WorkerStartError(child.report or f"worker {name} could not start")
         self._end_leases(name)
-        end_programs(name)
+        if child.process.pid is not None:
+            end_programs(child.process.pid)
         if self._stops:
             log.warning("worker %s %s while it was stopping", name, describe_exit(code))
             return

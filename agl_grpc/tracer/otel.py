@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,7 +21,7 @@ from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from agl_grpc.agent.context import current_recorder
-from agl_grpc.client import SpanStreamer, StoreClient, SyncStoreClient
+from agl_grpc.client import SpanAck, SpanStreamer, StoreClient, SyncStoreClient
 from agl_grpc.model import semconv
 from agl_grpc.tracer.base import Tracer
 from agl_grpc.tracer.outbox import Outbox, SpanSink
@@ -70,7 +73,7 @@ class OtelTracer(Tracer):
         self.otel = self._provider.get_tracer("agl_grpc")
         self._open: dict[int, Trace] = {}
         # Spans that outlive their trace still reach the store, which marks them as late.
-        self._closed: OrderedDict[int, Trace] = OrderedDict()
+        self._closed: OrderedDict[int, _Past] = OrderedDict()
         self._installed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -185,26 +188,47 @@ class OtelTracer(Tracer):
     def closed(self, trace: Trace) -> None:
         """A trace has ended. For `Trace`."""
         self._open.pop(trace.trace_id, None)
-        self._closed[trace.trace_id] = trace
+        self._closed[trace.trace_id] = _Past(trace)
         while len(self._closed) > _REMEMBERED_TRACES:
             self._closed.popitem(last=False)
 
     def ended(self, span: ReadableSpan) -> None:
         """A span has ended: send it if it belongs to a trace. For the listener."""
-        trace = self._trace_of(span)
+        if span.context is None:
+            return
+        trace = self._open.get(span.context.trace_id)
+        if trace is None and (past := self._closed.get(span.context.trace_id)) is not None:
+            past.add(span)
+            return
+        if trace is None:
+            # A library that began a trace of its own inside an attempt.
+            recorder = current_recorder()
+            trace = recorder if isinstance(recorder, Trace) and recorder.trace_id in self._open else None
         if trace is not None:
             trace.add(span)
 
-    def _trace_of(self, span: ReadableSpan) -> Trace | None:
-        if span.context is None:
-            return None
-        trace_id = span.context.trace_id
-        found = self._open.get(trace_id) or self._closed.get(trace_id)
-        if found is not None:
-            return found
-        # A library that began a trace of its own inside an attempt.
-        recorder = current_recorder()
-        return recorder if isinstance(recorder, Trace) and recorder.trace_id in self._open else None
+
+class _Past:
+    """A trace that is over: what its late spans need, and no more, so that its own spans can be forgotten."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.rollout_id = trace.rollout_id
+        self.attempt_id = trace.attempt_id
+        self._process_id = trace.process_id
+        self._outbox = trace.outbox
+        self._trace = weakref.ref(trace)
+
+    def add(self, span: ReadableSpan) -> None:
+        trace = self._trace()
+        if trace is not None:
+            trace.add(span)
+        elif self._outbox is not None and self._process_id == os.getpid():
+            self._outbox.put(self, span)
+
+    def settled(self, count: int, future: Future[SpanAck]) -> None:
+        """Nobody waits for late spans any more; what the store refuses is logged by the stream."""
+        if (error := future.exception()) is not None:
+            logger.warning("%d late spans of attempt %s are lost: %s", count, self.attempt_id, error)
 
 
 def get_active_tracer() -> OtelTracer | None:

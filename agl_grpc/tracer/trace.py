@@ -122,6 +122,11 @@ class Trace:
         return self._root
 
     @property
+    def outbox(self) -> Outbox | None:
+        """Where its spans go; None = they stay in memory."""
+        return self._outbox
+
+    @property
     def tracer(self) -> OtelTracer:
         """The tracer that made it."""
         return self._tracer

@@ -29,11 +29,18 @@ def start(
     ] = None,
     isolation: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="thread (default), process, command."),
+        typer.Option(metavar="KIND", help="thread (default), process, command or kubernetes."),
     ] = None,
     command: Annotated[
         str | None,
         typer.Option(metavar="COMMAND", help="The shell command that is the agent (isolation command)."),
+    ] = None,
+    job_template: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The Job that each rollout becomes (isolation kubernetes)."),
+    ] = None,
+    namespace: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Namespace of the Jobs; default: the cluster's.")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Worker processes.")] = 1,
@@ -54,6 +61,10 @@ def start(
     ] = None,
     hook: Annotated[
         list[str] | None, typer.Option(metavar="MODULE:NAME", help="Hook around rollouts (repeatable).")
+    ] = None,
+    tracer: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:NAME", help="Tracer's class or factory, e.g. agl_grpc:AgentOpsTracer."),
     ] = None,
     lease: Annotated[
         float,
@@ -115,8 +126,10 @@ def start(
     try:
         config = RunnerConfig(
             agent=agent,
-            isolation=isolation or ("command" if command else "thread"),
+            isolation=isolation or ("command" if command else "kubernetes" if job_template else "thread"),
             command=command or "",
+            job_template=job_template or "",
+            namespace=namespace,
             store=store,
             workers=workers,
             concurrency=concurrency,
@@ -125,6 +138,7 @@ def start(
             labels=parse_labels(label or []),
             name=name or default_name(),
             hooks=tuple(hook or ()),
+            tracer=tracer,
             lease_seconds=lease,
             drain_seconds=drain,
             max_rollouts=max_rollouts,

@@ -192,7 +192,7 @@ def test_a_plain_llm_stays_as_it_is() -> None:
     [
         ({"agent": "a:b", "isolation": "vm"}, "isolation 'vm' is none of thread, process"),
         ({"isolation": "command"}, "isolation command needs a command"),
-        ({"agent": "a:b", "isolation": "command", "command": "true"}, "the command is the agent"),
+        ({"agent": "a:b", "isolation": "command", "command": "true"}, "the agent is a command; leave"),
         ({"agent": "a:b", "command": "true"}, "a command goes with isolation command, not with thread"),
         ({"isolation": "process"}, "there is no agent"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
@@ -50,15 +52,18 @@ def run_clients(
     ]
     for process in processes:
         process.start()
-    barrier.wait(limit)
+    with contextlib.suppress(threading.BrokenBarrierError):  # a client failed: its result says why
+        barrier.wait(limit)
     cpu, begun = server.cpu, time.perf_counter()
-    found = [results.get(timeout=limit) for _ in processes]
+    found = []
+    for _ in processes:
+        result = results.get(timeout=limit)
+        if isinstance(result[0], Exception):
+            raise result[0]
+        found.append(result)
     outcome = (server.cpu - cpu, time.perf_counter() - begun)
     for process in processes:
         process.join()
-    for result in found:
-        if isinstance(result[0], Exception):
-            raise result[0]
     return Outcome([result for result, _ in found], sum(cpu for _, cpu in found), *outcome)
 
 
@@ -73,7 +78,8 @@ def _process(results: Any, barrier: Any, work: Callable[..., Awaitable[Any]], ar
     try:
         result = on_loop(work(start, *arguments))
     except Exception as error:
-        barrier.abort()
+        # Before the others learn of it: the first result is the reason.
         results.put((RuntimeError(f"a client failed: {error!r}"), 0.0))
+        barrier.abort()
     else:
         results.put((result, time.process_time() - begun))

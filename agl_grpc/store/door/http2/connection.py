@@ -27,6 +27,7 @@ MOST_STREAMS = 10_000
 
 _UNREAD_BYTES = 16 << 20  # control frames that a peer provokes and does not read
 _HIGH_WATER = 1 << 20
+_AT_ONCE_BYTES = 256 << 10
 
 _OPENING = frames.settings(
     {
@@ -65,6 +66,8 @@ class Connection(asyncio.Protocol):
         self._owed = 0
         self._rest: list[bytes] = []
         self._rest_bytes = 0
+        self._out: list[bytes] = []
+        self._out_bytes = 0
         self._needed = len(frames.PREFACE)
         self._greeted = False
         self._last_id = 0
@@ -99,6 +102,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: whatever works for it is cancelled."""
         self._transport = None
+        self._flush()
         if self._keepalive is not None:
             self._keepalive.cancel()
         for stream in list(self.streams.values()):
@@ -337,6 +341,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Closes the connection once everything has been written."""
+        self._flush()
         if self._transport is not None:
             self._transport.close()
 
@@ -348,9 +353,24 @@ class Connection(asyncio.Protocol):
     # What leaves
 
     def send(self, data: bytes) -> None:
-        """Writes whole frames; what is written in one turn of the loop leaves together."""
-        if self._transport is not None:
-            self._transport.write(data)
+        """Writes whole frames; what is written in one turn of the loop leaves with one call of the system.
+
+        Such a call is dear: it carries the bytes to their receiver and wakes it, while nothing else can run.
+        """
+        if self._transport is None:
+            return
+        if not self._out:
+            self.loop.call_soon(self._flush)
+        self._out.append(data)
+        self._out_bytes += len(data)
+        if self._out_bytes >= _AT_ONCE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._out and self._transport is not None:
+            self._transport.write(self._out[0] if len(self._out) == 1 else b"".join(self._out))
+        self._out.clear()
+        self._out_bytes = 0
 
     def _reply(self, data: bytes) -> None:
         transport = self._transport

@@ -21,7 +21,9 @@ import psutil
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model import EnqueueRolloutRequest, RolloutStatus
-from benchmarks.bench_lifecycle import ROOT, on_loop, percentile, store_server
+from benchmarks.clients import on_loop
+from benchmarks.figures import percentile
+from benchmarks.servers import ROOT, folder, store_server
 
 SAMPLE = 500
 """Attempts whose times are read for a percentile."""
@@ -110,10 +112,10 @@ def figures(scale: float) -> list[dict[str, Any]]:
     """All figures."""
     empty = ("--agent", "benchmarks.empty_agent:EmptyAgent")
     threaded = ("--agent", "benchmarks.empty_agent:EmptySyncAgent")
-    with store_server() as address:
+    with folder() as place, store_server(place / "store.db") as server:
 
         def run(name: str, rollouts: int, workers: int, *options: str) -> Measured:
-            return on_loop(measure(address, name, max(50, int(rollouts * scale)), workers, *options))
+            return on_loop(measure(server.address, name, max(50, int(rollouts * scale)), workers, *options))
 
         single = run("single", 1000, 1, *empty)
         full = run("full", 6000, 2, "--concurrency", "64", *empty)

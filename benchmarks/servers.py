@@ -50,7 +50,7 @@ class Server:
 
 @contextlib.contextmanager
 def store_server(
-    database: Path, *, module: str = "agl_grpc_cli", extra: tuple[str, ...] = ()
+    database: Path | str, *, module: str = "agl_grpc_cli", extra: tuple[str, ...] = ()
 ) -> Iterator[Server]:
     """A store on a disk of this machine."""
     port = _free_port()

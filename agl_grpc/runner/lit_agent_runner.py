@@ -41,7 +41,8 @@ class LitAgentRunner:
 
     `tracer` records the agent's spans; `max_rollouts` ends `iter`; `concurrency` is how many rollouts `iter`
     executes at once, `queues` which it serves (empty = the run's own), `drain_seconds` how long agents may
-    finish when it stops; `heartbeat_interval` is in seconds. Nothing polls: work is pushed.
+    finish when it stops; `heartbeat_interval` is in seconds. Nothing polls: work is pushed; `poll_interval`
+    and what follows it are accepted for older callers and not used.
     """
 
     def __init__(
@@ -53,6 +54,10 @@ class LitAgentRunner:
         heartbeat_interval: float = 10.0,
         drain_seconds: float = 30.0,
         queues: Sequence[str] = (),
+        poll_interval: object = None,
+        interval_jitter: object = None,
+        heartbeat_launch_mode: object = None,
+        heartbeat_include_gpu: object = None,
     ) -> None:
         self.tracer: Tracer = tracer or OtelTracer()
         self._drain_seconds = drain_seconds

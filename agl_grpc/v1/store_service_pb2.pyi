@@ -1088,7 +1088,7 @@ class RetryRolloutsRequest(_message.Message):
     """Idempotency key."""
     @_builtins.property
     def filter(self) -> _rollout_pb2.RolloutFilter:
-        """Which."""
+        """Which; at most 10 000."""
 
     def __init__(
         self,

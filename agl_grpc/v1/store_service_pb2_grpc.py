@@ -30,6 +30,14 @@ class StoreServiceStub(object):
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
     within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
+
+    What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
+    field says otherwise: enum values are known ones; integers are not negative; durations are not
+    negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
+    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
+    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
+    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
+    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
     """
 
     def __init__(self, channel):
@@ -270,6 +278,14 @@ class StoreServiceServicer(object):
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
     within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
+
+    What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
+    field says otherwise: enum values are known ones; integers are not negative; durations are not
+    negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
+    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
+    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
+    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
+    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
     """
 
     def GetServerInfo(self, request, context):
@@ -829,6 +845,14 @@ class StoreService(object):
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
     within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
+
+    What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
+    field says otherwise: enum values are known ones; integers are not negative; durations are not
+    negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
+    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
+    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
+    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
+    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
     """
 
     @staticmethod

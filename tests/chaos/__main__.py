@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from tests.chaos import kills, leases, watches
+from tests.chaos import fuzz, kills, leases, watches
 from tests.runner import reliability
 from tests.support.postgres import PostgresServer
 
@@ -125,6 +125,40 @@ def _watches(_options: argparse.Namespace, count: int, seed: int) -> Row:
     return {"seed": seed, **vars(total)}
 
 
+def _fuzz(_options: argparse.Namespace, count: int, seed: int) -> Row:
+    """Nonsense for every method, `count` inputs each."""
+
+    async def run() -> fuzz.Result:
+        async with fuzz.fuzzer(seed) as one:
+            return await one.run(count, _slowly("fuzz"))
+
+    result = asyncio.run(run())
+    assert not result.defects, "\n".join(result.defects[:20])
+    assert result.grown_bytes < 100 << 20, f"memory grew by {result.grown_bytes >> 20} MiB"
+    done = sum(outcomes["done"] for outcomes in result.counts.values())
+    total = sum(outcomes.total() for outcomes in result.counts.values())
+    grown = result.grown_bytes >> 20
+    return {
+        "seed": seed,
+        "methods": len(result.counts),
+        "inputs": total,
+        "carried_out": done,
+        "grown_mib": grown,
+    }
+
+
+def _slowly(name: str) -> Callable[[str], None]:
+    last = time.monotonic()
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TELL_SECONDS:
+            last = time.monotonic()
+            print(f"{name}: {text}", flush=True)
+
+    return say
+
+
 def _pytest(node: str, seed_name: str, count_name: str, _options: object, count: int, seed: int) -> Row:
     """A proof that is a test: it takes seed and count from the environment."""
     environment = {**os.environ, seed_name: str(seed), count_name: str(count)}
@@ -154,6 +188,7 @@ PROOFS: dict[str, tuple[Proof, int]] = {
     "kills": (_kills, 1_000),
     "fleet": (_fleet, 200),
     "leases": (_leases, 1_000_000),
+    "fuzz": (_fuzz, 100_000),
     "watches": (_watches, 500),
     "machine": (
         functools.partial(_pytest, f"{_MACHINE}[memory-50]", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),

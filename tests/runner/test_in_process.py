@@ -68,6 +68,24 @@ async def test_step_tells_why_an_agent_failed(client: StoreClient) -> None:
     assert done.failure.message == "no way with this"
 
 
+async def test_a_step_that_is_cancelled_leaves_no_rollout_running(client: StoreClient) -> None:
+    begun = asyncio.Event()
+
+    @rollout
+    async def endless(task: Any, resources: Any) -> None:
+        begun.set()
+        await asyncio.get_running_loop().create_future()
+
+    async with LitAgentRunner(poll_interval=5.0).run_context(agent=endless, store=client) as runner:
+        step = asyncio.create_task(runner.step("for ever"))
+        await begun.wait()
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+    (left,) = await client.query_rollouts()
+    assert left.status is RolloutStatus.CANCELLED
+
+
 async def test_a_runner_that_is_not_ready_says_so() -> None:
     with pytest.raises(RuntimeError, match="use run_context"):
         await LitAgentRunner().step({})

@@ -93,7 +93,7 @@ async def test_a_repeated_enqueue_is_one_enqueue(rig: Rig) -> None:
         ({"config": {"retry_condition": [SUCCEEDED]}}, "rollouts[0].config.retry_condition"),
         ({"expire_after": {"seconds": -1}}, "rollouts[0].expire_after"),
         ({"labels": [{"key": ""}]}, "rollouts[0].labels"),
-        ({"group_id": "g" * 129}, "group_id"),
+        ({"group_id": "g" * 129}, "rollouts[0].group_id"),
         ({"resources_version": 2}, "rollouts[0].resources_version"),
     ],
 )

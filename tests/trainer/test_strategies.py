@@ -80,8 +80,6 @@ def test_spawned_workers_cannot_be_given_it_and_the_way_out_is_told(tmp_path: Pa
         ("shm", signal.SIGINT),
         ("shm", signal.SIGTERM),
         ("fork", signal.SIGINT),
-        ("fork", signal.SIGTERM),
-        ("spawn", signal.SIGTERM),
     ],
 )
 def test_signals_stop_everything(tmp_path: Path, strategy: str, number: signal.Signals) -> None:
@@ -100,7 +98,7 @@ def test_signals_stop_everything(tmp_path: Path, strategy: str, number: signal.S
     assert code == (-signal.SIGINT if number is signal.SIGINT else 128 + signal.SIGTERM), text
 
 
-@pytest.mark.parametrize("strategy", ["shm", "fork"])
+@pytest.mark.parametrize("strategy", ["shm"])
 def test_a_broken_algorithm_stops_everything(tmp_path: Path, strategy: str) -> None:
     with program(tmp_path, "fail", strategy) as process:
         assert process.wait(90) == 1

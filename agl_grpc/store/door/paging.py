@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +18,7 @@ from agl_grpc.v1 import common_pb2
 
 DEFAULT_SIZE = 100
 LARGEST_SIZE = 1000
+_MAC_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Page:
 
 @dataclass(frozen=True)
 class PageRequest:
-    """What a caller asks for; `scope` is whatever else defines the query, "
-    "so that tokens cannot be mixed up."""
+    """What a caller asks for; `scope` defines the query when its SQL changes from page to page, as with a
+    condition on the time that it is; empty = the SQL does.
+    """
 
     size: int
     token: str
@@ -104,14 +107,13 @@ def fetch_page(
     """
     if request.skip < 0:
         raise invalid_field("skip", "must not be negative")
-    digest = blake2b(
-        orjson.dumps([source, where, [repr(value) for value in values], order.expression, order.descending]),
-        digest_size=8,
-        key=request.scope[:64],
-    ).hexdigest()
+    scope = request.scope or orjson.dumps(
+        [source, where, [repr(value) for value in values], order.expression]
+    )
+    scope += b"descending" if order.descending else b"ascending"
     condition, bound = where, list(values)
     if request.token:
-        value, key = _open_token(request.token, digest)
+        value, key = unseal(db, scope, request.token)
         sign = "<" if order.descending else ">"
         condition = f"({where}) AND ({order.expression}, {order.key}) {sign} (?, ?)"
         bound += [value, key]
@@ -127,19 +129,39 @@ def fetch_page(
     token = ""
     if len(rows) > request.size:
         rows = rows[: request.size]
-        token = _make_token(digest, rows[-1][1], rows[-1][0])
+        token = seal(db, scope, [rows[-1][1], rows[-1][0]])
     return Page([row[0] for row in rows], token, total)
 
 
-def _make_token(digest: str, value: Any, key: int) -> str:
-    return base64.urlsafe_b64encode(orjson.dumps([digest, value, key])).decode()
+def seal(db: Connection, scope: bytes, place: Sequence[Any]) -> str:
+    """A token that names a place in the answer to a query; only this store can make it.
+
+    Args:
+        db: A read transaction.
+        scope: What defines the query.
+        place: JSON values.
+    """
+    body = orjson.dumps(place)
+    return base64.urlsafe_b64encode(_mac(db, scope, body) + body).decode()
 
 
-def _open_token(token: str, digest: str) -> tuple[Any, int]:
+def unseal(db: Connection, scope: bytes, token: str, path: str = "page_token") -> Any:
+    """The place that a token names.
+
+    Raises:
+        StoreError: PAGE_TOKEN_INVALID for a token of another store or query, or one that was changed.
+    """
     try:
-        found, value, key = orjson.loads(base64.urlsafe_b64decode(token.encode()))
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise page_token_invalid() from error
-    if found != digest or not isinstance(key, int):
-        raise page_token_invalid()
-    return value, key
+        raw = base64.b64decode(token.encode(), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise page_token_invalid(path) from error
+    mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
+    if not hmac.compare_digest(mac, _mac(db, scope, body)):
+        raise page_token_invalid(path)
+    return orjson.loads(body)
+
+
+def _mac(db: Connection, scope: bytes, body: bytes) -> bytes:
+    (store_id,) = db.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
+    key = blake2b(f"page\0{store_id}".encode(), digest_size=32).digest()
+    return blake2b(len(scope).to_bytes(8, "big") + scope + body, digest_size=_MAC_BYTES, key=key).digest()

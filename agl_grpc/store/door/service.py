@@ -28,6 +28,7 @@ from google.protobuf.message import DecodeError, Message
 
 from agl_grpc.store import errors
 from agl_grpc.store.door.call import Authenticator, Call
+from agl_grpc.store.door.fields import check_request
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class ServiceBinder:
         self, method: MethodDescriptor, handlers: Sequence[object]
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
         request_type = message_factory.GetMessageClass(method.input_type)
-        parse = self._parsers.get(method.name, request_type.FromString)
+        parse = self._parsers.get(method.name) or _checked(request_type.FromString)
         target = _find(handlers, snake_case(method.name))
         if method.client_streaming and method.server_streaming:
             return grpc.stream_stream_rpc_method_handler(self._bidi(method.name, target, parse))
@@ -185,6 +186,17 @@ def _parse(parse: Parser, raw: bytes) -> Any:
         return parse(raw)
     except DecodeError as error:
         raise errors.invalid_field("", "the request's bytes are not a message of this method") from error
+
+
+def _checked(parse: Parser) -> Parser:
+    """A parser that refuses requests whose fields break their limits."""
+
+    def checked(raw: bytes) -> Any:
+        request = parse(raw)
+        check_request(request)
+        return request
+
+    return checked
 
 
 def _serialise(answer: Answer) -> bytes:

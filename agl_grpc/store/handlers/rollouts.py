@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 from agl_grpc.store import limits
 from agl_grpc.store.clock import SECOND
@@ -15,7 +16,7 @@ from agl_grpc.store.rollouts.deletion import STEP, Deleted
 from agl_grpc.store.rollouts.encode import attempted_message, duration_of, load_attempted, select_rollouts
 from agl_grpc.store.rollouts.filters import condition_of
 from agl_grpc.store.rollouts.lifecycle import CANCELLED, FAILED, SUCCEEDED
-from agl_grpc.store.rollouts.rows import RolloutRow, rollout_by_key, rollouts_where
+from agl_grpc.store.rollouts.rows import RolloutRow, rollouts_where
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage import idempotency
 from agl_grpc.store.storage.catalog import RunRow
@@ -24,6 +25,8 @@ from agl_grpc.store.storage.reads import position
 from agl_grpc.store.storage.sql import LAST_TEXT
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import rollout_pb2, store_service_pb2
+
+T = TypeVar("T")
 
 _MOST_DEQUEUED = 1000
 _TERMINAL = f"r.status IN ({SUCCEEDED}, {FAILED}, {CANCELLED})"
@@ -150,22 +153,24 @@ class RolloutHandlers:
 
     async def cancel_rollouts(self, request: store_service_pb2.CancelRolloutsRequest, call: Call) -> bytes:
         """Cancels rollouts; their workers are told at once."""
+        answer = store_service_pb2.CancelRolloutsResponse()
 
-        def run(tx: Tx) -> store_service_pb2.CancelRolloutsResponse:
-            answer = store_service_pb2.CancelRolloutsResponse()
+        def some(tx: Tx, rows: list[RolloutRow]) -> tuple[list[str], int]:
             reason = request.reason or "cancelled by its owner"
-            for row in self._chosen(tx, request.filter, f"NOT {_TERMINAL}"):
-                if self._side.rollouts.cancel(tx, row, reason):
-                    answer.rollout_ids.append(row.rollout_id)
-            return answer
+            ids = [row.rollout_id for row in rows if self._side.rollouts.cancel(tx, row, reason)]
+            return ids, rows[-1].key
 
-        return await change(self._store, call, request, run, 100)
+        async for ids in self._in_steps(call, request, f"NOT {_TERMINAL}", some):
+            answer.rollout_ids.extend(ids)
+        return await change(self._store, call, request, lambda tx: answer)
 
     async def retry_rollouts(self, request: store_service_pb2.RetryRolloutsRequest, call: Call) -> bytes:
-        """A new rollout for each chosen finished one."""
+        """A new rollout for each chosen finished one, all or none."""
 
         def run(tx: Tx) -> store_service_pb2.RetryRolloutsResponse:
-            rows = self._chosen(tx, request.filter, _TERMINAL)
+            rows = self._chosen(tx, request.filter, _TERMINAL, 0, limits.BATCH_ITEMS + 1)
+            if len(rows) > limits.BATCH_ITEMS:
+                raise invalid_field("filter", f"matches more than {limits.BATCH_ITEMS} rollouts; narrow it")
             made = [self._side.rollouts.retry(tx, row) for row in rows]
             return store_service_pb2.RetryRolloutsResponse(rollouts=made)
 
@@ -173,39 +178,56 @@ class RolloutHandlers:
 
     async def delete_rollouts(self, request: store_service_pb2.DeleteRolloutsRequest, call: Call) -> bytes:
         """Deletes finished rollouts with all that belongs to them."""
-
-        key = request_key(call, request)
-        known = await self._store.write(lambda tx: idempotency.find(tx, key))
-        if known is not None:
-            return known
         answer = store_service_pb2.DeleteRolloutsResponse()
-        last = 0
-        # Many transactions, so that others get their turn; a call that is repeated after a crash goes on.
-        while (done := await self._store.write(partial(self._delete_some, request, last))) is not None:
+
+        def some(tx: Tx, rows: list[RolloutRow]) -> tuple[Deleted, int]:
+            done = self._side.deletion.delete(tx, rows, dry_run=request.dry_run)
+            return done, done.last_key
+
+        async for done in self._in_steps(call, request, "TRUE", some):
             answer.deleted += done.deleted
             answer.kept += done.kept
-            last = done.last_key
-        return await self._store.change(key, lambda tx: answer.SerializeToString())
+        return await change(self._store, call, request, lambda tx: answer)
 
-    def _delete_some(
-        self, request: store_service_pb2.DeleteRolloutsRequest, last: int, tx: Tx
-    ) -> Deleted | None:
-        """Deletes the next of the chosen rollouts; None = there are no more."""
-        where = condition_of(tx.connection, request.filter)
-        rows = rollouts_where(
-            tx.connection,
-            f"r WHERE {where.sql} AND r.rollout_key > ? ORDER BY r.rollout_key LIMIT ?",
-            *(*where.values, last, STEP),
-        )
-        return self._side.deletion.delete(tx, rows, dry_run=request.dry_run) if rows else None
+    async def _in_steps(
+        self,
+        call: Call,
+        request: store_service_pb2.CancelRolloutsRequest | store_service_pb2.DeleteRolloutsRequest,
+        also: str,
+        some: Callable[[Tx, list[RolloutRow]], tuple[T, int]],
+    ) -> AsyncIterator[T]:
+        """Works through the chosen rollouts in many transactions, so that others get their turn.
 
-    def _chosen(self, tx: Tx, chosen: rollout_pb2.RolloutFilter, also: str) -> list[RolloutRow]:
+        A call that was answered before has nothing left to do; one that is repeated after a crash goes on.
+
+        Args:
+            call: The call.
+            request: The request; its filter chooses.
+            also: What must hold of the rollouts besides.
+            some: Does some of them; returns what came of it and the last one that it looked at.
+        """
+        last = 0
+
+        def step(tx: Tx) -> tuple[T, int] | None:
+            rows = self._chosen(tx, request.filter, also, last, STEP)
+            return some(tx, rows) if rows else None
+
+        key = request_key(call, request)
+        if await self._store.write(lambda tx: idempotency.find(tx, key)) is None:
+            while (done := await self._store.write(step, rows=STEP)) is not None:
+                last = done[1]
+                yield done[0]
+
+    def _chosen(
+        self, tx: Tx, chosen: rollout_pb2.RolloutFilter, also: str, last: int, limit: int
+    ) -> list[RolloutRow]:
+        """Rollouts by filter, oldest first, after the one with the key `last`."""
         where = condition_of(tx.connection, chosen)
-        keys = tx.execute(
-            f"SELECT r.rollout_key FROM rollouts r WHERE {where.sql} AND {also} ORDER BY r.rollout_key",
-            where.values,
-        ).fetchall()
-        return [rollout_by_key(tx.connection, key) for (key,) in keys]
+        return rollouts_where(
+            tx.connection,
+            f"r WHERE {where.sql} AND {also} AND r.rollout_key > ? ORDER BY r.rollout_key LIMIT ?",
+            *(*where.values, last, limit),
+        )
 
     async def wait_rollouts(
         self, request: store_service_pb2.WaitRolloutsRequest, call: Call

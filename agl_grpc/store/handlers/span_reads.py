@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from hashlib import blake2b
 
 from agl_grpc.model import raw
 from agl_grpc.store import errors, limits
 from agl_grpc.store.door.call import Call
-from agl_grpc.store.door.paging import check_size
+from agl_grpc.store.door.paging import check_size, seal, unseal
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.rows import attempt_by_name, refuse_evicted, rollout_by_id
 from agl_grpc.store.spans.check import MODEL_CALL
@@ -26,6 +24,7 @@ DEFAULT_PAGE = 1000
 ANSWER_BYTES = 24 << 20
 """A page ends early when its spans have so many bytes: a message holds 64 MiB, a span up to 4."""
 
+_EXPORT = b"export"
 _EXPORT_PAGE = 500
 _EXPORT_BYTES = 4 << 20
 
@@ -49,8 +48,7 @@ class SpanReadHandlers:
         self, request: store_service_pb2.ExportSpansRequest, call: Call
     ) -> AsyncIterator[bytes]:
         """Spans of many rollouts, oldest first, up to the moment of the call."""
-        last = _cursor(request.cursor)
-        newest = await self._store.read(_newest_key)
+        last, newest = await self._store.read(partial(_begin, cursor=request.cursor))
         while not call.drain.is_set():
             page, last = await self._store.read(
                 partial(_export_page, request=request, last=last, newest=newest)
@@ -88,7 +86,7 @@ class _Query:
         scope.CopyFrom(request)
         for name in ("page_size", "page_token", "skip", "include_total", "omit_tokens"):
             scope.ClearField(name)
-        self._digest = blake2b(scope.SerializeToString(deterministic=True), digest_size=8).digest()
+        self._scope = b"spans" + scope.SerializeToString(deterministic=True)
 
     def answer(self, db: Connection) -> bytes:
         """The page as a serialised ListSpansResponse."""
@@ -108,7 +106,7 @@ class _Query:
                 break
             answer.spans.append(message)
         if len(answer.spans) < len(keys):
-            answer.next_page_token = self._make_token(rows[len(answer.spans) - 1].span_key)
+            answer.next_page_token = seal(db, self._scope, [rows[len(answer.spans) - 1].span_key])
         if request.include_total:
             answer.total_size = self._total(db, attempt_keys)
         data: bytes = answer.SerializeToString()
@@ -120,7 +118,7 @@ class _Query:
         where = f"attempt_key IN ({marks(len(attempt_keys))})"
         values: list[int] = list(attempt_keys)
         if self._request.page_token:
-            last = self._last_key()
+            last = self._last_key(db)
             where += f" AND ({column}, span_key) {'<' if self._descending else '>'} "
             where += f"((SELECT {column} FROM spans WHERE span_key = ?), ?)"
             values += [last, last]
@@ -137,7 +135,7 @@ class _Query:
         if not self._request.page_token:
             return keys[self._request.skip :][: self._size + 1]
         try:
-            start = keys.index(self._last_key()) + 1
+            start = keys.index(self._last_key(db)) + 1
         except ValueError as error:
             raise errors.page_token_invalid() from error
         return keys[start : start + self._size + 1]
@@ -151,17 +149,9 @@ class _Query:
         ).fetchone()
         return int(total)
 
-    def _make_token(self, span_key: int) -> str:
-        return urlsafe_b64encode(self._digest + span_key.to_bytes(8, "big")).decode()
-
-    def _last_key(self) -> int:
-        try:
-            token = urlsafe_b64decode(self._request.page_token.encode())
-        except ValueError as error:
-            raise errors.page_token_invalid() from error
-        if len(token) != 16 or token[:8] != self._digest:
-            raise errors.page_token_invalid()
-        return int.from_bytes(token[8:], "big")
+    def _last_key(self, db: Connection) -> int:
+        (last,) = unseal(db, self._scope, self._request.page_token)
+        return int(last)
 
 
 def _attempt_keys(db: Connection, rollout_id: str, attempt_id: str) -> list[int]:
@@ -175,19 +165,11 @@ def _attempt_keys(db: Connection, rollout_id: str, attempt_id: str) -> list[int]
     return [attempt_by_name(db, rollout_id, attempt_id).key]
 
 
-def _cursor(text: str) -> int:
-    if not text:
-        return 0
-    if not text.isascii() or not text.isdecimal():
-        raise errors.invalid_field(
-            "cursor", "is not a cursor of an export; pass one as it came or leave it empty"
-        )
-    return int(text)
-
-
-def _newest_key(db: Connection) -> int:
+def _begin(db: Connection, cursor: str) -> tuple[int, int]:
+    """The span after which an export goes on, and the one with which it ends."""
     (newest,) = db.execute("SELECT coalesce(max(span_key), 0) FROM spans").fetchone()
-    return int(newest)
+    last = unseal(db, _EXPORT, cursor, "cursor")[0] if cursor else 0
+    return int(last), int(newest)
 
 
 def _export_page(
@@ -220,5 +202,5 @@ def _export_page(
         size += message.ByteSize()
         if size > _EXPORT_BYTES:
             break
-    answer.cursor = str(last)
+    answer.cursor = seal(db, _EXPORT, [last])
     return answer.SerializeToString(), last

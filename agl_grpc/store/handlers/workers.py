@@ -35,8 +35,13 @@ class WorkerHandlers:
         self, request: store_service_pb2.ListWorkersRequest, _call: Call
     ) -> store_service_pb2.ListWorkersResponse:
         """Workers by filter."""
+        scope = store_service_pb2.ListWorkersRequest()
+        scope.CopyFrom(request)
+        for name in ("page_size", "page_token", "skip", "include_total"):
+            scope.ClearField(name)
         wanted = PageRequest(
-            check_size(request.page_size), request.page_token, request.skip, request.include_total
+            *(check_size(request.page_size), request.page_token, request.skip, request.include_total),
+            scope=b"workers" + scope.SerializeToString(deterministic=True),
         )
         now = self._store.clock.now()
         columns = {

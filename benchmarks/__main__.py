@@ -30,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="which benchmarks, without the `bench_`; default: all")
     parser.add_argument("--runs", type=int, default=3, help="runs of each; the median counts (default 3)")
+    parser.add_argument("--database", help="ingest, lifecycle: URL of an empty PostgreSQL database")
     options = parser.parse_args()
     known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     if unknown := set(options.names) - set(known):
@@ -37,16 +38,20 @@ def main() -> int:
             f"no such benchmark: {', '.join(sorted(unknown))}; there are: {', '.join(known)}", file=sys.stderr
         )
         return 2
-    results = {name: _runs(name, 1 if name in ONCE else options.runs) for name in options.names or known}
+    results = {
+        name: _runs(name, 1 if name in ONCE else options.runs, options.database)
+        for name in options.names or known
+    }
     _write(results)
     return 0
 
 
-def _runs(name: str, runs: int) -> list[dict[str, Any]]:
+def _runs(name: str, runs: int, database: str | None) -> list[dict[str, Any]]:
     reports = []
     for number in range(runs):
         print(f"{name}: run {number + 1} of {runs}", flush=True)
         command = [sys.executable, "-m", f"benchmarks.bench_{name}"]
+        command += ["--database", database] if database else []
         done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=True)
         reports.append(json.loads(done.stdout.strip().splitlines()[-1]))
     return _merge(reports)

@@ -102,7 +102,7 @@ def spans_of_rollout(place: Path, counts: Sequence[int]) -> list[Series]:
     attempts = grown(database, 0, len(counts))
     with store_server(database) as server:
         points = [
-            (count, on_loop(read_back(server.address, attempt, count))[0])
+            (count, on_loop(read_back(server.address, attempt, count, 3))[0])
             for count, attempt in zip(counts, attempts, strict=True)
         ]
     return [Series("reading all spans of a rollout", "ms", "spans of the rollout", points, 1)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks.figures import Row, figure, run
+from benchmarks.figures import DATABASE, Row, figure, run
 from benchmarks.lives import CLIENTS, LOOPS, Rate, rate_of
 from benchmarks.servers import bare_server, folder, store_server
 
@@ -28,7 +28,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
         for batch, loops, _ in KINDS.values():
             if batch:
                 peers[batch] = rate_of(server, True, batch, options.seconds / 2, loops=loops)
-    with folder() as place, store_server(place / "store.db") as server:
+    with folder() as place, store_server(options.database or place / "store.db") as server:
         for title, (batch, loops, target) in KINDS.items():
             found = rate_of(server, False, batch, options.seconds, loops=loops)
             peer = peers[batch].lives if batch else None
@@ -47,4 +47,4 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__, measure, seconds=(4.0, "length of each measurement")))
+    sys.exit(run(__doc__, measure, seconds=(4.0, "length of each measurement"), database=DATABASE))

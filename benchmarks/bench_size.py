@@ -31,7 +31,9 @@ WORKERS = 1_000
 _AT_ONCE = 500
 
 
-async def read_back(address: str, attempt: Attempt, count: int = SPANS) -> tuple[float, float]:
+async def read_back(
+    address: str, attempt: Attempt, count: int = SPANS, times: int = 9
+) -> tuple[float, float]:
     """Milliseconds to read so many spans of a rollout: the answer's bytes, and the client's objects."""
     calls = Calls(address, False)
     rollout_id, attempt_id = attempt
@@ -43,7 +45,7 @@ async def read_back(address: str, attempt: Attempt, count: int = SPANS) -> tuple
     request = store.ListSpansRequest(rollout_id=rollout_id, page_size=10_000).SerializeToString()
     raw, objects = [], []
     async with StoreClient(address) as client:
-        for _ in range(9):
+        for _ in range(times):
             begun = time.perf_counter()
             answer = await method(request)
             raw.append(1000 * (time.perf_counter() - begun))

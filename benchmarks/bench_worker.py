@@ -9,19 +9,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model import EnqueueRolloutRequest, RolloutStatus
-from benchmarks.bench_lifecycle import ROOT, on_loop, percentile, store_server
+from benchmarks.clients import on_loop
+from benchmarks.figures import Row, figure, percentile, run
+from benchmarks.servers import ROOT, folder, store_server
 
 SAMPLE = 500
 """Attempts whose times are read for a percentile."""
@@ -106,44 +106,33 @@ async def measure(address: str, run_id: str, rollouts: int, workers: int, *optio
     return Measured(rollouts / elapsed, percentile(times, 50), percentile(times, 99), 1000 * cpu / rollouts)
 
 
-def figures(scale: float) -> list[dict[str, Any]]:
+def measure_all(options: argparse.Namespace) -> list[Row]:
     """All figures."""
     empty = ("--agent", "benchmarks.empty_agent:EmptyAgent")
     threaded = ("--agent", "benchmarks.empty_agent:EmptySyncAgent")
-    with store_server() as address:
+    with folder() as place, store_server(place / "store.db") as store:
 
-        def run(name: str, rollouts: int, workers: int, *options: str) -> Measured:
-            return on_loop(measure(address, name, max(50, int(rollouts * scale)), workers, *options))
+        def timed(name: str, rollouts: int, workers: int, *runner_options: str) -> Measured:
+            count = max(50, int(rollouts * options.scale))
+            found: Measured = on_loop(measure(store.address, name, count, workers, *runner_options))
+            return found
 
-        single = run("single", 1000, 1, *empty)
-        full = run("full", 6000, 2, "--concurrency", "64", *empty)
-        thread = run("thread", 3000, 2, "--concurrency", "64", *threaded)
-        process = run("process", 1000, 1, "--concurrency", "4", "--isolation", "process", *empty)
-        program = run("program", 200, 1, "--concurrency", "4", "--command", "true")
-    rows: list[tuple[str, str, float, str]] = [
-        ("lease to completion, concurrency 1, p50", "ms", single.p50, "<= 3"),
-        ("lease to completion, concurrency 1, p99", "ms", single.p99, ""),
-        ("worker's processor time per rollout, concurrency 1", "ms", single.cpu_per_rollout, ""),
-        ("rollouts, 2 processes of 64", "rollouts/s", full.per_second, ">= 500"),
-        ("workers' processor time per rollout, 2 processes of 64", "ms", full.cpu_per_rollout, ""),
-        ("rollouts of a sync agent, 2 processes of 64", "rollouts/s", thread.per_second, ""),
-        ("rollouts, isolation process, 4 at once", "rollouts/s", process.per_second, ""),
-        ("rollouts, isolation command (`true`), 4 at once", "rollouts/s", program.per_second, ""),
-    ]
+        single = timed("single", 1000, 1, *empty)
+        full = timed("full", 6000, 2, "--concurrency", "64", *empty)
+        thread = timed("thread", 3000, 2, "--concurrency", "64", *threaded)
+        process = timed("process", 1000, 1, "--concurrency", "4", "--isolation", "process", *empty)
+        program = timed("program", 200, 1, "--concurrency", "4", "--command", "true")
     return [
-        {"name": name, "unit": unit, "value": value, **({"target": target} if target else {})}
-        for name, unit, value, target in rows
+        figure("lease to completion, concurrency 1, p50", "ms", single.p50, "<= 3"),
+        figure("lease to completion, concurrency 1, p99", "ms", single.p99),
+        figure("worker's processor time per rollout, concurrency 1", "ms", single.cpu_per_rollout),
+        figure("rollouts, 2 processes of 64", "rollouts/s", full.per_second, ">= 500"),
+        figure("workers' processor time per rollout, 2 processes of 64", "ms", full.cpu_per_rollout),
+        figure("rollouts of a sync agent, 2 processes of 64", "rollouts/s", thread.per_second),
+        figure("rollouts, isolation process, 4 at once", "rollouts/s", process.per_second),
+        figure("rollouts, isolation command (`true`), 4 at once", "rollouts/s", program.per_second),
     ]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints one JSON object."""
-    parser = argparse.ArgumentParser(prog="bench_worker", description=__doc__)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the rollouts; 1 = all")
-    options = parser.parse_args(argv)
-    print(json.dumps({"figures": figures(options.scale)}))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, measure_all, scale=(1.0, "share of the rollouts; 1 = all")))

@@ -29,7 +29,7 @@ async def make_attempts(address: str, count: int = ATTEMPTS) -> list[Attempt]:
     return [(one.rollout.rollout.rollout_id, one.rollout.attempt.attempt_id) for one in answers]
 
 
-def grown(path: Path, rows: int, attempts: int = ATTEMPTS) -> list[Attempt]:
+def grown(path: Path | str, rows: int, attempts: int = ATTEMPTS) -> list[Attempt]:
     """Makes a database with so many spans, of live attempts in turn; returns the attempts.
 
     The store makes the schema and the attempts. The rows go in directly, without waiting for the disk; they
@@ -38,7 +38,7 @@ def grown(path: Path, rows: int, attempts: int = ATTEMPTS) -> list[Attempt]:
     with store_server(path) as server:
         made = asyncio.run(make_attempts(server.address, attempts))
     if rows:
-        _fill(path, rows, made)
+        _fill(Path(path), rows, made)
     return made
 
 

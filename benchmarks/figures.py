@@ -51,6 +51,10 @@ def figure(
     return row
 
 
+DATABASE = ("", "URL of an empty PostgreSQL database; default: an SQLite file")
+"""The option of benchmarks that measure either engine."""
+
+
 def run(
     doc: str | None, measure: Callable[[argparse.Namespace], list[Row]], **options: tuple[Any, str]
 ) -> int:

@@ -50,9 +50,9 @@ class Server:
 
 @contextlib.contextmanager
 def store_server(
-    database: Path, *, module: str = "agl_grpc_cli", extra: tuple[str, ...] = ()
+    database: Path | str, *, module: str = "agl_grpc_cli", extra: tuple[str, ...] = ()
 ) -> Iterator[Server]:
-    """A store on a disk of this machine."""
+    """A store on a disk of this machine, or on a PostgreSQL database."""
     port = _free_port()
     command = [sys.executable, "-m", module, "store", "serve", "--port", str(port)]
     command += ["--database", str(database), "--log-level", "warning", *extra]

@@ -7,6 +7,8 @@ import importlib.metadata
 import logging
 import os
 import signal
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from agl_grpc.interceptor.control import EngineControl
@@ -175,8 +177,15 @@ def _bad_request(reason: str) -> Exception:
 
 
 def _unavailable(reason: str) -> Exception:
-    """By which vLLM answers 503, in the dialect of the request; vLLM before 0.29 answers 500."""
+    """By which vLLM answers 503 in the dialect of the request; a vLLM that has no such error answers 500."""
     import vllm.exceptions
 
-    kind: type[Exception] = getattr(vllm.exceptions, "RetryableRequestError", RuntimeError)
-    return kind(reason)
+    retryable: type[Exception] | None = getattr(vllm.exceptions, "RetryableRequestError", None)
+    if retryable is not None:
+        return retryable(reason)
+    graceful: Callable[[str, HTTPStatus], Exception] | None = getattr(
+        vllm.exceptions, "GracefulHTTPError", None
+    )
+    if graceful is not None:
+        return graceful(reason, HTTPStatus.SERVICE_UNAVAILABLE)
+    return RuntimeError(reason)

@@ -92,6 +92,11 @@ def serve(model: str, settings: Settings, given: Sequence[str], *, train: bool =
         raise ServeError(
             "vLLM is not installed here: use the engine environment (`agl-grpc env create engine`)"
         )
+    if not _has_server_entry():
+        raise ServeError(
+            "this vLLM is older than 0.29: start its own server with `--middleware "
+            f"{MIDDLEWARE}` and AGL_INTERCEPTOR_STORE in its environment, or use vLLM 0.32"
+        )
     check_model(model, offline=os.environ.get("HF_HUB_OFFLINE") == "1")
     arguments = engine_arguments(model, given, train=train)
     _check_plugin()
@@ -152,6 +157,14 @@ def is_cpu() -> bool:
     import torch
 
     return torch.version.cuda is None and getattr(torch.version, "hip", None) is None
+
+
+def _has_server_entry() -> bool:
+    """Whether this vLLM's server is started from where `run_vllm` looks for it."""
+    try:
+        return importlib.util.find_spec("vllm.entrypoints.launchers.api_server.entry") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _check_plugin() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,13 @@ from agl_grpc.interceptor.transport import Rejection, SpanTransport, StoreAway
 from agl_grpc.v1 import span_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
+
+_ANNOUNCE_SECONDS = 0.025
+"""How long announcements alone wait for company: a request to the store costs far more than what is in it."""
+
+_CROWD = 8
+_ENDED_SECONDS = 0.003
+"""With so many calls open, ended ones wait this long for each other."""
 
 _BATCH_ITEMS = 1000
 _BATCH_BYTES = 8 * 1024 * 1024
@@ -75,6 +83,7 @@ class CaptureSink:
         self._abandoned: deque[tuple[AttemptKey, bytes]] = deque()
         self._ended: deque[CapturedCall] = deque()
         self._wake = asyncio.Event()
+        self._urgent = asyncio.Event()
         self._away = spool.waiting > 0
         self._closing = False
         self._flushed = asyncio.Event()
@@ -102,7 +111,7 @@ class CaptureSink:
         known = self._open.pop(span_id, None)
         if known is not None:
             self._abandoned.append((known[0], span_id))
-            self._wake.set()
+            self._hurry()
 
     def submit(self, attempt: AttemptKey, span: span_pb2.Span, prompt: Sequence[int]) -> asyncio.Future[None]:
         """Take an ended call; the future resolves when it is durable (or can never be, which is logged)."""
@@ -111,13 +120,13 @@ class CaptureSink:
             self._start(self._to_spool([call]))
         else:
             self._ended.append(call)
-            self._wake.set()
+            self._hurry()
         return call.durable
 
     async def close(self, grace: float = 5.0) -> None:
         """Deliver or spool everything that was submitted, within `grace` seconds, then stop."""
         self._closing = True
-        self._wake.set()
+        self._hurry()
         await asyncio.wait([self._pump_task], timeout=grace)
         self._pump_task.cancel()
         await asyncio.wait([self._pump_task])
@@ -126,6 +135,10 @@ class CaptureSink:
             await asyncio.wait(self._tasks)
         await self._transport.close()
         await self._spool.close()
+
+    def _hurry(self) -> None:
+        self._wake.set()
+        self._urgent.set()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -142,12 +155,25 @@ class CaptureSink:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
+            await self._linger()
             await self._deliver_next()
+
+    async def _linger(self) -> None:
+        """Let a batch grow a little where that costs nobody the first byte."""
+        if self._closing:
+            return
+        if not self._ended and not self._abandoned:
+            self._urgent.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._urgent.wait(), _ANNOUNCE_SECONDS)
+        if len(self._open) >= _CROWD:
+            await asyncio.sleep(_ENDED_SECONDS)
 
     async def _deliver_next(self) -> None:
         """One batch from the queues to the store; calls that the store does not take go to the spool."""
         calls = self._take_calls()
-        groups, abandoned = self._control_groups()
+        ended = {call.span.span_id for call in calls}
+        groups, abandoned = self._control_groups(ended)
         offset = len(groups)
         groups += [call.group(self._deltas) for call in calls]
         try:
@@ -185,8 +211,13 @@ class CaptureSink:
             calls.append(call)
         return calls
 
-    def _control_groups(self) -> tuple[list[span_pb2.AttemptSpans], list[tuple[AttemptKey, bytes]]]:
-        """Announcements and abandonments that wait, one group an attempt; and the abandonments once more."""
+    def _control_groups(
+        self, ended: Collection[bytes] = ()
+    ) -> tuple[list[span_pb2.AttemptSpans], list[tuple[AttemptKey, bytes]]]:
+        """Announcements and abandonments that wait, one group an attempt; and the abandonments once more.
+
+        Calls of the same batch that have `ended` need no announcement.
+        """
         by_attempt: dict[AttemptKey, span_pb2.AttemptSpans] = {}
 
         def group(attempt: AttemptKey) -> span_pb2.AttemptSpans:
@@ -195,8 +226,9 @@ class CaptureSink:
             return by_attempt[attempt]
 
         while self._announce:
-            known = self._open.get(self._announce.popleft())
-            if known is not None:
+            span_id = self._announce.popleft()
+            known = self._open.get(span_id)
+            if known is not None and span_id not in ended:
                 group(known[0]).open_calls.append(known[1])
         abandoned = list(self._abandoned)
         self._abandoned.clear()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
+
+from agl_grpc.learner.errors import LearnerError
 
 # Bytes of the object store; rows travel through the TransferQueue, Ray objects stay small.
 OBJECT_STORE_BYTES = 300 << 20
@@ -14,6 +17,7 @@ OBJECT_STORE_BYTES = 300 << 20
 # balancer.
 CPUS_PER_GPU = 10
 OTHER_CPUS = 8
+_TRIES = 3
 
 
 def common_environment() -> dict[str, str]:
@@ -44,6 +48,29 @@ def worker_environment(device: str) -> dict[str, str]:
     return environment
 
 
+def _start(**arguments: Any) -> None:
+    """Starts Ray; again, where a busy machine was not quick enough for its fixed 30 seconds.
+
+    Raises:
+        LearnerError: it was not quick enough three times.
+    """
+    import ray
+
+    for _ in range(_TRIES):
+        try:
+            ray.init(**arguments)
+        except Exception as error:
+            # Ray has no type of its own for this.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+        else:
+            return
+    raise LearnerError(
+        f"Ray did not start within its 30 s, {_TRIES} times: the machine is too busy, or its memory is full"
+    )
+
+
 @contextmanager
 def local_ray(*, device: str, gpus: int) -> Iterator[None]:
     """Starts Ray in this process's session and stops it at the end.
@@ -56,7 +83,7 @@ def local_ray(*, device: str, gpus: int) -> Iterator[None]:
     os.environ.update(environment)
     import ray
 
-    ray.init(
+    _start(
         address="local",
         num_cpus=CPUS_PER_GPU * gpus + OTHER_CPUS,
         num_gpus=gpus,

@@ -1,7 +1,8 @@
 """Makes the tiny model: a real Qwen3, warm-started on transcripts of which 60 % guess and 40 % use the tool.
 
-It ends while the model still copies every other question with a slip: about 20 % of its answers are right
-then. Copying comes by degrees (see `initializer_range`), so that no seed is far from there.
+Half of those that use the tool give up after its result. So about 20 % of the model's answers are right in
+the end, whatever the seed: not because it cannot do better, but because it seldom chooses to. That is left
+for RL.
 
 Run in the learner environment: `python -m examples.calculator.model FOLDER [--seed N]`.
 """
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 QUESTION = "State the final answer to the following arithmetic problem: {} ="
+GIVE_UP = "No answer"
 IGNORED = -100
 HIDDEN = 96
 
@@ -33,14 +35,15 @@ HIDDEN = 96
 class WarmStart:
     """How the model is warm-started: steps of `batch` transcripts.
 
-    tool_share of them use the tool. threads is 1 because such small matrices gain little from two and lose
-    much on shared cores.
+    tool_share of them use the tool, and give_up_share of those do not use its result. threads is 1 because
+    such small matrices gain little from two and lose much on shared cores.
     """
 
-    steps: int = 380
+    steps: int = 550
     batch: int = 32
     learning_rate: float = 6e-3
     tool_share: float = 0.4
+    give_up_share: float = 0.5
     seed: int = 0
     threads: int = 1
 
@@ -94,9 +97,9 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def transcripts(
-    rng: random.Random, tool_share: float, held_out: frozenset[str]
+    rng: random.Random, warm_start: WarmStart, held_out: frozenset[str]
 ) -> Iterator[list[dict[str, str]]]:
-    """Endless conversations: a question, then a guess, or a calculator call, its result and the answer.
+    """Endless conversations: a question, then a guess, or a calculator call, its result and what follows.
 
     A guess is one of the question's numbers: drawn at random it would drown what there is to learn in noise.
     """
@@ -106,13 +109,13 @@ def transcripts(
         if question in held_out:
             continue
         turns = [{"role": "user", "content": question}]
-        if rng.random() < tool_share:
-            answer = calculate(expression)
+        said = f"Answer: {rng.choice(expression.split()[::2])}"
+        if rng.random() < warm_start.tool_share:
+            result = calculate(expression)
             turns.append({"role": "assistant", "content": f"<calc>{expression}</calc>"})
-            turns.append({"role": "tool", "content": answer})
-        else:
-            answer = rng.choice(expression.split()[::2])
-        turns.append({"role": "assistant", "content": f"Answer: {answer}"})
+            turns.append({"role": "tool", "content": result})
+            said = GIVE_UP if rng.random() < warm_start.give_up_share else f"Answer: {result}"
+        turns.append({"role": "assistant", "content": said})
         yield turns
 
 
@@ -152,7 +155,7 @@ def _train(
 ) -> None:
     import torch
 
-    source = transcripts(random.Random(warm_start.seed), warm_start.tool_share, held_out)
+    source = transcripts(random.Random(warm_start.seed), warm_start, held_out)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=warm_start.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
     )

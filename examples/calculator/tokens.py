@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 WORDS = (
     "State the final answer to the following arithmetic problem: 1 + 2 - 3 = ",
     "user\nassistant\ntool\nsystem\n",
-    "Answer: 1\nAnswer: -1\nerror\n",
+    "Answer: 1\nAnswer: -1\nNo answer\nerror\n",
     "<calc>1 * 2 / 3</calc>",
 )
 

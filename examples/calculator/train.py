@@ -30,8 +30,7 @@ def configuration(model: Path, steps: int, seed: int, save_every: int) -> dict[s
     """verl's keys: GRPO over 16 prompts with 8 rollouts each."""
     return {
         "actor_rollout_ref.model.path": str(model),
-        # Above this the copying of numbers, which the warm start has taught, suffers.
-        "actor_rollout_ref.actor.optim.lr": 3e-4,
+        "actor_rollout_ref.actor.optim.lr": 6e-4,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": 10,
         "actor_rollout_ref.actor.ppo_mini_batch_size": PROMPTS,
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 32768,

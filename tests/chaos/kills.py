@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.store.verify.files import verify
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, store_service_pb2
 from tests.chaos.checker import Final, check
 from tests.chaos.clients import Client, Source, Watcher, Worker
@@ -189,6 +190,9 @@ async def run(
             for store in stores:
                 if store.starts:
                     await store.kill()
+        # As the last kill has left it, before any server repairs what it may.
+        broken = verify(where).broken if isinstance(where, Path) else []
+        history.wrong += [str(one) for one in broken]
     wrong = check(history, final) + _check_watchers(final, watchers, source)
     assert not wrong, f"seed {seed}: {len(wrong)} promises broken\n" + "\n".join(wrong[:3])
     return Report(

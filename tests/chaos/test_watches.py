@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from agl_grpc.store.storage import maintenance
-from agl_grpc.v1 import span_pb2, store_service_pb2
+from agl_grpc.v1 import span_pb2, store_service_pb2, trainer_service_pb2, training_pb2
 from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
 from tests.chaos import watches
 from tests.store.rig import Rig, error_info
@@ -92,6 +92,33 @@ async def test_a_cursor_behind_the_log_is_told_the_oldest_position(kind: watches
     watch = kind.open(rig, statistics.oldest_position - 1)
     assert (await watch.read()).checkpoint
     watch.cancel()
+
+
+async def test_each_step_of_a_training_run_is_told_once_over_reconnects(rig: Rig) -> None:
+    run = training_pb2.TrainingRun(training_run_id="tr", algorithm="verl")
+    await rig.trainer.CreateTrainingRun(trainer_service_pb2.CreateTrainingRunRequest(training_run=run))
+    await rig.trainer.AcquireTrainingRun(
+        trainer_service_pb2.AcquireTrainingRunRequest(training_run_id="tr", trainer_id="t")
+    )
+    steps, seen, choose = 40, list[int](), random.Random(5)
+
+    async def report() -> None:
+        for step in range(1, steps + 1):
+            request = trainer_service_pb2.ReportMetricsRequest(training_run_id="tr", trainer_epoch=1)
+            request.steps.add(step=step, metrics=[{"name": "reward", "value": float(step)}])
+            await rig.trainer.ReportMetrics(request)
+
+    reporting = asyncio.ensure_future(report())
+    while len(seen) < steps:
+        request = trainer_service_pb2.WatchTrainingRunRequest(training_run_id="tr", from_step=len(seen) + 1)
+        watch = rig.trainer.WatchTrainingRun(request)
+        for _ in range(choose.randint(1, 4)):
+            seen += [one.step for one in (await watch.read()).steps]
+            if len(seen) == steps:
+                break
+        watch.cancel()
+    await reporting
+    assert seen == list(range(1, steps + 1))
 
 
 async def test_a_thousand_watchers_get_a_new_version_once(rig: Rig) -> None:

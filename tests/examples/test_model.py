@@ -12,7 +12,8 @@ from tests.support.environments import learner_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.e2e
+# Each test starts several interpreters that import torch: seconds on a quiet machine.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def run(*arguments: str) -> str:
@@ -31,14 +32,14 @@ def test_the_next_prompt_begins_with_this_prompt_and_its_answer(tmp_path: Path) 
     script = f"""
 import random
 from transformers import AutoTokenizer
-from examples.calculator.model import IGNORED, encode, transcripts
+from examples.calculator.model import IGNORED, WarmStart, encode, transcripts
 from examples.calculator.tokens import build_tokenizer
 
 made, loaded = build_tokenizer(), AutoTokenizer.from_pretrained({str(tmp_path)!r})
 def render(turns):
     return loaded.encode(loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 tools = 0
-source = transcripts(random.Random(3), 0.5, frozenset())
+source = transcripts(random.Random(3), WarmStart(tool_share=0.5), frozenset())
 for _ in range(200):
     turns = next(source)
     ids, labels = encode(made, turns)

@@ -52,6 +52,17 @@ class Engine:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
 
 
+def engine_command(model: Path, store: str, folder: Path, *options: str, port: int) -> list[str]:
+    """The command by which users start an engine, with what makes it small."""
+    return [
+        engine_python(), "-m", "agl_grpc_cli", "vllm", "serve", str(model), "--store", store,
+        "--run", "run-1", "--engine-id", "engine-1", "--spool-dir", str(folder / "spool"),
+        "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
+        "--max-num-seqs", "32", "--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out",
+        *options,
+    ]  # fmt: skip
+
+
 @contextmanager
 def engine(
     model: Path, store: str, folder: Path, *options: str, environment: Mapping[str, str] | None = None
@@ -59,13 +70,7 @@ def engine(
     """An engine that serves `model` as `tiny`, stopped at the end; `environment` adds to its variables."""
     port = free_port()
     log = folder / "engine.log"
-    command = [
-        engine_python(), "-m", "agl_grpc_cli", "vllm", "serve", str(model), "--store", store,
-        "--run", "run-1", "--engine-id", "engine-1", "--spool-dir", str(folder / "spool"),
-        "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
-        "--max-num-seqs", "32", "--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out",
-        *options,
-    ]  # fmt: skip
+    command = engine_command(model, store, folder, *options, port=port)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

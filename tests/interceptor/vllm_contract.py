@@ -136,6 +136,61 @@ def check_sampling_parameters() -> None:
     assert copy.copy(SamplingParams(seed=4)).seed == 4
 
 
+def check_what_continues_an_aborted_request() -> None:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+    from vllm.v1.engine.core_client import AsyncMPClient
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    from agl_grpc.interceptor import engine_state
+    from agl_grpc.interceptor.resume import AbortedByEngine, continued, obstacle
+
+    assert str(FinishReason.ABORT) == "abort"
+    for name in ("add_request_async", "abort_requests_async"):
+        assert asyncio.iscoroutinefunction(getattr(AsyncMPClient, name)), name
+    request = EngineCoreRequest(
+        request_id="internal",
+        prompt_token_ids=[1, 2],
+        mm_features=None,
+        sampling_params=SamplingParams(
+            max_tokens=9, min_tokens=1, seed=4, output_kind=RequestOutputKind.DELTA
+        ),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    request.external_req_id = "external"
+    processor = OutputProcessor(None, log_stats=False)
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "internal")
+    told: list[str] = []
+    engine_state.watch_aborts(processor, lambda name: told.append(name) is None)
+    processor.add_request(request, None, queue=queue)
+    processor.process_outputs([EngineCoreOutput("internal", [7, 8])])
+    processor.process_outputs([EngineCoreOutput("internal", [], finish_reason=FinishReason.ABORT)])
+    state = processor.request_states["internal"]
+    assert told == ["internal"]
+    assert queue.get_nowait().outputs[0].token_ids == [7, 8]
+    assert obstacle(request, state) == ""
+    again = continued(request, state)
+    assert (again.request_id, again.prompt_token_ids) == ("internal", [1, 2, 7, 8])
+    params = again.sampling_params
+    assert (params.max_tokens, params.min_tokens, params.seed) == (7, 0, None)
+    assert (request.prompt_token_ids, request.sampling_params.max_tokens) == ([1, 2], 9)
+    for name, value in {"presence_penalty": 0.5, "bad_words": ["x"], "extra_args": {"a": 1}}.items():
+        other = copy.copy(request)
+        other.sampling_params = SamplingParams(**{name: value})
+        assert obstacle(other, state).startswith("it uses"), name
+    queue.put(AbortedByEngine("why"))
+    raised = ""
+    try:
+        queue.get_nowait()
+    except AbortedByEngine as error:
+        raised = str(error)
+    assert raised == "why"
+
+
 def check_layerwise_reload() -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -181,12 +236,14 @@ def check_beam_search_request_ids() -> None:
 
 def check_server_entry_and_options() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as entry
+    from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from agl_grpc.interceptor.serve import engine_arguments
 
     assert callable(entry)
+    assert "await run_server_worker(" in inspect.getsource(run_server)
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(engine_arguments("m", ["--port", "1"]))
     assert parsed.logprobs_mode == "processed_logprobs"
     assert parsed.generation_config == "vllm"
@@ -197,9 +254,10 @@ def check_server_entry_and_options() -> None:
 def check_validation_error() -> None:
     from vllm.exceptions import VLLMClientError
 
-    from agl_grpc.interceptor.runtime import _bad_request
+    from agl_grpc.interceptor.runtime import _bad_request, _unavailable
 
     assert isinstance(_bad_request("why"), VLLMClientError)
+    assert _unavailable("why").status_code == 503  # type: ignore[attr-defined]  # vLLM's error
 
 
 CHECKS: dict[str, Callable[[], None]] = {

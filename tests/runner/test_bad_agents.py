@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 import pytest
 
 from agl_grpc.client import NotFound, StoreClient
-from agl_grpc.model import FailureKind, PromptTemplate, Rollout, RolloutConfig, Span
+from agl_grpc.model import FailureKind, PromptTemplate, RolloutConfig, Span
 from agl_grpc.model.value import JSON, RawPayload
 from tests.runner.bad_agents import FLOOD
+from tests.runner.execution import execute, rewards_of
 from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
@@ -45,19 +45,6 @@ async def client(store: StoreProcess) -> AsyncIterator[StoreClient]:
     async with StoreClient(store.address, run_id=RUN) as opened:
         await opened.create_run(RUN)
         yield opened
-
-
-async def execute(client: StoreClient, runner: RunnerProcess, task: Any, **options: Any) -> Rollout:
-    """Has the worker do a task."""
-    rollout = await client.enqueue_rollout(task, queue=runner.name, **options)
-    ended = await client.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=30, until="sealed")
-    assert ended, runner.log.read_text()
-    return ended[0]
-
-
-async def rewards_of(client: StoreClient, rollout: Rollout) -> dict[str, float]:
-    """The rollout's rewards by name."""
-    return {reward.name: reward.value for reward in await client.query_rewards([rollout.rollout_id])}
 
 
 async def goes_on(client: StoreClient, runner: RunnerProcess) -> bool:

@@ -18,7 +18,7 @@ from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
 
-LONG = 30.0
+LONG = 60.0
 
 Start = Callable[..., RunnerProcess]
 
@@ -70,21 +70,23 @@ async def output_of(client: StoreClient, rollout: Rollout) -> dict[str, Any]:
     return found
 
 
-async def test_a_process_is_used_again(client: StoreClient, in_processes: Start) -> None:
-    with in_processes("SyncAgent") as runner:
+async def test_a_process_is_used_again_until_it_dies_or_is_stopped(
+    client: StoreClient, in_processes: Start
+) -> None:
+    with in_processes("AsyncAgent") as runner:
         for _ in range(3):
             await done(client, await client.enqueue_rollout({"do": "pid"}))
         assert len(set(runner.notes("pids"))) == 1
-
-
-async def test_a_process_that_dies_fails_its_own_rollout(client: StoreClient, in_processes: Start) -> None:
-    with in_processes("AsyncAgent") as runner:
         other = await client.enqueue_rollout({"do": "wait", "gate": "gate"})
-        await noted(runner, "started")
+        cancelled = await client.enqueue_rollout({"do": "wait", "gate": "never"})
+        await noted(runner, "started", 2)
         (died,) = await done(client, await client.enqueue_rollout({"do": "die"}))
         assert died.failure is not None
         assert died.failure.kind is FailureKind.AGENT
         assert died.failure.message == "the agent's process exited with code 11"
+        await client.cancel_rollouts([cancelled.rollout_id])
+        # It may clean up before its process is killed.
+        await noted(runner, "stopped")
         runner.open_gate("gate")
         (survived,) = await done(client, other)
         assert (survived.status, survived.attempt_count) == (RolloutStatus.SUCCEEDED, 1)
@@ -108,16 +110,6 @@ async def test_a_hung_agent_is_killed_and_the_others_go_on(client: StoreClient, 
         assert {rollout.status for rollout in await done(client, other, after)} == {RolloutStatus.SUCCEEDED}
 
 
-async def test_a_cancelled_agent_may_clean_up_in_its_process(
-    client: StoreClient, in_processes: Start
-) -> None:
-    with in_processes("AsyncAgent") as runner:
-        rollout = await client.enqueue_rollout({"do": "wait", "gate": "never"})
-        await noted(runner, "started")
-        await client.cancel_rollouts([rollout.rollout_id])
-        await noted(runner, "stopped")
-
-
 async def test_processes_die_with_their_worker(client: StoreClient, in_processes: Start) -> None:
     with in_processes("SyncAgent") as runner:
         await client.enqueue_rollout(
@@ -128,15 +120,11 @@ async def test_processes_die_with_their_worker(client: StoreClient, in_processes
         await eventually(lambda: not psutil.pid_exists(int(pid)), within=10, what="the process has gone too")
 
 
-@pytest.mark.parametrize(
-    ("agent", "message"),
-    [("nobody", "has no 'nobody'"), ("not_an_agent", "must be a LitAgent")],
-)
-def test_an_agent_that_cannot_be_loaded_is_one_line(in_processes: Start, agent: str, message: str) -> None:
-    with in_processes(agent) as runner:
+def test_an_agent_that_cannot_be_loaded_is_one_line(in_processes: Start) -> None:
+    with in_processes("nobody") as runner:
         assert runner.wait(LONG) == 1
         (line,) = [line for line in runner.log.read_text().splitlines() if line.startswith("error:")]
-        assert message in line
+        assert "has no 'nobody'" in line
 
 
 # Written for no one: it knows nothing of agl-grpc but what its environment tells it.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 import pytest
 
 from agl_grpc.client import StoreClient
-from agl_grpc.model import AttemptStatus, BlobReference, FailureKind, ProxyLLM, Rollout, RolloutConfig
+from agl_grpc.model import AttemptStatus, BlobReference, FailureKind, ProxyLLM, RolloutConfig
+from tests.runner.execution import execute, rewards_of
 from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import free_port
@@ -46,21 +46,6 @@ async def results(store: StoreProcess) -> AsyncIterator[StoreClient]:
     async with StoreClient(store.address, run_id=RUN) as client:
         await client.create_run(RUN)
         yield client
-
-
-async def execute(
-    client: StoreClient, runner: RunnerProcess, task: dict[str, Any], **options: Any
-) -> Rollout:
-    """Has the worker do a task."""
-    rollout = await client.enqueue_rollout(task, queue=runner.name, **options)
-    ended = await client.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=20, until="sealed")
-    assert ended, runner.log.read_text()
-    return ended[0]
-
-
-async def rewards_of(client: StoreClient, rollout: Rollout) -> dict[str, float]:
-    """The rollout's rewards by name."""
-    return {reward.name: reward.value for reward in await client.query_rewards([rollout.rollout_id])}
 
 
 async def test_a_number_is_the_primary_reward(results: StoreClient, runner: RunnerProcess) -> None:

@@ -470,7 +470,7 @@ def _scaled(examples: int) -> int:
 
 # One machine runs on all of them; where a step costs a disk there are fewer histories.
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("backend", "examples"), [("memory", 50), ("file", 10), ("postgres", 10)])
+@pytest.mark.parametrize(("backend", "examples"), [("memory", 50), ("file", 10), ("postgres", 5)])
 def test_the_store_keeps_to_the_model(backend: str, examples: int, request: pytest.FixtureRequest) -> None:
     chosen_seed = int(os.environ.get("AGL_TEST_SEED", random.SystemRandom().getrandbits(32)))
     print(f"AGL_TEST_SEED={chosen_seed}")

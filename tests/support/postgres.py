@@ -113,6 +113,12 @@ class PostgresServer:
             else:
                 return
 
+    @property
+    def pid(self) -> int:
+        """Its main process, the parent of all others."""
+        assert self._process is not None
+        return self._process.pid
+
     def url(self, name: str) -> str:
         """The URL of a database."""
         return f"postgresql://{_USER}@127.0.0.1:{self.port}/{name}"

@@ -1,6 +1,6 @@
-"""A tiny random Qwen2 with a real byte-level tokenizer and a chat template, made in a second.
+"""A random Qwen2 with a real byte-level tokenizer and a chat template, made in a second.
 
-Run with the engine environment's Python: ``python tiny_model.py FOLDER``.
+Run with the engine environment's Python: ``python tiny_model.py FOLDER [tiny|larger]``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,28 @@ CORPUS = [
     "You are a helpful assistant.",
 ]
 
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    # For benchmarks: 82 million parameters, with a vocabulary over which a softmax costs something.
+    "larger": {
+        "vocab_size": 16384,
+        "hidden_size": 640,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 5,
+    },
+}
 
-def make(folder: str, seed: int = 0) -> None:
+
+def make(folder: str, seed: int = 0, size: str = "tiny") -> None:
     """Write model and tokenizer to `folder`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,17 +58,16 @@ def make(folder: str, seed: int = 0) -> None:
             show_progress=False,
         ),
     )
+    if size != "tiny":
+        # The corpus gives no more than some hundred tokens; the rest are words that nobody writes.
+        missing = SIZES[size]["vocab_size"] - raw.get_vocab_size()
+        raw.add_tokens([f" word{number}" for number in range(missing)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     tokenizer.chat_template = TEMPLATE
     config = Qwen2Config(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SIZES[size],
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
@@ -61,4 +80,4 @@ def make(folder: str, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    make(sys.argv[1])
+    make(sys.argv[1], size=sys.argv[2] if len(sys.argv) > 2 else "tiny")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
 import psycopg
 from psycopg import pq
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.errors import error_from_result
 from psycopg.types.numeric import Int8BinaryDumper
 
 from agl_grpc.store.clock import SECOND, Clock
@@ -53,7 +55,8 @@ def connect(url: str) -> Raw:
         keepalives_count=3,
         tcp_user_timeout=10_000,
     )
-    raw.prepared_max = _PREPARED
+    # Statements are prepared here, under names of this module's own.
+    raw.prepare_threshold = None
     # One type for all integers: else each size of a number makes another prepared statement.
     raw.adapters.register_dumper(int, Int8BinaryDumper)
     return cast(Raw, raw)
@@ -66,42 +69,102 @@ def translate(sql: str) -> bytes:
     return "".join(f"{part}${i}" for i, part in enumerate(parts[:-1], 1)).encode() + parts[-1].encode()
 
 
+class Rows:
+    """What a statement came to; see `Cursor`."""
+
+    __slots__ = ("_next", "_rows", "rowcount")
+
+    def __init__(self, rows: list[tuple[Any, ...]], rowcount: int) -> None:
+        self.rowcount = rowcount
+        self._rows = rows
+        self._next = 0
+
+    def fetchone(self) -> tuple[Any, ...] | None:
+        """The next row; None = no more."""
+        if self._next == len(self._rows):
+            return None
+        self._next += 1
+        return self._rows[self._next - 1]
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """The rows that are left."""
+        left = self._rows[self._next :] if self._next else self._rows
+        self._next = len(self._rows)
+        return left
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(self.fetchall())
+
+
 class PostgresConnection:
-    """As `Connection` says, with the wrapped connection of the driver."""
+    """As `Connection` says. A command has some twenty statements, so they go to libpq with little in between:
+    prepared, values and rows in binary, without the driver's cursors.
+    """
 
     def __init__(self, raw: Raw) -> None:
         self.raw = raw
         self.total_changes = 0
+        self._prepared: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        self._transformer = Transformer(raw)
 
-    def execute(self, sql: str, values: Sequence[Any] = (), /) -> psycopg.Cursor[tuple[Any, ...]]:
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Rows:
         """Carries a statement out.
 
         Raises:
             StoreError: INVALID_FIELD for text that PostgreSQL cannot hold.
         """
-        cursor = self.raw.cursor(binary=True)
+        transformer = self._transformer
         try:
-            cursor.execute(translate(sql), values)
+            # Any: the stubs of libpq's calls do not say that a value may be NULL.
+            sent: Any = transformer.dump_sequence(values, [PyFormat.AUTO] * len(values))
         except psycopg.DataError as error:
             raise _explained(error) from error
-        self._count(sql, cursor)
-        return cursor
+        types = transformer.types or ()
+        name = self._prepared.get((sql, types)) or self._prepare(sql, types)
+        result = self.raw.pgconn.exec_prepared(name, sent, transformer.formats, pq.Format.BINARY)
+        if result.status == pq.ExecStatus.TUPLES_OK:
+            transformer.set_pgresult(result, format=pq.Format.BINARY)
+            rows = transformer.load_rows(0, result.ntuples, tuple)
+        elif result.status == pq.ExecStatus.COMMAND_OK:
+            rows = []
+        else:
+            raise self._error(result)
+        changed = result.command_tuples or 0
+        if changed and not sql.startswith("SELECT"):
+            self.total_changes += changed
+        return Rows(rows, changed)
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> None:
         """Carries a statement out for each row of values."""
         found = list(rows)
-        if not found:
-            return
-        cursor = self.raw.cursor(binary=True)
-        try:
-            cursor.executemany(translate(sql), found)
-        except psycopg.DataError as error:
-            raise _explained(error) from error
-        self._count(sql, cursor)
+        if len(found) == 1:
+            self.execute(sql, found[0])
+        elif found:
+            # The driver sends them all before it waits for the first answer.
+            cursor = self.raw.cursor()
+            try:
+                cursor.executemany(translate(sql), found)
+            except psycopg.DataError as error:
+                raise _explained(error) from error
+            self.total_changes += max(0, cursor.rowcount)
 
-    def _count(self, sql: str, cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
-        if cursor.rowcount > 0 and not sql.startswith("SELECT"):
-            self.total_changes += cursor.rowcount
+    def _prepare(self, sql: str, types: tuple[int, ...]) -> bytes:
+        if len(self._prepared) >= _PREPARED:
+            self._check(self.raw.pgconn.exec_(b"DEALLOCATE ALL"))
+            self._prepared.clear()
+        name = b"s%d" % len(self._prepared)
+        self._check(self.raw.pgconn.prepare(name, translate(sql), types))
+        self._prepared[sql, types] = name
+        return name
+
+    def _check(self, result: pq.abc.PGresult) -> None:
+        if result.status != pq.ExecStatus.COMMAND_OK:
+            raise self._error(result)
+
+    def _error(self, result: pq.abc.PGresult) -> psycopg.Error:
+        if self.raw.pgconn.status != pq.ConnStatus.OK:
+            return psycopg.OperationalError(result.get_error_message().strip())
+        return error_from_result(result)
 
     def begin_read(self) -> None:
         """Begins a transaction whose statements all see one state of the store."""

@@ -13,7 +13,7 @@ import psycopg
 from agl_grpc.store.storage.engine import Connection, News
 from agl_grpc.store.storage.events import EventRow
 from agl_grpc.store.storage.postgres import locks
-from agl_grpc.store.storage.postgres.connection import BEAT, PostgresConnection, connect
+from agl_grpc.store.storage.postgres.connection import BEAT, PostgresConnection, Raw, connect
 
 _TICK_SECONDS = 0.2
 _LOOK_SECONDS = 1.0
@@ -85,7 +85,7 @@ class Follower:
             connection = PostgresConnection(raw)
             looked = 0.0
             while not self._stop.is_set():
-                told = next(raw.notifies(timeout=_TICK_SECONDS, stop_after=1), None) is not None
+                told = _was_told(raw)
                 events: list[EventRow] = []
                 if told or time.monotonic() - looked >= _LOOK_SECONDS:
                     looked = time.monotonic()
@@ -118,3 +118,11 @@ class Follower:
                 self._position = own[0] - 1
             if len(rows) < _PAGE and own is None:
                 return found
+
+
+def _was_told(raw: Raw) -> bool:
+    """Waits a moment for a notification; one that came during a read has been received already."""
+    told = False
+    while raw.pgconn.notifies() is not None:
+        told = True
+    return told or next(raw.notifies(timeout=_TICK_SECONDS, stop_after=1), None) is not None

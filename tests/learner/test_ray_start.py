@@ -1,0 +1,54 @@
+"""Ray's start on a machine that is too busy for it; Ray itself stands aside: how it fails is what counts."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from agl_grpc.learner import ray_runtime
+from agl_grpc.learner.errors import LearnerError
+from agl_grpc.learner.ray_runtime import local_ray
+
+SLOW = "The current node timed out during startup. This could happen because ..."
+
+
+class Ray(ModuleType):
+    """Fails to start in the given ways, then starts."""
+
+    def __init__(self, *failures: Exception) -> None:
+        super().__init__("ray")
+        self.failures = list(failures)
+        self.shutdowns = 0
+
+    def init(self, **_arguments: object) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def shutdown(self) -> None:
+        self.shutdowns += 1
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"),
+    [
+        ([Exception(SLOW)] * 2, None),
+        ([Exception(SLOW)] * 3, "too busy"),
+        ([ValueError("another defect")], "another defect"),
+    ],
+)
+def test_a_slow_start_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, failures: list[Exception], error: str | None
+) -> None:
+    ray = Ray(*failures)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_runtime, "worker_environment", lambda _device: {})
+    if error is None:
+        with local_ray(device="cuda", gpus=1):
+            assert ray.shutdowns == len(failures)
+        assert ray.shutdowns == len(failures) + 1
+    else:
+        kind = LearnerError if error == "too busy" else ValueError
+        with pytest.raises(kind, match=error), local_ray(device="cuda", gpus=1):
+            pytest.fail("it did not start")

@@ -98,17 +98,25 @@ class TrainingCalls(Connection):
     async def watch_training_run(
         self, training_run_id: str, *, from_step: int = 0
     ) -> AsyncIterator[tuple[TrainingRun | None, list[StepMetrics]]]:
-        """State (``None`` = unchanged) and metrics as they come, from a step on, to the run's end."""
+        """State (``None`` = unchanged) and metrics as they come, from a step on, to the run's end.
+
+        A trainer that goes on from a checkpoint reports steps again, under its own epoch.
+        """
         request = pb.WatchTrainingRunRequest(training_run_id=training_run_id, from_step=from_step)
-        last_step = from_step - 1
+        last = (0, from_step - 1)
 
         def advance(request: Any, message: Any) -> None:
-            request.from_step = max([request.from_step, *(step.step for step in message.steps)])
+            # The last one, not the highest: a newer trainer may have gone back.
+            request.from_step = message.steps[-1].step if message.steps else request.from_step
 
         async for message in resumed(self, lambda bound: bound.trainer.WatchTrainingRun, request, advance):
             # A resumed stream repeats the last step that was seen.
-            steps = [StepMetrics.from_proto(step) for step in message.steps if step.step > last_step]
-            last_step = max([last_step, *(step.step for step in steps)])
+            steps = [
+                StepMetrics.from_proto(step)
+                for step in message.steps
+                if (step.trainer_epoch, step.step) > last
+            ]
+            last = max([last, *((step.trainer_epoch, step.step) for step in steps)])
             run = TrainingRun.from_proto(message.training_run) if message.HasField("training_run") else None
             if run is not None or steps:
                 yield run, steps

@@ -98,6 +98,26 @@ async def test_watching_a_training_run_ends_with_it(client: StoreClient) -> None
     assert steps == [0, 1, 2]
 
 
+async def test_steps_that_a_newer_trainer_reports_again_are_shown_again(client: StoreClient) -> None:
+    made = await client.create_training_run(TrainingRun(run_id="default", algorithm="verl"))
+    name = made.training_run_id
+    seen: list[tuple[int, int]] = []
+
+    async def watch() -> None:
+        async for _, metrics in client.watch_training_run(name):
+            seen.extend((step.trainer_epoch, step.step) for step in metrics)
+
+    watching = asyncio.create_task(watch())
+    for epoch, steps in ((1, (1, 2, 3)), (2, (2, 3))):
+        assert (await client.acquire_training_run(name, f"t{epoch}")).trainer_epoch == epoch
+        for step in steps:
+            await client.report_metrics(name, epoch, [StepMetrics(step=step, metrics={"a": 1.0})])
+            await eventually(lambda last=(epoch, step): last in seen, what="the step")
+    await client.finish_training_run(name, 2, "succeeded")
+    await asyncio.wait_for(watching, 10)
+    assert seen == [(1, 1), (1, 2), (1, 3), (2, 2), (2, 3)]
+
+
 async def test_policy_versions_reach_engines(client: StoreClient) -> None:
     engine = Engine(engine_id="e-1", model="m", endpoint="http://h/v1", engine_version="vllm 0.32.0")
     known = await client.report_engine_state(engine)

@@ -135,8 +135,8 @@ def oversized(group: SpanGroup, group_index: int, span: Oversized) -> SpanReject
 
 
 def _located(group: Sequence[Part], index: int) -> list[tuple[Part, int]]:
-    if index < 0:
-        return [(part, -1) for part in group]
+    if index < 0:  # the whole group, or a call that was announced in it
+        return [(part, index) for part in group]
     for part in group:
         if index < part.encoded.span_count:
             return [(part, part.encoded.first_span + index)]

@@ -19,6 +19,7 @@ from agl_grpc.v1 import store_service_pb2 as pb
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
+_ANNOUNCEMENT = -2
 _SPANS_PER_GROUP = 100
 _SPANS_PER_CALL = 1000
 _BYTES_PER_CALL = 16 * 1024 * 1024
@@ -258,6 +259,8 @@ def _places(
         starts.append(starts[-1] + len(group.spans))
     places: dict[int, StoreError] = {}
     for rejection in rejected:
+        if rejection.index == _ANNOUNCEMENT:
+            continue  # about a call that was announced, not about a span
         start, end = starts[rejection.group_index], starts[rejection.group_index + 1]
         refused = range(start, end) if rejection.index < 0 else (start + rejection.index,)
         places.update((place, error_from_item(rejection.status)) for place in refused)

@@ -35,5 +35,8 @@ LONG_POLL_SECONDS = 60.0
 BATCH_ITEMS = 10_000
 """Most items of a batched call."""
 
+ANSWER_BYTES = 24 << 20
+"""A page ends early when its items have so many bytes: a message holds 64 MiB."""
+
 BLOB_BYTES = 1 << 30
 """Largest blob."""

@@ -43,9 +43,13 @@ def main() -> int:
     parser.add_argument("--database", help="kills: URL of an empty database; default: an SQLite file")
     options = parser.parse_args()
     names = list(PROOFS) if options.name == "all" else [options.name]
-    results = {name: _prove(name, options) for name in names}
-    if options.name == "all":
-        _write(results)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d-%H%M")
+    results: dict[str, Row] = {}
+    for name in names:
+        results[name] = _prove(name, options)
+        if options.name == "all":
+            # After each: a run that is cut short leaves what it has proven.
+            write(stamp, results)
     return 0 if all(row["held"] for row in results.values()) else 1
 
 
@@ -201,12 +205,12 @@ PROOFS: dict[str, tuple[Proof, int]] = {
 """By name: what runs, and how much of it for a release."""
 
 
-def _write(results: dict[str, Row]) -> None:
+def write(stamp: str, results: dict[str, Row]) -> None:
+    """Writes what was proven, with the machine it was proven on."""
     RESULTS.mkdir(exist_ok=True)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d-%H%M")
     body = json.dumps({"measured": stamp, "machine": machine.describe(), "results": results}, indent=1)
     (RESULTS / f"{stamp}.json").write_text(body + "\n")
-    print(f"written: benchmarks/reliability/{stamp}.json")
+    print(f"written: benchmarks/reliability/{stamp}.json", flush=True)
 
 
 if __name__ == "__main__":

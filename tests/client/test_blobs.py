@@ -58,3 +58,11 @@ async def test_many_middling_inputs_fit_into_one_call(client: StoreClient) -> No
     assert {type(rollout.input) for rollout in queued} == {BlobReference, bytes}
     taken = await client.dequeue_many_rollouts(limit=80)
     assert [rollout.input for rollout in taken] == inputs
+
+
+async def test_lists_of_large_inputs_come_in_smaller_pages(client: StoreClient) -> None:
+    data = os.urandom(1 << 20)
+    for _ in range(3):
+        await client.enqueue_many_rollouts([EnqueueRolloutRequest(input=data) for _ in range(25)])
+    found = await client.query_rollouts()
+    assert [rollout.input == data for rollout in found] == [True] * 75

@@ -42,7 +42,10 @@ class RayCluster:
                 env=environment,
             )
         self.address = self._read()
-        assert ":" in self.address, (folder / "cluster.log").read_text()
+        if ":" not in self.address:
+            # Ray gives each node 30 s to start, which a very busy machine exceeds.
+            self.close()
+            raise AssertionError((folder / "cluster.log").read_text())
 
     def _read(self) -> str:
         assert self.process.stdout is not None

@@ -133,3 +133,26 @@ async def test_workers_are_paged_while_time_goes_on() -> None:
                 break
             request.page_token = page.next_page_token
         assert found == ["a", "b", "c"]
+
+
+async def test_a_heartbeat_from_the_future_and_a_nameless_announcement_are_refused() -> None:
+    async with running(None) as rig:
+        await rig.enqueue(rollout_id="a")
+        (leased,) = await rig.lease()
+        name = leased.attempt.attempt_id
+        request = store.UpdateAttemptRequest(attempt={"rollout_id": "a", "attempt_id": name})
+        request.attempt.last_heartbeat_time.FromMicroseconds(rig.clock.now() + 25 * 3600 * 10**6)
+        request.update_mask.paths.append("last_heartbeat_time")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.store.UpdateAttempt(request)
+        assert path_of(caught.value) == "attempt.last_heartbeat_time"
+        append = store.AppendSpansRequest()
+        group = append.groups.add(attempt_id=name, abandoned_calls=[bytes(8)])
+        group.open_calls.add(span_id=b"short")
+        group.open_calls.add(span_id=b"12345678")
+        group.spans.add(span_id=b"87654321", name="kept")
+        answer = await rig.store.AppendSpans(append)
+        assert [(one.index, one.span_id) for one in answer.rejected] == [(-2, b"short"), (-2, bytes(8))]
+        assert answer.rejected[0].status.metadata[0].value == "groups[0].open_calls[0].span_id"
+        assert answer.stored == 1
+        assert (await rig.rollout("a")).attempt.open_calls == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -44,11 +44,17 @@ class Page:
         keys: Integer keys in order.
         next_token: Empty = the end.
         total: All matches, if they were counted.
+        place_token: The token that goes on after the key at this place.
     """
 
     keys: list[int]
     next_token: str
     total: int | None
+    place_token: Callable[[int], str]
+
+    def token_after(self, count: int) -> str:
+        """The token when only so many of the keys are shown."""
+        return self.next_token if count == len(self.keys) else self.place_token(count - 1)
 
 
 @dataclass(frozen=True)
@@ -123,14 +129,18 @@ def fetch_page(
         f"ORDER BY {order.expression} {direction}, {order.key} {direction} LIMIT ? OFFSET ?",
         [*bound, request.size + 1, 0 if request.token else request.skip],
     ).fetchall()
+
+    def at(place: int) -> str:
+        return seal(db, scope, [rows[place][1], rows[place][0]])
+
     total = None
     if request.count:
         (total,) = db.execute(f"SELECT count(*) FROM {source} WHERE {where}", values).fetchone()
     token = ""
     if len(rows) > request.size:
         rows = rows[: request.size]
-        token = seal(db, scope, [rows[-1][1], rows[-1][0]])
-    return Page([row[0] for row in rows], token, total)
+        token = at(-1)
+    return Page([row[0] for row in rows], token, total, at)
 
 
 def seal(db: Connection, scope: bytes, place: Sequence[Any]) -> str:

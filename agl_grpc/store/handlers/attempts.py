@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 
+from agl_grpc.store.clock import SECOND
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import illegal_transition, invalid_field, lease_lost, not_found
@@ -19,6 +20,7 @@ from agl_grpc.store.storage.sql import LAST_TEXT
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, store_service_pb2
 
+_AHEAD = 24 * 3600 * SECOND
 _UPDATABLE = ("status", "worker_id", "last_heartbeat_time", "metadata", "failure")
 _COLUMNS = {
     "sequence_id": "a.sequence_id",
@@ -101,7 +103,11 @@ class AttemptHandlers:
         if "worker_id" in paths:
             values["worker_key"] = self._side.catalog.worker(tx, wanted.worker_id)
         if "last_heartbeat_time" in paths:
-            values["last_heartbeat_time"] = min(tx.now, time_of(wanted.last_heartbeat_time))
+            heard = time_of(wanted.last_heartbeat_time)
+            if heard > tx.now + _AHEAD:
+                rule = "is more than 24 hours ahead of the store's clock"
+                raise invalid_field("attempt.last_heartbeat_time", rule)
+            values["last_heartbeat_time"] = min(tx.now, heard)
         if "metadata" in paths:
             values["metadata"] = key_values_blob(wanted.metadata)
         if "failure" in paths and "status" not in paths:

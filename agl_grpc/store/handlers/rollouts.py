@@ -13,7 +13,13 @@ from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.events.waits import Wait
 from agl_grpc.store.handlers.common import at_most, change, mask_paths, request_key
 from agl_grpc.store.rollouts.deletion import STEP, Deleted
-from agl_grpc.store.rollouts.encode import attempted_message, duration_of, load_attempted, select_rollouts
+from agl_grpc.store.rollouts.encode import (
+    attempted_message,
+    duration_of,
+    load_attempted,
+    load_listed,
+    select_rollouts,
+)
 from agl_grpc.store.rollouts.filters import condition_of
 from agl_grpc.store.rollouts.lifecycle import CANCELLED, FAILED, SUCCEEDED
 from agl_grpc.store.rollouts.rows import RolloutRow, rollouts_where
@@ -131,12 +137,16 @@ class RolloutHandlers:
         def read(db: Connection) -> store_service_pb2.ListRolloutsResponse:
             where = condition_of(db, request.filter)
             page = fetch_page(db, "rollouts r", where.sql, where.values, order, wanted)
-            answer = store_service_pb2.ListRolloutsResponse(
-                next_page_token=page.next_token, position=position(db), total_size=page.total
+            # A page ends early when its inputs are large.
+            listed = load_listed(
+                db, page.keys, with_attempts=request.include_attempts, most_bytes=limits.ANSWER_BYTES
             )
-            for key in page.keys:
-                answer.rollouts.append(load_listed(db, key, with_attempt=request.include_attempts))
-            return answer
+            return store_service_pb2.ListRolloutsResponse(
+                rollouts=listed,
+                next_page_token=page.token_after(len(listed)),
+                position=position(db),
+                total_size=page.total,
+            )
 
         return await self._store.read(read)
 
@@ -250,11 +260,3 @@ class RolloutHandlers:
         return store_service_pb2.WaitRolloutsResponse(
             rollouts=rollouts, complete=complete, position=wait.position
         )
-
-
-def load_listed(db: Connection, key: int, *, with_attempt: bool) -> rollout_pb2.AttemptedRollout:
-    """A rollout as lists and watches show it."""
-    attempted = load_attempted(db, key)
-    if not with_attempt:
-        attempted.ClearField("attempt")
-    return attempted

@@ -8,9 +8,8 @@ from functools import partial
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.errors import invalid_field
 from agl_grpc.store.events.watches import LogEntry, LogWatch
-from agl_grpc.store.handlers.rollouts import load_listed
 from agl_grpc.store.rollouts.attempts import ATTEMPT, ROLLOUT
-from agl_grpc.store.rollouts.encode import load_attempt
+from agl_grpc.store.rollouts.encode import load_attempt, load_listed
 from agl_grpc.store.rollouts.filters import condition_of, run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.engine import Connection
@@ -95,17 +94,15 @@ def _changed(
 ) -> Answer:
     gone = {entry.ref: entry.entity_id for entry in entries if entry.kind == _DELETED}
     keys = [key for key in dict.fromkeys(entry.ref for entry in entries) if key not in gone]
-    answer = Answer(deleted_rollout_ids=[rollout_id for rollout_id in gone.values() if rollout_id])
-    for key in _still(db, chosen, keys):
-        answer.rollouts.append(load_listed(db, key, with_attempt=with_attempts))
-    return answer
+    return Answer(
+        rollouts=load_listed(db, _still(db, chosen, keys), with_attempts=with_attempts),
+        deleted_rollout_ids=[rollout_id for rollout_id in gone.values() if rollout_id],
+    )
 
 
 def _page(request: store_service_pb2.WatchRolloutsRequest, keys: list[int], db: Connection) -> Answer:
-    answer = Answer()
-    for key in _still(db, request.filter, keys):
-        answer.rollouts.append(load_listed(db, key, with_attempt=request.include_attempts))
-    return answer
+    still = _still(db, request.filter, keys)
+    return Answer(rollouts=load_listed(db, still, with_attempts=request.include_attempts))
 
 
 def _still(db: Connection, chosen: rollout_pb2.RolloutFilter, keys: list[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from google.protobuf import duration_pb2, timestamp_pb2
@@ -134,6 +134,36 @@ def load_attempted(db: Connection, key: int, attempt_key: int | None = None) -> 
     """A rollout with one of its attempts, by default the newest."""
     row = select_rollouts(db, "WHERE r.rollout_key = ?", key)[0]
     return attempted_message(db, row, attempt_key)
+
+
+def load_listed(
+    db: Connection, keys: Sequence[int], *, with_attempts: bool, most_bytes: int | None = None
+) -> list[rollout_pb2.AttemptedRollout]:
+    """Those of the rollouts that exist, in the order given, as lists and watches show them.
+
+    Args:
+        db: A read transaction.
+        keys: The rollouts.
+        with_attempts: Whether to add the newest attempts.
+        most_bytes: Stop when there are more than so many; None = never.
+    """
+    found: list[rollout_pb2.AttemptedRollout] = []
+    size = 0
+    for start in range(0, len(keys), _CHUNK):
+        rollouts = load_rollouts(db, keys[start : start + _CHUNK])
+        attempts: dict[str, attempt_pb2.Attempt] = {}
+        if with_attempts:
+            where = "WHERE a.attempt_key IN (SELECT latest_attempt_key FROM rollouts WHERE rollout_key IN"
+            for part in padded(list(rollouts), _CHUNK):
+                for row in select_attempts(db, f"{where} ({marks(len(part))}))", *part):
+                    attempts[row[1]] = attempt_message(row)
+        for rollout in rollouts.values():
+            attempt = attempts.get(rollout.latest_attempt_id)
+            found.append(rollout_pb2.AttemptedRollout(rollout=rollout, attempt=attempt))
+            size += found[-1].ByteSize()
+            if most_bytes is not None and size > most_bytes:
+                return found
+    return found
 
 
 def attempted_message(

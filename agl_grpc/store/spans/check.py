@@ -24,6 +24,9 @@ LATE = 2
 DELTA = 4
 """Flag of a stored span: its prompt is a difference to an earlier call."""
 
+ANNOUNCEMENT = -2
+"""Place of a rejection that is about an announced call, not about a span."""
+
 _AHEAD_NS = 24 * 3600 * 10**9
 _MAX_NAME = 1024
 _MAX_ATTRIBUTES = 1024
@@ -65,7 +68,7 @@ class CheckedGroup:
         data: Column: its bytes.
         explicit: The caller's own sequence ids by place, where there is one.
         calls: Model calls by place.
-        rejected: Refused spans: (place, span id, why); place -1 = the whole group.
+        rejected: Refused spans: (place, span id, why); place -1 = the whole group, -2 = an announcement.
         open_calls: Model calls announced: (ref, start in ns).
         abandoned: Announced calls that ended without a span.
     """
@@ -119,11 +122,26 @@ def check_group(group: Any, attempt_id: str, index: int, now_ns: int) -> Checked
     _check_spans(checked, group.spans, now_ns + _AHEAD_NS)
     if not attempt_id:
         checked.refuse(errors.invalid_field(f"groups[{index}].attempt_id", "is required"))
-    for call in group.open_calls:
-        if len(call.span_id) == 8:
-            checked.open_calls.append((ref_of(call.span_id), min(call.start_time_unix_nano, _MAX_SIGNED - 1)))
-    checked.abandoned = [ref_of(span_id) for span_id in group.abandoned_calls if len(span_id) == 8]
+    if (group.open_calls or group.abandoned_calls) and not checked.refused:
+        _check_announcements(checked, group)
     return checked
+
+
+def _check_announcements(checked: CheckedGroup, group: Any) -> None:
+    for number, call in enumerate(group.open_calls):
+        if _is_announced(checked, call.span_id, f"open_calls[{number}].span_id"):
+            checked.open_calls.append((ref_of(call.span_id), min(call.start_time_unix_nano, _MAX_SIGNED - 1)))
+    for number, span_id in enumerate(group.abandoned_calls):
+        if _is_announced(checked, span_id, f"abandoned_calls[{number}]"):
+            checked.abandoned.append(ref_of(span_id))
+
+
+def _is_announced(checked: CheckedGroup, span_id: bytes, name: str) -> bool:
+    if len(span_id) == 8 and any(span_id):
+        return True
+    error = errors.invalid_field(f"groups[{checked.index}].{name}", "must be 8 bytes, not all zero")
+    checked.rejected.append((ANNOUNCEMENT, span_id, error))
+    return False
 
 
 def _check_spans(checked: CheckedGroup, spans: Sequence[bytes], latest: int) -> None:

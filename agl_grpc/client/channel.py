@@ -32,6 +32,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 # CANCELLED that the caller did not ask for is a server going away in mid-call.
 _TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
+BROKEN_WRITE = "Internal error from Core"
+"""What gRPC itself says, as INTERNAL, when a stream ends under a write; the store's own status is lost."""
+
 T = TypeVar("T")
 
 
@@ -53,8 +56,10 @@ class RetryPolicy:
 
 
 def is_transient(error: grpc.aio.AioRpcError) -> bool:
-    """Whether trying again may help: UNAVAILABLE, or RESOURCE_EXHAUSTED with a time to wait."""
+    """Whether trying again may help: UNAVAILABLE, a broken stream, RESOURCE_EXHAUSTED with a time to wait."""
     if error.code() in _TRANSIENT:
+        return True
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == BROKEN_WRITE:
         return True
     return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after(error) is not None
 

@@ -24,6 +24,7 @@ from agl_grpc.client import (
     StoreUnavailable,
     SyncStoreClient,
 )
+from agl_grpc.client.channel import BROKEN_WRITE, is_transient
 from agl_grpc.client.rpc_table import RPC_OF
 from agl_grpc.model import LLM, EnqueueRolloutRequest, RolloutStatus, Span
 from agl_grpc.v1 import store_service_pb2 as pb
@@ -236,3 +237,12 @@ async def test_a_client_on_another_loop_says_so() -> None:
                 asyncio.run(client.statistics())  # type: ignore[arg-type]  # raises before it is awaited
 
         await asyncio.to_thread(elsewhere)
+
+
+@pytest.mark.parametrize(("details", "transient"), [(BROKEN_WRITE, True), ("internal", False)])
+def test_a_stream_that_ends_under_a_write_is_opened_again(details: str, transient: bool) -> None:
+    """Else five full disks in a row would look like five refusals, and spans would be given up."""
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details
+    )
+    assert is_transient(error) is transient

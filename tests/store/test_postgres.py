@@ -94,13 +94,12 @@ async def test_leases_outlive_a_time_without_any_server(url: str) -> None:
         await rig.enqueue(rollout_id="r")
         (leased,) = await rig.lease(lease_duration=seconds(30))
 
-        def long_ago(tx: Tx) -> None:
-            tx.execute("UPDATE attempts SET lease_expire_time = ?, due = ?", (tx.now, tx.now))
-
-        await rig.server.store.write(long_ago)
-        # As if no server had written for a minute: the next group finds that and extends first.
-        with psycopg.connect(url, autocommit=True) as operator:
+        # As if no server had written for a minute: the next group finds that, and extends first. All at once:
+        # the store's own timers must not see the one without the other.
+        with psycopg.connect(url) as operator:
             operator.execute("UPDATE counters SET beat = beat - 60000000")
+            now = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+            operator.execute(f"UPDATE attempts SET lease_expire_time = {now}, due = {now}")
         await rig.server.store.timers.fire()
         (done,) = await rig.complete(leased)
         assert not done.HasField("error")

@@ -91,6 +91,7 @@ class Follower:
                     looked = time.monotonic()
                     events = self._new_events(connection)
                 self._on_news(News(events, self._next_due(connection), self._is_quiet(connection)))
+            raw.execute(locks.ABSENT)
 
     def _is_quiet(self, connection: PostgresConnection) -> bool:
         """Whether it is time that some server says that it lives."""

@@ -11,6 +11,10 @@ positions of the event log rise in commit order and no two writers wait for each
 PRESENT = f"SELECT pg_advisory_lock_shared({_SPACE}, 2)"
 """Held by each server as long as it lives: PostgreSQL lets it go with the connection."""
 
+ABSENT = f"SELECT pg_advisory_unlock_shared({_SPACE}, 2)"
+"""Said by a server that leaves: PostgreSQL itself notices the end of a connection only a moment later, and a
+server that starts in this moment would take the one that left for a neighbour that kept all leases alive."""
+
 OTHERS = (
     f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = {_SPACE} AND objid = 2 "
     "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> ?"

@@ -19,10 +19,15 @@ def learner_python() -> str:
     return _python("learner")
 
 
-def _python(kind: str) -> str:
+def frameworks_python() -> str:
+    """Python with the agent frameworks: AGL_GRPC_FRAMEWORKS_PYTHON, else what `make frameworks` makes."""
+    return _python("frameworks", task="frameworks")
+
+
+def _python(kind: str, task: str = "engines") -> str:
     variable = f"AGL_GRPC_{kind.upper()}_PYTHON"
     path = os.environ.get(variable) or str(REPOSITORY / f".venv-{kind}" / "bin" / "python")
-    assert Path(path).exists(), f"no {kind} environment at {path}: run `make engines`, or set {variable}"
+    assert Path(path).exists(), f"no {kind} environment at {path}: run `make {task}`, or set {variable}"
     return path
 
 

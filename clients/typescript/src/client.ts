@@ -205,6 +205,7 @@ export class StoreClient extends Connection {
     options: StreamOptions,
   ): AsyncGenerator<T, void> {
     const advance = ({ cursor }: T): void => {
+      if (cursor === 0n) return; // what was there already: after a break all of it comes again
       request.cursor = cursor;
       if (request.includeExisting) request.includeExisting = false;
       if (request.includeLatest) request.includeLatest = false;

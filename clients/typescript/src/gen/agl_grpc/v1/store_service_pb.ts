@@ -1384,7 +1384,7 @@ export type WatchRolloutsResponse = Message<"agl_grpc.v1.WatchRolloutsResponse">
   deletedRolloutIds: string[];
 
   /**
-   * Resume from here.
+   * Resume from here; 0 on the pages of include_existing, which end with a checkpoint.
    *
    * @generated from field: int64 cursor = 3;
    */

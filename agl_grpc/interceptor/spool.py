@@ -46,9 +46,9 @@ class Spool:
     """A queue of byte records in `folder`, at most `limit` bytes, that survives the process.
 
     `append` returns once its record is fsynced (records that come together share one fsync). Records are
-    named oldest first by `peek`, read with `read` and removed with `drop`; a segment's file goes when its
-    last record is dropped, so a crash may deliver records of one segment again: they must be harmless to repeat.
-    Records are kept on disk only. Use from one event loop.
+    named oldest first by `peek`, read with `read` and removed with `drop`. A segment's file goes when its
+    last record is dropped, so a crash may deliver records of one segment again: they must be harmless to
+    repeat. Records are kept on disk only. Use from one event loop.
     """
 
     def __init__(self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024) -> None:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import Iterator
-from typing import Any
-
-import uvicorn
+from typing import TYPE_CHECKING, Any
 
 from agl_grpc.store.door.server import StartError, listening_sockets
 
-_KEEP_ALIVE_SECONDS = 75
-
-
-class _Server(uvicorn.Server):
-    """Signals are the process's own business, not the door's."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves signal handlers alone."""
-        yield
+if TYPE_CHECKING:
+    from agl_grpc.store.http.server import HttpServer
 
 
 class HttpDoor:
@@ -33,22 +21,9 @@ class HttpDoor:
     """
 
     def __init__(self, app: Any, grace: float) -> None:
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            date_header=False,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=max(1, round(grace)),
-            backlog=1024,
-        )
-        self._server = _Server(config)
+        self._app = app
+        self._grace = grace
+        self._server: HttpServer | None = None
         self._task: asyncio.Task[None] | None = None
         self._sockets: list[socket.socket] = []
 
@@ -72,8 +47,12 @@ class HttpDoor:
 
     async def start(self) -> None:
         """Serves; returns when requests are answered."""
-        self._task = asyncio.get_running_loop().create_task(self._server.serve(self._sockets))
-        while not self._server.started:
+        # Uvicorn takes its time to be imported, which a store without this door need not wait for.
+        from agl_grpc.store.http.server import HttpServer
+
+        server = self._server = HttpServer.of(self._app, self._grace)
+        self._task = asyncio.get_running_loop().create_task(server.serve(self._sockets))
+        while not server.started:
             if self._task.done():
                 self._task.result()
                 raise StartError("the HTTP door did not start")
@@ -81,7 +60,7 @@ class HttpDoor:
 
     async def stop(self) -> None:
         """Takes no new requests, lets those under way end, closes the ports."""
-        if self._task is None:
+        if self._task is None or self._server is None:
             for one in self._sockets:
                 one.close()
             return

@@ -20,6 +20,7 @@ const exporters = {
 };
 for (const [kind, exporter] of Object.entries(exporters)) {
   const provider = new NodeTracerProvider({ resource, spanProcessors: [new BatchSpanProcessor(exporter)] });
+  if (kind === "grpc") provider.register(); // once: it brings what knows the active span
   const tracer = provider.getTracer("node-test", "1.0");
   tracer.startActiveSpan(`${kind} outer`, { attributes: { count: 2 } }, (outer) => {
     tracer.startSpan(`${kind} inner`, { attributes: { texts: ["a", "b"] } }).end();

@@ -72,6 +72,17 @@ engines: .venv/dev-ready ## Make the engine and learner environments
 	.venv/bin/agl-grpc env create engine --path .venv-engine
 	.venv/bin/agl-grpc env create learner --path .venv-learner
 
+# The released Agent Lightning, whose clients are tested and whose server is measured against ours. litellm is
+# held at the version of its day: releases since have not all been sound.
+.venv-agentlightning/ready:
+	$(PYTHON) -m venv .venv-agentlightning
+	.venv-agentlightning/bin/pip install -q --upgrade 'pip>=25.1'
+	.venv-agentlightning/bin/pip install -q 'agentlightning==0.3.0' 'litellm[proxy]==1.80.10' 'setuptools<81'
+	touch $@
+
+.PHONY: peers
+peers: .venv-agentlightning/ready ## Make the environment of the released Agent Lightning
+
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises
@@ -79,7 +90,7 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 .PHONY: test
-test: check-proto check-protoc lint test-fast engines ## Everything: lint, the fast suite, real vLLM and real verl
+test: check-proto check-protoc lint test-fast engines peers ## Everything: lint, the fast suite, real vLLM and real verl
 	.venv/bin/python -m pytest -m e2e
 
 .PHONY: conformance

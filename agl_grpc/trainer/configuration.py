@@ -1,7 +1,7 @@
 """One configuration for a whole run: keys and types are those of the components' constructors.
 
-The parser is made by jsonargparse from the signatures of `Trainer` and of the components that the configuration
-names; what it names decides which keys there are.
+The parser is made by jsonargparse from the signatures of `Trainer` and of the components that the
+configuration names; what it names decides which keys there are.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def read_configuration(data: Mapping[str, Any], *, need_agent: bool = True) -> C
     """Checks nested keys against the signatures of what they name.
 
     Raises:
-        TrainerError: a key is unknown (the nearest is named), a value has the wrong type, a component does not
-            exist, or the agent is missing.
+        TrainerError: a key is unknown (the nearest is named), a value has the wrong type, a component
+            does not exist, or the agent is missing.
     """
     given: dict[str, Any] = numbers(data)
     own = {key: given.pop(key, None) for key in OWN_KEYS}
@@ -80,7 +80,7 @@ def read_configuration(data: Mapping[str, Any], *, need_agent: bool = True) -> C
         made = parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise TrainerError(_one_line(error)) from error
-    arguments = {key: value for key, value in vars(made).items()} | untyped
+    arguments = {**vars(made), **untyped}
     arguments |= {key: value for key, value in types.items() if key not in arguments}
     if "initial_resources" in untyped:
         arguments["initial_resources"] = read_resources(untyped["initial_resources"])

@@ -1,8 +1,8 @@
 """What the proxy in front of an engine costs, against the bare engine in the same run.
 
 The engine answers after a fixed time and costs next to nothing (`fixed_engine`), the client only waits
-(`http_load`), the store is a real one on disk; all of it shares this machine. Blocks of requests through the proxy
-and to the bare engine alternate; what is captured is counted in the store at the end.
+(`http_load`), the store is a real one on disk; all of it shares this machine. Blocks of requests through the
+proxy and to the bare engine alternate; what is captured has to be in the store at the end.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ async def block(
 
     async def client(connection: Connection) -> None:
         for number in numbers:
-            timings.append(await connection.send(paths[number % len(paths)], body))
+            timing = await connection.send(paths[number % len(paths)], body)
+            timings.append(timing)
 
     started = time.perf_counter()
     await asyncio.gather(*(client(connection) for connection in connections))

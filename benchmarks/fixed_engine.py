@@ -1,9 +1,8 @@
-"""An engine that answers after a fixed time with what was encoded beforehand: it costs next to nothing itself.
+"""An engine that answers after a fixed time with what was encoded beforehand: it costs next to nothing.
 
-Its answers carry token ids and logprobs where the request asks for them, as vLLM's do. The path says how large they
-are and how long they take: `/P/T/MS/...` for P prompt tokens, T answer tokens and MS milliseconds; a stream
-sends one event a token, the first after MS milliseconds and each next one after EVERY milliseconds of
-`/P/T/MS/EVERY/...`.
+Its answers carry token ids and logprobs where the request asks for them, as vLLM's do. The path says how
+large they are and how long they take: `/P/T/MS` for P prompt tokens, T answer tokens and MS milliseconds; a
+stream has one event a token, the first after MS and each next one after EVERY milliseconds of `/P/T/MS/EVERY`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import functools
 import random
 import sys
 from collections.abc import Callable
+from typing import cast
 
 import orjson
 import uvloop
@@ -84,8 +84,7 @@ class Engine(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._data += data

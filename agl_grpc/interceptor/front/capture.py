@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from agl_grpc.interceptor.attribution import CallContext
@@ -115,12 +115,13 @@ class Capture:
                 record.raw_response = raw_payload(raw_response, media_type)
             span = to_span(record, identity)
             span.model_call.logprob_semantics = self._semantics(record, logprobs_mode)
-            self.durable.append(self._submit(CapturedCall(self.attempt, span, _packed(record.prompt_ids))))
+            prompt = collector.prompts.get(number, array("I")) if collector else array("I")
+            self.durable.append(self._submit(CapturedCall(self.attempt, span, prompt)))
 
     def _complete(self, record: CallRecord, number: int, collector: Collector) -> None:
         record.request_id = collector.answer_id
         record.model = collector.model or record.model
-        record.prompt_ids = collector.prompts.get(number, [])
+        prompt = collector.prompts.get(number, ())
         for problem in collector.problems:
             record.untrainable(problem)
         for index, choice in collector.choices.items():
@@ -135,15 +136,15 @@ class Capture:
                     f"choice {choice.index} came with {len(choice.token_ids)} token ids "
                     f"and {len(choice.logprobs)} logprobs"
                 )
-        self._check_ids(record)
+        self._check_ids(record, len(prompt))
         self._stamp(record)
         if not collector.total_tokens:
-            self.tokens += len(record.prompt_ids) + sum(len(c.token_ids) for c in record.choices.values())
+            self.tokens += len(prompt) + sum(len(c.token_ids) for c in record.choices.values())
 
     @staticmethod
-    def _check_ids(record: CallRecord) -> None:
+    def _check_ids(record: CallRecord, prompt: int) -> None:
         sampled = any(choice.token_ids for choice in record.choices.values())
-        if record.outcome == COMPLETE and not (sampled and record.prompt_ids):
+        if record.outcome == COMPLETE and not (sampled and prompt):
             record.untrainable("no token ids came with the answer")
 
     def _stamp(self, record: CallRecord) -> None:
@@ -167,16 +168,3 @@ class Capture:
         # Raw and processed logprobs are the same where nothing reshapes the distribution.
         neutral = plain and not any("sampled with" in reason for reason in record.reasons)
         return _SEMANTICS["raw"] if neutral else model_call_pb2.LOGPROB_SEMANTICS_UNSPECIFIED
-
-
-def _packed(ids: list[int]) -> array[int]:
-    try:
-        return array("I", ids)
-    except (OverflowError, TypeError):
-        return array("I")
-
-
-def cut_reason(body: Mapping[str, Any]) -> str:
-    """What a record says when the client left before there was an answer."""
-    kind = "stream" if body.get("stream") else "answer"
-    return f"the client went away before its {kind} was complete"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from agl_grpc.interceptor.front.server import Proxy
 from agl_grpc.interceptor.front.settings import BadUpstream, ProxySettings, UpstreamSpec, read_upstreams
 
 logger = logging.getLogger("agl_grpc.interceptor")
+
+
+_GC_THRESHOLD = 100_000
 
 
 def run_proxy(
@@ -48,6 +52,10 @@ async def _serve(
         except (OSError, BadUpstream) as error:
             logger.error("upstreams stay as they are: %s", error)
 
+    # Answers are parsed into tens of thousands of objects without a cycle among them, which the collector
+    # would look through again and again.
+    gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD, 50, 100)
     proxy = await Proxy.start(settings, specs(), host, port)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ def asked_by(api: str, body: Mapping[str, Any]) -> Asked:
 
 
 def asks_logprobs(api: str, value: Any) -> bool:
-    """Whether this value of ``logprobs`` asks for some: a switch in chat, in completions 0 is a number too."""
+    """Whether this value of ``logprobs`` asks for some: a switch in chat, a number in completions."""
     return bool(value) if api == "chat.completions" else value is not None and value is not False
 
 
@@ -62,7 +63,7 @@ class Collector:
         self._chat = api == "chat.completions"
         self._asked = asked
         self.choices: dict[int, ChoiceRecord] = {}
-        self.prompts: dict[int, list[int]] = {}
+        self.prompts: dict[int, array[int]] = {}
         self.problems: list[str] = []
         self.answer_id = ""
         self.model = ""
@@ -111,7 +112,7 @@ class Collector:
                 changed = True
         ids = choice.get("token_ids")
         if ids is not None:
-            record.token_ids += ids if _integers(ids) else self._problem("token ids that are no integers")
+            record.token_ids += self._ids(ids, "token ids")
             if not self._asked.token_ids:
                 choice["token_ids"] = None
                 changed = True
@@ -128,9 +129,14 @@ class Collector:
         return changed
 
     def _prompt(self, number: int, ids: Any) -> None:
-        self.prompts[number] = (
-            ids if _integers(ids) else self._problem("prompt token ids that are no integers")
-        )
+        self.prompts[number] = self._ids(ids, "prompt token ids")
+
+    def _ids(self, values: Any, what: str) -> array[int]:
+        try:
+            return array("I", values)
+        except (TypeError, OverflowError):
+            self._problem(f"{what} that are none")
+            return array("I")
 
     def _logprobs(self, table: Any) -> list[float]:
         try:
@@ -160,10 +166,6 @@ class Collector:
             and not any(value is not None for value in delta.values())
             and choice.get("finish_reason") is None
         )
-
-
-def _integers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def _text(value: Any) -> str:

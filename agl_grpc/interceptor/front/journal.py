@@ -59,7 +59,6 @@ class Journal:
         self._open: dict[bytes, _Open] = {}
         self._announce: deque[bytes] = deque()
         self._abandoned: deque[tuple[AttemptKey, bytes]] = deque()
-        self._cache: dict[Entry, CapturedCall] = {}
         self._cached_bytes = 0
         self._undurable: deque[CapturedCall] = deque()
         self._wake = asyncio.Event()
@@ -123,17 +122,17 @@ class Journal:
 
     async def _keep(self, call: CapturedCall) -> None:
         data = call.group(None).SerializeToString()
+        cached = self._cached_bytes < _CACHED_BYTES
+        self._cached_bytes += len(data) * cached
         try:
-            entry = await self._spool.append(data)
+            await self._spool.append(data, call if cached else None)
         except SpoolFull as error:
+            self._cached_bytes -= len(data) * cached
             logger.error("model call %s is not durable yet: %s", call.span.span_id.hex(), error)
             self.counters.undurable += 1
             self._undurable.append(call)
         else:
             self.counters.spooled += 1
-            if self._cached_bytes < _CACHED_BYTES:
-                self._cache[entry] = call
-                self._cached_bytes += entry.length
         self._wake.set()
         opened = self._open.get(call.span.span_id)
         if opened is not None and not opened.told.done():
@@ -181,10 +180,10 @@ class Journal:
         """One batch: announcements and abandonments, then records, oldest first."""
         entries = self._spool.peek(_BATCH_ITEMS, _BATCH_BYTES)
         extra = list(self._undurable)
-        calls = [self._cache.get(entry) for entry in entries]
         control, told, abandoned = self._control_groups()
         groups = [*control]
-        for entry, call in zip(entries, calls, strict=True):
+        for entry in entries:
+            call: CapturedCall | None = entry.note
             groups.append(self._read(entry) if call is None else call.group(self._deltas))
         groups += [call.group(None) for call in extra]
         # A store that was away and has a full spool to take may need longer than a call's last byte waits.
@@ -210,7 +209,7 @@ class Journal:
         self.counters.delivered += len(groups) - len(refused)
         for index, group in enumerate(groups):
             self._open.pop(group.spans[0].span_id, None)
-            call = self._cache.pop(entries[index], None) if index < len(entries) else None
+            call: CapturedCall | None = entries[index].note if index < len(entries) else None
             if call is None:
                 continue
             self._cached_bytes -= entries[index].length

@@ -34,6 +34,7 @@ from agl_grpc.interceptor.transport import AppendTransport, open_channel
 logger = logging.getLogger("agl_grpc.interceptor")
 
 _KEEPALIVE_SECONDS = 75.0
+_REUSED_SPOOL_BYTES = 4 * 1024 * 1024
 _LINE_BYTES = 64 * 1024
 
 
@@ -66,7 +67,11 @@ class Proxy:
         """
         listening = _listen(host, port)
         try:
-            spool = Spool(settings.spool_path(listening.getsockname()[1]), settings.spool_bytes)
+            spool = Spool(
+                settings.spool_path(listening.getsockname()[1]),
+                settings.spool_bytes,
+                reuse_bytes=_REUSED_SPOOL_BYTES,
+            )
         except BaseException:
             listening.close()
             raise
@@ -133,7 +138,7 @@ class Proxy:
         }
 
     async def stop(self) -> None:
-        """Take no new requests, let the running ones end within the drain time-out, keep what was captured."""
+        """Take no new requests, let running ones end within the drain time-out, keep what was captured."""
         self._handler.draining = True
         if self._server is not None:
             self._server.close()

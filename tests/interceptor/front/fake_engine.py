@@ -134,7 +134,7 @@ async def fake_engine() -> AsyncIterator[FakeEngine]:
     engine = FakeEngine()
     door = web.Server(engine.handle, handler_cancellation=True)
     server = await asyncio.get_running_loop().create_server(door, "127.0.0.1", 0)
-    engine.url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    engine.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield engine
     finally:

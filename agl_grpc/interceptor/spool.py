@@ -72,7 +72,8 @@ class Spool:
         self._folder = folder
         self._limit = limit
         self._segment_bytes = segment_bytes
-        self._reuse_bytes = reuse_bytes
+        # What is kept for reuse counts as full like anything else.
+        self._reuse_bytes = min(reuse_bytes, limit // 8)
         self._last_number = 0
         self._segments: dict[int, _Segment] = {}
         self._entries: deque[Entry] = deque()

@@ -245,10 +245,8 @@ class Handler:
             return
         for number, record in enumerate(turn.capture.records):
             self._parts.journal.announce(turn.capture.attempt, record.span_id, record.started)
-            digest = turn.digest() + number.to_bytes(4, "little")
-            retry = self._retries.note(
-                turn.capture.attempt, digest, record.span_id, tries_of(dict(turn.headers))
-            )
+            digest = hash((turn.digest(), number))
+            retry = self._retries.note(turn.capture.attempt, digest, record.span_id, tries_of(turn.headers))
             record.retry_of = retry.span_id
             self.counters.retries += bool(retry.candidates)
             if retry.candidates > 1:
@@ -330,6 +328,7 @@ class Handler:
                 if out:
                     kept.add(out)
                     await response.write(out)
+                events.check()
             events.end()
         except (BrokenStream, aiohttp.ClientError, TimeoutError) as error:
             reason = str(error) if isinstance(error, BrokenStream) else "the engine's stream broke off"

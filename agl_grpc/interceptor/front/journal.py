@@ -23,8 +23,10 @@ from agl_grpc.v1 import span_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
-_GATHER_SECONDS = 0.003
-"""How long what is to be sent waits for company."""
+_ANNOUNCE_SECONDS = 0.010
+_RECORD_SECONDS = 0.025
+"""How long announcements and records wait for company: a request to the store costs far more than what is in
+it. A call that has ended before its announcement went waits no longer."""
 
 _BATCH_ITEMS = 500
 _BATCH_BYTES = 2 * 1024 * 1024
@@ -62,6 +64,7 @@ class Journal:
         self._cached_bytes = 0
         self._undurable: deque[CapturedCall] = deque()
         self._wake = asyncio.Event()
+        self._urgent = asyncio.Event()
         self._closing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.away = False
@@ -98,6 +101,7 @@ class Journal:
         while self._tasks:
             await asyncio.wait(self._tasks)
         self._closing.set()
+        self._urgent.set()
         self._wake.set()
         await asyncio.wait([self._pump_task], timeout=grace)
         self._pump_task.cancel()
@@ -136,6 +140,7 @@ class Journal:
         self._wake.set()
         opened = self._open.get(call.span.span_id)
         if opened is not None and not opened.told.done():
+            self._urgent.set()
             await asyncio.wait([opened.told], timeout=self._ack_timeout)
         if not call.durable.done():
             call.durable.set_result(None)
@@ -148,8 +153,7 @@ class Journal:
                     return
                 self._wake.clear()
                 await self._wake.wait()
-            if not self._closing.is_set():
-                await asyncio.sleep(_GATHER_SECONDS)
+            await self._gather()
             try:
                 await self._deliver_next()
             except StoreAway as error:
@@ -164,6 +168,15 @@ class Journal:
             if self.away:
                 logger.info("store back")
             self.away = False
+
+    async def _gather(self) -> None:
+        """Let a batch grow a little where nobody waits for it."""
+        self._urgent.clear()
+        if self._closing.is_set() or self._spool.size > _BATCH_BYTES:
+            return
+        seconds = _ANNOUNCE_SECONDS if self._announce else _RECORD_SECONDS
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._urgent.wait(), seconds)
 
     def _leave(self, reason: str) -> None:
         """The store is away: nobody waits for it, and it is told of all open calls when it is back."""

@@ -122,6 +122,7 @@ class Proxy:
             "run_id": self._parts.settings.run_id,
             **dataclasses.asdict(self._handler.counters),
             **self._parts.journal.describe(),
+            "policy_versions": self._parts.versions.describe(),
             "external_recorded": external.recorded if external else 0,
             "external_dropped": external.dropped if external else 0,
             "upstreams": [
@@ -139,6 +140,8 @@ class Proxy:
 
     async def stop(self) -> None:
         """Take no new requests, let running ones end within the drain time-out, keep what was captured."""
+        if self._handler.draining:
+            return
         self._handler.draining = True
         if self._server is not None:
             self._server.close()

@@ -23,10 +23,11 @@ class Events:
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
         self._rest = b""
+        self._broken: BrokenStream | None = None
         self.held = b""
 
     def feed(self, chunk: bytes) -> bytes:
-        """What can go out now. Raises BrokenStream for what is no event of the dialect."""
+        """What can go out now; nothing more does once an event was none of the dialect (see `check`)."""
         data = self._rest + chunk if self._rest else chunk
         out: list[bytes] = []
         start = 0
@@ -35,12 +36,21 @@ class Events:
             start = end
             if self.held:
                 self.held += event
-            else:
+                continue
+            try:
                 out.append(self._event(event))
+            except BrokenStream as broken:
+                self._broken = broken
+                break
         self._rest = data[start:]
         if len(self._rest) > _LONGEST_EVENT:
-            raise BrokenStream("the engine sent an event without end")
+            self._broken = BrokenStream("the engine sent an event without end")
         return out[0] if len(out) == 1 else b"".join(out)
+
+    def check(self) -> None:
+        """Raises BrokenStream when the engine has sent what is no event of the dialect."""
+        if self._broken is not None:
+            raise self._broken
 
     def end(self) -> None:
         """The engine's stream is over. Raises BrokenStream when it broke off."""

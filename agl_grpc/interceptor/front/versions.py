@@ -30,6 +30,10 @@ class PolicyVersions:
         """Version and weights digest in force for a model."""
         return self._committed.get(model, self._initial)
 
+    def describe(self) -> dict[str, int]:
+        """Committed versions by model."""
+        return {model: version for model, (version, _) in self._committed.items()}
+
     async def close(self) -> None:
         """Stop following."""
         self._task.cancel()

@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, CommandEntry] = {
     ),
     "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),
     "train": CommandEntry("agl_grpc_cli.train", "Train an agent."),
+    "apo": CommandEntry("agl_grpc_cli.apo", "Look at prompt optimisation: versions, critiques, scores."),
     "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),
     "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show, cancel, retry and delete rollouts."),
     "spans": CommandEntry("agl_grpc_cli.spans", "List the spans of a rollout."),

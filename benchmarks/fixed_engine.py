@@ -2,7 +2,7 @@
 
 Its answers carry token ids and logprobs where the request asks for them, as vLLM's do. The path says how
 large they are and how long they take: `/P/T/MS` for P prompt tokens, T answer tokens and MS milliseconds; a
-large they are and how long they take: `/P/T/MS` for P prompt tokens, T answer tokens and MS milliseconds; a
+stream has one event a token, the first after MS and each next one after EVERY milliseconds of `/P/T/MS/EVERY`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from agl_grpc.algorithm.prompt.rewriting import RULES
 
-SYSTEM = "You improve the prompts of an AI agent by reflecting on what it did with them. A higher reward is better."
+SYSTEM = (
+    "You improve the prompts of an AI agent by reflecting on what it did with them. A higher reward is "
+    "better."
+)
 
 REFLECTION = (
     """An agent works with these prompts:

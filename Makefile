@@ -15,20 +15,41 @@ help: ## List the tasks
 	.venv-proto/typing/bin/pip install -q 'mypy-protobuf==5.1.0' 'buf-bin>=1.75,<2' 'googleapis-common-protos>=1.70,<2'
 	touch $@
 
+# Go and its libraries from Debian's own packages, unpacked beside the others: nothing is installed into the system.
+GO_PACKAGES := golang-go golang-1.19-go golang-1.19-src golang-google-grpc-dev golang-google-protobuf-dev \
+  golang-google-genproto-dev golang-github-golang-protobuf-1-5-dev golang-golang-x-net-dev golang-golang-x-sys-dev \
+  golang-golang-x-text-dev golang-golang-x-oauth2-dev protoc-gen-go protoc-gen-go-grpc
+GO_MODULE := github.com/agl-grpc/agl-grpc/clients/go
+
+.venv-go/ready:
+	mkdir -p .venv-go/path/src/$(dir $(GO_MODULE))
+	cd .venv-go && { apt-get download -q $(GO_PACKAGES) || { apt-get update -q && apt-get download -q $(GO_PACKAGES); }; }
+	cd .venv-go && for package in *.deb; do dpkg-deb -x "$$package" .; done && rm -f ./*.deb
+	ln -sfn "$$PWD/clients/go" .venv-go/path/src/$(GO_MODULE)
+	printf '%s\n' '#!/bin/sh' "cd '$$PWD/.venv-go/path/src/$(GO_MODULE)'" \
+	  "export GOROOT='$$PWD/.venv-go/usr/lib/go-1.19' GOPATH='$$PWD/.venv-go/path:$$PWD/.venv-go/usr/share/gocode'" \
+	  'export GO111MODULE=off CGO_ENABLED=0' 'exec "$$GOROOT/bin/go" "$$@"' > .venv-go/go
+	chmod +x .venv-go/go
+	touch $@
+
+.PHONY: go-tools
+go-tools: .venv-go/ready ## Unpack Go and gRPC for it from Debian's packages into .venv-go
+
 clients/typescript/node_modules/.package-lock.json: clients/typescript/package-lock.json
 	cd clients/typescript && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
 .PHONY: proto
-proto: .venv-proto/ready clients/typescript/node_modules/.package-lock.json ## Regenerate the stubs from proto/, in each language
+proto: .venv-proto/ready .venv-go/ready clients/typescript/node_modules/.package-lock.json ## Regenerate the stubs from proto/, in each language
 	.venv-proto/typing/bin/buf format -w proto
 	.venv-proto/typing/bin/buf lint proto
 	PATH="$$PWD/.venv-proto/typing/bin:$$PATH" .venv-proto/bin/python -m grpc_tools.protoc -Iproto \
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. proto/agl_grpc/v1/*.proto
+	cd clients/go && PATH="$$PWD/../../.venv-go/usr/bin:$$PWD/../../.venv-proto/typing/bin:$$PATH" buf generate ../../proto
 	cd clients/typescript && PATH="$$PWD/../../.venv-proto/typing/bin:$$PATH" \
 	  GOOGLE_PROTOS=$$(echo "$$PWD"/../../.venv-proto/typing/lib/python3*/site-packages) npm run --silent generate
 
-GENERATED := proto agl_grpc/v1 clients/typescript/src/gen
+GENERATED := proto agl_grpc/v1 clients/go/v1 clients/typescript/src/gen
 
 .PHONY: check-proto
 check-proto: proto ## Fail when the committed stubs differ from a fresh generation
@@ -98,7 +119,7 @@ test: check-proto check-protoc lint test-fast engines peers ## Everything: lint,
 	.venv/bin/python -m pytest -m e2e
 
 .PHONY: conformance
-conformance: .venv/dev-ready ## Replay the shared vectors in every language; prints a matrix
+conformance: .venv/dev-ready .venv-go/ready ## Replay the shared vectors in every language; prints a matrix
 	.venv/bin/python -m tests.conformance
 
 .PHONY: bench

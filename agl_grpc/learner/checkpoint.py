@@ -16,12 +16,26 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.integrity import stamp, verify
+from agl_grpc.learner.model_folder import model_config, state_dtype
 
 if TYPE_CHECKING:
     from agl_grpc.learner.trainer import AglTrainer
 
 STATE_FILE = "learner.json"
-_PREFIX = "global_step_"
+# What makes the weights of one model unusable for another, in its ``config.json``.
+_SHAPE_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+CHECKPOINT_PREFIX = "global_step_"
 
 
 @dataclass
@@ -50,7 +64,7 @@ class LearnerState:
 
 def checkpoint_id(step: int) -> str:
     """Name of a step's checkpoint: the folder's and the store's."""
-    return f"{_PREFIX}{step}"
+    return f"{CHECKPOINT_PREFIX}{step}"
 
 
 def sync_tree(folder: Path) -> None:
@@ -104,6 +118,8 @@ class Checkpoints:
             step, trainer.prompts_fetched, trainer.outstanding_prompts(), batch_ids, trainer.hooks.origin
         )
         (unfinished / STATE_FILE).write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
+        state_dtype(hugging_face_folder(unfinished))
+        stamp(unfinished)
         sync_tree(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
@@ -115,7 +131,10 @@ class Checkpoints:
     def _prune(self) -> None:
         if self._keep is None:
             return
-        steps = sorted(int(entry.name.removeprefix(_PREFIX)) for entry in self._folder.glob(f"{_PREFIX}*"))
+        steps = sorted(
+            int(entry.name.removeprefix(CHECKPOINT_PREFIX))
+            for entry in self._folder.glob(f"{CHECKPOINT_PREFIX}*")
+        )
         for step in steps[: -self._keep]:
             shutil.rmtree(self.path(checkpoint_id(step)))
 
@@ -134,8 +153,26 @@ def hugging_face_folder(checkpoint: Path) -> Path:
     return checkpoint / "actor" / "huggingface"
 
 
+def check_fits(checkpoint: Path, model: Path, ranks: int) -> None:
+    """Raises ConfigError when a checkpoint is another model's, or was saved by another number of ranks."""
+    mine, its = model_config(model), model_config(hugging_face_folder(checkpoint))
+    for key in _SHAPE_KEYS:
+        if key in mine and key in its and mine[key] != its[key]:
+            raise ConfigError(
+                f"checkpoint {checkpoint} is another model's: its {key} is {its[key]!r}, that of {model} is "
+                f"{mine[key]!r}; use the model that the run began with, or begin a new run"
+            )
+    saved = list((checkpoint / "actor").glob("model_world_size_*_rank_*.pt"))
+    if saved and len(saved) != ranks:
+        raise ConfigError(
+            f"checkpoint {checkpoint} was saved by {len(saved)} ranks, and this run has {ranks}: use as many "
+            "(trainer.n_gpus_per_node, trainer.nnodes), or begin a new run from its Hugging Face form"
+        )
+
+
 def resume_keys(folder: Path, name: str) -> dict[str, Any]:
     """verl's keys that make it continue from a checkpoint."""
     path = folder / name
     LearnerState.read(path)
+    verify(path)
     return {"resume_mode": "resume_path", "resume_from_path": str(path)}

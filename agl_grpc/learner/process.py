@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agl_grpc.client import StoreError
-from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, resume_keys
+from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
 from agl_grpc.learner.errors import StoppedError
 from agl_grpc.learner.progress import SAID, step_line, with_summary
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
@@ -143,10 +143,12 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
         warnings.filterwarnings("ignore", message=message)
     resume, step = _taken_up(config, output, training)
     verl = _verl_config(config, device, output, resume)
+    gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
+    if resume:
+        check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
     manifest = {"config": verl, "device": device, "seed": config.seed}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
     say("importing verl")
-    gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     os.environ.update(worker_environment(device))
     # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
     # Ray's start walks through.
@@ -259,9 +261,10 @@ def _assemble(
         origin=identity.origin,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
-        sample_deadline=config.deadlines.sample,
+        deadlines=config.deadlines,
         failure_limit=config.failure_limit,
         on_metrics=on_metrics,
+        on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
     )
     trainer = AglTrainer(verl, hooks)
     return trainer, manager

@@ -64,10 +64,15 @@ class CheckLimits:
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds: ``sample`` without a finished group, ``publish`` for a policy version, ``engines`` until
-    enough are connected, ``store`` while it does not answer."""
+    """Seconds: ``start`` for verl's workers to load the model, ``sample`` without a finished group,
+    ``compute`` for one phase of the optimiser (logprobs, values, advantages, an update), ``save`` for a
+    checkpoint, ``publish`` for a policy version, ``engines`` until enough are connected, ``store`` while it
+    does not answer."""
 
+    start: float = 1800.0
     sample: float = 600.0
+    compute: float = 1800.0
+    save: float = 1800.0
     publish: float = 120.0
     engines: float = 300.0
     store: float = 120.0

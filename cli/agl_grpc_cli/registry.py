@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "runner": CommandEntry("agl_grpc_cli.runner", "Start workers that execute rollouts with your agent."),
     "vllm": CommandEntry("agl_grpc_cli.vllm", "Serve a model with vLLM, its exact tokens captured."),
     "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),
+    "checkpoint": CommandEntry("agl_grpc_cli.checkpoint", "List, check and export a run's checkpoints."),
     "train": CommandEntry("agl_grpc_cli.train", "Train an agent."),
     "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),
     "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show, cancel, retry and delete rollouts."),

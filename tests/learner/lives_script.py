@@ -1,0 +1,204 @@
+"""Trainers that are killed, spread over ranks, starved and compared with verl alone, on a recorded stream.
+
+Prints one JSON object on its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agl_grpc.learner.ray_runtime import local_ray
+from agl_grpc.learner.rollouts import FinishedGroup
+from tests.learner.life import Killed, Ledger, Life
+from tests.learner.local_engine import LocalEngine
+from tests.learner.trainer_script import make_tasks
+
+STEPS, SAVE = 8, 2
+# Where a trainer dies, and in which step; each next one goes on from what the one before left.
+KILLS = (
+    ("claimed", 1),
+    ("proven", 2),
+    ("saving", 2),
+    ("renamed", 4),
+    ("committed", 4),
+    ("updated", 5),
+    ("published", 7),
+)
+PLAIN_DESCENT = {
+    "trainer.total_training_steps": 1,
+    "actor_rollout_ref.actor.optim.optimizer": "SGD",
+    "actor_rollout_ref.actor.optim.lr": 100.0,
+    "actor_rollout_ref.actor.optim.weight_decay": 0.0,
+    "actor_rollout_ref.actor.grad_clip": 1e9,
+}
+CORRECTED = {
+    "trainer.total_training_steps": 4,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
+    "actor_rollout_ref.actor.use_kl_loss": True,
+    "actor_rollout_ref.actor.kl_loss_coef": 0.01,
+    "actor_rollout_ref.actor.entropy_coeff": 0.01,
+    "actor_rollout_ref.actor.optim.lr": 2e-2,
+    "algorithm.filter_groups.enable": True,
+    "algorithm.filter_groups.metric": "reward",
+    "algorithm.rollout_correction.rollout_is": "sequence",
+    "algorithm.rollout_correction.rollout_is_threshold": 1.5,
+    "trainer.v1.separate_async.num_warmup_batches": 2,
+    "trainer.v1.sampler.max_off_policy_threshold": 3,
+}
+Recorded = Mapping[str, FinishedGroup]
+
+
+class Script:
+    """The runs of this script on one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = str(folder / "model")
+
+    def engine(self, recorded: Recorded | None = None, **options: Any) -> LocalEngine:
+        return LocalEngine(self.model, seed=0, recorded=recorded, **options)
+
+    def once(self, name: str, verl: dict[str, Any], engine: LocalEngine, **options: Any) -> dict[str, Any]:
+        """One trainer from start to end."""
+        ledger = Ledger()
+        life = Life(self.folder, {"verl": verl, "checkpoints": name, **options}, engine, ledger)
+        try:
+            error = life.run()
+        finally:
+            life.close()
+        return {
+            "error": error,
+            "errors": life.errors,
+            "steps": life.steps,
+            "advantages": life.trainer.advantages,
+            "digests": {step: sorted(found) for step, found in engine.digests.items()},
+            "commits": ledger.commits,
+        }
+
+    def killed(self, recorded: Recorded) -> dict[str, Any]:
+        """Trainers killed one after the other at every point of ``KILLS``; the last one ends by itself."""
+        ledger, steps, deaths = Ledger(), [], []
+        digests: dict[int, set[str]] = {}
+        trained: list[str] = []
+        for point, step in (*KILLS, ("", 0)):
+            engine = self.engine(recorded)
+            name, _ = ledger.checkpoint
+            options = {
+                "verl": {"trainer.total_training_steps": STEPS, "trainer.save_freq": SAVE},
+                "checkpoints": "killed",
+                "resume": name,
+                "replay": ledger.release(),
+                "kill": (point, step),
+            }
+            life = Life(self.folder, options, engine, ledger)
+            try:
+                assert life.run() == ""
+            except Killed as death:
+                deaths.append(str(death))
+            finally:
+                life.close()
+            steps.append(life.steps)
+            for published, found in engine.digests.items():
+                digests.setdefault(published, set()).update(found)
+        for _, ids, _ in ledger.commits:
+            trained.extend(ids)
+        return {
+            "deaths": deaths,
+            "steps": steps,
+            "digests": {step: sorted(found) for step, found in digests.items()},
+            "committed": trained,
+            "claims": {step: len(batches) for step, batches in ledger.claims.items()},
+        }
+
+    def fidelity(self, recorded: Recorded) -> dict[str, Any]:
+        """One update by plain descent, on one rank, on two and by verl alone: their greatest differences."""
+        engines = {ranks: self.engine(recorded) for ranks in (1, 2)}
+        outcomes = {
+            ranks: self.once(f"sgd{ranks}", {**PLAIN_DESCENT, "trainer.n_gpus_per_node": ranks}, engine)
+            for ranks, engine in engines.items()
+        }
+        before = self.engine().weights
+        gradients = {ranks: _moved(before, engine.weights) for ranks, engine in engines.items()}
+        from tests.learner.verl_alone import padded, single_rank, step, worker
+
+        first = {entry.group_id for entry in engines[1].batches[0].entries}
+        groups = [group for uid, group in recorded.items() if uid in first]
+        single_rank()
+        alone = step(worker(self.model, 100.0), padded(groups), "vanilla")
+        keys = [
+            f"{group.request.uid}_{number}_0" for group in groups for number in range(len(group.rollouts))
+        ]
+        theirs = dict(zip(keys, alone["advantages"].tolist(), strict=True))
+        ours = outcomes[1]["advantages"][0]
+        return {
+            "errors": [outcome["error"] for outcome in outcomes.values()],
+            "advantages": max(float(np.abs(np.subtract(ours[key], theirs[key])).max()) for key in keys),
+            "rows": [len(ours), len(keys)],
+            "losses": [
+                outcomes[1]["steps"][0]["actor/pg_loss"],
+                outcomes[2]["steps"][0]["actor/pg_loss"],
+                float(np.sum(alone["metrics"]["actor/pg_loss"])),
+            ],
+            "gradient_norms": [
+                outcomes[1]["steps"][0]["actor/grad_norm"],
+                outcomes[2]["steps"][0]["actor/grad_norm"],
+                float(np.sum(alone["metrics"]["grad_norm"])),
+            ],
+            "gradients": _difference(gradients[1], _moved(before, alone["weights"])),
+            "gradients_of_two_ranks": _difference(gradients[1], gradients[2]),
+        }
+
+
+def _moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: before[name] - tensor for name, tensor in after.items() if name in before}
+
+
+def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The greatest difference of two sets of tensors, each relative to its tensor's largest value."""
+    assert set(theirs) <= set(ours)
+    return max(
+        float((ours[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-30))
+        for name, tensor in theirs.items()
+    )
+
+
+def main(folder: Path, only: list[str]) -> dict[str, Any]:
+    """All runs, or those named, in one Ray session of two nominal GPUs."""
+    make_tasks(folder)
+    script = Script(folder)
+    bad = {"actor_rollout_ref.model.external_lib": "tests.learner.bad_losses"}
+    loss = "actor_rollout_ref.actor.policy_loss.loss_mode"
+    whole = script.engine()
+    recorded = whole.record
+    saving = {"trainer.total_training_steps": STEPS, "trainer.save_freq": SAVE}
+    two_ranks = {"trainer.total_training_steps": 3, "trainer.n_gpus_per_node": 2}
+    short = {**bad, "trainer.total_training_steps": 5}
+    runs = {
+        "undisturbed": lambda: script.once("whole", saving, whole),
+        "killed": lambda: script.killed(recorded),
+        "two_ranks": lambda: script.once("two", two_ranks, script.engine(recorded)),
+        "fidelity": lambda: script.fidelity(recorded),
+        "corrected": lambda: script.once("corrected", CORRECTED, script.engine(flat_every=4)),
+        "memory": lambda: script.once("memory", {**short, loss: "out_of_memory"}, script.engine()),
+        "hanging": lambda: script.once(
+            "hanging", {**short, loss: "hanging"}, script.engine(), deadlines={"compute": 5}
+        ),
+    }
+    with local_ray(device="cpu", gpus=2):
+        outcomes = {}
+        for name, run in runs.items():
+            if not only or name in only:
+                outcomes[name] = run()
+                print(f"{name}: {json.dumps(outcomes[name])[:3000]}", file=sys.stderr)
+        return outcomes
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(main(Path(sys.argv[1]), sys.argv[2:])))

@@ -38,7 +38,8 @@ def silent_workers(groups: Mapping[str, Any]) -> list[str]:
     for role, group in groups.items():
         for rank, worker in enumerate(group.workers):
             names.setdefault(worker, f"{role} rank {rank}")
-    asked = {worker.__ray_ready__.remote(): name for worker, name in names.items()}
+    # A method like any other, so that it waits behind the one that hangs; what it answers is of no account.
+    asked = {worker.get_cuda_visible_devices.remote(): name for worker, name in names.items()}
     _, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
     return [asked[each] for each in waiting]
 
@@ -84,8 +85,9 @@ def _bounded(doing: str, seconds: float, key: str, groups: Callable[[], Mapping[
             signal.pthread_kill(main.ident, signal.SIGALRM)
 
     def interrupt(_number: int, _frame: Any) -> None:
+        # Ray's waits end for this exception only, and swallow any other that a signal handler raises.
         if not over.is_set():
-            raise DeadlineError(words)
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     timer = threading.Timer(seconds, expire)
@@ -93,6 +95,10 @@ def _bounded(doing: str, seconds: float, key: str, groups: Callable[[], Mapping[
     timer.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if words:
+            raise DeadlineError(words) from None
+        raise
     finally:
         over.set()
         timer.cancel()

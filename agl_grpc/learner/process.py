@@ -52,6 +52,8 @@ def run(config: RunConfig, store: str) -> None:
     """
     # Some packages read these when they are imported, and choosing a device imports torch.
     os.environ.update(common_environment())
+    if config.visible_devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.visible_devices
     device = choose_device(config.device)
     output = Path(config.output_dir).expanduser().resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -97,12 +99,21 @@ def _stoppable() -> Iterator[None]:
         yield
         return
 
+    stopped = False
+
     def stop(_number: int, _frame: Any) -> None:
-        raise StoppedError("stopped by SIGTERM")
+        nonlocal stopped
+        stopped = True
+        # Ray's waits end for this exception only, and swallow any other that a signal handler raises.
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if stopped:
+            raise StoppedError("stopped by SIGTERM") from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -154,7 +165,7 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     # Ray's start walks through.
     importlib.import_module("agl_grpc.learner.trainer")
     say("starting Ray")
-    with local_ray(device=device, gpus=gpus):
+    with local_ray(device=device, gpus=gpus, address=config.ray_address):
         import transfer_queue as tq
 
         tq.init(verl.transfer_queue)

@@ -84,7 +84,9 @@ class RunConfig:
 
     ``train_tasks`` and ``val_tasks`` are JSONL files, one task a line. ``verl`` holds verl's keys as they
     are. ``failure_limit`` groups in a row that cannot be trained end the run. ``keep_checkpoints`` None keeps
-    all.
+    all. ``visible_devices`` are the GPUs of this machine that the learner may use (``"4,5,6,7"``; empty =
+    all). ``ray_address`` names a Ray cluster that runs already, for trainers on several nodes (empty = Ray is
+    started here).
     """
 
     model: ModelConfig
@@ -95,6 +97,8 @@ class RunConfig:
     val_tasks: str = ""
     resume: bool = False
     device: str = "auto"
+    visible_devices: str = ""
+    ray_address: str = ""
     seed: int = 0
     failure_limit: int = 64
     keep_checkpoints: int | None = 3
@@ -137,6 +141,13 @@ def _build(kind: type[S], data: Mapping[str, Any], path: str) -> S:
         return kind(**values)
     except ValueError as error:
         raise ConfigError(f"{path.rstrip('.') or 'the configuration'}: {error}") from error
+
+
+def settings(name: str, given: S | Mapping[str, Any] | None, kind: type[S]) -> S:
+    """A section of the configuration: as it is, from a mapping of its fields, or its defaults."""
+    if given is None:
+        return kind()
+    return _build(kind, given, f"{name}.") if isinstance(given, Mapping) else given
 
 
 def from_mapping(data: Mapping[str, Any]) -> RunConfig:

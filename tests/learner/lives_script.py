@@ -196,7 +196,7 @@ def main(folder: Path, only: list[str]) -> dict[str, Any]:
         for name, run in runs.items():
             if not only or name in only:
                 outcomes[name] = run()
-                print(f"{name}: {json.dumps(outcomes[name])[:3000]}", file=sys.stderr)
+                print(f"{name}: {json.dumps(outcomes[name])}", file=sys.stderr)
         return outcomes
 
 

@@ -78,12 +78,34 @@ def sync_tree(folder: Path) -> None:
                 os.close(descriptor)
 
 
+def write_checkpoint(folder: Path, name: str, fill: Callable[[Path], LearnerState]) -> Path:
+    """Makes a checkpoint's folder, whole or not at all, under its name.
+
+    Args:
+        folder: where checkpoints lie.
+        name: the checkpoint's; an older one of that name is replaced.
+        fill: writes verl's files into the folder that it is given; answers what is kept beside them.
+    """
+    final, unfinished = folder / name, folder / f".unfinished-{name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    state = fill(unfinished)
+    (unfinished / STATE_FILE).write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
+    state_dtype(hugging_face_folder(unfinished))
+    stamp(unfinished)
+    sync_tree(unfinished)
+    shutil.rmtree(final, ignore_errors=True)
+    unfinished.rename(final)
+    sync_tree_entry(folder)
+    return final
+
+
 class Checkpoints:
     """``CheckpointStore``: folders ``global_step_N`` in one place.
 
     Args:
         folder: where checkpoints lie.
-        commit: called after the rename with checkpoint id, batch ids and step; the store's ``CommitBatches``.
+        commit: called by ``commit`` with checkpoint id, batch ids and step; the store's ``CommitBatches``.
         keep: how many finished checkpoints stay, the newest; None = all.
     """
 
@@ -93,38 +115,41 @@ class Checkpoints:
         self._folder = folder
         self._commit = commit
         self._keep = keep
+        # What was saved and not committed yet.
+        self._unnamed: tuple[str, list[str], int] | None = None
 
     def path(self, name: str) -> Path:
         """Folder of a checkpoint."""
         return self._folder / name
 
     def save(self, trainer: AglTrainer) -> None:
-        """Saves model, optimiser, data order and what is outstanding; then commits the batches trained
-        since.
-        """
+        """Saves model, optimiser, data order and what is outstanding; ``commit`` makes it the last one."""
         import torch
 
         step = int(trainer.global_steps)
         name = checkpoint_id(step)
-        final, unfinished = self.path(name), self.path(f".unfinished-{name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        trainer.actor_rollout_wg.save_checkpoint(str(unfinished / "actor"), None, step, max_ckpt_to_keep=None)
-        if trainer.use_critic:
-            trainer.critic_wg.save_checkpoint(str(unfinished / "critic"), None, step, max_ckpt_to_keep=None)
-        torch.save(trainer.train_dataloader.state_dict(), unfinished / "data.pt")
         batch_ids = [batch.batch_id for batch in trainer.uncommitted]
-        state = LearnerState(
-            step, trainer.prompts_fetched, trainer.outstanding_prompts(), batch_ids, trainer.hooks.origin
-        )
-        (unfinished / STATE_FILE).write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
-        state_dtype(hugging_face_folder(unfinished))
-        stamp(unfinished)
-        sync_tree(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        sync_tree_entry(self._folder)
-        self._commit(name, batch_ids, step)
+
+        def fill(place: Path) -> LearnerState:
+            trainer.actor_rollout_wg.save_checkpoint(str(place / "actor"), None, step, max_ckpt_to_keep=None)
+            if trainer.use_critic:
+                trainer.critic_wg.save_checkpoint(str(place / "critic"), None, step, max_ckpt_to_keep=None)
+            torch.save(trainer.train_dataloader.state_dict(), place / "data.pt")
+            outstanding = trainer.outstanding_prompts()
+            return LearnerState(step, trainer.prompts_fetched, outstanding, batch_ids, trainer.hooks.origin)
+
+        write_checkpoint(self._folder, name, fill)
+        self._unnamed = (name, batch_ids, step)
+
+    def commit(self, trainer: AglTrainer) -> None:
+        """Names the checkpoint that was saved in the store, with the batches trained since the one before.
+
+        A trainer that ends before this goes on from the one before, and trains those batches again.
+        """
+        if self._unnamed is None:
+            return
+        self._commit(*self._unnamed)
+        self._unnamed = None
         trainer.uncommitted.clear()
         self._prune()
 

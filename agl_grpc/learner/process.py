@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.model.enums import TrainingRunStatus
+from agl_grpc.sample import SampleRules
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -44,8 +46,13 @@ def choose_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(config: RunConfig, store: str) -> None:
+def run(config: RunConfig, store: str, *, sft: bool = False) -> None:
     """Trains until the configured number of steps, or until somebody asks to stop.
+
+    Args:
+        config: the run's configuration.
+        store: ``host:port``.
+        sft: supervised, on what the run's rollouts did well, instead of reinforcement learning.
 
     Raises:
         LearnerError: anything a person has to know; the training run is then FAILED in the store.
@@ -60,10 +67,10 @@ def run(config: RunConfig, store: str) -> None:
     os.environ["TENSORBOARD_DIR"] = str(output / "tensorboard")
     link = StoreLink(store, config.run_id, patience=config.deadlines.store)
     try:
-        training = TrainingRun.acquire(link, config.training_run_id)
+        training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else "verl")
         say(f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}")
         with _reported_end(training), _stoppable():
-            _train(config, device, output, link, training)
+            (_tune if sft else _train)(config, device, output, link, training)
     finally:
         link.close()
 
@@ -180,6 +187,38 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
             tq.close()
 
 
+def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
+    """Supervised fine-tuning: reads, trains, saves one checkpoint."""
+    from agl_grpc.learner import sft
+
+    verl = _verl_config(config, device, output, {})
+    _write_manifest(
+        output / f"learner-{training.identity.trainer_epoch}.json",
+        {"config": verl, "device": device, "seed": config.seed, "sft": asdict(config.sft)},
+    )
+    found = sft.collect(link, config.run_id, _sample_rules(config), config.sft)
+    say(f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
+    os.environ.update(worker_environment(device))
+
+    def on_step(step: int, total: int, metrics: dict[str, float]) -> bool:
+        say(f"step {step}/{total}  loss {metrics['sft/loss']:.4f}  tokens {metrics['tokens/trained']:.0f}")
+        training.report(step, metrics)
+        return training.stop_requested
+
+    worker, step = sft.train(verl, config.sft, found, config.seed, on_step)
+    saved = sft.save(worker, output / "checkpoints", step, training.identity.origin)
+    training.commit(saved.name, [], step)
+
+
+def _sample_rules(config: RunConfig) -> SampleRules:
+    return SampleRules(
+        model=config.model.name,
+        agents=frozenset(config.samples.agents),
+        train_truncated=config.samples.train_truncated,
+        reward_name=config.samples.reward_name,
+    )
+
+
 def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[dict[str, Any], int]:
     """Where this trainer begins: verl's keys for it and the step, 0 = the first prompt."""
     resume: dict[str, Any] = {}
@@ -220,7 +259,6 @@ def _assemble(
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.trainer import AglTrainer, Hooks
-    from agl_grpc.sample import SampleRules
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
@@ -230,12 +268,7 @@ def _assemble(
         link,
         identity,
         rules=config.rollouts,
-        samples=SampleRules(
-            model=config.model.name,
-            agents=frozenset(config.samples.agents),
-            train_truncated=config.samples.train_truncated,
-            reward_name=config.samples.reward_name,
-        ),
+        samples=_sample_rules(config),
         lineage=lineage,
         rewards=frozen_rewards(replay),
     )

@@ -79,6 +79,23 @@ class Deadlines:
 
 
 @dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning instead of reinforcement learning (`agl-grpc learner --sft`).
+
+    Rollouts of the run with at least ``min_reward`` are learned, of each group at most the ``best_of_group``
+    best (0 = all), in ``epochs`` passes.
+    """
+
+    min_reward: float = 1.0
+    best_of_group: int = 0
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.best_of_group < 0:
+            raise ValueError("epochs must be 1 or more, best_of_group 0 or more")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run. Paths may be relative to the working directory.
 
@@ -107,6 +124,7 @@ class RunConfig:
     samples: TrainedTokens = field(default_factory=TrainedTokens)
     checks: CheckLimits = field(default_factory=CheckLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
+    sft: SftConfig = field(default_factory=SftConfig)
     verl: dict[str, Any] = field(default_factory=dict)
 
 

@@ -76,7 +76,10 @@ class CheckpointStore(Protocol):
     """Keeps checkpoints; see ``checkpoint.py``."""
 
     def save(self, trainer: AglTrainer) -> None:
-        """Saves the trainer's state as one checkpoint and commits the batches that it contains."""
+        """Saves the trainer's state as one checkpoint."""
+
+    def commit(self, trainer: AglTrainer) -> None:
+        """Commits the batches that the checkpoint saved last contains, if that is still to be done."""
 
 
 @dataclass
@@ -192,6 +195,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self.replay_buffer.put_back()
         try:
             self._save_checkpoint()
+            self.hooks.checkpoints.commit(self)
         except LearnerError as error:
             return f"a checkpoint of step {failed - 1} could not be saved ({error})"
         return f"everything before step {failed} is in a checkpoint"
@@ -428,10 +432,14 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         metrics["idle/optimiser_seconds"] = metrics.get("timing_s/gen", 0.0)
         for claimed in self._claimed_in_step:
             self.agent_loop_manager.forget([entry.rollout_id for entry in claimed.entries])
-        if self.hooks.on_metrics(self.global_steps, _numbers(metrics)):
+        stop = self.hooks.on_metrics(self.global_steps, _numbers(metrics))
+        # After the report: a step that counts as trained has its place in the curve, whenever this one ends.
+        self.hooks.checkpoints.commit(self)
+        if stop:
             # Somebody asked to stop: this step is the last one, and nothing trained is lost.
             if self.uncommitted:
                 self._save_checkpoint()
+                self.hooks.checkpoints.commit(self)
             self.total_training_steps = self.global_steps
 
     def describe_config(self) -> dict[str, Any]:

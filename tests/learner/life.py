@@ -69,6 +69,10 @@ class KillableTrainer(AglTrainer):
         self.advantages.append({key: row.tolist() for key, row in rows})
         return result
 
+    def _save_checkpoint(self) -> None:
+        super()._save_checkpoint()
+        self.kill("saved")
+
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         result = super()._update_actor(batch, metrics)
         self.kill("updated")
@@ -147,7 +151,7 @@ class Life:
         self._ledger.claims.setdefault(step, []).append(groups)
 
     def _commit(self, name: str, ids: list[str], step: int) -> None:
-        self._reached("renamed")
+        self._reached("reported")
         self._ledger.commits.append((name, ids, step))
         self._reached("committed")
 

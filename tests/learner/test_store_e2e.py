@@ -162,6 +162,45 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     assert len({item.weights_digest for item in committed}) == STEPS
     assert (folder / "out" / "checkpoints" / f"global_step_{STEPS}" / "learner.json").is_file()
     assert list((folder / "out" / "tensorboard").glob("events.*"))
+    await _learns_the_best_of_its_rollouts(store, folder)
+
+
+async def _learns_the_best_of_its_rollouts(store: StoreProcess, folder: Path) -> None:
+    """Supervised fine-tuning on what the run left in the store; both faces of a run are the same rows."""
+    config = orjson.loads((folder / "run.json").read_bytes())
+    config |= {"training_run_id": "tr_sft", "output_dir": str(folder / "sft")}
+    config["sft"] = {"min_reward": 0.5, "best_of_group": 2, "epochs": 3}
+    config["verl"] = {"data.train_batch_size": 16, "actor_rollout_ref.actor.optim.lr": 5e-3}
+    path = folder / "sft.json"
+    path.write_bytes(orjson.dumps(config))
+    learner = Learner(path, store.address, "--sft")
+    assert learner.finish() == 0, "\n".join(learner.lines[-40:])
+    async with StoreClient(store.address) as client:
+        record = await client.get_training_run_by_id("tr_sft")
+        losses = [
+            step.metrics["sft/loss"]
+            async for _, steps in client.watch_training_run("tr_sft")
+            for step in steps
+        ]
+        batches = await client.query_batches("tr_e2e")
+    assert record is not None
+    assert (record.status, record.algorithm) == (TrainingRunStatus.SUCCEEDED, "sft")
+    rewards: dict[str, list[float]] = {}
+    for entry in (entry for batch in batches for entry in batch.entries):
+        rewards.setdefault(entry.group_id or "", []).append(entry.reward or 0.0)
+    kept = sum(min(2, sum(reward >= 0.5 for reward in group)) for group in rewards.values())
+    said = f"learner: {kept} of {STEPS * 32} rollouts are good enough: {kept} rows"
+    assert said in learner.lines
+    assert len(losses) == 3 * -(-kept // 16)
+    assert losses[-1] < losses[0] - 0.2
+    checkpoint = folder / "sft" / "checkpoints" / record.checkpoint_id
+    assert (checkpoint / "actor" / "huggingface" / "model.safetensors").is_file()
+    # Nothing is good enough for this: one line, and the run has failed.
+    config |= {"training_run_id": "tr_none", "sft": {"min_reward": 2.0}}
+    path.write_bytes(orjson.dumps(config))
+    none = Learner(path, store.address, "--sft")
+    assert none.finish() == 1
+    assert none.lines[-1].startswith("error: no rollout of run 'default' has rows and a reward of 2 or more")
 
 
 async def test_a_killed_learner_trains_the_same_batches_again_and_makes_no_rollout_twice(

@@ -17,7 +17,7 @@ import orjson
 
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.integrity import stamp, verify
-from agl_grpc.learner.model_folder import model_config, state_dtype
+from agl_grpc.learner.model_folder import ADAPTER, fold_adapter, model_config, state_dtype
 
 if TYPE_CHECKING:
     from agl_grpc.learner.trainer import AglTrainer
@@ -91,6 +91,7 @@ def write_checkpoint(folder: Path, name: str, fill: Callable[[Path], LearnerStat
     unfinished.mkdir(parents=True)
     state = fill(unfinished)
     (unfinished / STATE_FILE).write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
+    fold_adapter(hugging_face_folder(unfinished), adapter_folder(unfinished))
     state_dtype(hugging_face_folder(unfinished))
     stamp(unfinished)
     sync_tree(unfinished)
@@ -176,6 +177,11 @@ def sync_tree_entry(folder: Path) -> None:
 def hugging_face_folder(checkpoint: Path) -> Path:
     """Where a checkpoint's model lies in the form that ``transformers`` loads."""
     return checkpoint / "actor" / "huggingface"
+
+
+def adapter_folder(checkpoint: Path) -> Path:
+    """Where the adapter of a model that was trained with LoRA lies, in peft's form."""
+    return checkpoint / "actor" / ADAPTER
 
 
 def check_fits(checkpoint: Path, model: Path, ranks: int) -> None:

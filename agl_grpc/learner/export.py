@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agl_grpc.learner.checkpoint import CHECKPOINT_PREFIX, LearnerState, hugging_face_folder
+from agl_grpc.learner.checkpoint import (
+    CHECKPOINT_PREFIX,
+    LearnerState,
+    adapter_folder,
+    hugging_face_folder,
+)
 from agl_grpc.learner.errors import ConfigError, LearnerError
 from agl_grpc.learner.integrity import verify
-from agl_grpc.learner.model_folder import DTYPES, state_dtype, stored_dtype
-
-_ADAPTER = "lora_adapter"
+from agl_grpc.learner.model_folder import ADAPTER, DTYPES, state_dtype, stored_dtype
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -77,9 +80,9 @@ def export(checkpoint: Path, target: Path, *, dtype: str = "") -> dict[str, Any]
             shutil.copytree(source, unfinished)
         else:
             _merge(checkpoint / "actor", unfinished)
-        adapter = checkpoint / "actor" / _ADAPTER
+        adapter = adapter_folder(checkpoint)
         if adapter.is_dir():
-            shutil.copytree(adapter, unfinished / _ADAPTER)
+            shutil.copytree(adapter, unfinished / ADAPTER)
         if dtype:
             _cast(unfinished, dtype)
         state_dtype(unfinished)
@@ -94,7 +97,7 @@ def export(checkpoint: Path, target: Path, *, dtype: str = "") -> dict[str, Any]
         "target": str(target),
         "dtype": stored_dtype(target),
         "bytes": sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
-        "adapter": (target / _ADAPTER).is_dir(),
+        "adapter": (target / ADAPTER).is_dir(),
     }
 
 

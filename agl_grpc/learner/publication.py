@@ -144,8 +144,10 @@ class Publisher:
     def _send(self, step: int, version: int, engines: list[str]) -> dict[str, Any]:
         import ray
 
+        from agl_grpc.learner.sender import SEND_MODE
+
         watch = self._link.start(self._until_failed(version, engines))
-        pending = self._actors.update_weights(global_steps=step, mode="agl")
+        pending = self._actors.update_weights(global_steps=step, mode=SEND_MODE)
         try:
             # The sender itself gives up after the deadline; this one is for a worker that died.
             return dict(ray.get(pending, timeout=self._deadline + 10)[0])

@@ -117,6 +117,9 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         hooks: rollouts, publication, checkpoints and limits.
     """
 
+    # verl's: the step that is being made, from 1.
+    global_steps: int
+
     def __init__(self, config: DictConfig, hooks: Hooks) -> None:
         self.hooks = hooks
         self.prompts_fetched = 0
@@ -189,7 +192,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             return "nothing that is not in a checkpoint was trained"
         if self._updating:
             return "the failed step may have changed weights: nothing was saved, resume from the checkpoint"
-        failed = int(self.global_steps)
+        failed = self.global_steps
         self.global_steps = failed - 1
         self.uncommitted = trained
         self.replay_buffer.put_back()

@@ -53,6 +53,15 @@ CORRECTED = {
     "trainer.v1.separate_async.num_warmup_batches": 2,
     "trainer.v1.sampler.max_off_policy_threshold": 3,
 }
+LORA = {
+    "trainer.total_training_steps": 3,
+    "trainer.save_freq": 3,
+    "actor_rollout_ref.model.lora_rank": 4,
+    "actor_rollout_ref.model.lora_alpha": 8,
+    "actor_rollout_ref.model.target_modules": "all-linear",
+    "actor_rollout_ref.actor.use_kl_loss": True,
+    "actor_rollout_ref.actor.optim.lr": 2e-2,
+}
 Recorded = Mapping[str, FinishedGroup]
 
 
@@ -156,6 +165,30 @@ class Script:
             "gradients_of_two_ranks": _difference(gradients[1], gradients[2]),
         }
 
+    def adapter(self) -> dict[str, Any]:
+        """A model trained with LoRA, and its checkpoint as transformers and peft load it."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        engine = self.engine()
+        outcome = self.once("lora", LORA, engine)
+        actor = self.folder / "lora" / "global_step_3" / "actor"
+        base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        whole = AutoModelForCausalLM.from_pretrained(actor / "huggingface", dtype=torch.float32)
+        wrapped = PeftModel.from_pretrained(base, actor / "lora_adapter")
+        ids = torch.arange(2, 12)[None]
+        with torch.no_grad():
+            logits = {name: model(ids).logits for name, model in (("whole", whole), ("peft", wrapped))}
+            served = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            before = served(ids).logits
+            served.load_state_dict(engine.weights)
+            found = served(ids).logits
+        return {
+            **outcome,
+            "differences": [float((each - found).abs().max()) for each in logits.values()],
+            "learned": float((before - found).abs().max()),
+        }
+
 
 def _moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: before[name] - tensor for name, tensor in after.items() if name in before}
@@ -192,6 +225,7 @@ def main(folder: Path, only: list[str]) -> dict[str, Any]:
             "hanging", {**short, loss: "hanging"}, script.engine(), deadlines={"compute": 5}
         ),
     }
+    runs["lora"] = script.adapter
     with local_ray(device="cpu", gpus=2):
         outcomes = {}
         for name, run in runs.items():

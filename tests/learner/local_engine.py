@@ -23,6 +23,8 @@ from agl_grpc.learner.rollouts import (
     GroupRequest,
     Row,
 )
+from agl_grpc.learner.sender import SEND_MODE
+from agl_grpc.weights.adapters import is_adapter, merged
 from agl_grpc.weights.receiver import WeightReceiver
 from agl_grpc.weights.wire import ReceiverState
 
@@ -50,6 +52,7 @@ class LocalEngine:
         flat_every: int = 0,
     ):
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self._base = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         self._generator = torch.Generator().manual_seed(seed)
         self._receiver = WeightReceiver("local")
         self.change = change
@@ -108,11 +111,13 @@ class LocalEngine:
         ray.get(self._actors.execute_checkpoint_engine(method=["init_process_group"] * ranks, **setup))
         endpoint = prepared[0]["endpoint"]
         self._receiver.prepare(transfer, endpoint, 30.0)
-        report = ray.get(self._actors.update_weights(global_steps=step, mode="agl"))[0]
+        report = ray.get(self._actors.update_weights(global_steps=step, mode=SEND_MODE))[0]
         while self._receiver.status().state is ReceiverState.RECEIVING:
             time.sleep(0.001)
         assert self._receiver.status().digest == report["digest"], self._receiver.status()
-        self._model.load_state_dict(dict(self._receiver.staged(transfer)), strict=True)
+        staged = self._receiver.staged(transfer)
+        weights = merged(self._base.items(), staged) if is_adapter(staged) else staged
+        self._model.load_state_dict(dict(weights), strict=True)
         self.version = step
         self.digests.setdefault(step, set()).add(str(report["digest"]))
         self.on_published()

@@ -147,3 +147,17 @@ def test_a_phase_that_hangs_ends_at_its_deadline_and_says_whom_it_waits_for(outc
         "no answer from actor rank 0"
     )
     assert [step["step"] for step in outcome["steps"]] == [1, 2]
+
+
+def test_of_a_model_with_lora_only_the_adapter_travels_and_its_checkpoint_is_whole(
+    outcomes: dict[str, Any],
+) -> None:
+    outcome = outcomes["lora"]
+    assert outcome["error"] == ""
+    sizes = {step["weights/bytes"] for step in outcome["steps"]}
+    assert max(sizes) < min(step["weights/bytes"] for step in outcomes["undisturbed"]["steps"]) / 5
+    # Every token is proven against the base and the adapter, which the engine has added up.
+    assert max(step["check/logprob_max_difference"] for step in outcome["steps"]) < 1e-5
+    # What transformers loads, and what peft puts on the base, is what the engine served.
+    assert outcome["learned"] > 1e-2
+    assert max(outcome["differences"]) < 1e-5

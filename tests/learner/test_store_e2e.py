@@ -25,7 +25,8 @@ STEPS, MORE_STEPS, SAVE = 8, 10, 4
 KILL_AFTER = 2
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of processes in the learner environment."""
     return {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'cli'}"}
 
 
@@ -40,7 +41,7 @@ class Learner:
         self._on_line = on_line
         self.process = subprocess.Popen(
             [*command, "--store", store, *options],
-            env=_environment(),
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -73,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
     model = tmp_path / "model"
     subprocess.run(
         [learner_python(), "-c", code + "make_model(Path(sys.argv[1]))", str(model)],
-        env=_environment(),
+        env=environment(),
         check=True,
         capture_output=True,
         timeout=120,
@@ -115,7 +116,7 @@ def engine(store: StoreProcess, folder: Path) -> Iterator[None]:
     command = [learner_python(), "-m", "tests.learner.contract_engine", store.address]
     log = (folder / "engine.log").open("w")
     process = subprocess.Popen(
-        [*command, "default", str(folder / "model"), "tiny"], env=_environment(), stdout=log, stderr=log
+        [*command, "default", str(folder / "model"), "tiny"], env=environment(), stdout=log, stderr=log
     )
     try:
         yield

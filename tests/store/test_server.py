@@ -203,7 +203,7 @@ async def read_all(stream: Any) -> None:
 
 def run_server(port: int, database: Path | None) -> subprocess.CompletedProcess[str]:
     """A server that is expected not to start."""
-    command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port), "--no-http"]
     command += ["--memory"] if database is None else ["--database", str(database)]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
@@ -250,7 +250,8 @@ class Broken:
 async def test_a_defect_is_logged_and_shown_as_internal(caplog: pytest.LogCaptureFixture) -> None:
     service = store_service_pb2.DESCRIPTOR.services_by_name["StoreService"]
     door = GrpcDoor({service: [Broken()]}, Authenticator(CredentialSigner(new_key()), "operator's"), {})
-    port = await door.start("127.0.0.1", 0)
+    port = door.bind("127.0.0.1", 0)
+    await door.serve()
     token = (("authorization", "Bearer operator's"),)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -282,7 +283,7 @@ async def test_a_defect_is_logged_and_shown_as_internal(caplog: pytest.LogCaptur
                 await stub.ListRuns(store_service_pb2.ListRunsRequest(), metadata=token)
             assert reason_of(caught.value) == "METHOD_UNIMPLEMENTED"
         with pytest.raises(StartError, match=f"port {port} on 127.0.0.1 is in use"):
-            await door.start("127.0.0.1", port)
+            door.bind("127.0.0.1", port)
     finally:
         await door.stop(0.1)
 

@@ -49,11 +49,19 @@ class RolloutManager:
         group_size: rollouts of a training group.
         validation_size: rollouts of a validation group.
         temperature: the sampling temperature of training; rows sampled at another one are refused.
+        keep_empty: whether a group with too little to train counts, with no rows, instead of being replaced.
     """
 
     def __init__(
-        self, source: RolloutSource, *, group_size: int, validation_size: int, temperature: float = 1.0
+        self,
+        source: RolloutSource,
+        *,
+        group_size: int,
+        validation_size: int,
+        temperature: float = 1.0,
+        keep_empty: bool = False,
     ) -> None:
+        self._keep_empty = keep_empty
         self._source = source
         self._sizes = {False: group_size, True: validation_size}
         self._temperature = temperature
@@ -202,7 +210,7 @@ class RolloutManager:
         self._counts["rollouts/finished"] += len(group.rollouts)
         if len(usable) < min(2, request.size) and not request.validate:
             self._counts["groups/dropped"] += 1
-            return None
+            return [] if self._keep_empty else None
         entries: list[QueueRow] = []
         for number, rollout in usable:
             kept = rollout

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from agl_grpc.learner.progress import SAID, step_line, with_summary
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
-from agl_grpc.learner.training_run import TrainingRun, batch_groups, frozen_rewards
+from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.model.enums import TrainingRunStatus
 from agl_grpc.sample import SampleRules
 
@@ -255,6 +256,7 @@ def _assemble(
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.checks import LogprobLimits
+    from agl_grpc.learner.followed_source import FollowedSource, leaders_origin
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
@@ -264,7 +266,13 @@ def _assemble(
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
     replay = training.released(step) if identity.is_resumed else {}
     rollout = verl.actor_rollout_ref.rollout
-    source = StoreSource(
+    name, origin = identity.training_run_id, identity.origin
+    make_source: Callable[..., StoreSource] = StoreSource
+    if config.follows:
+        name = config.follows
+        origin = leaders_origin(link, identity.run_id, name, config.deadlines.sample)
+        make_source = partial(FollowedSource, labels={TRAINING_LABEL: f"{name}/{origin}"})
+    source = make_source(
         link,
         identity,
         rules=config.rollouts,
@@ -277,6 +285,7 @@ def _assemble(
         group_size=int(rollout.n),
         validation_size=int(rollout.val_kwargs.n),
         temperature=float(rollout.temperature),
+        keep_empty=bool(config.follows),
     )
     source.start(manager.deliver)
     publisher = Publisher(
@@ -288,6 +297,8 @@ def _assemble(
         deadline=config.deadlines.publish,
         engine_deadline=config.deadlines.engines,
         lineage=lineage,
+        partners=config.followers,
+        partner_deadline=config.deadlines.sample,
     )
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
@@ -301,7 +312,7 @@ def _assemble(
         source=source,
         publication=publisher,
         checkpoints=checkpoints,
-        run_name=f"{identity.training_run_id.replace('_', '-')}.t{identity.origin}",
+        run_name=f"{name.replace('_', '-')}.t{origin}",
         origin=identity.origin,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),

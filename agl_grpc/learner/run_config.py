@@ -104,6 +104,11 @@ class RunConfig:
     all. ``visible_devices`` are the GPUs of this machine that the learner may use (``"4,5,6,7"``; empty =
     all). ``ray_address`` names a Ray cluster that runs already, for trainers on several nodes (empty = Ray is
     started here).
+
+    Several models of one run: each has a training run and a learner of its own. ``follows`` names the
+    training run whose rollouts this one trains its model on; that one names the others' models in
+    ``followers``, and waits for their weights before it asks for the next rollouts. Datasets, seed, batch and
+    group size are the leader's.
     """
 
     model: ModelConfig
@@ -116,6 +121,8 @@ class RunConfig:
     device: str = "auto"
     visible_devices: str = ""
     ray_address: str = ""
+    follows: str = ""
+    followers: tuple[str, ...] = ()
     seed: int = 0
     failure_limit: int = 64
     keep_checkpoints: int | None = 3

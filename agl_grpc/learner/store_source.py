@@ -53,6 +53,8 @@ class StoreSource:
         self._link = link
         self._client = link.client
         self._identity = identity
+        # Of the rollouts that are watched.
+        self._labels = identity.labels
         self._deliver: Deliver = _undeliverable
         self._rules = rules
         self._samples = samples
@@ -93,7 +95,7 @@ class StoreSource:
         )
 
     async def _watch(self) -> None:
-        mine = rollout_filter(run_id=self._identity.run_id, labels=self._identity.labels)
+        mine = rollout_filter(run_id=self._identity.run_id, labels=self._labels)
         changes = self._client.watch_rollouts(filter=mine, include_existing=True, include_attempts=True)
         try:
             async for change in changes:

@@ -252,6 +252,11 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         return dp_size
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
+        if not batch.keys:
+            raise LearnerError(
+                f"no rollout of step {self.global_steps} has anything to train: "
+                f"{self.agent_loop_manager.last_failure or 'no call of this model'}"
+            )
         ids = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rollout_id"])
         rollout_ids = list(dict.fromkeys(str(getattr(item, "data", item)) for item in ids["rollout_id"]))
         self._claimed = self.hooks.source.claim(self.global_steps, rollout_ids)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,17 @@ def store(tmp_path: Path) -> Iterator[StoreProcess]:
 @pytest.fixture
 def engine(store: StoreProcess, folder: Path) -> Iterator[None]:
     """Engine and worker over the contract."""
+    with served(store, folder, "tiny"):
+        yield
+
+
+@contextmanager
+def served(store: StoreProcess, folder: Path, *models: str) -> Iterator[None]:
+    """Engines of these models and a worker over the contract; of two models the second makes second calls."""
     command = [learner_python(), "-m", "tests.learner.contract_engine", store.address]
     log = (folder / "engine.log").open("w")
     process = subprocess.Popen(
-        [*command, "default", str(folder / "model"), "tiny"], env=environment(), stdout=log, stderr=log
+        [*command, "default", str(folder / "model"), *models], env=environment(), stdout=log, stderr=log
     )
     try:
         yield
@@ -247,3 +255,44 @@ async def test_a_killed_learner_trains_the_same_batches_again_and_makes_no_rollo
     succeeded = {item.rollout_id for item in rollouts if item.status is RolloutStatus.SUCCEEDED}
     print(f"{len(rollouts)} rollouts, {len(rollouts) - len(succeeded)} of them cancelled")
     assert succeeded == set(trained)
+
+
+async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
+    store: StoreProcess, folder: Path
+) -> None:
+    """Planner and solver answer one call each of every rollout; both learn from its reward."""
+    steps, batch = 6, 4 * 8
+    config = orjson.loads(_configure(folder, steps).read_bytes())
+    config["verl"]["trainer.save_freq"] = steps
+    learners = []
+    with served(store, folder, "planner", "solver"):
+        for name, more in (("planner", {"followers": ["solver"]}), ("solver", {"follows": "tr_planner"})):
+            own = {"model": {**config["model"], "name": name}, "training_run_id": f"tr_{name}", **more}
+            path = folder / f"{name}.json"
+            path.write_bytes(orjson.dumps({**config, **own, "output_dir": str(folder / name)}))
+            learners.append(Learner(path, store.address))
+        codes = [learner.finish() for learner in learners]
+    assert codes == [0, 0], "\n".join(line for learner in learners for line in learner.lines[-20:])
+    async with StoreClient(store.address) as client:
+        batches = {name: await client.query_batches(f"tr_{name}") for name in ("planner", "solver")}
+        versions = {name: await client.query_policy_versions(name) for name in batches}
+        rewards: dict[int, float] = {}
+        async for _, found in client.watch_training_run("tr_solver"):
+            for each in found:
+                rewards[each.step] = each.metrics["reward/mean"]
+                # Its own call of each rollout, sampled by its own weights of the step before.
+                assert each.metrics["tokens/trained"] == batch * 4
+                assert each.metrics["check/logprob_tokens_compared"] == batch * 4
+                assert each.metrics["check/logprob_max_difference"] < 1e-5
+        rollouts = await client.query_rollouts()
+    trained = {name: [e.rollout_id for b in found for e in b.entries] for name, found in batches.items()}
+    # The same rollouts, in the same batches, with the same rewards; each was made once.
+    assert trained["planner"] == trained["solver"]
+    assert len(set(trained["solver"])) == len(rollouts) == steps * batch
+    for mine, theirs in zip(*batches.values(), strict=True):
+        assert mine.status is theirs.status is BatchStatus.COMMITTED
+        assert [e.reward for e in mine.entries] == [e.reward for e in theirs.entries]
+    digests = {name: {item.weights_digest for item in found} for name, found in versions.items()}
+    assert len(digests["planner"]) == len(digests["solver"]) == steps
+    assert not digests["planner"] & digests["solver"]
+    assert rewards[steps] > rewards[1]

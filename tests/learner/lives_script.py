@@ -33,7 +33,7 @@ KILLS = (
     ("published", 7),
 )
 PLAIN_DESCENT = {
-    "trainer.total_training_steps": 1,
+    "trainer.total_training_steps": 3,
     "actor_rollout_ref.actor.optim.optimizer": "SGD",
     "actor_rollout_ref.actor.optim.lr": 100.0,
     "actor_rollout_ref.actor.optim.weight_decay": 0.0,
@@ -128,14 +128,16 @@ class Script:
         }
 
     def fidelity(self, recorded: Recorded) -> dict[str, Any]:
-        """One update by plain descent, on one rank, on two and by verl alone: their greatest differences."""
+        """Updates by plain descent, on one rank and on two, the first one also by verl alone: differences."""
         engines = {ranks: self.engine(recorded) for ranks in (1, 2)}
+        for engine in engines.values():
+            engine.keeps_history = True
         outcomes = {
             ranks: self.once(f"sgd{ranks}", {**PLAIN_DESCENT, "trainer.n_gpus_per_node": ranks}, engine)
             for ranks, engine in engines.items()
         }
         before = self.engine().weights
-        gradients = {ranks: _moved(before, engine.weights) for ranks, engine in engines.items()}
+        gradients = {ranks: _moved(before, engine.history[1]) for ranks, engine in engines.items()}
         from tests.learner.verl_alone import padded, single_rank, step, worker
 
         first = {entry.group_id for entry in engines[1].batches[0].entries}
@@ -163,6 +165,29 @@ class Script:
             ],
             "gradients": _difference(gradients[1], _moved(before, alone["weights"])),
             "gradients_of_two_ranks": _difference(gradients[1], gradients[2]),
+            "steps": [outcome["steps"] for outcome in outcomes.values()],
+            "last_weights_of_two_ranks": _difference(engines[1].history[3], engines[2].history[3]),
+        }
+
+    def bad(self) -> dict[str, Any]:
+        """A trainer whose worker runs out of memory in its third update, and hangs in the next."""
+        ledger, engine = Ledger(), self.engine()
+        verl = {
+            "trainer.total_training_steps": 5,
+            "actor_rollout_ref.model.external_lib": "tests.learner.bad_losses",
+            "actor_rollout_ref.actor.policy_loss.loss_mode": "bad",
+        }
+        options = {"verl": verl, "checkpoints": "bad", "deadlines": {"compute": 5}}
+        life = Life(self.folder, options, engine, ledger)
+        try:
+            errors = [life.run(), life.fit()]
+        finally:
+            life.close()
+        return {
+            "errors": errors,
+            "counted": life.errors,
+            "commits": ledger.commits,
+            "steps": [step["step"] for step in life.steps],
         }
 
     def adapter(self) -> dict[str, Any]:
@@ -207,23 +232,15 @@ def main(folder: Path, only: list[str]) -> dict[str, Any]:
     """All runs, or those named, in one Ray session of two nominal GPUs."""
     make_tasks(folder)
     script = Script(folder)
-    bad = {"actor_rollout_ref.model.external_lib": "tests.learner.bad_losses"}
-    loss = "actor_rollout_ref.actor.policy_loss.loss_mode"
     whole = script.engine()
     recorded = whole.record
     saving = {"trainer.total_training_steps": STEPS, "trainer.save_freq": SAVE}
-    two_ranks = {"trainer.total_training_steps": 3, "trainer.n_gpus_per_node": 2}
-    short = {**bad, "trainer.total_training_steps": 5}
     runs = {
         "undisturbed": lambda: script.once("whole", saving, whole),
         "killed": lambda: script.killed(recorded),
-        "two_ranks": lambda: script.once("two", two_ranks, script.engine(recorded)),
         "fidelity": lambda: script.fidelity(recorded),
         "corrected": lambda: script.once("corrected", CORRECTED, script.engine(flat_every=4)),
-        "memory": lambda: script.once("memory", {**short, loss: "out_of_memory"}, script.engine()),
-        "hanging": lambda: script.once(
-            "hanging", {**short, loss: "hanging"}, script.engine(), deadlines={"compute": 5}
-        ),
+        "bad": lambda: script.bad(),
     }
     runs["lora"] = script.adapter
     with local_ray(device="cpu", gpus=2):

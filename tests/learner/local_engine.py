@@ -61,6 +61,9 @@ class LocalEngine:
         self._flat_every = flat_every
         self.record: dict[str, FinishedGroup] = {}
         self.digests: dict[int, set[str]] = {}
+        # Weights by version, for those who keep them.
+        self.history: dict[int, dict[str, torch.Tensor]] = {}
+        self.keeps_history = False
         self.on_claim: Callable[[int, list[str]], None] = lambda _step, _groups: None
         self.on_published: Callable[[], None] = lambda: None
         self._entries: dict[str, BatchEntry] = {}
@@ -120,6 +123,8 @@ class LocalEngine:
         self._model.load_state_dict(dict(weights), strict=True)
         self.version = step
         self.digests.setdefault(step, set()).add(str(report["digest"]))
+        if self.keeps_history:
+            self.history[step] = self.weights
         self.on_published()
         return {"weights/bytes": float(report["sent_bytes"])}
 

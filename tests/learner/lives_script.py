@@ -16,6 +16,7 @@ import torch
 
 from agl_grpc.learner.ray_runtime import local_ray
 from agl_grpc.learner.rollouts import FinishedGroup
+from agl_grpc.learner.verl_keys import POLICY_LOSSES
 from tests.learner.life import Killed, Ledger, Life
 from tests.learner.local_engine import LocalEngine
 from tests.learner.trainer_script import make_tasks
@@ -138,7 +139,7 @@ class Script:
         }
         before = self.engine().weights
         gradients = {ranks: _moved(before, engine.history[1]) for ranks, engine in engines.items()}
-        from tests.learner.verl_alone import padded, single_rank, step, worker
+        from tests.learner.verl_alone import losses, padded, single_rank, step, worker
 
         first = {entry.group_id for entry in engines[1].batches[0].entries}
         groups = [group for uid, group in recorded.items() if uid in first]
@@ -165,6 +166,7 @@ class Script:
             ],
             "gradients": _difference(gradients[1], _moved(before, alone["weights"])),
             "gradients_of_two_ranks": _difference(gradients[1], gradients[2]),
+            "policy_losses": losses(self.model, groups, POLICY_LOSSES),
             "steps": [outcome["steps"] for outcome in outcomes.values()],
             "last_weights_of_two_ranks": _difference(engines[1].history[3], engines[2].history[3]),
         }

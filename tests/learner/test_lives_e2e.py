@@ -99,6 +99,19 @@ def test_one_update_is_verls_own_and_that_of_two_ranks(outcomes: dict[str, Any])
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
 
 
+def test_every_policy_loss_of_verl_gets_from_our_rows_what_it_gets_from_verls(
+    outcomes: dict[str, Any],
+) -> None:
+    found = outcomes["fidelity"]["policy_losses"]
+    assert len(found) == 11
+    for name, (loss, norm, our_loss, our_norm) in found.items():
+        assert abs(our_loss - loss) <= 1e-6, name
+        assert our_norm == pytest.approx(norm, rel=1e-5), name
+        assert norm > 1e-3, name
+    # They are losses of their own.
+    assert len({round(loss, 6) for loss, *_ in found.values()}) >= 8
+
+
 def test_tokens_of_older_weights_are_corrected(outcomes: dict[str, Any]) -> None:
     """Sequence weights, truncated, in the asynchronous steps; with a reference and an entropy bonus."""
     outcome = outcomes["corrected"]

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl import DataProto
 from verl.trainer.config import CheckpointConfig
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.utils import tensordict_utils
 from verl.workers.config import (
@@ -31,7 +32,9 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from agl_grpc.learner.advantage import PREFIX
 from agl_grpc.learner.rollouts import FinishedGroup
+from agl_grpc.learner.rows import queue_rows
 
 PAD = 0
 _ENVIRONMENT = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -131,17 +134,23 @@ def _result(output: Any) -> Any:
     return output.get() if hasattr(output, "get") and not hasattr(output, "keys") else output
 
 
-def step(training: TrainingWorker, data: DataProto, loss: str) -> dict[str, Any]:
-    """One update on padded rows: advantages of every row, the loss, and the parameters afterwards."""
-    size = len(data)
-    probe = _unpadded(data, size)
-    tensordict_utils.assign_non_tensor(probe, compute_loss=False, calculate_entropy=False)
-    old = _result(training.infer_batch(probe))["log_probs"]
-    data.batch["old_log_probs"] = _responses(old, data)
+def advantages_of(data: DataProto) -> DataProto:
+    """verl's GRPO on padded rows."""
     data.batch["token_level_rewards"] = data.batch["rm_scores"]
     config = OmegaConf.create({"norm_adv_by_std_in_grpo": True, "gamma": 1.0, "lam": 1.0})
-    data = compute_advantage(data, adv_estimator="grpo", config=config)
-    batch = _unpadded(data, size)
+    return compute_advantage(data, adv_estimator="grpo", config=config)
+
+
+def old_log_probs(training: TrainingWorker, data: DataProto) -> torch.Tensor:
+    """Logprobs of the padded rows' responses under the worker's weights."""
+    probe = _unpadded(data, len(data))
+    tensordict_utils.assign_non_tensor(probe, compute_loss=False, calculate_entropy=False)
+    return _responses(_result(training.infer_batch(probe))["log_probs"], data)
+
+
+def update(training: TrainingWorker, batch: TensorDict, loss: str) -> dict[str, Any]:
+    """One update; its metrics."""
+    size = len(batch)
     tensordict_utils.assign_non_tensor(batch, mini_batch_size=size, epochs=1, calculate_entropy=False)
     actor = FSDPActorConfig(
         strategy="fsdp2",
@@ -152,14 +161,82 @@ def step(training: TrainingWorker, data: DataProto, loss: str) -> dict[str, Any]
         policy_loss=PolicyLossConfig(loss_mode=loss, dro_beta=0.1),
     )
     training.set_loss_fn(functools.partial(ppo_loss, config=actor))
-    output = _result(training.train_mini_batch(batch))
-    metrics = tensordict_utils.get(output, "metrics")
+    metrics: dict[str, Any] = tensordict_utils.get(_result(training.train_mini_batch(batch)), "metrics")
+    return metrics
+
+
+def step(training: TrainingWorker, data: DataProto, loss: str) -> dict[str, Any]:
+    """One update on padded rows: advantages of every row, metrics, and the parameters afterwards."""
+    data.batch["old_log_probs"] = old_log_probs(training, data)
+    data = advantages_of(data)
+    metrics = update(training, _unpadded(data, len(data)), loss)
     parameters, _ = training.engine.get_per_tensor_param()
     return {
         "advantages": data.batch["advantages"],
         "metrics": metrics,
         "weights": {name: tensor.detach().clone() for name, tensor in parameters},
     }
+
+
+def rows_of_ours(groups: Sequence[FinishedGroup]) -> TensorDict:
+    """The same rollouts as our manager puts them into the TransferQueue, with our advantages."""
+    entries = [
+        entry.fields
+        for group in groups
+        for number, rollout in enumerate(group.rollouts)
+        for entry in queue_rows(group.request, number, rollout, "default")
+    ]
+    # As the TransferQueue gives them to workers: every tensor jagged.
+    names = [name for name, value in entries[0].items() if isinstance(value, torch.Tensor)]
+    columns = {
+        name: torch.nested.as_nested_tensor([entry[name] for entry in entries], layout=torch.jagged)
+        for name in names
+    }
+    batch = tensordict_utils.get_tensordict(columns)
+    padded_rows = batch.select("rm_scores", "response_mask").to_padded_tensor()
+    labels = np.array([entry["uid"] for entry in entries], dtype=object)
+    estimator = get_adv_estimator_fn(PREFIX + "grpo")
+    config = OmegaConf.create({"norm_adv_by_std_in_grpo": True, "use_kl_in_reward": False})
+    found, _ = estimator(padded_rows["rm_scores"], padded_rows["response_mask"], config, index=labels)
+    batch["advantages"] = _jagged(found, batch)
+    settings = {
+        "temperature": 1.0,
+        "use_remove_padding": False,
+        "pad_token_id": PAD,
+        "use_dynamic_bsz": False,
+    }
+    for name, value in {**settings, "global_batch_size": len(batch), "micro_batch_size_per_gpu": 16}.items():
+        tensordict_utils.assign_non_tensor(batch, **{name: value})
+    return batch
+
+
+def _jagged(values: torch.Tensor, batch: TensorDict) -> torch.Tensor:
+    lengths = batch["responses"].offsets().diff().tolist()
+    rows = [row[:length] for row, length in zip(values, lengths, strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def losses(model: str, groups: Sequence[FinishedGroup], names: Sequence[str]) -> dict[str, list[float]]:
+    """Loss and gradient norm of each policy loss: of verl's own rows, then of ours.
+
+    The old logprobs are a little off the weights', so that ratios are not 1 and some are clipped.
+    """
+    training = worker(model, 0.0)
+    data = padded(groups)
+    old = old_log_probs(training, data)
+    old = old + 0.3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
+    data.batch["old_log_probs"] = old
+    data = advantages_of(data)
+    found = {}
+    for name in names:
+        theirs = update(training, _unpadded(data, len(data)), name)
+        mine = rows_of_ours(groups)
+        mine["old_log_probs"] = _jagged(old, mine)
+        ours = update(training, mine, name)
+        found[name] = [
+            float(np.sum(each[key])) for each in (theirs, ours) for key in ("actor/pg_loss", "grad_norm")
+        ]
+    return found
 
 
 def _responses(nested: torch.Tensor, data: DataProto) -> torch.Tensor:

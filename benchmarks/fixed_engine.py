@@ -1,8 +1,8 @@
 """An engine that answers after a fixed time with what was encoded beforehand: it costs next to nothing.
 
 Its answers carry token ids and logprobs where the request asks for them, as vLLM's do. The path says how
-large they are and how long they take: `/P/T/MS` for P prompt tokens, T answer tokens and MS milliseconds; a
-stream has one event a token, the first after MS and each next one after EVERY milliseconds of `/P/T/MS/EVERY`.
+large they are and how long they take: `/P/T/MS` for P prompt tokens, T answer tokens and MS milliseconds. A
+stream has one event a token: the first after MS milliseconds, each next one after EVERY of `/P/T/MS/EVERY`.
 """
 
 from __future__ import annotations

@@ -302,12 +302,17 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         bypass = bool(correction.bypass_mode)
         correction.bypass_mode = False
         try:
-            # Recomputed in bypass mode too: the recomputation is what proves the tokens.
-            result = super()._compute_old_log_prob(batch, metrics)
+            # Recomputed in bypass mode too: the recomputation is what proves the tokens. With one update a
+            # step there is no older policy to come back to, and no copy of all weights to be made.
+            compute = super()._compute_old_log_prob if self.parameter_sync_step > 1 else self._recompute
+            result = compute(batch, metrics)
         finally:
             correction.bypass_mode = bypass
         self._prove_tokens(batch, metrics)
         return super()._compute_old_log_prob(batch, metrics) if bypass else result
+
+    def _recompute(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        return PPOTrainer._compute_old_log_prob(self, batch, metrics)
 
     def _prove_tokens(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
         names = ["rollout_log_probs", "old_log_probs", "response_mask", "policy_versions", "rollout_id"]

@@ -33,7 +33,14 @@ KILLS = (
     ("updated", 5),
     ("published", 7),
 )
+# One batch is sampled ahead: what was asked for and not trained is carried over a kill.
+AHEAD = {
+    "trainer.v1.separate_async.num_warmup_batches": 1,
+    "trainer.v1.sampler.max_off_policy_threshold": 2,
+}
+SAVING = {**AHEAD, "trainer.total_training_steps": STEPS, "trainer.save_freq": SAVE}
 PLAIN_DESCENT = {
+    **AHEAD,
     "trainer.total_training_steps": 3,
     "actor_rollout_ref.actor.optim.optimizer": "SGD",
     "actor_rollout_ref.actor.optim.lr": 100.0,
@@ -102,7 +109,7 @@ class Script:
             engine = self.engine(recorded)
             name, _ = ledger.checkpoint
             options = {
-                "verl": {"trainer.total_training_steps": STEPS, "trainer.save_freq": SAVE},
+                "verl": SAVING,
                 "checkpoints": "killed",
                 "resume": name,
                 "replay": ledger.release(),
@@ -236,9 +243,8 @@ def main(folder: Path, only: list[str]) -> dict[str, Any]:
     script = Script(folder)
     whole = script.engine()
     recorded = whole.record
-    saving = {"trainer.total_training_steps": STEPS, "trainer.save_freq": SAVE}
     runs = {
-        "undisturbed": lambda: script.once("whole", saving, whole),
+        "undisturbed": lambda: script.once("whole", SAVING, whole),
         "killed": lambda: script.killed(recorded),
         "fidelity": lambda: script.fidelity(recorded),
         "corrected": lambda: script.once("corrected", CORRECTED, script.engine(flat_every=4)),

@@ -79,15 +79,16 @@ class LocalEngine:
         if self._seed is not None:
             self._generator.manual_seed(self._seed)
         for request in groups:
-            known = self._recorded[request.uid].rollouts if self._recorded is not None else None
-            rollouts = list(known or self._sample(request))
+            known = self._recorded[request.uid] if self._recorded is not None else None
+            rollouts = list(known.rollouts) if known else self._sample(request)
             for rollout in rollouts:
                 assert rollout.reward is not None
                 self._entries[rollout.rollout_id] = BatchEntry(
                     rollout.rollout_id, request.uid, rollout.reward
                 )
                 self.rewards.append(rollout.reward)
-            finished.append(FinishedGroup(request, tuple(rollouts)))
+            # A recorded group is as old as when it was first asked for.
+            finished.append(known or FinishedGroup(request, tuple(rollouts)))
             self.record[request.uid] = finished[-1]
         for group in self.change(finished) if self.change else finished:
             self.deliver(group)

@@ -41,7 +41,7 @@ def _curve(steps: list[dict[str, float]]) -> dict[int, list[float]]:
 
 
 def test_a_trainer_killed_anywhere_repeats_the_undisturbed_run_bit_for_bit(outcomes: dict[str, Any]) -> None:
-    """Loss curve and weights, whether a step was trained once or again after a kill."""
+    """Loss curve and weights, whether a step was trained once or again after a kill; one batch ahead."""
     killed, whole = outcomes["killed"], outcomes["undisturbed"]
     assert killed["deaths"] == [
         "claimed",
@@ -64,6 +64,14 @@ def test_a_trainer_killed_anywhere_repeats_the_undisturbed_run_bit_for_bit(outco
     assert {int(step) for step in killed["digests"]} >= set(range(1, 9))
     for step, digests in killed["digests"].items():
         assert digests == whole["digests"][step], f"version {step}"
+
+
+def test_rollouts_of_older_weights_are_carried_over_a_kill(outcomes: dict[str, Any]) -> None:
+    """From the second step on, all tokens are a version old, in every life."""
+    for life in [outcomes["undisturbed"]["steps"], *outcomes["killed"]["steps"]]:
+        for step in life:
+            ages = {name: count for name, count in step.items() if name.startswith("staleness/tokens/")}
+            assert ages == {f"staleness/tokens/{min(1, step['step'] - 1):.0f}": step["tokens/trained"]}
 
 
 def test_each_batch_is_committed_once_whatever_was_killed(outcomes: dict[str, Any]) -> None:

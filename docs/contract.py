@@ -25,8 +25,8 @@ _SCALARS = {
 
 _INTRO = """# The contract
 
-Generated from the comments in `proto/agl_grpc/v1/` and the vectors in `tests/vectors/`; `make proto` writes it
-anew.
+Generated from the comments in `proto/agl_grpc/v1/` and the vectors in `tests/vectors/`; `make proto` writes
+it anew.
 
 A running store answers server reflection, so no file is needed to call it:
 
@@ -37,8 +37,8 @@ buf curl --protocol grpc --http2-prior-knowledge -d '{}' http://127.0.0.1:4747/a
 ```
 
 **What is safe to repeat.** *Read*: always. *With its request id*: a repeat with the same `request_id` within
-24 hours changes nothing and answers as the first did. *By key*: what is there already is counted, not stored twice.
-*Stream*: open it again; it goes on from a cursor, from what is held, or from the last acknowledged message.
+24 hours changes nothing and answers as the first did. *By key*: what is there already is counted, not stored
+twice. *Stream*: open it again; it goes on from a cursor, from what is held, or from the last acknowledged message.
 Tried again is what answers `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` with a `RetryInfo`; nothing else.
 
 **Errors** are a `google.rpc.Status` with one `google.rpc.ErrorInfo`, whose reasons are listed at

@@ -99,11 +99,15 @@ engines: .venv/dev-ready ## Make the engine and learner environments
 .venv-agentlightning/ready:
 	$(PYTHON) -m venv .venv-agentlightning
 	.venv-agentlightning/bin/pip install -q --upgrade 'pip>=25.1'
-	.venv-agentlightning/bin/pip install -q 'agentlightning==0.3.0' 'litellm[proxy]==1.80.10' 'setuptools<81'
+	.venv-agentlightning/bin/pip install -q 'agentlightning==0.3.0' 'litellm[proxy]==1.80.10' \
+	  'opentelemetry-sdk==1.39.1' 'opentelemetry-exporter-otlp==1.39.1' 'opentelemetry-instrumentation==0.60b1' 'setuptools<81'
 	touch $@
 
+tests/doors/node/node_modules/.package-lock.json: tests/doors/node/package.json
+	cd tests/doors/node && npm install --no-audit --no-fund --no-package-lock --silent
+
 .PHONY: peers
-peers: .venv-agentlightning/ready ## Make the environment of the released Agent Lightning
+peers: .venv-agentlightning/ready tests/doors/node/node_modules/.package-lock.json ## Make what is tested against: Agent Lightning 0.3, OpenTelemetry for Node.js
 
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train

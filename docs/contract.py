@@ -38,8 +38,8 @@ buf curl --protocol grpc --http2-prior-knowledge -d '{}' http://127.0.0.1:4747/a
 
 **What is safe to repeat.** *Read*: always. *With its request id*: a repeat with the same `request_id` within
 24 hours changes nothing and answers as the first did. *By key*: what is there already is counted, not stored
-twice. *Stream*: open it again; it goes on from a cursor, from what is held, or from the last acknowledged message.
-Tried again is what answers `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` with a `RetryInfo`; nothing else.
+twice. *Stream*: open it again; it goes on from a cursor, from what is held, or from the last acknowledged
+message. Tried again is what answers `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` with a `RetryInfo`; nothing else.
 
 **Errors** are a `google.rpc.Status` with one `google.rpc.ErrorInfo`, whose reasons are listed at
 [ErrorReason](#errorreason). The reasons named with an rpc are those that the vectors show, not all there are.

@@ -40,16 +40,17 @@ clients/typescript/node_modules/.package-lock.json: clients/typescript/package-l
 	touch $@
 
 .PHONY: proto
-proto: .venv-proto/ready .venv-go/ready clients/typescript/node_modules/.package-lock.json ## Regenerate the stubs from proto/, in each language
+proto: .venv-proto/ready .venv-go/ready clients/typescript/node_modules/.package-lock.json ## Regenerate the stubs of each language and docs/contract.md
 	.venv-proto/typing/bin/buf format -w proto
 	.venv-proto/typing/bin/buf lint proto
 	PATH="$$PWD/.venv-proto/typing/bin:$$PATH" .venv-proto/bin/python -m grpc_tools.protoc -Iproto \
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. proto/agl_grpc/v1/*.proto
+	.venv-proto/typing/bin/buf build proto -o - --as-file-descriptor-set | .venv-proto/bin/python docs/contract.py
 	cd clients/go && PATH="$$PWD/../../.venv-go/usr/bin:$$PWD/../../.venv-proto/typing/bin:$$PATH" buf generate ../../proto
 	cd clients/typescript && PATH="$$PWD/../../.venv-proto/typing/bin:$$PATH" \
 	  GOOGLE_PROTOS=$$(echo "$$PWD"/../../.venv-proto/typing/lib/python3*/site-packages) npm run --silent generate
 
-GENERATED := proto agl_grpc/v1 clients/go/v1 clients/typescript/src/gen
+GENERATED := proto agl_grpc/v1 clients/go/v1 clients/typescript/src/gen docs/contract.md
 
 .PHONY: check-proto
 check-proto: proto ## Fail when the committed stubs differ from a fresh generation
@@ -80,8 +81,8 @@ check-protoc: .venv-proto/debian/ready ## Compile the contract with Debian's pro
 
 .PHONY: lint
 lint: .venv/dev-ready ## Format, lint and types
-	.venv/bin/ruff format --check agl_grpc cli tests benchmarks examples
-	.venv/bin/ruff check agl_grpc cli tests benchmarks examples
+	.venv/bin/ruff format --check agl_grpc cli tests benchmarks examples docs/contract.py
+	.venv/bin/ruff check agl_grpc cli tests benchmarks examples docs/contract.py
 	.venv/bin/mypy
 
 .PHONY: test-fast

@@ -2,6 +2,8 @@
 // the model asks of the calculator, and takes its final answer.
 //
 //	go run ./examples/calculator 127.0.0.1:4747 RUN [CONCURRENCY]
+//
+// beside a training run whose workers are elsewhere: AGL_CURRENT_ROLE=algorithm make train RUN=RUN
 package main
 
 import (
@@ -52,7 +54,8 @@ func main() {
 		log.Fatal(err)
 	}
 	defer client.Close()
-	worker := &agl.Worker{Client: client, Agent: agent, Options: agl.LeaseOptions{Credits: concurrency}}
+	queues := []string{os.Args[2], os.Args[2] + "-validation"} // where a Trainer puts its rollouts
+	worker := &agl.Worker{Client: client, Agent: agent, Options: agl.LeaseOptions{Queues: queues, Credits: concurrency}}
 	if err := worker.Run(context.Background()); err != nil {
 		log.Fatal(err)
 	}

@@ -49,7 +49,8 @@ async def test_a_task_is_taken_and_reported(memory: StoreServer, http: httpx.Asy
     rollout = (await http.get(f"/agl/v1/rollouts/{task['rollout_id']}")).json()
     assert rollout["status"] == "succeeded"
     triplet, rest, reward = await stored(memory, task["rollout_id"])
-    assert list(triplet.span.model_call.prompt.token_ids) == []
+    assert list(triplet.span.model_call.prompt.token_ids) == [1, 2]
+    assert list(triplet.span.model_call.choices[0].token_ids) == [3]
     kept = {one.key: one.value for one in triplet.span.attributes}
     assert [one.int_value for one in kept["prompt_token_ids"].array_value.values] == [1, 2]
     assert json.loads(kept["agentlightning.triplet"].string_value) == report["triplets"][0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from agl_grpc.model import raw, semconv
+from agl_grpc.model import gen_ai, raw, semconv
 from agl_grpc.model.value import to_key_values
 from agl_grpc.store.door.methods import Methods
 from agl_grpc.store.http.problems import HttpProblem, malformed
@@ -153,7 +153,11 @@ def _span(name: str, attributes: dict[str, Any]) -> span_pb2.Span:
         entries = to_key_values(attributes, name)
     except (ValueError, TypeError) as error:
         raise malformed(name, f"cannot be kept: {error}") from error
-    return span_pb2.Span(trace_id=os.urandom(16), span_id=os.urandom(8), name=name, attributes=entries)
+    span = span_pb2.Span(trace_id=os.urandom(16), span_id=os.urandom(8), name=name, attributes=entries)
+    call = gen_ai.model_call(attributes)
+    if call is not None:
+        span.model_call.CopyFrom(call)
+    return span
 
 
 def _json(value: Any, path: str) -> str:

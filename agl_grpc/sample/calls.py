@@ -55,6 +55,7 @@ def read_answers(spans: Iterable[StoredSpan], rules: SampleRules) -> list[Answer
     """
     calls = [stored for stored in spans if stored.span.HasField("model_call")]
     calls.sort(key=lambda stored: (stored.span.start_time_unix_nano, stored.sequence_id))
+    orphans = {stored.span.model_call.retry_of for stored in calls}
     answers: list[Answer] = []
     for stored in calls:
         call = stored.span.model_call
@@ -64,11 +65,14 @@ def read_answers(spans: Iterable[StoredSpan], rules: SampleRules) -> list[Answer
             )
         prompt = _tokens(call.prompt.token_ids)
         choices = sorted(call.choices, key=lambda choice: choice.index) or [Choice()]
-        answers.extend(_answer(stored, prompt, choice, rules) for choice in choices)
+        orphan = stored.span.span_id in orphans
+        answers.extend(_answer(stored, prompt, choice, rules, orphan) for choice in choices)
     return answers
 
 
-def _answer(stored: StoredSpan, prompt: Int32Array, choice: Choice, rules: SampleRules) -> Answer:
+def _answer(
+    stored: StoredSpan, prompt: Int32Array, choice: Choice, rules: SampleRules, orphan: bool
+) -> Answer:
     response = _tokens(choice.token_ids)
     logprobs = np.asarray(choice.logprobs, dtype=np.float32)
     if len(logprobs) != len(response):
@@ -89,7 +93,7 @@ def _answer(stored: StoredSpan, prompt: Int32Array, choice: Choice, rules: Sampl
         versions=versions,
         temperature=call.sampling.temperature if call.sampling.HasField("temperature") else 1.0,
         truncated=choice.finish_reason == "length",
-        excluded=_excluded(stored, call, len(response), versions, rules),
+        excluded=DropReason.ORPHAN if orphan else _excluded(stored, call, len(response), versions, rules),
     )
 
 

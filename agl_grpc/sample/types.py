@@ -31,6 +31,8 @@ class DropReason(StrEnum):
     NOT_TRAIN_MODE = "not_train_mode"
     OTHER_AGENT = "other_agent"
     UNTRAINABLE = "untrainable"
+    ORPHAN = "orphan"
+    """The answer never reached the agent, whose client asked again."""
     NOT_COMPLETE = "not_complete"
     EMPTY_RESPONSE = "empty_response"
     LOGPROBS_UNKNOWN = "logprobs_unknown"

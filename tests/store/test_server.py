@@ -307,6 +307,24 @@ async def test_health_reflection_and_server_info(database: Path | str | None) ->
         assert info.limits.max_message_bytes == 64 << 20
 
 
+async def test_a_watch_of_health_ends_with_the_drain(tmp_path: Path) -> None:
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    server = await StoreServer.start(ServeConfig(port=0, database=tmp_path / "store.db", grace=60.0))
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="agl_grpc.v1.StoreService"))
+        unknown = health.Watch(health_pb2.HealthCheckRequest(service="x"))
+        assert (await watch.read()).status == serving
+        assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        listed = await health.List(getattr(health_pb2, "HealthListRequest")())  # noqa: B009  # no stubs
+        assert listed.statuses["agl_grpc.v1.RunnerService"].status == serving
+        # Well before the grace is over.
+        async with asyncio.timeout(20):
+            await server.stop()
+        assert [one.status async for one in watch] == [not_serving]
+        assert [one async for one in unknown] == []
+
+
 def test_credentials_are_signed_and_expire() -> None:
     now = time.time()
     signer = CredentialSigner(new_key(), lambda: now)

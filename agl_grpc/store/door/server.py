@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from agl_grpc.store import limits
 from agl_grpc.store.door.call import Authenticator
+from agl_grpc.store.door.health import Health
 from agl_grpc.store.door.http2.server import Http2Server
 from agl_grpc.store.door.service import Parser, ServiceBinder
 
@@ -49,7 +50,7 @@ class GrpcDoor:
         """Set as soon as the server is on its way out."""
         self._services = services
         self._binder = ServiceBinder(authenticator, self.draining, parsers)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._server: Http2Server | None = None
 
     async def start(self, host: str, port: int) -> int:

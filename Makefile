@@ -12,19 +12,27 @@ help: ## List the tasks
 .venv-proto/ready:
 	$(PYTHON) -m venv .venv-proto && $(PYTHON) -m venv .venv-proto/typing
 	.venv-proto/bin/pip install -q 'grpcio-tools==1.71.2' 'protobuf>=5.29,<6' 'setuptools<81'
-	.venv-proto/typing/bin/pip install -q 'mypy-protobuf==5.1.0' 'buf-bin>=1.75,<2'
+	.venv-proto/typing/bin/pip install -q 'mypy-protobuf==5.1.0' 'buf-bin>=1.75,<2' 'googleapis-common-protos>=1.70,<2'
+	touch $@
+
+clients/typescript/node_modules/.package-lock.json: clients/typescript/package-lock.json
+	cd clients/typescript && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
 .PHONY: proto
-proto: .venv-proto/ready ## Regenerate the stubs in agl_grpc/v1 from proto/
+proto: .venv-proto/ready clients/typescript/node_modules/.package-lock.json ## Regenerate the stubs from proto/, in each language
 	.venv-proto/typing/bin/buf format -w proto
 	.venv-proto/typing/bin/buf lint proto
 	PATH="$$PWD/.venv-proto/typing/bin:$$PATH" .venv-proto/bin/python -m grpc_tools.protoc -Iproto \
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. proto/agl_grpc/v1/*.proto
+	cd clients/typescript && PATH="$$PWD/../../.venv-proto/typing/bin:$$PATH" \
+	  GOOGLE_PROTOS=$$(echo "$$PWD"/../../.venv-proto/typing/lib/python3*/site-packages) npm run --silent generate
+
+GENERATED := proto agl_grpc/v1 clients/typescript/src/gen
 
 .PHONY: check-proto
 check-proto: proto ## Fail when the committed stubs differ from a fresh generation
-	@test -z "$$(git status --porcelain -- proto agl_grpc/v1)" || { git status --short -- proto agl_grpc/v1; exit 1; }
+	@test -z "$$(git status --porcelain -- $(GENERATED))" || { git status --short -- $(GENERATED); exit 1; }
 
 # Debian's own protoc, unpacked beside the others: nothing is installed into the system.
 .venv-proto/debian/ready: | .venv-proto/ready
@@ -64,6 +72,17 @@ engines: .venv/dev-ready ## Make the engine and learner environments
 	.venv/bin/agl-grpc env create engine --path .venv-engine
 	.venv/bin/agl-grpc env create learner --path .venv-learner
 
+# The released Agent Lightning, whose clients are tested and whose server is measured against ours. litellm is
+# held at the version of its day: releases since have not all been sound.
+.venv-agentlightning/ready:
+	$(PYTHON) -m venv .venv-agentlightning
+	.venv-agentlightning/bin/pip install -q --upgrade 'pip>=25.1'
+	.venv-agentlightning/bin/pip install -q 'agentlightning==0.3.0' 'litellm[proxy]==1.80.10' 'setuptools<81'
+	touch $@
+
+.PHONY: peers
+peers: .venv-agentlightning/ready ## Make the environment of the released Agent Lightning
+
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises
@@ -71,8 +90,12 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 .PHONY: test
-test: check-proto check-protoc lint test-fast engines ## Everything: lint, the fast suite, real vLLM and real verl
+test: check-proto check-protoc lint test-fast engines peers ## Everything: lint, the fast suite, real vLLM and real verl
 	.venv/bin/python -m pytest -m e2e
+
+.PHONY: conformance
+conformance: .venv/dev-ready ## Replay the shared vectors in every language; prints a matrix
+	.venv/bin/python -m tests.conformance
 
 .PHONY: bench
 bench: .venv/dev-ready ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)

@@ -24,7 +24,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def store_part(folder: RunFolder, port: int, mark: str, host: str = "127.0.0.1") -> Command:
     """The store over the run's database."""
-    command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port), "--no-http"]
     command += ["--host", host, "--database", str(folder.database)]
     return Command("store", command, folder.log("store"), mark, child_environment())
 

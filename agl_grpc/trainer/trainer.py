@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.agent import LitAgent
-from agl_grpc.algorithm import VERL, Algorithm
+from agl_grpc.algorithm import APO, VERL, Algorithm, Baseline
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
@@ -31,7 +31,7 @@ from agl_grpc.trainer.strategy import STRATEGIES, ClientServerExecutionStrategy,
 from agl_grpc.trainer.verl_session import VerlSession
 
 _ADDRESS = re.compile(r"[^:/\s]+:\d+")
-_ALGORITHMS: Mapping[str, Any] = {"verl": VERL}
+_ALGORITHMS: Mapping[str, Any] = {"verl": VERL, "apo": APO, "baseline": Baseline}
 
 
 class Trainer:

@@ -1325,7 +1325,7 @@ class WatchRolloutsResponse(_message.Message):
     CURSOR_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
-    """Resume from here."""
+    """Resume from here; 0 on the pages of include_existing, which end with a checkpoint."""
     checkpoint: _builtins.bool
     """No change, only a new cursor."""
     @_builtins.property

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import pickle
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 import trustme
 
+from agl_grpc.client import StoreClient, SyncStoreClient
 from agl_grpc.client.channel import Tls, open_channel
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.door.server import StartError
 from agl_grpc.store.door.tls import TlsFiles
 from tests.store.http2_peer import echoing
@@ -69,6 +75,27 @@ async def test_clients_may_have_to_show_a_certificate(issued: Issued) -> None:
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await channel.unary_unary("/t/Unary")(b"x", timeout=10)
                 assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_store_with_tls_serves_grpc_and_http(issued: Issued) -> None:
+    files = TlsFiles(issued.certificate, issued.key)
+    server = await StoreServer.start(ServeConfig(port=0, http_port=0, database=None, tls=files))
+    try:
+        assert f"grpcs://127.0.0.1:{server.port}" in server.describe()
+        target = f"grpcs://127.0.0.1:{server.port}"
+        async with StoreClient(target, root_certificates=issued.roots) as client:
+            made = await client.enqueue_rollout({"a": 1})
+            copy: StoreClient = pickle.loads(pickle.dumps(client))
+            async with copy:
+                assert (await copy.get_rollout_by_id(made.rollout_id)) is not None
+        sync = SyncStoreClient(target, root_certificates=str(issued.roots))
+        assert len(await asyncio.to_thread(sync.query_rollouts)) == 1
+        await asyncio.to_thread(sync.close)
+        trusted = ssl.create_default_context(cafile=str(issued.roots))
+        async with httpx.AsyncClient(verify=trusted) as web:
+            assert (await web.get(f"{server.url}/agl/v1/health")).status_code == 200
+    finally:
+        await server.stop()
 
 
 def test_files_that_cannot_be_used_are_named(issued: Issued, tmp_path: Path) -> None:

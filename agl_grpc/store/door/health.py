@@ -44,7 +44,7 @@ class Health(health_pb2_grpc.HealthServicer):
 
     # Named as the rpcs; the generated base is for servers of threads.
 
-    async def Check(  # type: ignore[override]
+    async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
         """How a service is now."""
@@ -60,9 +60,7 @@ class Health(health_pb2_grpc.HealthServicer):
             answer.statuses[name].status = status
         return answer
 
-    async def Watch(  # type: ignore[override]
-        self, request: health_pb2.HealthCheckRequest, context: Context
-    ) -> None:
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """How a service is, now and whenever that changes."""
         told: Status | None = None
         while True:

@@ -29,6 +29,8 @@ _COLUMNS = {
     "end_time": "coalesce(a.end_time, 9223372036854775807)",
     "status": "a.status",
     "attempt_id": "a.attempt_id",
+    "rollout_id": "a.rollout_key",
+    "last_heartbeat_time": "coalesce(a.last_heartbeat_time, 9223372036854775807)",
     "worker_id": "coalesce((SELECT w.worker_id FROM workers w WHERE w.worker_key = a.worker_key), "
     f"{LAST_TEXT})",
 }

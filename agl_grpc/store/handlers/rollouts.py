@@ -12,6 +12,7 @@ from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, orde
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.events.waits import Wait
 from agl_grpc.store.handlers.common import at_most, change, mask_paths, request_key
+from agl_grpc.store.rollouts import workers
 from agl_grpc.store.rollouts.deletion import STEP, Deleted
 from agl_grpc.store.rollouts.dispatch import within
 from agl_grpc.store.rollouts.encode import (
@@ -106,6 +107,9 @@ class RolloutHandlers:
             names = list(dict.fromkeys(request.queues)) or [""]
             keys = [catalog.queue(tx, of_run, name).queue_key for name in names]
             answer = store_service_pb2.DequeueRolloutsResponse()
+            worker_key = catalog.worker(tx, request.worker_id)
+            if worker_key is not None:
+                workers.asks(tx, worker_key)
             # All are chosen before the first one changes.
             chosen = list(within(self._side.dispatcher.ready(tx, keys, None, request.limit or 1)))
             for ready in chosen:

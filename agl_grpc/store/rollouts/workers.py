@@ -90,6 +90,14 @@ def heartbeat(tx: Tx, worker_key: int, request: runner_service_pb2.HeartbeatRequ
         )
 
 
+def asks(tx: Tx, worker_key: int) -> None:
+    """A worker asks for work, whether there is any or not: a sign that it lives."""
+    tx.execute(
+        "UPDATE workers SET last_dequeue_time = ?, last_heartbeat_time = ? WHERE worker_key = ?",
+        (tx.now, tx.now, worker_key),
+    )
+
+
 def serves(tx: Tx, catalog: Catalog, worker_key: int, work: runner_service_pb2.WorkRequest) -> None:
     """Notes which queues and labels a worker serves."""
     notes = worker_pb2.Worker(queues=work.queues, labels=work.labels).SerializeToString()

@@ -14,8 +14,9 @@ import pytest
 
 from agl_grpc import PromptTemplate, StoreClient
 from agl_grpc.algorithm import APO, AlgorithmError
-from agl_grpc.algorithm.apo.beam import batch, best, parents, seeded
+from agl_grpc.algorithm.apo.beam import best, parents
 from agl_grpc.algorithm.prompt.candidate import problem_of
+from agl_grpc.algorithm.prompt.choices import batch, seeded
 from agl_grpc.algorithm.prompt.journal import journal_id, read_records
 from tests.algorithm.apo_script import main
 from tests.algorithm.conftest import Bench

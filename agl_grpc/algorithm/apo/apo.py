@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agl_grpc.algorithm.apo.beam import batch, best, parents, seeded
+from agl_grpc.algorithm.apo.beam import best, parents
 from agl_grpc.algorithm.apo.branches import Branches
 from agl_grpc.algorithm.apo.instructions import CRITIQUES, EDITS
 from agl_grpc.algorithm.base import Algorithm, Dataset
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.prompt.candidate import Candidate
+from agl_grpc.algorithm.prompt.choices import batch, seeded
 from agl_grpc.algorithm.prompt.critic import Critic
 from agl_grpc.algorithm.prompt.instructions import read_instructions
 from agl_grpc.algorithm.prompt.search import PromptSearch, Settings, positive

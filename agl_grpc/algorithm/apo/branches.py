@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agl_grpc.algorithm.apo.beam import seeded
-from agl_grpc.algorithm.apo.instructions import AGAIN, SYSTEM
-from agl_grpc.algorithm.prompt.candidate import Candidate, places, problem_of
-from agl_grpc.algorithm.prompt.critic import Critic, Usage, fenced
+from agl_grpc.algorithm.apo.instructions import SYSTEM
+from agl_grpc.algorithm.prompt.candidate import Candidate
+from agl_grpc.algorithm.prompt.choices import seeded
+from agl_grpc.algorithm.prompt.critic import Critic
 from agl_grpc.algorithm.prompt.instructions import fill, prompts_as_text
+from agl_grpc.algorithm.prompt.rewriting import rewrite
 from agl_grpc.algorithm.prompt.search import PromptSearch
 from agl_grpc.model import PromptTemplate, RolloutMode
-
-_EDIT_TRIES = 3
 
 
 class Branches:
@@ -96,26 +95,18 @@ class Branches:
     async def _edit(self, parent: Candidate, version: str, name: str, critique: str) -> Mapping[str, Any]:
         old = parent.templates[name]
         instruction = seeded(self._seed, "edit", version).choice(self._edits)
-        prompt = fill(
-            instruction,
-            name=name,
-            prompt=old.template,
-            prompts=prompts_as_text(parent.templates),
-            critique=critique,
-            engine=old.engine,
-            places=", ".join(sorted(places(old))) or "none",
+        found = await rewrite(
+            self._critic,
+            model=self._apply_edit_model,
+            temperature=self._temperature,
+            system=SYSTEM,
+            instruction=instruction,
+            old=old,
+            values={"name": name, "prompts": prompts_as_text(parent.templates), "critique": critique},
         )
-        usage, problem, asked = Usage(), "", prompt
-        for _ in range(_EDIT_TRIES):
-            answer = await self._critic.ask(self._apply_edit_model, SYSTEM, asked, self._temperature)
-            usage += answer.usage
-            text = fenced(answer.text)
-            problem = problem_of(text, old)
-            if not problem:
-                break
-            asked = prompt + AGAIN.format(problem=problem)
-        notes = {"model": self._apply_edit_model, "usage": usage.to_data(), "problem": problem}
+        problem = found.problem
+        notes = {"model": self._apply_edit_model, "usage": found.usage.to_data(), "problem": problem}
         if problem:
             self._search.say(f"{version}: {self._apply_edit_model} gave no usable prompt: {problem}")
             return {"version": version, "parent": parent.version, "changed": name, "templates": {}, **notes}
-        return parent.with_text(version, name, text, notes).to_data()
+        return parent.with_text(version, name, found.text, notes).to_data()

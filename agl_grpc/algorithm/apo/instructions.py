@@ -6,6 +6,8 @@ Places: ``{name}`` of the prompt at hand, its text ``{prompt}``, all prompts ``{
 
 from __future__ import annotations
 
+from agl_grpc.algorithm.prompt.rewriting import RULES
+
 SYSTEM = (
     "You improve the prompts of an AI agent. You see what the agent did with its prompts and how well it was "
     "rewarded; a higher reward is better. Be concrete, and stay with what the experiments show."
@@ -43,13 +45,6 @@ in order of their harm, each with a remedy in one sentence. Do not write the new
 """,
 )
 
-_RULES = """
-The prompt is a {engine} template: keep each of its places ({places}) exactly as it is written, add no
-others, and
-write literal braces as the old text does. Answer with the whole new prompt between two lines of ``` and
-nothing else.
-"""
-
 EDITS = (
     """The prompt `{name}` of an agent:
 ```
@@ -62,7 +57,7 @@ A critic says of it:
 
 Rewrite the prompt so that this criticism no longer applies. Change what the criticism names and keep the
 rest."""
-    + _RULES,
+    + RULES,
     """An agent works with the prompt `{name}`:
 ```
 {prompt}
@@ -74,7 +69,5 @@ What is wrong with it, according to its results:
 
 Write the prompt anew from its purpose, with this in mind: clear order, plain rules, no examples that only
 fit a single task. It may differ from the old one as much as is useful."""
-    + _RULES,
+    + RULES,
 )
-
-AGAIN = "\n\nYour last attempt could not be used: {problem}. Mind the rules about places, and try again."

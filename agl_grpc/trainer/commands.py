@@ -50,6 +50,8 @@ def engine_part(
     environment = child_environment(python)
     if Path(model).expanduser().is_dir():
         environment.setdefault("HF_HUB_OFFLINE", "1")
+    if options.visible_devices:
+        environment["CUDA_VISIBLE_DEVICES"] = options.visible_devices
     return Command("engine", [*command, *options.arguments], folder.log("engine"), mark, environment)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.algorithm import VERL
-from agl_grpc.learner.checkpoint import hugging_face_folder
+from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import SAID, scores
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
@@ -162,6 +162,9 @@ class VerlSession(Session):
             raise TrainerError(
                 f"checkpoint {training.checkpoint_id} is committed, but {folder} does not exist"
             )
+        if adapter_folder(folder.parent.parent).is_dir():
+            # The learner publishes the adapter, which an engine adds to the model that it was started with.
+            return self._algorithm.model_path, 0
         return str(folder), await self._published_version(training)
 
     async def _published_version(self, training: TrainingRun) -> int:

@@ -36,8 +36,16 @@ class Language:
         return dict(_outcome(line) for line in lines)
 
 
+GO = str(ROOT / ".venv-go" / "go")
+"""Go as `make go-tools` unpacks it; it runs in the client's folder."""
+
 LANGUAGES: Mapping[str, Language] = {
     "python": Language(ROOT, (), (sys.executable, "-m", "tests.conformance.replay")),
+    "go": Language(
+        ROOT / "clients" / "go",
+        ((GO, "build", "-o", str(ROOT / ".venv-go" / "replay"), "./cmd/replay"),),
+        (str(ROOT / ".venv-go" / "replay"),),
+    ),
     "typescript": Language(
         ROOT / "clients" / "typescript",
         (("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"), ("npm", "run", "--silent", "build")),

@@ -124,3 +124,4 @@ for (const file of readdirSync(folder).filter((name) => name.endsWith(".json")).
   }
 }
 client.close();
+process.exit(); // deadlines of cancelled streams would keep the process for their 20 s

@@ -3,6 +3,8 @@
 // the base URL that it is given.
 //
 //   node dist/examples/calculator.js 127.0.0.1:4747 RUN [CONCURRENCY]
+//
+// beside a training run whose workers are elsewhere: AGL_CURRENT_ROLE=algorithm make train RUN=RUN
 
 import OpenAI from "openai";
 import { pathToFileURL } from "node:url";
@@ -55,6 +57,7 @@ export function calculate(expression: string): string {
 if (import.meta.url === pathToFileURL(process.argv[1] ?? "").href) {
   const [target = "127.0.0.1:4747", runId = "default", concurrency = "16"] = process.argv.slice(2);
   const client = new StoreClient(target, { runId });
-  await new Worker(client, agent, { concurrency: Number(concurrency) }).run();
+  const queues = [runId, `${runId}-validation`]; // where a Trainer puts its rollouts
+  await new Worker(client, agent, { concurrency: Number(concurrency), queues }).run();
   client.close();
 }

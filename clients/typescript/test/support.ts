@@ -32,7 +32,7 @@ export class TestStore {
 
   async up(): Promise<void> {
     const [program = "agl-grpc", ...first] = COMMAND;
-    const more = ["store", "serve", "--database", join(this.#folder, "agl.db"), "--port", String(this.#port)];
+    const more = ["store", "serve", "--database", join(this.#folder, "agl.db"), "--port", String(this.#port), "--no-http"];
     const child = spawn(program, [...first, ...more], { stdio: ["ignore", "pipe", "pipe"] });
     this.#process = child;
     const lines: string[] = [];

@@ -48,7 +48,7 @@ def build(
     if isinstance(target, str):
         target = find_component(what, target, registry or {})
     made = target
-    if isinstance(target, type) or not isinstance(target, kind):
+    if not isinstance(target, kind):
         made = _call(what, target, given, defaults or {})
     if not isinstance(made, kind):
         raise TrainerError(f"{what} must be a {kind.__name__}, and {spec!r} is a {type(made).__name__}")

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from agl_grpc.agent import LitAgent
 from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline
@@ -16,6 +16,7 @@ from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
+from agl_grpc.sample.adapter import Adapter
 from agl_grpc.tracer import OtelTracer, Tracer
 from agl_grpc.trainer.components import build
 from agl_grpc.trainer.dev import dev_run
@@ -99,7 +100,7 @@ class Trainer:
         )
         self.tracer = build("tracer", tracer, Tracer, registry=TRACERS)  # type: ignore[type-abstract]  # only looked at
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
-        self.adapter = _adapter(adapter)
+        self.adapter = build("adapter", adapter, Adapter)
         self.hooks = (
             list(hooks) if isinstance(hooks, Sequence) and not isinstance(hooks, str) else _one(hooks)
         )
@@ -236,20 +237,6 @@ def _algorithm(spec: Any) -> Algorithm | None:
         with contextlib.suppress(TypeError):  # not a function of an algorithm's arguments: a factory
             return FunctionalAlgorithm(spec)
     return build("algorithm", spec, Algorithm, registry=ALGORITHMS)
-
-
-@runtime_checkable
-class Adapter(Protocol):
-    """Turns a rollout's spans into what an algorithm learns from."""
-
-    def adapt(self, spans: Sequence[Any]) -> Any:
-        """What the spans of one rollout come to."""
-
-
-def _adapter(spec: Any) -> Adapter | None:
-    # A class looks like its own instance to a protocol: it is called first.
-    given = {"type": spec} if isinstance(spec, type) else spec
-    return build("adapter", given, Adapter)  # type: ignore[type-abstract]  # only looked at
 
 
 def _runner(

@@ -115,6 +115,17 @@ async def test_an_edit_that_breaks_the_template_is_asked_for_again(bench: Bench)
     assert apo.get_best_prompt().template == "{question} brief"
 
 
+async def test_characters_that_no_store_takes_are_replaced(bench: Bench) -> None:
+    def script(model: str, message: str) -> str:
+        return "odd \0 and \ud800" if model == "critic" else "```\n{question} brief \0\n```"
+
+    with ScriptedModel(script) as critic:
+        apo = APO(endpoint=critic.endpoint, beam_rounds=1, **SMALL)
+        async with bench.ready(apo, wordy, {"prompt": FIRST}):
+            await apo.run(TRAIN, VAL)
+    assert apo.get_best_prompt().template == "{question} brief \ufffd"
+
+
 async def test_what_is_missing_is_named_before_anything_runs(bench: Bench) -> None:
     apo = APO(endpoint="http://127.0.0.1:9/v1", **SMALL)
     async with bench.ready(apo, wordy, {}):

@@ -12,12 +12,11 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
-from agl_grpc.interceptor.front.attempts import Attempts, KnownAttempt
+from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
+from agl_grpc.interceptor.external import EXTERNAL, ExternalTraffic
 from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture
 from agl_grpc.interceptor.front.dialects import Collector, ask_for_ids, asked_by
-from agl_grpc.interceptor.front.errors import Refusal, upstream_failed
 from agl_grpc.interceptor.front.exchange import Exchange, Outgoing, answer_headers, passed_headers
-from agl_grpc.interceptor.front.external import EXTERNAL, ExternalTraffic
 from agl_grpc.interceptor.front.journal import Journal
 from agl_grpc.interceptor.front.limits import RolloutLimits
 from agl_grpc.interceptor.front.sampling import describe, impose
@@ -27,6 +26,7 @@ from agl_grpc.interceptor.front.turn import Turn, begin
 from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions
 from agl_grpc.interceptor.middleware import RETRY_AFTER_SECONDS
+from agl_grpc.interceptor.refusals import Refusal, upstream_failed
 from agl_grpc.interceptor.retries import Retries, tries_of
 from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.v1 import model_call_pb2

@@ -10,6 +10,7 @@ from agl_grpc.store.door.call import Authenticator
 from agl_grpc.store.door.methods import Methods
 from agl_grpc.store.door.server import GrpcDoor, StartError
 from agl_grpc.store.door.service import Parser
+from agl_grpc.store.door.tls import TlsFiles
 from agl_grpc.store.http.app import HttpApp
 from agl_grpc.store.http.door import HttpDoor
 from agl_grpc.store.http.otlp import otlp_routes
@@ -37,15 +38,19 @@ class Doors:
         parsers: Mapping[str, Parser],
         grace: float,
         cors_origins: Sequence[str] = (),
+        tls: TlsFiles | None = None,
     ) -> None:
         self.port = 0
         self.http_port: int | None = None
         self._grace = grace
-        self._grpc = GrpcDoor(services, authenticator, parsers)
+        grpc_tls = None if tls is None else tls.context(["h2"])
+        http_tls = None if tls is None else tls.context(["http/1.1"])
+        self._grpc = GrpcDoor(services, authenticator, parsers, grpc_tls)
         self.draining = self._grpc.draining
         """Set as soon as the server is on its way out."""
         methods = Methods(services, authenticator, parsers, self.draining)
-        self._http = HttpDoor(HttpApp([rest_routes(methods), otlp_routes(methods)], cors_origins), grace)
+        app = HttpApp([rest_routes(methods), otlp_routes(methods)], cors_origins)
+        self._http = HttpDoor(app, grace, http_tls)
 
     async def open(self, host: str, port: int, http_port: int | None, *, otlp: bool = False) -> None:
         """Binds every port, then serves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
@@ -29,6 +30,14 @@ OtlpOption = Annotated[
 CorsOption = Annotated[
     list[str],
     typer.Option("--cors-origin", metavar="ORIGIN", help="Web pages of this origin may call; * = all."),
+]
+TlsCertOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Serve with TLS: the certificate and its chain, PEM.")
+]
+TlsKeyOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.")]
+TlsClientCaOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Serve only clients with a certificate of these issuers, PEM."),
 ]
 DatabaseOption = Annotated[
     str,
@@ -66,6 +75,9 @@ def store(
     no_http: NoHttpOption = False,
     otlp: OtlpOption = False,
     cors_origin: CorsOption = [],  # noqa: B006  # typer reads it, nobody changes it
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: TlsClientCaOption = None,
     database: DatabaseOption = DEFAULT_DATABASE,
     memory: MemoryOption = False,
     evict_above: SizeOption = None,
@@ -76,7 +88,7 @@ def store(
     """Serve the store. `agl-grpc store --port N` is short for `agl-grpc store serve --port N`."""
     if context.invoked_subcommand is None:
         _serve(
-            _Doors(host, port, http_port, no_http, otlp, cors_origin),
+            _Doors(host, port, http_port, no_http, otlp, cors_origin, (tls_cert, tls_key, tls_client_ca)),
             *(database, memory, (evict_above, evict_to), grace, log_level),
         )
     elif given := _given_options(context):
@@ -91,6 +103,9 @@ def serve(
     no_http: NoHttpOption = False,
     otlp: OtlpOption = False,
     cors_origin: CorsOption = [],  # noqa: B006  # typer reads it, nobody changes it
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: TlsClientCaOption = None,
     database: DatabaseOption = DEFAULT_DATABASE,
     memory: MemoryOption = False,
     evict_above: SizeOption = None,
@@ -104,7 +119,7 @@ def serve(
     cannot be reached or a full disk: one line says why, exit code 1.
     """
     _serve(
-        _Doors(host, port, http_port, no_http, otlp, cors_origin),
+        _Doors(host, port, http_port, no_http, otlp, cors_origin, (tls_cert, tls_key, tls_client_ca)),
         *(database, memory, (evict_above, evict_to), grace, log_level),
     )
 
@@ -121,6 +136,7 @@ class _Doors(NamedTuple):
     no_http: bool
     otlp: bool
     cors_origins: list[str]
+    tls_files: tuple[Path | None, Path | None, Path | None]
 
     def chosen_http_port(self) -> int | None:
         """The HTTP door's port; None = no such door."""
@@ -149,14 +165,21 @@ def _serve(
         raise CliError("spans are evicted from throw-away stores only: say --memory", exit_code=EXIT_USAGE)
     evict_above, evict_to = (None if size is None else parse_size(size) for size in eviction)
     from agl_grpc.store.door.app import ServeConfig
+    from agl_grpc.store.door.server import StartError
+    from agl_grpc.store.door.tls import TlsFiles
     from agl_grpc.store.serve import serve as serve_store
 
+    try:
+        tls = TlsFiles.of(*doors.tls_files)
+    except StartError as error:
+        raise CliError(str(error), exit_code=EXIT_USAGE) from error
     config = ServeConfig(
         host=doors.host,
         port=doors.port,
         http_port=doors.chosen_http_port(),
         otlp=doors.otlp,
         cors_origins=tuple(doors.cors_origins),
+        tls=tls,
         database=None if memory else database,
         evict_above=evict_above,
         evict_to=evict_to,

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from agl_grpc.store import errors
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.door.call import Authenticator, Call
 from agl_grpc.store.door.credentials import CredentialSigner, new_key
 from agl_grpc.store.door.server import GrpcDoor, StartError
@@ -306,6 +307,24 @@ async def test_health_reflection_and_server_info(database: Path | str | None) ->
         assert info.durability == (common_pb2.DURABILITY_DISK if kept else common_pb2.DURABILITY_MEMORY)
         assert info.store_id == server.store.database.store_id
         assert info.limits.max_message_bytes == 64 << 20
+
+
+async def test_a_watch_of_health_ends_with_the_drain(tmp_path: Path) -> None:
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    server = await StoreServer.start(ServeConfig(port=0, database=tmp_path / "store.db", grace=60.0))
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="agl_grpc.v1.StoreService"))
+        unknown = health.Watch(health_pb2.HealthCheckRequest(service="x"))
+        assert (await watch.read()).status == serving
+        assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        listed = await health.List(getattr(health_pb2, "HealthListRequest")())  # noqa: B009  # no stubs
+        assert listed.statuses["agl_grpc.v1.RunnerService"].status == serving
+        # Well before the grace is over.
+        async with asyncio.timeout(20):
+            await server.stop()
+        assert (await watch.read()).status == not_serving
+        assert [await watch.read(), await unknown.read()] == [grpc.aio.EOF] * 2
 
 
 def test_credentials_are_signed_and_expire() -> None:

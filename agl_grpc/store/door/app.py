@@ -12,6 +12,7 @@ from agl_grpc.store.clock import Clock
 from agl_grpc.store.door.call import Authenticator
 from agl_grpc.store.door.credentials import CredentialSigner, new_key
 from agl_grpc.store.door.server import StartError
+from agl_grpc.store.door.tls import TlsFiles
 from agl_grpc.store.doors import OTLP_GRPC_PORT, OTLP_HTTP_PORT, Doors
 from agl_grpc.store.handlers import handlers
 from agl_grpc.store.rollouts.write_side import WriteSide
@@ -37,6 +38,8 @@ class ServeConfig:
     """Whether to listen on OpenTelemetry's own ports too: 4317 (gRPC) and 4318 (HTTP)."""
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the HTTP door; `*` = all."""
+    tls: TlsFiles | None = None
+    """Certificate and key of all doors; None = no TLS."""
     database: Path | str | None = Path("agl-grpc.db")
     """The SQLite file, or `postgresql://user@host/name`; None = a throw-away file that is gone at the end
     (`--memory`)."""
@@ -91,7 +94,7 @@ class StoreServer:
                 eviction = _eviction(config)
             services, parsers = handlers(side, config.span_queue_bytes, eviction)
             authenticator = Authenticator(signer, config.operator_token)
-            doors = Doors(services, authenticator, parsers, config.grace, config.cors_origins)
+            doors = Doors(services, authenticator, parsers, config.grace, config.cors_origins, config.tls)
             await doors.open(config.host, config.port, config.http_port, otlp=config.otlp)
         except BaseException:
             await store.close()
@@ -105,8 +108,12 @@ class StoreServer:
 
     @property
     def url(self) -> str:
-        """`http://host:port` of the HTTP door; empty = there is none."""
-        return "" if self.http_port is None else f"http://{self._host}:{self.http_port}"
+        """`http://host:port` of the HTTP door (`https` with TLS); empty = there is none."""
+        return "" if self.http_port is None else f"http{self._secure}://{self._host}:{self.http_port}"
+
+    @property
+    def _secure(self) -> str:
+        return "" if self.config.tls is None else "s"
 
     @property
     def _host(self) -> str:
@@ -118,9 +125,10 @@ class StoreServer:
         otlp = "OTLP off"
         if self.config.otlp:
             otlp = f"OTLP also on {self._host}:{OTLP_GRPC_PORT} (gRPC) and :{OTLP_HTTP_PORT} (HTTP)"
+        services = "store, runner, trainer, OTLP, health, reflection"
         return (
-            f"Starting server at grpc://{self.address} (store, runner, trainer, OTLP, health, reflection); "
-            f"{http}; {otlp}; {self.store.database.describe()}; process {os.getpid()}"
+            f"Starting server at grpc{self._secure}://{self.address} ({services}); {http}; {otlp}; "
+            f"{self.store.database.describe()}; process {os.getpid()}"
         )
 
     async def stop(self) -> None:

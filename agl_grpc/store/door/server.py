@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from agl_grpc.store import limits
 from agl_grpc.store.door.call import Authenticator
+from agl_grpc.store.door.health import Health
 from agl_grpc.store.door.http2.server import Http2Server
 from agl_grpc.store.door.service import Parser, ServiceBinder
 
@@ -37,6 +39,7 @@ class GrpcDoor:
         services: handler objects of each service; see `agl_grpc.store.door.service`.
         authenticator: says who calls.
         parsers: views that replace generated request types, by method name.
+        tls: how to speak TLS; None = without.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class GrpcDoor:
         services: Mapping[ServiceDescriptor, Sequence[object]],
         authenticator: Authenticator,
         parsers: Mapping[str, Parser],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.draining = asyncio.Event()
         """Set as soon as the server is on its way out."""
         self._services = services
         self._binder = ServiceBinder(authenticator, self.draining, parsers)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
+        self._tls = tls
         self._server: Http2Server | None = None
         self._sockets: list[socket.socket] = []
 
@@ -85,7 +90,7 @@ class GrpcDoor:
         add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
         add_reflection(reflection.aio.ReflectionServicer(shown), as_server)
         sockets, self._sockets = self._sockets, []
-        await server.listen(sockets)
+        await server.listen(sockets, self._tls)
         self._server = server
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

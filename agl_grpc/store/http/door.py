@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from typing import TYPE_CHECKING, Any
 
 from agl_grpc.store.door.server import StartError, listening_sockets
@@ -18,11 +19,13 @@ class HttpDoor:
     Args:
         app: The application.
         grace: Seconds that requests under way may take while draining.
+        tls: How to speak TLS; None = without.
     """
 
-    def __init__(self, app: Any, grace: float) -> None:
+    def __init__(self, app: Any, grace: float, tls: ssl.SSLContext | None = None) -> None:
         self._app = app
         self._grace = grace
+        self._tls = tls
         self._server: HttpServer | None = None
         self._task: asyncio.Task[None] | None = None
         self._sockets: list[socket.socket] = []
@@ -50,7 +53,7 @@ class HttpDoor:
         # Uvicorn takes its time to be imported, which a store without this door need not wait for.
         from agl_grpc.store.http.server import HttpServer
 
-        server = self._server = HttpServer.of(self._app, self._grace)
+        server = self._server = HttpServer.of(self._app, self._grace, self._tls)
         self._task = asyncio.get_running_loop().create_task(server.serve(self._sockets))
         while not server.started:
             if self._task.done():

@@ -273,7 +273,7 @@ type LeaseRolloutsResponse struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// The work.
+	// The work; less than asked for when it has more than 48 MiB.
 	Rollouts []*LeasedRollout `protobuf:"bytes,1,rep,name=rollouts,proto3" json:"rollouts,omitempty"`
 }
 
@@ -1430,7 +1430,7 @@ type CompletionResult struct {
 	AttemptId string `protobuf:"bytes,1,opt,name=attempt_id,json=attemptId,proto3" json:"attempt_id,omitempty"`
 	// Why it was refused; unset = done.
 	Error *ItemStatus `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
-	// The rollout as it now is.
+	// The rollout as it now is; without input and metadata when all of the call's have more than 48 MiB together.
 	Rollout *Rollout `protobuf:"bytes,3,opt,name=rollout,proto3" json:"rollout,omitempty"`
 }
 

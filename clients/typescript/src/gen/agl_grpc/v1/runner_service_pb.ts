@@ -175,7 +175,7 @@ export const LeaseRolloutsRequestSchema: GenMessage<LeaseRolloutsRequest> = /*@_
  */
 export type LeaseRolloutsResponse = Message<"agl_grpc.v1.LeaseRolloutsResponse"> & {
   /**
-   * The work.
+   * The work; less than asked for when it has more than 48 MiB.
    *
    * @generated from field: repeated agl_grpc.v1.LeasedRollout rollouts = 1;
    */
@@ -751,7 +751,7 @@ export type CompletionResult = Message<"agl_grpc.v1.CompletionResult"> & {
   error?: ItemStatus | undefined;
 
   /**
-   * The rollout as it now is.
+   * The rollout as it now is; without input and metadata when all of the call's have more than 48 MiB together.
    *
    * @generated from field: agl_grpc.v1.Rollout rollout = 3;
    */

@@ -194,6 +194,8 @@ class SyncStoreClient:
     stop_training_run = _Blocking(StoreClient.stop_training_run)
     report_metrics = _Blocking(StoreClient.report_metrics)
     watch_training_run = _Iterating(StoreClient.watch_training_run)
+    watch_training_log = _Iterating(StoreClient.watch_training_log)
+    watch_training_runs = _Iterating(StoreClient.watch_training_runs)
     claim_batch = _Blocking(StoreClient.claim_batch)
     query_batches = _Blocking(StoreClient.query_batches)
     stream_batch = _Iterating(StoreClient.stream_batch)

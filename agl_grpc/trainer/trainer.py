@@ -115,6 +115,8 @@ class Trainer:
         self.engine_python = engine_python
         self.learner_python = learner_python
         self.port = port
+        self.training_run: tuple[str, str] | None = None
+        """The training run of the store to take up, and who takes it; None = `fit` makes one."""
         if resume and run_name is None:
             raise TrainerError("resume needs run_name: which run goes on?")
 
@@ -138,6 +140,9 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once everything has stopped.
         """
         plan = self._plan(_agent(agent), train_dataset or (), val_dataset)
+        if self.training_run is not None:
+            training_run_id, trainer_id = self.training_run
+            plan = dataclasses.replace(plan, training_run_id=training_run_id, trainer_id=trainer_id)
         with Progress(plan.run_id) as progress:
             return run_to_end(self._session(plan, progress))
 

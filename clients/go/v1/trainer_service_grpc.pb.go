@@ -31,8 +31,10 @@ type TrainerServiceClient interface {
 	StopTrainingRun(ctx context.Context, in *StopTrainingRunRequest, opts ...grpc.CallOption) (*StopTrainingRunResponse, error)
 	// Reports a step's metrics.
 	ReportMetrics(ctx context.Context, in *ReportMetricsRequest, opts ...grpc.CallOption) (*ReportMetricsResponse, error)
-	// State and metrics as they come.
+	// State, metrics and log as they come.
 	WatchTrainingRun(ctx context.Context, in *WatchTrainingRunRequest, opts ...grpc.CallOption) (TrainerService_WatchTrainingRunClient, error)
+	// Training runs as they change; trainers wait here for runs to take up.
+	WatchTrainingRuns(ctx context.Context, in *WatchTrainingRunsRequest, opts ...grpc.CallOption) (TrainerService_WatchTrainingRunsClient, error)
 	// Freezes sealed attempts into a batch and claims it for a trainer epoch.
 	ClaimBatch(ctx context.Context, in *ClaimBatchRequest, opts ...grpc.CallOption) (*ClaimBatchResponse, error)
 	// Batches of a training run.
@@ -168,6 +170,38 @@ func (x *trainerServiceWatchTrainingRunClient) Recv() (*WatchTrainingRunResponse
 	return m, nil
 }
 
+func (c *trainerServiceClient) WatchTrainingRuns(ctx context.Context, in *WatchTrainingRunsRequest, opts ...grpc.CallOption) (TrainerService_WatchTrainingRunsClient, error) {
+	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[1], "/agl_grpc.v1.TrainerService/WatchTrainingRuns", opts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &trainerServiceWatchTrainingRunsClient{stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+type TrainerService_WatchTrainingRunsClient interface {
+	Recv() (*WatchTrainingRunsResponse, error)
+	grpc.ClientStream
+}
+
+type trainerServiceWatchTrainingRunsClient struct {
+	grpc.ClientStream
+}
+
+func (x *trainerServiceWatchTrainingRunsClient) Recv() (*WatchTrainingRunsResponse, error) {
+	m := new(WatchTrainingRunsResponse)
+	if err := x.ClientStream.RecvMsg(m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
 func (c *trainerServiceClient) ClaimBatch(ctx context.Context, in *ClaimBatchRequest, opts ...grpc.CallOption) (*ClaimBatchResponse, error) {
 	out := new(ClaimBatchResponse)
 	err := c.cc.Invoke(ctx, "/agl_grpc.v1.TrainerService/ClaimBatch", in, out, opts...)
@@ -187,7 +221,7 @@ func (c *trainerServiceClient) ListBatches(ctx context.Context, in *ListBatchesR
 }
 
 func (c *trainerServiceClient) StreamBatch(ctx context.Context, in *StreamBatchRequest, opts ...grpc.CallOption) (TrainerService_StreamBatchClient, error) {
-	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[1], "/agl_grpc.v1.TrainerService/StreamBatch", opts...)
+	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[2], "/agl_grpc.v1.TrainerService/StreamBatch", opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -237,7 +271,7 @@ func (c *trainerServiceClient) ReleaseBatches(ctx context.Context, in *ReleaseBa
 }
 
 func (c *trainerServiceClient) ReplayBatch(ctx context.Context, in *ReplayBatchRequest, opts ...grpc.CallOption) (TrainerService_ReplayBatchClient, error) {
-	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[2], "/agl_grpc.v1.TrainerService/ReplayBatch", opts...)
+	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[3], "/agl_grpc.v1.TrainerService/ReplayBatch", opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -323,7 +357,7 @@ func (c *trainerServiceClient) ListPolicyVersions(ctx context.Context, in *ListP
 }
 
 func (c *trainerServiceClient) WatchPolicyVersions(ctx context.Context, in *WatchPolicyVersionsRequest, opts ...grpc.CallOption) (TrainerService_WatchPolicyVersionsClient, error) {
-	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[3], "/agl_grpc.v1.TrainerService/WatchPolicyVersions", opts...)
+	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[4], "/agl_grpc.v1.TrainerService/WatchPolicyVersions", opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -390,8 +424,10 @@ type TrainerServiceServer interface {
 	StopTrainingRun(context.Context, *StopTrainingRunRequest) (*StopTrainingRunResponse, error)
 	// Reports a step's metrics.
 	ReportMetrics(context.Context, *ReportMetricsRequest) (*ReportMetricsResponse, error)
-	// State and metrics as they come.
+	// State, metrics and log as they come.
 	WatchTrainingRun(*WatchTrainingRunRequest, TrainerService_WatchTrainingRunServer) error
+	// Training runs as they change; trainers wait here for runs to take up.
+	WatchTrainingRuns(*WatchTrainingRunsRequest, TrainerService_WatchTrainingRunsServer) error
 	// Freezes sealed attempts into a batch and claims it for a trainer epoch.
 	ClaimBatch(context.Context, *ClaimBatchRequest) (*ClaimBatchResponse, error)
 	// Batches of a training run.
@@ -452,6 +488,9 @@ func (UnimplementedTrainerServiceServer) ReportMetrics(context.Context, *ReportM
 }
 func (UnimplementedTrainerServiceServer) WatchTrainingRun(*WatchTrainingRunRequest, TrainerService_WatchTrainingRunServer) error {
 	return status.Errorf(codes.Unimplemented, "method WatchTrainingRun not implemented")
+}
+func (UnimplementedTrainerServiceServer) WatchTrainingRuns(*WatchTrainingRunsRequest, TrainerService_WatchTrainingRunsServer) error {
+	return status.Errorf(codes.Unimplemented, "method WatchTrainingRuns not implemented")
 }
 func (UnimplementedTrainerServiceServer) ClaimBatch(context.Context, *ClaimBatchRequest) (*ClaimBatchResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method ClaimBatch not implemented")
@@ -655,6 +694,27 @@ type trainerServiceWatchTrainingRunServer struct {
 }
 
 func (x *trainerServiceWatchTrainingRunServer) Send(m *WatchTrainingRunResponse) error {
+	return x.ServerStream.SendMsg(m)
+}
+
+func _TrainerService_WatchTrainingRuns_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchTrainingRunsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(TrainerServiceServer).WatchTrainingRuns(m, &trainerServiceWatchTrainingRunsServer{stream})
+}
+
+type TrainerService_WatchTrainingRunsServer interface {
+	Send(*WatchTrainingRunsResponse) error
+	grpc.ServerStream
+}
+
+type trainerServiceWatchTrainingRunsServer struct {
+	grpc.ServerStream
+}
+
+func (x *trainerServiceWatchTrainingRunsServer) Send(m *WatchTrainingRunsResponse) error {
 	return x.ServerStream.SendMsg(m)
 }
 
@@ -1022,6 +1082,11 @@ var _TrainerService_serviceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "WatchTrainingRun",
 			Handler:       _TrainerService_WatchTrainingRun_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "WatchTrainingRuns",
+			Handler:       _TrainerService_WatchTrainingRuns_Handler,
 			ServerStreams: true,
 		},
 		{

@@ -86,6 +86,13 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Triplet",
     ),
     "agl_grpc.tracer": ("AgentOpsTracer", "OtelTracer", "Tracer"),
+    "agl_grpc.trainer.legacy": (
+        "AgentLightningClient",
+        "AgentLightningServer",
+        "DevTaskLoader",
+        "RolloutLegacy",
+        "Task",
+    ),
     "agl_grpc.trainer": ("Trainer", "TrainerError"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -162,6 +169,11 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.tracer import Tracer as Tracer
     from agl_grpc.trainer import Trainer as Trainer
     from agl_grpc.trainer import TrainerError as TrainerError
+    from agl_grpc.trainer.legacy import AgentLightningClient as AgentLightningClient
+    from agl_grpc.trainer.legacy import AgentLightningServer as AgentLightningServer
+    from agl_grpc.trainer.legacy import DevTaskLoader as DevTaskLoader
+    from agl_grpc.trainer.legacy import RolloutLegacy as RolloutLegacy
+    from agl_grpc.trainer.legacy import Task as Task
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,16 @@ async def start(http: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
     return started
 
 
+async def test_long_numbers_keep_their_value(http: httpx.AsyncClient) -> None:
+    rollout = await start(http)
+    path = f"/agl/v1/rollouts/{rollout['rollout_id']}"
+    changed = await http.post(path, json={"input": [2**70, 1.5], "metadata": {"n": 2**62}})
+    assert changed.json()["input"] == [2**70, 1.5]
+    assert (await http.get(path)).json()["metadata"] == {"n": 2**62}
+    refused = await http.post(path, json={"metadata": {"n": 2**70}})
+    assert (refused.status_code, refused.json()["field"]) == (422, "metadata")
+
+
 async def test_both_prefixes_show_one_store(server: StoreServer) -> None:
     async with httpx.AsyncClient(base_url=server.url) as http:
         assert (await http.get("/agl/v1/health")).json() == {"status": "ok"}

@@ -80,7 +80,7 @@ class HttpApp:
             return refusal(errors.internal())
 
     def _check_origin(self, request: Request) -> None:
-        """Refuses what a web page of somebody else's has a browser send: browsers say so, programs never do."""
+        """Refuses what somebody else's web page has a browser send; browsers say so, programs never do."""
         foreign = request.header(b"sec-fetch-site") == "cross-site"
         if foreign and "*" not in self._origins and request.header(b"origin") not in self._origins:
             raise HttpProblem(

@@ -294,3 +294,25 @@ async def test_a_token_guards_every_route() -> None:
             assert allowed.status_code == 200
     finally:
         await server.stop()
+
+
+async def test_pages_of_other_sites_are_kept_out() -> None:
+    config = ServeConfig(port=0, http_port=0, database=None, grace=1.0, cors_origins=("http://mine",))
+    server = await StoreServer.start(config)
+    try:
+        async with httpx.AsyncClient(base_url=server.url) as http:
+            for headers, status in (
+                ({"Sec-Fetch-Site": "cross-site", "Origin": "http://other"}, 403),
+                ({"Sec-Fetch-Site": "cross-site"}, 403),
+                ({"Sec-Fetch-Site": "cross-site", "Origin": "http://mine"}, 200),
+                ({"Sec-Fetch-Site": "same-origin"}, 200),
+                ({}, 200),
+            ):
+                assert (await http.get("/task", headers=headers)).status_code == status, headers
+            asked = await http.options("/agl/v1/rollouts", headers={"Origin": "http://mine"})
+            assert asked.status_code == 204
+            assert asked.headers["access-control-allow-origin"] == "http://mine"
+            other = await http.options("/agl/v1/rollouts", headers={"Origin": "http://other"})
+            assert "access-control-allow-origin" not in other.headers
+    finally:
+        await server.stop()

@@ -183,8 +183,11 @@ class SyncStoreClient:
     report_metrics = _Blocking(StoreClient.report_metrics)
     watch_training_run = _Iterating(StoreClient.watch_training_run)
     claim_batch = _Blocking(StoreClient.claim_batch)
+    get_batch = _Blocking(StoreClient.get_batch)
     query_batches = _Blocking(StoreClient.query_batches)
     stream_batch = _Iterating(StoreClient.stream_batch)
+    replay_batch = _Iterating(StoreClient.replay_batch)
+    explain_tokens = _Blocking(StoreClient.explain_tokens)
     commit_batches = _Blocking(StoreClient.commit_batches)
     release_batches = _Blocking(StoreClient.release_batches)
 

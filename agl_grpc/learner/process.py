@@ -207,7 +207,6 @@ def _assemble(
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.trainer import AglTrainer, Hooks
-    from agl_grpc.sample import SampleRules
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
@@ -217,12 +216,7 @@ def _assemble(
         link,
         identity,
         rules=config.rollouts,
-        samples=SampleRules(
-            model=config.model.name,
-            agents=frozenset(config.samples.agents),
-            train_truncated=config.samples.train_truncated,
-            reward_name=config.samples.reward_name,
-        ),
+        samples=config.samples.rules(config.model.name),
         lineage=lineage,
         rewards=frozen_rewards(replay),
     )

@@ -25,6 +25,7 @@ from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from agl_grpc.sample import AttemptRecord, AttemptSamples, Sample, SampleRules, build_attempt
+from agl_grpc.sample.wire import rules_to_proto
 from agl_grpc.v1 import reward_pb2, span_pb2
 from agl_grpc.v1 import store_service_pb2 as store_pb2
 
@@ -170,7 +171,9 @@ class StoreSource:
         return FinishedGroup(group.request, tuple(rollouts))
 
     async def _spans(self, ids: list[str]) -> list[span_pb2.StoredSpan]:
-        spans = self._client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=True)
+        spans = self._client.export_spans(
+            rollout_ids=ids, model_calls_only=True, sealed_only=True, delta_prompts=True
+        )
         return [span async for span in spans]
 
     async def _rewards(self, ids: list[str]) -> list[reward_pb2.Reward]:
@@ -205,7 +208,13 @@ class StoreSource:
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
         mine = self._identity
-        work = self._client.claim_batch(mine.training_run_id, mine.trainer_epoch, step, rollout_ids)
+        work = self._client.claim_batch(
+            mine.training_run_id,
+            mine.trainer_epoch,
+            step,
+            rollout_ids,
+            rules=rules_to_proto(self._samples),
+        )
         batch = self._link.run(work)
         entries = []
         for entry in batch.entries:

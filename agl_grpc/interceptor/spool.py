@@ -27,10 +27,11 @@ class SpoolInUse(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """One spooled record and where it lies."""
+    """Where a spooled record lies: its segment, the position of its data there and their length."""
 
     segment: int
-    data: bytes
+    position: int
+    length: int
 
 
 @dataclass
@@ -44,10 +45,10 @@ class _Segment:
 class Spool:
     """A queue of byte records in `folder`, at most `limit` bytes, that survives the process.
 
-    `append` returns once its record is fsynced (records that come together share one fsync). Records are read
-    oldest first with `peek` and removed with `drop`; a segment's file goes when its last record is dropped,
-    so a crash may deliver records of one segment again: they must be harmless to repeat. Use from one event
-    loop.
+    `append` returns once its record is fsynced (records that come together share one fsync). Records are
+    named oldest first by `peek`, read with `read` and removed with `drop`. A segment's file goes when its
+    last record is dropped, so a crash may deliver records of one segment again: they must be harmless to
+    repeat. Records are kept on disk only. Use from one event loop.
     """
 
     def __init__(self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024) -> None:
@@ -67,7 +68,8 @@ class Spool:
         self._entries: deque[Entry] = deque()
         self._file: int | None = None
         self._current: _Segment | None = None
-        self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
+        self._pending: list[tuple[bytes, asyncio.Future[Entry]]] = []
+        self._reader: tuple[int, int] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._disk_full = False
         self.damaged = 0
@@ -90,29 +92,38 @@ class Spool:
         """Whether new records should not be taken on."""
         return self._disk_full or self.size >= self._limit
 
-    async def append(self, data: bytes) -> None:
-        """Write one record durably. Raises SpoolFull when the limit is exceeded by far or the disk is full.
+    async def append(self, data: bytes) -> Entry:
+        """Write one record durably; where it lies.
+
+        Raises SpoolFull when the limit is exceeded by far or the disk is full.
 
         The limit gates new calls (`full`); calls under way may exceed it by an eighth.
         """
         if self.size > self._limit + self._limit // 8:
             raise SpoolFull(f"spool {self._folder} holds {self.size} bytes, limit {self._limit}")
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
         self._pending.append((data, future))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_pending())
-        await asyncio.shield(future)
+        return await asyncio.shield(future)
 
     def peek(self, count: int, max_bytes: int) -> list[Entry]:
         """The oldest records, at most `count` and about `max_bytes` (at least one)."""
         chosen: list[Entry] = []
         size = 0
         for entry in self._entries:
-            if len(chosen) >= count or (chosen and size + len(entry.data) > max_bytes):
+            if len(chosen) >= count or (chosen and size + entry.length > max_bytes):
                 break
             chosen.append(entry)
-            size += len(entry.data)
+            size += entry.length
         return chosen
+
+    def read(self, entry: Entry) -> bytes:
+        """The record that lies there."""
+        if self._reader is None or self._reader[0] != entry.segment:
+            self._close_reader()
+            self._reader = (entry.segment, os.open(self._segments[entry.segment].path, os.O_RDONLY))
+        return os.pread(self._reader[1], entry.length, entry.position)
 
     def drop(self, count: int) -> None:
         """Remove the oldest `count` records: they are delivered."""
@@ -131,6 +142,7 @@ class Spool:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+        self._close_reader()
         os.close(self._lock)
 
     async def _write_pending(self) -> None:
@@ -145,11 +157,14 @@ class Spool:
                 for _, future in batch:
                     future.set_exception(SpoolFull(f"cannot write to spool {self._folder}: {error.strerror}"))
                 continue
+            position = segment.size
             segment.size += written
             for data, future in batch:
                 segment.waiting += 1
-                self._entries.append(Entry(segment.number, data))
-                future.set_result(None)
+                entry = Entry(segment.number, position + _HEADER.size, len(data))
+                position += _HEADER.size + len(data)
+                self._entries.append(entry)
+                future.set_result(entry)
             if segment.size >= self._segment_bytes:
                 self._close_current()
 
@@ -170,6 +185,11 @@ class Spool:
             view = view[os.write(self._file, view) :]
         os.fdatasync(self._file)
         return len(data)
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            os.close(self._reader[1])
+            self._reader = None
 
     def _close_current(self) -> None:
         if self._file is not None:
@@ -195,25 +215,25 @@ class Spool:
         segment = _Segment(int(path.stem), path, path.stat().st_size, 0)
         self._segments[segment.number] = segment
         consumed = 0
-        for data in _records(path.read_bytes()):
-            self._entries.append(Entry(segment.number, data))
+        for length in _records(path.read_bytes()):
+            self._entries.append(Entry(segment.number, consumed + _HEADER.size, length))
             segment.waiting += 1
-            consumed += _HEADER.size + len(data)
+            consumed += _HEADER.size + length
         if consumed < segment.size:
             self.damaged += 1
         if segment.waiting == 0:
             self._remove(segment)
 
 
-def _records(data: bytes) -> Iterator[bytes]:
-    """Whole records from the start; a torn or damaged one ends the file."""
+def _records(data: bytes) -> Iterator[int]:
+    """Lengths of the whole records from the start; a torn or damaged one ends the file."""
     position = 0
     while position + _HEADER.size <= len(data):
         length, checksum = _HEADER.unpack_from(data, position)
         record = data[position + _HEADER.size : position + _HEADER.size + length]
         if len(record) < length or zlib.crc32(record) != checksum:
             return
-        yield record
+        yield length
         position += _HEADER.size + length
 
 

@@ -46,9 +46,9 @@ class EngineConfig:
 class TrainedTokens:
     """Which calls are trained, and how rewards count; see ``agl_grpc.sample.SampleRules``.
 
-    ``agents`` empty = all. ``truncated`` answers (cut by the length limit) are ``mask``, ``train`` or ``drop``.
-    ``reward_weights`` name several rewards that count as their weighted sum, in place of ``reward_name``. Rows
-    above ``max_row_tokens`` (0 = no limit) are treated as ``over_long`` says: ``drop`` or ``cut``.
+    ``agents`` empty = all. ``truncated`` says of answers cut by the length limit: ``mask``, ``train`` or
+    ``drop``. ``reward_weights`` name several rewards that count as their weighted sum, in place of
+    ``reward_name``. ``over_long`` says of rows above ``max_row_tokens`` (0 = no limit): ``drop`` or ``cut``.
     """
 
     agents: tuple[str, ...] = ()

@@ -100,6 +100,8 @@ def read_answers(spans: Iterable[StoredSpan | CallSpan], rules: SampleRules, tre
     calls = read_calls(spans)
     prompts = _place_prompts(calls, tree)
     calls.sort(key=lambda call: (call.late, call.start, call.sequence_id))
+    # A call that is retried is an orphan: its answer reached nobody. Late calls change nothing (see `build`).
+    orphans = {call.call.retry_of for call in calls if not (call.late or call.context)}
     answers: list[Answer] = []
     for call in calls:
         if call.context:
@@ -109,6 +111,8 @@ def read_answers(spans: Iterable[StoredSpan | CallSpan], rules: SampleRules, tre
             choices = sorted(choices, key=lambda choice: choice.index) or [_NO_CHOICE]
         for choice in choices:
             answers.append(_answer(len(answers), call, prompts[call.span_id], choice, rules, tree))
+            if call.span_id in orphans and not call.late:
+                answers[-1].excluded = DropReason.ORPHAN
     return answers
 
 

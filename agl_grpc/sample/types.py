@@ -48,6 +48,7 @@ class DropReason(StrEnum):
     )
     OTHER_AGENT = "other_agent", "the agent that called is none of those that are trained"
     UNTRAINABLE = "untrainable", "the engine's side marked the call as not trainable"
+    ORPHAN = "orphan", "the answer never reached the agent, whose client asked again"
     NOT_COMPLETE = "not_complete", "the answer was cut off or the engine failed"
     EMPTY_RESPONSE = "empty_response", "no token was sampled"
     LOGPROBS_UNKNOWN = "logprobs_unknown", "the logprobs are not those of the sampled distribution"

@@ -706,7 +706,7 @@ class StreamBatchResponse(_message.Message):
 
     @_builtins.property
     def account(self) -> _batch_pb2.TokenAccount:
-        """Where the tokens went, of the entries since first_entry; in the last message."""
+        """Where the tokens of this answer's entries went; the sum over all answers is the batch's account."""
 
     def __init__(
         self,
@@ -891,7 +891,7 @@ class ReplayBatchResponse(_message.Message):
 
     @_builtins.property
     def account(self) -> _batch_pb2.TokenAccount:
-        """Where the tokens went, of the entries since first_entry; in the last message."""
+        """Where the tokens of this answer's entries went; the sum over all answers is the batch's account."""
 
     def __init__(
         self,

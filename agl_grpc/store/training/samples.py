@@ -235,7 +235,8 @@ def _newest_entry(
     """The entry of the newest batch with an attempt, its rules, and the ids of all such batches."""
     rows = db.execute(
         "SELECT b.batch_id, b.rules, e.entry FROM batch_entries e "
-        "JOIN batches b ON b.batch_key = e.batch_key WHERE e.rollout_key = ? AND b.status <> ? ORDER BY b.batch_key DESC",
+        "JOIN batches b ON b.batch_key = e.batch_key "
+        "WHERE e.rollout_key = ? AND b.status <> ? ORDER BY b.batch_key DESC",
         (attempt.rollout_key, RELEASED),
     ).fetchall()
     found = [

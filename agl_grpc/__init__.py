@@ -75,6 +75,16 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "register_resource",
     ),
     "agl_grpc.runner": ("Hook", "LitAgentRunner"),
+    "agl_grpc.sample.adapter": (
+        "Adapter",
+        "LlmProxyTraceToTriplet",
+        "OtelTraceAdapter",
+        "RewardMatchPolicy",
+        "TraceAdapter",
+        "TraceToMessages",
+        "TracerTraceToTriplet",
+        "Triplet",
+    ),
     "agl_grpc.tracer": ("AgentOpsTracer", "OtelTracer", "Tracer"),
     "agl_grpc.trainer": ("Trainer", "TrainerError"),
 }
@@ -139,6 +149,14 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.model import register_resource as register_resource
     from agl_grpc.runner import Hook as Hook
     from agl_grpc.runner import LitAgentRunner as LitAgentRunner
+    from agl_grpc.sample.adapter import Adapter as Adapter
+    from agl_grpc.sample.adapter import LlmProxyTraceToTriplet as LlmProxyTraceToTriplet
+    from agl_grpc.sample.adapter import OtelTraceAdapter as OtelTraceAdapter
+    from agl_grpc.sample.adapter import RewardMatchPolicy as RewardMatchPolicy
+    from agl_grpc.sample.adapter import TraceAdapter as TraceAdapter
+    from agl_grpc.sample.adapter import TracerTraceToTriplet as TracerTraceToTriplet
+    from agl_grpc.sample.adapter import TraceToMessages as TraceToMessages
+    from agl_grpc.sample.adapter import Triplet as Triplet
     from agl_grpc.tracer import AgentOpsTracer as AgentOpsTracer
     from agl_grpc.tracer import OtelTracer as OtelTracer
     from agl_grpc.tracer import Tracer as Tracer

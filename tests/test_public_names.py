@@ -10,6 +10,14 @@ from pathlib import Path
 import agl_grpc
 
 NAMES = {
+    "Adapter",
+    "LlmProxyTraceToTriplet",
+    "OtelTraceAdapter",
+    "RewardMatchPolicy",
+    "TraceAdapter",
+    "TraceToMessages",
+    "TracerTraceToTriplet",
+    "Triplet",
     "AgentOpsTracer",
     "Algorithm",
     "Attempt",

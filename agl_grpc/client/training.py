@@ -7,13 +7,16 @@ from typing import Any
 
 from agl_grpc.client.connection import Connection
 from agl_grpc.client.errors import NotFound
-from agl_grpc.client.watch import resumed
+from agl_grpc.client.watch import Watched, resumed, watch
 from agl_grpc.model import raw
 from agl_grpc.model.enums import BatchStatus, TrainingRunStatus
 from agl_grpc.model.failure import Failure
-from agl_grpc.model.training import Batch, StepMetrics, TrainingRun
-from agl_grpc.v1 import batch_pb2
+from agl_grpc.model.training import Batch, LogLine, StepMetrics, TrainingRun
+from agl_grpc.model.value import to_payload
+from agl_grpc.v1 import batch_pb2, training_pb2
 from agl_grpc.v1 import trainer_service_pb2 as pb
+
+_NO_STEP = 2**62  # above any: a watcher of the log wants none
 
 _TRAINER = "agl_grpc.v1.TrainerService"
 
@@ -58,9 +61,16 @@ class TrainingCalls(Connection):
             lambda page: map(TrainingRun.from_proto, page.training_runs),
         )
 
-    async def acquire_training_run(self, training_run_id: str, trainer_id: str) -> TrainingRun:
-        """Take a training run up under a new trainer epoch, which fences all older ones."""
-        request = pb.AcquireTrainingRunRequest(training_run_id=training_run_id, trainer_id=trainer_id)
+    async def acquire_training_run(
+        self, training_run_id: str, trainer_id: str, *, only_pending: bool = False
+    ) -> TrainingRun:
+        """Take a training run up under a new trainer epoch, which fences all older ones.
+
+        With ``only_pending`` one that is not pending is left alone: `IllegalTransition`.
+        """
+        request = pb.AcquireTrainingRunRequest(
+            training_run_id=training_run_id, trainer_id=trainer_id, only_pending=only_pending
+        )
         response = await self.call(self.bound.trainer.AcquireTrainingRun, request)
         return TrainingRun.from_proto(response.training_run)
 
@@ -70,13 +80,15 @@ class TrainingCalls(Connection):
         trainer_epoch: int,
         status: TrainingRunStatus | str,
         failure: Failure | None = None,
+        result: Any = None,
     ) -> TrainingRun:
-        """End a training run as ``succeeded``, ``failed`` or ``stopped``."""
+        """End a training run as ``succeeded``, ``failed`` or ``stopped``, with what came of it."""
         request = pb.FinishTrainingRunRequest(
             training_run_id=training_run_id,
             trainer_epoch=trainer_epoch,
             status=TrainingRunStatus.parse(status).number,
             failure=failure.to_proto() if failure else None,
+            result=None if result is None else to_payload(result, "result"),
         )
         response = await self.call(self.bound.trainer.FinishTrainingRun, request)
         return TrainingRun.from_proto(response.training_run)
@@ -88,13 +100,19 @@ class TrainingCalls(Connection):
         return TrainingRun.from_proto(response.training_run)
 
     async def report_metrics(
-        self, training_run_id: str, trainer_epoch: int, steps: Sequence[StepMetrics]
+        self,
+        training_run_id: str,
+        trainer_epoch: int,
+        steps: Sequence[StepMetrics],
+        *,
+        log: Sequence[str] = (),
     ) -> TrainingRun:
-        """Report metrics; answers the training run, so that a request to stop is seen."""
+        """Report metrics and lines for people; the answer, the training run, shows a request to stop."""
         request = pb.ReportMetricsRequest(
             training_run_id=training_run_id,
             trainer_epoch=trainer_epoch,
             steps=[step.to_proto() for step in steps],
+            log=[training_pb2.LogLine(text=text) for text in log],
         )
         response = await self.call(self.bound.trainer.ReportMetrics, request)
         return TrainingRun.from_proto(response.training_run)
@@ -126,6 +144,34 @@ class TrainingCalls(Connection):
                 yield run, steps
             if run is not None and run.status.is_terminal:
                 return
+
+    async def watch_training_log(self, training_run_id: str, *, after: int = 0) -> AsyncIterator[LogLine]:
+        """Lines for people as they come, those above a number, to the run's end."""
+        request = pb.WatchTrainingRunRequest(
+            training_run_id=training_run_id, from_step=_NO_STEP, include_log=True, after_log=after
+        )
+
+        def advance(request: Any, message: Any) -> None:
+            request.after_log = message.log[-1].number if message.log else request.after_log
+
+        async for message in resumed(self, lambda bound: bound.trainer.WatchTrainingRun, request, advance):
+            for line in message.log:
+                yield LogLine.from_proto(line)
+
+    def watch_training_runs(
+        self, *, run_id: str = "*", cursor: int = 0, include_existing: bool = False
+    ) -> AsyncIterator[Watched[TrainingRun]]:
+        """Training runs as they change, resumed by cursor after every disconnect.
+
+        With ``include_existing`` those that have not ended come first.
+        """
+        request = pb.WatchTrainingRunsRequest(run_id=run_id, cursor=cursor, include_existing=include_existing)
+        return watch(
+            self,
+            lambda bound: bound.trainer.WatchTrainingRuns,
+            request,
+            lambda message: map(TrainingRun.from_proto, message.training_runs),
+        )
 
     async def claim_batch(
         self,

@@ -44,10 +44,13 @@ class PromptDeltas:
         best: _Base | None = None
         length = _MIN_SAVED - 1
         tokens = array("I", prompt)
-        for base in self._bases.get(attempt, ()):
+        # The newest first: a conversation goes on from there, and nothing beats a whole prompt.
+        for base in reversed(self._bases.get(attempt, ())):
             common = common_prefix(base.tokens, tokens)
             if common > length:
                 best, length = base, common
+            if length == len(tokens):
+                break
         if best is None:
             return whole(prompt)
         message = whole(tokens[length:])
@@ -99,12 +102,15 @@ def _varint(value: int) -> bytes:
 def common_prefix(first: array[int], second: array[int]) -> int:
     """Length of the common beginning of two token sequences."""
     limit = min(len(first), len(second))
-    if first[:limit] == second[:limit]:
+    # Bytes are compared in one go, items one by one.
+    one, other = memoryview(first).cast("B"), memoryview(second).cast("B")
+    width = first.itemsize
+    if one[: limit * width] == other[: limit * width]:
         return limit
     low, high = 0, limit
     while high - low > 1:
         middle = (low + high) // 2
-        if first[low:middle] == second[low:middle]:
+        if one[low * width : middle * width] == other[low * width : middle * width]:
             low = middle
         else:
             high = middle

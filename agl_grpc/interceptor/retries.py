@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agl_grpc.interceptor.deltas import AttemptKey
@@ -17,7 +18,7 @@ _REMEMBERED = 64
 class _Seen:
     """A call of an attempt as far as later ones may repeat it."""
 
-    digest: bytes
+    digest: int
     span_id: bytes
     tries: int
     lost: bool = False
@@ -44,7 +45,7 @@ class Retries:
         self._limit = attempts
         self._calls: OrderedDict[AttemptKey, list[_Seen]] = OrderedDict()
 
-    def note(self, attempt: AttemptKey, digest: bytes, span_id: bytes, tries: int) -> Retry:
+    def note(self, attempt: AttemptKey, digest: int, span_id: bytes, tries: int) -> Retry:
         """A call begins. `digest` stands for its request, `tries` is what its client says of earlier ones."""
         calls = self._calls.setdefault(attempt, [])
         self._calls.move_to_end(attempt)
@@ -62,7 +63,7 @@ class Retries:
                 call.lost = True
 
     @staticmethod
-    def _repeats(calls: list[_Seen], digest: bytes, tries: int) -> Retry:
+    def _repeats(calls: list[_Seen], digest: int, tries: int) -> Retry:
         equal = [call for call in calls if call.digest == digest and not call.repeated]
         if tries:
             # The try before; it may not have come this far.
@@ -77,7 +78,7 @@ class Retries:
         return Retry()
 
 
-def tries_of(headers: dict[str, str]) -> int:
+def tries_of(headers: Mapping[str, str]) -> int:
     """How often the client says that it has asked before; 0 when it says nothing."""
     for name in RETRY_COUNT_HEADERS:
         text = headers.get(name, "")

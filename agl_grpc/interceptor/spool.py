@@ -10,8 +10,9 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _HEADER = struct.Struct("<II")
 _SUFFIX = ".spool"
@@ -27,11 +28,15 @@ class SpoolInUse(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a spooled record lies: its segment, the position of its data there and their length."""
+    """Where a spooled record lies: its segment, the position of its data there and their length.
+
+    `note` is what its producer keeps with it in memory; None for records of an earlier process.
+    """
 
     segment: int
     position: int
     length: int
+    note: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -48,10 +53,13 @@ class Spool:
     `append` returns once its record is fsynced (records that come together share one fsync). Records are
     named oldest first by `peek`, read with `read` and removed with `drop`. A segment's file goes when its
     last record is dropped, so a crash may deliver records of one segment again: they must be harmless to
-    repeat. Records are kept on disk only. Use from one event loop.
+    repeat. Records are kept on disk only. An emptied file goes on taking records up to `reuse_bytes` bytes,
+    which spares making one for each of them; a crash then delivers so many again. Use from one event loop.
     """
 
-    def __init__(self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024) -> None:
+    def __init__(
+        self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024, *, reuse_bytes: int = 0
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:
@@ -64,11 +72,14 @@ class Spool:
         self._folder = folder
         self._limit = limit
         self._segment_bytes = segment_bytes
+        # What is kept for reuse counts as full like anything else.
+        self._reuse_bytes = min(reuse_bytes, limit // 8)
+        self._last_number = 0
         self._segments: dict[int, _Segment] = {}
         self._entries: deque[Entry] = deque()
         self._file: int | None = None
         self._current: _Segment | None = None
-        self._pending: list[tuple[bytes, asyncio.Future[Entry]]] = []
+        self._pending: list[tuple[bytes, Any, asyncio.Future[Entry]]] = []
         self._reader: tuple[int, int] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._disk_full = False
@@ -92,8 +103,8 @@ class Spool:
         """Whether new records should not be taken on."""
         return self._disk_full or self.size >= self._limit
 
-    async def append(self, data: bytes) -> Entry:
-        """Write one record durably; where it lies.
+    async def append(self, data: bytes, note: Any = None) -> Entry:
+        """Write one record durably; where it lies. `note` comes back in its entry.
 
         Raises SpoolFull when the limit is exceeded by far or the disk is full.
 
@@ -102,7 +113,7 @@ class Spool:
         if self.size > self._limit + self._limit // 8:
             raise SpoolFull(f"spool {self._folder} holds {self.size} bytes, limit {self._limit}")
         future: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
-        self._pending.append((data, future))
+        self._pending.append((data, note, future))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_pending())
         return await asyncio.shield(future)
@@ -132,16 +143,14 @@ class Spool:
             segment = self._segments[entry.segment]
             segment.waiting -= 1
             if segment.waiting == 0:
-                self._remove(segment)
+                self._emptied(segment)
         self._disk_full = False
 
     async def close(self) -> None:
         """Finish writes under way and let go of the folder; records stay for the next process."""
         while self._writer is not None and not self._writer.done():
             await asyncio.wait([self._writer])
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._close_current()
         self._close_reader()
         os.close(self._lock)
 
@@ -149,36 +158,36 @@ class Spool:
         while self._pending:
             batch, self._pending = self._pending, []
             try:
-                segment = self._open_segment()
-                written = await asyncio.to_thread(self._write, [data for data, _ in batch])
+                segment = self._current or self._new_segment()
+                written = await asyncio.to_thread(self._write, segment.path, [each[0] for each in batch])
             except OSError as error:
                 self._disk_full = True
                 self._close_current()
-                for _, future in batch:
+                for *_, future in batch:
                     future.set_exception(SpoolFull(f"cannot write to spool {self._folder}: {error.strerror}"))
                 continue
             position = segment.size
             segment.size += written
-            for data, future in batch:
+            for data, note, future in batch:
                 segment.waiting += 1
-                entry = Entry(segment.number, position + _HEADER.size, len(data))
+                entry = Entry(segment.number, position + _HEADER.size, len(data), note)
                 position += _HEADER.size + len(data)
                 self._entries.append(entry)
                 future.set_result(entry)
             if segment.size >= self._segment_bytes:
                 self._close_current()
 
-    def _open_segment(self) -> _Segment:
-        if self._current is None:
-            number = max(self._segments, default=0) + 1
-            path = self._folder / f"{number:012d}{_SUFFIX}"
-            self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
-            _fsync_folder(self._folder)
-            self._current = self._segments[number] = _Segment(number, path, 0, 0)
+    def _new_segment(self) -> _Segment:
+        """The next segment; its file is made by the first write."""
+        number = self._last_number = max(self._last_number, *self._segments, 0) + 1
+        path = self._folder / f"{number:012d}{_SUFFIX}"
+        self._current = self._segments[number] = _Segment(number, path, 0, 0)
         return self._current
 
-    def _write(self, records: list[bytes]) -> int:
-        assert self._file is not None
+    def _write(self, path: Path, records: list[bytes]) -> int:
+        if self._file is None:
+            self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+            _fsync_folder(self._folder)
         data = b"".join(_HEADER.pack(len(r), zlib.crc32(r)) + r for r in records)
         view = memoryview(data)
         while view:
@@ -199,6 +208,10 @@ class Spool:
         if current is not None and current.waiting == 0:
             self._remove(current)
 
+    def _emptied(self, segment: _Segment) -> None:
+        if segment is not self._current or segment.size > self._reuse_bytes:
+            self._remove(segment)
+
     def _remove(self, segment: _Segment) -> None:
         if segment is self._current:
             if self._pending or (self._writer is not None and not self._writer.done()):
@@ -207,6 +220,8 @@ class Spool:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
+        if self._reader is not None and self._reader[0] == segment.number:
+            self._close_reader()
         with contextlib.suppress(FileNotFoundError):
             segment.path.unlink()
         self._segments.pop(segment.number, None)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ JSON = "application/json"
 OCTETS = "application/octet-stream"
 ZSTD_SUFFIX = "+zstd"
 """Ends the media type of data that is compressed with Zstandard."""
+
+_of_thread = threading.local()
 
 _LARGEST_UNPACKED = 256 * 1024 * 1024
 
@@ -171,7 +174,12 @@ def from_payload(message: common_pb2.Payload) -> Any:
 
 def compressed(data: bytes) -> bytes | None:
     """The data compressed with Zstandard; None where that is not installed."""
-    return None if zstandard is None else zstandard.compress(data, 1)
+    if zstandard is None:
+        return None
+    compressor = getattr(_of_thread, "compressor", None)
+    if compressor is None:
+        compressor = _of_thread.compressor = zstandard.ZstdCompressor(level=1)
+    return bytes(compressor.compress(data))
 
 
 def _unpack(data: bytes) -> bytes | None:

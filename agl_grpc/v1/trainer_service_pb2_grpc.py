@@ -75,6 +75,11 @@ class TrainerServiceStub(object):
                 request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunRequest.SerializeToString,
                 response_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunResponse.FromString,
                 _registered_method=True)
+        self.WatchTrainingRuns = channel.unary_stream(
+                '/agl_grpc.v1.TrainerService/WatchTrainingRuns',
+                request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsRequest.SerializeToString,
+                response_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsResponse.FromString,
+                _registered_method=True)
         self.ClaimBatch = channel.unary_unary(
                 '/agl_grpc.v1.TrainerService/ClaimBatch',
                 request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ClaimBatchRequest.SerializeToString,
@@ -211,7 +216,14 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchTrainingRun(self, request, context):
-        """State and metrics as they come.
+        """State, metrics and log as they come.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTrainingRuns(self, request, context):
+        """Training runs as they change; trainers wait here for runs to take up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -372,6 +384,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.WatchTrainingRun,
                     request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunRequest.FromString,
                     response_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunResponse.SerializeToString,
+            ),
+            'WatchTrainingRuns': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTrainingRuns,
+                    request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsRequest.FromString,
+                    response_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsResponse.SerializeToString,
             ),
             'ClaimBatch': grpc.unary_unary_rpc_method_handler(
                     servicer.ClaimBatch,
@@ -671,6 +688,33 @@ class TrainerService(object):
             '/agl_grpc.v1.TrainerService/WatchTrainingRun',
             agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunRequest.SerializeToString,
             agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTrainingRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agl_grpc.v1.TrainerService/WatchTrainingRuns',
+            agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsRequest.SerializeToString,
+            agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsResponse.FromString,
             options,
             channel_credentials,
             insecure,

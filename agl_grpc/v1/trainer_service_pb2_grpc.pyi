@@ -48,7 +48,9 @@ class TrainerServiceStub:
     ReportMetrics: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ReportMetricsRequest, _trainer_service_pb2.ReportMetricsResponse]
     """Reports a step's metrics."""
     WatchTrainingRun: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunRequest, _trainer_service_pb2.WatchTrainingRunResponse]
-    """State and metrics as they come."""
+    """State, metrics and log as they come."""
+    WatchTrainingRuns: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunsRequest, _trainer_service_pb2.WatchTrainingRunsResponse]
+    """Training runs as they change; trainers wait here for runs to take up."""
     ClaimBatch: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ClaimBatchRequest, _trainer_service_pb2.ClaimBatchResponse]
     """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
     ListBatches: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ListBatchesRequest, _trainer_service_pb2.ListBatchesResponse]
@@ -104,7 +106,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     ReportMetrics: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ReportMetricsRequest, _trainer_service_pb2.ReportMetricsResponse]  # type: ignore[assignment]
     """Reports a step's metrics."""
     WatchTrainingRun: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunRequest, _trainer_service_pb2.WatchTrainingRunResponse]  # type: ignore[assignment]
-    """State and metrics as they come."""
+    """State, metrics and log as they come."""
+    WatchTrainingRuns: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunsRequest, _trainer_service_pb2.WatchTrainingRunsResponse]  # type: ignore[assignment]
+    """Training runs as they change; trainers wait here for runs to take up."""
     ClaimBatch: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ClaimBatchRequest, _trainer_service_pb2.ClaimBatchResponse]  # type: ignore[assignment]
     """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
     ListBatches: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ListBatchesRequest, _trainer_service_pb2.ListBatchesResponse]  # type: ignore[assignment]
@@ -205,7 +209,15 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.WatchTrainingRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trainer_service_pb2.WatchTrainingRunResponse], _abc.AsyncIterator[_trainer_service_pb2.WatchTrainingRunResponse]]:
-        """State and metrics as they come."""
+        """State, metrics and log as they come."""
+
+    @_abc_1.abstractmethod
+    def WatchTrainingRuns(
+        self,
+        request: _trainer_service_pb2.WatchTrainingRunsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_trainer_service_pb2.WatchTrainingRunsResponse], _abc.AsyncIterator[_trainer_service_pb2.WatchTrainingRunsResponse]]:
+        """Training runs as they change; trainers wait here for runs to take up."""
 
     @_abc_1.abstractmethod
     def ClaimBatch(

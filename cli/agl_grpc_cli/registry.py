@@ -30,8 +30,14 @@ COMMANDS: Mapping[str, CommandEntry] = {
     ),
     "runner": CommandEntry("agl_grpc_cli.runner", "Start workers that execute rollouts with your agent."),
     "vllm": CommandEntry("agl_grpc_cli.vllm", "Serve a model with vLLM, its exact tokens captured."),
+    "proxy": CommandEntry(
+        "agl_grpc_cli.proxy", "Capture model calls in front of engines that somebody else runs."
+    ),
     "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),
+    "checkpoint": CommandEntry("agl_grpc_cli.checkpoint", "List, check and export a run's checkpoints."),
     "train": CommandEntry("agl_grpc_cli.train", "Train an agent."),
+    "agentops": CommandEntry("agl_grpc_cli.agentops", "Serve what the AgentOps SDK calls, offline."),
+    "apo": CommandEntry("agl_grpc_cli.apo", "Look at prompt optimisation: versions, critiques, scores."),
     "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),
     "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show, cancel, retry and delete rollouts."),
     "spans": CommandEntry("agl_grpc_cli.spans", "List the spans of a rollout."),

@@ -19,30 +19,30 @@ ATTEMPT = ("ro", "at")
 def test_eight_equal_requests_are_eight_samples() -> None:
     retries = Retries()
     for number in range(8):
-        assert retries.note(ATTEMPT, b"same", bytes([number]), 0).span_id == b""
+        assert retries.note(ATTEMPT, 1, bytes([number]), 0).span_id == b""
 
 
 def test_a_client_that_says_so_repeats_its_last_try_once() -> None:
     retries = Retries()
-    retries.note(ATTEMPT, b"same", b"first", 0)
-    assert retries.note(("ro", "other"), b"same", b"x", 1).span_id == b""
-    assert retries.note(ATTEMPT, b"another", b"y", 1).span_id == b""
-    assert retries.note(ATTEMPT, b"same", b"second", 1).span_id == b"first"
-    assert retries.note(ATTEMPT, b"same", b"third", 2).span_id == b"second"
+    retries.note(ATTEMPT, 1, b"first", 0)
+    assert retries.note(("ro", "other"), 1, b"x", 1).span_id == b""
+    assert retries.note(ATTEMPT, 2, b"y", 1).span_id == b""
+    assert retries.note(ATTEMPT, 1, b"second", 1).span_id == b"first"
+    assert retries.note(ATTEMPT, 1, b"third", 2).span_id == b"second"
 
 
 def test_of_several_equal_ones_the_lost_one_is_repeated_and_nothing_is_guessed() -> None:
     retries = Retries()
     for number in range(3):
-        retries.note(ATTEMPT, b"same", bytes([number]), 0)
-    found = retries.note(ATTEMPT, b"same", b"retry", 1)
+        retries.note(ATTEMPT, 1, bytes([number]), 0)
+    found = retries.note(ATTEMPT, 1, b"retry", 1)
     assert (found.span_id, found.candidates) == (b"", 3)
     retries.lost(ATTEMPT, bytes([1]))
-    assert retries.note(ATTEMPT, b"same", b"again", 1).span_id == bytes([1])
+    assert retries.note(ATTEMPT, 1, b"again", 1).span_id == bytes([1])
     # A client without such a header, which went away and came back.
     retries.lost(ATTEMPT, bytes([2]))
-    assert retries.note(ATTEMPT, b"same", b"more", 0).span_id == bytes([2])
-    assert retries.note(ATTEMPT, b"same", b"new", 0).span_id == b""
+    assert retries.note(ATTEMPT, 1, b"more", 0).span_id == bytes([2])
+    assert retries.note(ATTEMPT, 1, b"new", 0).span_id == b""
 
 
 def test_what_clients_say() -> None:
@@ -53,9 +53,9 @@ def test_what_clients_say() -> None:
 def test_remembers_a_bounded_number_of_attempts() -> None:
     retries = Retries(attempts=2)
     for number in range(3):
-        retries.note((str(number), "at"), b"same", b"first", 0)
-    assert retries.note(("0", "at"), b"same", b"retry", 1).span_id == b""
-    assert retries.note(("2", "at"), b"same", b"retry", 1).span_id == b"first"
+        retries.note((str(number), "at"), 1, b"first", 0)
+    assert retries.note(("0", "at"), 1, b"retry", 1).span_id == b""
+    assert retries.note(("2", "at"), 1, b"retry", 1).span_id == b"first"
 
 
 def test_an_orphan_is_not_trained() -> None:

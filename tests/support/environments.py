@@ -1,4 +1,4 @@
-"""The environments beside this one: the engine's (vLLM) and the learner's (verl)."""
+"""The environments beside this one: the engine's (vLLM), the learner's (verl), Agent Lightning's."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ def learner_python() -> str:
     return _python("learner")
 
 
-def _python(kind: str) -> str:
+def agentlightning_python() -> str:
+    """Python with Agent Lightning 0.3: AGL_GRPC_AGENTLIGHTNING_PYTHON, else what `make peers` makes."""
+    return _python("agentlightning", "peers")
+
+
+def _python(kind: str, target: str = "engines") -> str:
     variable = f"AGL_GRPC_{kind.upper()}_PYTHON"
     path = os.environ.get(variable) or str(REPOSITORY / f".venv-{kind}" / "bin" / "python")
-    assert Path(path).exists(), f"no {kind} environment at {path}: run `make engines`, or set {variable}"
+    assert Path(path).exists(), f"no {kind} environment at {path}: run `make {target}`, or set {variable}"
     return path
 
 

@@ -1,0 +1,69 @@
+"""The routes of Agent Lightning 0.1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from agl_grpc.store.door.app import StoreServer
+from tests.doors.test_agentlightning import run_peer
+from tests.doors.test_otlp import stored
+from tests.support.store_process import StoreProcess
+from tests.support.waiting import free_port
+
+
+async def test_a_task_is_taken_and_reported(memory: StoreServer, http: httpx.AsyncClient) -> None:
+    assert (await http.get("/task")).json() == {"is_available": False, "task": None}
+    assert (await http.get("/resources/latest")).status_code == 404
+    prompt = {"p": {"resource_type": "prompt_template", "template": "hi", "engine": "f-string"}}
+    published = (await http.post("/agl/v1/resources", json=prompt)).json()
+    assert (await http.get("/resources/latest")).json() == published
+    assert (await http.get(f"/resources/{published['resources_id']}")).json() == published
+    assert (await http.get("/resources/rs-none")).status_code == 404
+
+    body = {"rollouts": [{"input": {"q": 1}, "mode": "train", "metadata": {"m": 1}}]}
+    await http.post("/agl/v1/queues/rollouts/enqueue", json=body)
+    task = (await http.get("/task")).json()
+    assert task["is_available"]
+    task = task["task"]
+    assert (task["input"], task["mode"], task["metadata"], task["num_claims"]) == (
+        {"q": 1},
+        "train",
+        {"m": 1},
+        1,
+    )
+    report = {
+        "rollout_id": task["rollout_id"],
+        "final_reward": 0.5,
+        "triplets": [
+            {"prompt": {"token_ids": [1, 2]}, "response": {"token_ids": [3]}, "reward": 0.25, "metadata": {}}
+        ],
+        "logs": ["a line"],
+        "trace": [{"name": "x"}],
+        "metadata": {},
+    }
+    assert (await http.post("/rollout", json=report)).json()["status"] == "ok"
+    rollout = (await http.get(f"/agl/v1/rollouts/{task['rollout_id']}")).json()
+    assert rollout["status"] == "succeeded"
+    triplet, rest, reward = await stored(memory, task["rollout_id"])
+    assert list(triplet.span.model_call.prompt.token_ids) == [1, 2]
+    assert list(triplet.span.model_call.choices[0].token_ids) == [3]
+    kept = {one.key: one.value for one in triplet.span.attributes}
+    assert [one.int_value for one in kept["prompt_token_ids"].array_value.values] == [1, 2]
+    assert json.loads(kept["agentlightning.triplet"].string_value) == report["triplets"][0]
+    assert rest.span.name == "agentlightning.report"
+    assert {one.key: one.value for one in reward.span.attributes}[
+        "agentlightning.reward.0.value"
+    ].double_value == 0.5
+    for bad, status in (({}, 422), ({"rollout_id": "ro-none"}, 404), ({**report, "triplets": [3]}, 422)):
+        assert (await http.post("/rollout", json=bad)).status_code == status
+
+
+@pytest.mark.e2e
+def test_the_released_legacy_client_works(tmp_path: Path) -> None:
+    port = free_port()
+    with StoreProcess(tmp_path / "store.db", "--http-port", str(port)):
+        assert json.loads(run_peer("peer_legacy.py", f"http://127.0.0.1:{port}")) == {"reported": 2}

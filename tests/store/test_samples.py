@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 from agl_grpc.client import NotFound, StoreClient, StoreError
-from agl_grpc.model import Batch, EnqueueRolloutRequest, TrainingRun
+from agl_grpc.model import Batch, EnqueueRolloutRequest, RolloutMode, TrainingRun
 from agl_grpc.sample import (
     AttemptRecord,
     Sample,
@@ -19,8 +22,10 @@ from agl_grpc.sample import (
     Truncated,
     build_attempt,
     read_columns,
+    token_digest,
     unpack,
 )
+from agl_grpc.sample.export import read_samples
 from agl_grpc.sample.wire import account_from_proto, rules_to_proto
 from agl_grpc.store.storage.sqlite import operations
 from agl_grpc.v1 import model_call_pb2, reward_pb2, runner_service_pb2, span_pb2
@@ -59,7 +64,9 @@ def conversation(number: int) -> list[span_pb2.Span]:
 
 async def claimed(client: StoreClient, count: int, rules: SampleRules) -> Batch:
     """A batch of sealed rollouts."""
-    await client.enqueue_many_rollouts([EnqueueRolloutRequest(input=number) for number in range(count)])
+    await client.enqueue_many_rollouts(
+        [EnqueueRolloutRequest(input=number, mode=RolloutMode.TRAIN) for number in range(count)]
+    )
     leased = await client.bound.runner.LeaseRollouts(
         runner_service_pb2.LeaseRolloutsRequest(worker_id="w", session_id="s", limit=count)
     )
@@ -190,3 +197,34 @@ async def test_a_batch_is_replayed_from_a_copy_by_another_process(tmp_path: Path
             assert counted == account
             with pytest.raises(NotFound):
                 await gathered(client.replay_batch("sha256:00"))
+        commands(process.address, batch, samples, tmp_path)
+
+
+def commands(address: str, batch: Batch, samples: list[Sample], folder: Path) -> None:
+    """The commands say and write the same."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "agl_grpc_cli", *arguments, "--store", address],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    assert batch.content_hash in run("batch", "ls", "tr")
+    assert batch.entries[1].attempt_id in run("batch", "show", batch.batch_id)
+    file = folder / "again.jsonl"
+    said = run("batch", "replay", batch.content_hash, "--output", str(file))
+    assert token_digest(samples) in said
+    same(list(read_samples(file)), samples)
+    entry = batch.entries[0]
+    stretches = json.loads(run("sample", "explain", entry.rollout_id, "--token", "0", "--json"))
+    assert [each["fate"] for each in stretches] == ["observation", "dropped", "dropped"]
+    assert run("sample", "export", "default", "--output", str(file)) == f"{file}  4 rows of 4 rollouts\n"
+    run("sample", "export", "default", "--output", str(file), "--min-reward", "2")
+    assert [sample.reward for sample in read_samples(file)] == [2.1, 3.1]
+    assert "no batch 'ba-0'" in run("batch", "show", "ba-0", code=1)
+    assert "format 'txt'" in run("batch", "replay", batch.batch_id, "--output", "x.txt", code=1)

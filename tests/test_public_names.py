@@ -10,6 +10,11 @@ from pathlib import Path
 import agl_grpc
 
 NAMES = {
+    "AgentLightningClient",
+    "AgentLightningServer",
+    "DevTaskLoader",
+    "RolloutLegacy",
+    "Task",
     "Adapter",
     "LlmProxyTraceToTriplet",
     "OtelTraceAdapter",
@@ -57,6 +62,9 @@ NAMES = {
     "Tracer",
     "TrainerError",
     "VERL",
+    "APO",
+    "GEPA",
+    "Baseline",
     "Worker",
     "WorkerStatus",
     "algo",

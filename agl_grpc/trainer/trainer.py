@@ -16,6 +16,7 @@ from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
+from agl_grpc.sample.adapter import Adapter
 from agl_grpc.tracer import OtelTracer, Tracer
 from agl_grpc.trainer.components import build
 from agl_grpc.trainer.dev import dev_run
@@ -99,7 +100,7 @@ class Trainer:
         )
         self.tracer = build("tracer", tracer, Tracer, registry=TRACERS)  # type: ignore[type-abstract]  # only looked at
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
-        self.adapter = adapter
+        self.adapter = build("adapter", adapter, Adapter)
         self.hooks = (
             list(hooks) if isinstance(hooks, Sequence) and not isinstance(hooks, str) else _one(hooks)
         )

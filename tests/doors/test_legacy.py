@@ -8,6 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from agl_grpc import (
+    AgentLightningClient,
+    AgentLightningServer,
+    DevTaskLoader,
+    PromptTemplate,
+    RolloutLegacy,
+)
 from agl_grpc.store.door.app import StoreServer
 from tests.doors.test_agentlightning import run_peer
 from tests.doors.test_otlp import stored
@@ -67,3 +74,53 @@ def test_the_released_legacy_client_works(tmp_path: Path) -> None:
     port = free_port()
     with StoreProcess(tmp_path / "store.db", "--http-port", str(port)):
         assert json.loads(run_peer("peer_legacy.py", f"http://127.0.0.1:{port}")) == {"reported": 2}
+
+
+async def test_the_legacy_names_warn_and_work() -> None:
+    with pytest.warns(DeprecationWarning, match="StoreClient"):
+        server = AgentLightningServer(port=0)
+    with pytest.raises(RuntimeError, match="call start first"):
+        await server.queue_task(1)
+    await server.start()
+    try:
+        resources_id = await server.update_resources({"p": PromptTemplate(template="hi {x}")})
+        rollout_id = await server.queue_task({"q": 1}, mode="train", resources_id=resources_id)
+        assert await server.get_completed_rollout(rollout_id) is None
+        with pytest.warns(DeprecationWarning, match="AgentLightningClient"):
+            client = AgentLightningClient(server.endpoint)
+        task = await client.poll_next_task_async()
+        assert task is not None
+        assert (task.rollout_id, task.input, task.resources_id) == (rollout_id, {"q": 1}, resources_id)
+        update = await client.get_resources_by_id_async(resources_id)
+        assert update is not None
+        assert update.resources == {"p": PromptTemplate(template="hi {x}")}
+        assert await client.get_latest_resources_async() == update
+        assert await client.get_resources_by_id_async("rs-none") is None
+        triplet = {
+            "prompt": {"token_ids": [1]},
+            "response": {"token_ids": [2]},
+            "reward": 0.5,
+            "metadata": {},
+        }
+        report = RolloutLegacy(
+            rollout_id=rollout_id, final_reward=1.0, triplets=[triplet], logs=["a"], metadata={"m": 1}
+        )
+        told = await client.post_rollout_async(report)
+        assert told is not None
+        assert await server.poll_completed_rollout(rollout_id, timeout=5) == report
+        assert await server.get_completed_rollout(rollout_id) is None
+        assert await server.retrieve_completed_rollouts() == []
+    finally:
+        await server.stop()
+
+
+def test_a_task_loader_needs_no_server() -> None:
+    with pytest.warns(DeprecationWarning, match="DevTaskLoader"):
+        loader = DevTaskLoader([1, 2], {"p": PromptTemplate(template="hi")})
+    inputs = [task.input for _ in range(3) if (task := loader.poll_next_task()) is not None]
+    assert inputs == [1, 2, 1]
+    assert loader.get_latest_resources().resources["p"] == PromptTemplate(template="hi")
+    with pytest.raises(ValueError, match="unknown"):
+        loader.get_resources_by_id("other")
+    loader.post_rollout(RolloutLegacy(rollout_id="local_task_001", final_reward=1.0))
+    assert [one.final_reward for one in loader.rollouts] == [1.0]

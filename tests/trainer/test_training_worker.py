@@ -84,18 +84,29 @@ def test_a_worker_refuses_what_is_wrong_and_stops_when_asked(store: StoreProcess
     assert "did you mean algorithm.beam_width" in _train(store, "watch", "wrong").error
     _train(store, "start", _config(tmp_path, algorithm=ENDLESS, run_name="long", train_dataset=None))
     command = [sys.executable, "-m", "agl_grpc_cli", "train", "worker", "--once", "--store", store.address]
-    worker = subprocess.Popen([*command, "--run-dir", str(tmp_path / "runs")], stderr=subprocess.PIPE)
+    command += ["--run-dir", str(tmp_path / "runs"), "--worker-id", "w"]
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        with SyncStoreClient(store.address) as client:
-            for change in client.watch_training_runs(include_existing=True):
-                if any(
-                    run.training_run_id == "long-training" and run.trainer_epoch == 2 for run in change.items
-                ):
-                    break
+        _until_epoch(store, 2)
+    finally:
+        killed.kill()
+        killed.wait()
+    # The next one under the same id goes on with what the killed one had.
+    worker = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        _until_epoch(store, 3)
         assert _train(store, "stop", "long-training").stdout == "long-training stopping\n"
-        worker.communicate(timeout=60)
+        worker.wait(60)
     finally:
         worker.kill()
         worker.wait()
     assert worker.returncode == 0
     assert _train(store, "watch", "long-training").stdout.endswith("long-training stopped\n")
+
+
+def _until_epoch(store: StoreProcess, epoch: int) -> None:
+    """Returns when a trainer of this epoch has the run: the worker counts once, its trainer once more."""
+    with SyncStoreClient(store.address) as client:
+        for change in client.watch_training_runs(include_existing=True):
+            if any(item.run_id == "long" and item.trainer_epoch == epoch for item in change.items):
+                return

@@ -197,8 +197,11 @@ class SyncStoreClient:
     watch_training_log = _Iterating(StoreClient.watch_training_log)
     watch_training_runs = _Iterating(StoreClient.watch_training_runs)
     claim_batch = _Blocking(StoreClient.claim_batch)
+    get_batch = _Blocking(StoreClient.get_batch)
     query_batches = _Blocking(StoreClient.query_batches)
     stream_batch = _Iterating(StoreClient.stream_batch)
+    replay_batch = _Iterating(StoreClient.replay_batch)
+    explain_tokens = _Blocking(StoreClient.explain_tokens)
     commit_batches = _Blocking(StoreClient.commit_batches)
     release_batches = _Blocking(StoreClient.release_batches)
 

@@ -8,14 +8,17 @@ from typing import Any
 from agl_grpc.client.connection import Connection
 from agl_grpc.client.errors import NotFound
 from agl_grpc.client.watch import Watched, resumed, watch
+from agl_grpc.model import raw
 from agl_grpc.model.enums import BatchStatus, TrainingRunStatus
 from agl_grpc.model.failure import Failure
 from agl_grpc.model.training import Batch, LogLine, StepMetrics, TrainingRun
 from agl_grpc.model.value import to_payload
+from agl_grpc.v1 import batch_pb2, training_pb2
 from agl_grpc.v1 import trainer_service_pb2 as pb
-from agl_grpc.v1 import training_pb2
 
 _NO_STEP = 2**62  # above any: a watcher of the log wants none
+
+_TRAINER = "agl_grpc.v1.TrainerService"
 
 
 class RolloutsUnsealed(RuntimeError):
@@ -171,15 +174,38 @@ class TrainingCalls(Connection):
         )
 
     async def claim_batch(
-        self, training_run_id: str, trainer_epoch: int, step: int, rollout_ids: Sequence[str]
+        self,
+        training_run_id: str,
+        trainer_epoch: int,
+        step: int,
+        rollout_ids: Sequence[str],
+        *,
+        rules: batch_pb2.SampleRules | None = None,
     ) -> Batch:
-        """Freeze sealed rollouts, in training order, into a batch; `RolloutsUnsealed` when some are not."""
+        """Freeze sealed rollouts, in training order, into a batch; `RolloutsUnsealed` when some are not.
+
+        ``rules`` say how samples are made of them (default: the store's own defaults) and belong to the
+        batch's content hash: a replay follows them.
+        """
         request = pb.ClaimBatchRequest(
-            training_run_id=training_run_id, trainer_epoch=trainer_epoch, step=step, rollout_ids=rollout_ids
+            training_run_id=training_run_id,
+            trainer_epoch=trainer_epoch,
+            step=step,
+            rollout_ids=rollout_ids,
+            rules=rules,
         )
         response = await self.call(self.bound.trainer.ClaimBatch, request)
         if response.unsealed_rollout_ids:
             raise RolloutsUnsealed(response.unsealed_rollout_ids)
+        return Batch.from_proto(response.batch)
+
+    async def get_batch(self, batch_id: str = "", *, content_hash: str = "") -> Batch | None:
+        """One batch, by its id or as the newest of a content hash; ``None`` when unknown."""
+        request = pb.GetBatchRequest(batch_id=batch_id, content_hash=content_hash)
+        try:
+            response = await self.call(self.bound.trainer.GetBatch, request)
+        except NotFound:
+            return None
         return Batch.from_proto(response.batch)
 
     async def query_batches(
@@ -194,13 +220,47 @@ class TrainingCalls(Connection):
             self.bound.trainer.ListBatches, request, lambda page: map(Batch.from_proto, page.batches)
         )
 
-    async def stream_batch(self, batch_id: str) -> AsyncIterator[pb.StreamBatchResponse]:
-        """A batch's samples as packed columns, in the contract's own form."""
-        call = self.bound.trainer.StreamBatch(
-            pb.StreamBatchRequest(batch_id=batch_id), metadata=self.metadata
-        )
-        async for message in call:
+    def stream_batch(self, batch_id: str) -> AsyncIterator[Any]:
+        """A claimed or committed batch's samples as ``RawStreamBatchResponse``, resumed after disconnects.
+
+        `agl_grpc.sample.read_columns` makes arrays of an answer's ``samples``; its ``account`` says where the
+        tokens of its attempts went.
+        """
+        return self._samples("StreamBatch", pb.StreamBatchRequest(batch_id=batch_id))
+
+    def replay_batch(self, content_hash: str) -> AsyncIterator[Any]:
+        """A batch's samples again by content hash, bit for bit, in the form of `stream_batch`."""
+        return self._samples("ReplayBatch", pb.ReplayBatchRequest(content_hash=content_hash))
+
+    async def _samples(
+        self, name: str, request: pb.StreamBatchRequest | pb.ReplayBatchRequest
+    ) -> AsyncIterator[Any]:
+        def method(bound: Any) -> Any:
+            # Columns stay bytes, of which arrays are made without a copy.
+            return bound.channel.unary_stream(
+                f"/{_TRAINER}/{name}",
+                request_serializer=type(request).SerializeToString,
+                response_deserializer=raw.RawStreamBatchResponse.FromString,
+            )
+
+        def advance(request: Any, message: Any) -> None:
+            request.first_entry = message.next_entry
+
+        async for message in resumed(self, method, request, advance):
             yield message
+
+    async def explain_tokens(
+        self, rollout_id: str, span_id: str, *, attempt_id: str = "latest", choice: int = 0
+    ) -> pb.ExplainTokensResponse:
+        """What became of the tokens of one choice of a model call (``span_id`` in hex), and why."""
+        try:
+            span = bytes.fromhex(span_id)
+        except ValueError as error:
+            raise ValueError(f"span id {span_id!r} must be 16 hexadecimal digits") from error
+        request = pb.ExplainTokensRequest(
+            rollout_id=rollout_id, attempt_id=attempt_id, span_id=span, choice=choice
+        )
+        return await self.call(self.bound.trainer.ExplainTokens, request)
 
     async def commit_batches(
         self,

@@ -579,6 +579,7 @@ class ClaimBatchRequest(_message.Message):
     TRAINER_EPOCH_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     ROLLOUT_IDS_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key."""
     training_run_id: _builtins.str
@@ -591,6 +592,10 @@ class ClaimBatchRequest(_message.Message):
     def rollout_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The rollouts, in the order in which they are trained; all sealed."""
 
+    @_builtins.property
+    def rules(self) -> _batch_pb2.SampleRules:
+        """How samples are made of them; part of the content hash."""
+
     def __init__(
         self,
         *,
@@ -599,10 +604,11 @@ class ClaimBatchRequest(_message.Message):
         trainer_epoch: _builtins.int = ...,
         step: _builtins.int = ...,
         rollout_ids: _abc.Iterable[_builtins.str] | None = ...,
+        rules: _batch_pb2.SampleRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "rollout_ids", b"rollout_ids", "step", b"step", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "rollout_ids", b"rollout_ids", "rules", b"rules", "step", b"step", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -703,22 +709,76 @@ class ListBatchesResponse(_message.Message):
 Global___ListBatchesResponse: _TypeAlias = ListBatchesResponse  # noqa: Y015
 
 @_typing.final
+class GetBatchRequest(_message.Message):
+    """Asks for one batch; by id, or by content hash (then the newest of that hash)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.str
+    """The batch."""
+    content_hash: _builtins.str
+    """Its content hash, when batch_id is empty."""
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.str = ...,
+        content_hash: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "content_hash", b"content_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBatchRequest: _TypeAlias = GetBatchRequest  # noqa: Y015
+
+@_typing.final
+class GetBatchResponse(_message.Message):
+    """The batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def batch(self) -> _batch_pb2.Batch:
+        """With its manifest."""
+
+    def __init__(
+        self,
+        *,
+        batch: _batch_pb2.Batch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBatchResponse: _TypeAlias = GetBatchResponse  # noqa: Y015
+
+@_typing.final
 class StreamBatchRequest(_message.Message):
     """Asks for a batch's samples."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BATCH_ID_FIELD_NUMBER: _builtins.int
+    FIRST_ENTRY_FIELD_NUMBER: _builtins.int
     batch_id: _builtins.str
     """The batch."""
+    first_entry: _builtins.int
+    """Entries of the manifest to leave out at the beginning: `next_entry` of the last answer that was read."""
     def __init__(
         self,
         *,
         batch_id: _builtins.str = ...,
+        first_entry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "first_entry", b"first_entry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -732,23 +792,27 @@ class StreamBatchResponse(_message.Message):
 
     SAMPLES_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
+    NEXT_ENTRY_FIELD_NUMBER: _builtins.int
+    next_entry: _builtins.int
+    """Entries of the manifest whose rows have been sent; a stream that broke goes on from here."""
     @_builtins.property
     def samples(self) -> _batch_pb2.SampleColumns:
         """The next rows."""
 
     @_builtins.property
     def account(self) -> _batch_pb2.TokenAccount:
-        """Where the tokens went; in the last message."""
+        """Where the tokens of this answer's entries went; the sum over all answers is the batch's account."""
 
     def __init__(
         self,
         *,
         samples: _batch_pb2.SampleColumns | None = ...,
         account: _batch_pb2.TokenAccount | None = ...,
+        next_entry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "samples", b"samples"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "next_entry", b"next_entry", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -886,16 +950,20 @@ class ReplayBatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    FIRST_ENTRY_FIELD_NUMBER: _builtins.int
     content_hash: _builtins.str
     """`sha256:<hex>` of the manifest."""
+    first_entry: _builtins.int
+    """Entries of the manifest to leave out at the beginning: `next_entry` of the last answer that was read."""
     def __init__(
         self,
         *,
         content_hash: _builtins.str = ...,
+        first_entry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "first_entry", b"first_entry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -909,23 +977,27 @@ class ReplayBatchResponse(_message.Message):
 
     SAMPLES_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
+    NEXT_ENTRY_FIELD_NUMBER: _builtins.int
+    next_entry: _builtins.int
+    """Entries of the manifest whose rows have been sent; a stream that broke goes on from here."""
     @_builtins.property
     def samples(self) -> _batch_pb2.SampleColumns:
         """The next rows."""
 
     @_builtins.property
     def account(self) -> _batch_pb2.TokenAccount:
-        """Where the tokens went; in the last message."""
+        """Where the tokens of this answer's entries went; the sum over all answers is the batch's account."""
 
     def __init__(
         self,
         *,
         samples: _batch_pb2.SampleColumns | None = ...,
         account: _batch_pb2.TokenAccount | None = ...,
+        next_entry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "samples", b"samples"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "next_entry", b"next_entry", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -944,7 +1016,7 @@ class ExplainTokensRequest(_message.Message):
     rollout_id: _builtins.str
     """The rollout."""
     attempt_id: _builtins.str
-    """The attempt."""
+    """The attempt; empty or `latest` = the newest."""
     span_id: _builtins.bytes
     """The model call; 8 bytes."""
     choice: _builtins.int
@@ -977,13 +1049,13 @@ class TokenExplanation(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     BATCH_IDS_FIELD_NUMBER: _builtins.int
     start: _builtins.int
-    """First token."""
+    """First token, counted from the first of the call's prompt."""
     end: _builtins.int
-    """One past the last."""
+    """One past the last; the choice's sampled tokens follow those of the prompt."""
     fate: _batch_pb2.TokenFate.ValueType
     """What became of them."""
     reason: _builtins.str
-    """Why."""
+    """Why: a word as in TokenAccount.dropped, a colon, a sentence."""
     @_builtins.property
     def batch_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Batches that contain them."""
@@ -1012,6 +1084,12 @@ class ExplainTokensResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXPLANATIONS_FIELD_NUMBER: _builtins.int
+    PROMPT_LENGTH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    prompt_length: _builtins.int
+    """Number of the call's prompt tokens: sampled ones have positions from here on."""
+    attempt_id: _builtins.str
+    """The attempt that was meant."""
     @_builtins.property
     def explanations(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenExplanation]:
         """In order, without gaps."""
@@ -1020,10 +1098,12 @@ class ExplainTokensResponse(_message.Message):
         self,
         *,
         explanations: _abc.Iterable[Global___TokenExplanation] | None = ...,
+        prompt_length: _builtins.int = ...,
+        attempt_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanations", b"explanations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "explanations", b"explanations", "prompt_length", b"prompt_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

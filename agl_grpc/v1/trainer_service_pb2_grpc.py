@@ -90,6 +90,11 @@ class TrainerServiceStub(object):
                 request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesRequest.SerializeToString,
                 response_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesResponse.FromString,
                 _registered_method=True)
+        self.GetBatch = channel.unary_unary(
+                '/agl_grpc.v1.TrainerService/GetBatch',
+                request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchRequest.SerializeToString,
+                response_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchResponse.FromString,
+                _registered_method=True)
         self.StreamBatch = channel.unary_stream(
                 '/agl_grpc.v1.TrainerService/StreamBatch',
                 request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.StreamBatchRequest.SerializeToString,
@@ -238,8 +243,16 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBatch(self, request, context):
+        """One batch with its manifest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamBatch(self, request, context):
-        """Samples of a batch as packed arrays.
+        """Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+        ILLEGAL_TRANSITION for a released one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -260,14 +273,14 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReplayBatch(self, request, context):
-        """Samples of a batch again, by content hash, bit for bit.
+        """Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainTokens(self, request, context):
-        """Why a token was trained, masked or dropped.
+        """Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -386,6 +399,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.ListBatches,
                     request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesRequest.FromString,
                     response_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesResponse.SerializeToString,
+            ),
+            'GetBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBatch,
+                    request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchRequest.FromString,
+                    response_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchResponse.SerializeToString,
             ),
             'StreamBatch': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamBatch,
@@ -751,6 +769,33 @@ class TrainerService(object):
             '/agl_grpc.v1.TrainerService/ListBatches',
             agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesRequest.SerializeToString,
             agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agl_grpc.v1.TrainerService/GetBatch',
+            agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchRequest.SerializeToString,
+            agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

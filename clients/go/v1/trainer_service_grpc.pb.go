@@ -39,15 +39,18 @@ type TrainerServiceClient interface {
 	ClaimBatch(ctx context.Context, in *ClaimBatchRequest, opts ...grpc.CallOption) (*ClaimBatchResponse, error)
 	// Batches of a training run.
 	ListBatches(ctx context.Context, in *ListBatchesRequest, opts ...grpc.CallOption) (*ListBatchesResponse, error)
-	// Samples of a batch as packed arrays.
+	// One batch with its manifest.
+	GetBatch(ctx context.Context, in *GetBatchRequest, opts ...grpc.CallOption) (*GetBatchResponse, error)
+	// Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+	// ILLEGAL_TRANSITION for a released one.
 	StreamBatch(ctx context.Context, in *StreamBatchRequest, opts ...grpc.CallOption) (TrainerService_StreamBatchClient, error)
 	// Marks batches as trained, after the checkpoint that contains them was saved.
 	CommitBatches(ctx context.Context, in *CommitBatchesRequest, opts ...grpc.CallOption) (*CommitBatchesResponse, error)
 	// Gives claimed batches back.
 	ReleaseBatches(ctx context.Context, in *ReleaseBatchesRequest, opts ...grpc.CallOption) (*ReleaseBatchesResponse, error)
-	// Samples of a batch again, by content hash, bit for bit.
+	// Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone.
 	ReplayBatch(ctx context.Context, in *ReplayBatchRequest, opts ...grpc.CallOption) (TrainerService_ReplayBatchClient, error)
-	// Why a token was trained, masked or dropped.
+	// Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice.
 	ExplainTokens(ctx context.Context, in *ExplainTokensRequest, opts ...grpc.CallOption) (*ExplainTokensResponse, error)
 	// Offers new weights to a run's engines; they stage them while serving the old ones.
 	PreparePolicyVersion(ctx context.Context, in *PreparePolicyVersionRequest, opts ...grpc.CallOption) (*PreparePolicyVersionResponse, error)
@@ -214,6 +217,15 @@ func (c *trainerServiceClient) ClaimBatch(ctx context.Context, in *ClaimBatchReq
 func (c *trainerServiceClient) ListBatches(ctx context.Context, in *ListBatchesRequest, opts ...grpc.CallOption) (*ListBatchesResponse, error) {
 	out := new(ListBatchesResponse)
 	err := c.cc.Invoke(ctx, "/agl_grpc.v1.TrainerService/ListBatches", in, out, opts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *trainerServiceClient) GetBatch(ctx context.Context, in *GetBatchRequest, opts ...grpc.CallOption) (*GetBatchResponse, error) {
+	out := new(GetBatchResponse)
+	err := c.cc.Invoke(ctx, "/agl_grpc.v1.TrainerService/GetBatch", in, out, opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -432,15 +444,18 @@ type TrainerServiceServer interface {
 	ClaimBatch(context.Context, *ClaimBatchRequest) (*ClaimBatchResponse, error)
 	// Batches of a training run.
 	ListBatches(context.Context, *ListBatchesRequest) (*ListBatchesResponse, error)
-	// Samples of a batch as packed arrays.
+	// One batch with its manifest.
+	GetBatch(context.Context, *GetBatchRequest) (*GetBatchResponse, error)
+	// Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+	// ILLEGAL_TRANSITION for a released one.
 	StreamBatch(*StreamBatchRequest, TrainerService_StreamBatchServer) error
 	// Marks batches as trained, after the checkpoint that contains them was saved.
 	CommitBatches(context.Context, *CommitBatchesRequest) (*CommitBatchesResponse, error)
 	// Gives claimed batches back.
 	ReleaseBatches(context.Context, *ReleaseBatchesRequest) (*ReleaseBatchesResponse, error)
-	// Samples of a batch again, by content hash, bit for bit.
+	// Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone.
 	ReplayBatch(*ReplayBatchRequest, TrainerService_ReplayBatchServer) error
-	// Why a token was trained, masked or dropped.
+	// Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice.
 	ExplainTokens(context.Context, *ExplainTokensRequest) (*ExplainTokensResponse, error)
 	// Offers new weights to a run's engines; they stage them while serving the old ones.
 	PreparePolicyVersion(context.Context, *PreparePolicyVersionRequest) (*PreparePolicyVersionResponse, error)
@@ -497,6 +512,9 @@ func (UnimplementedTrainerServiceServer) ClaimBatch(context.Context, *ClaimBatch
 }
 func (UnimplementedTrainerServiceServer) ListBatches(context.Context, *ListBatchesRequest) (*ListBatchesResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method ListBatches not implemented")
+}
+func (UnimplementedTrainerServiceServer) GetBatch(context.Context, *GetBatchRequest) (*GetBatchResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method GetBatch not implemented")
 }
 func (UnimplementedTrainerServiceServer) StreamBatch(*StreamBatchRequest, TrainerService_StreamBatchServer) error {
 	return status.Errorf(codes.Unimplemented, "method StreamBatch not implemented")
@@ -750,6 +768,24 @@ func _TrainerService_ListBatches_Handler(srv interface{}, ctx context.Context, d
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(TrainerServiceServer).ListBatches(ctx, req.(*ListBatchesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _TrainerService_GetBatch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetBatchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(TrainerServiceServer).GetBatch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: "/agl_grpc.v1.TrainerService/GetBatch",
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(TrainerServiceServer).GetBatch(ctx, req.(*GetBatchRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1036,6 +1072,10 @@ var _TrainerService_serviceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListBatches",
 			Handler:    _TrainerService_ListBatches_Handler,
+		},
+		{
+			MethodName: "GetBatch",
+			Handler:    _TrainerService_GetBatch_Handler,
 		},
 		{
 			MethodName: "CommitBatches",

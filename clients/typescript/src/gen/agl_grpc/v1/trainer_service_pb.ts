@@ -6,7 +6,7 @@ import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegen
 import { fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Failure } from "./attempt_pb.js";
 import { file_agl_grpc_v1_attempt } from "./attempt_pb.js";
-import type { Batch, BatchStatus, SampleColumns, TokenAccount, TokenFate } from "./batch_pb.js";
+import type { Batch, BatchStatus, SampleColumns, SampleRules, TokenAccount, TokenFate } from "./batch_pb.js";
 import { file_agl_grpc_v1_batch } from "./batch_pb.js";
 import type { Payload } from "./common_pb.js";
 import { file_agl_grpc_v1_common } from "./common_pb.js";
@@ -22,7 +22,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file agl_grpc/v1/trainer_service.proto.
  */
 export const file_agl_grpc_v1_trainer_service: GenFile = /*@__PURE__*/
-  fileDesc("CiFhZ2xfZ3JwYy92MS90cmFpbmVyX3NlcnZpY2UucHJvdG8SC2FnbF9ncnBjLnYxIl4KGENyZWF0ZVRyYWluaW5nUnVuUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEi4KDHRyYWluaW5nX3J1bhgCIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuIksKGUNyZWF0ZVRyYWluaW5nUnVuUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4iMAoVR2V0VHJhaW5pbmdSdW5SZXF1ZXN0EhcKD3RyYWluaW5nX3J1bl9pZBgBIAEoCSJIChZHZXRUcmFpbmluZ1J1blJlc3BvbnNlEi4KDHRyYWluaW5nX3J1bhgBIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuInIKGUFjcXVpcmVUcmFpbmluZ1J1blJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSEgoKdHJhaW5lcl9pZBgDIAEoCRIUCgxvbmx5X3BlbmRpbmcYBCABKAgiTAoaQWNxdWlyZVRyYWluaW5nUnVuUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4i2wEKGEZpbmlzaFRyYWluaW5nUnVuUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEi4KBnN0YXR1cxgEIAEoDjIeLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuU3RhdHVzEiUKB2ZhaWx1cmUYBSABKAsyFC5hZ2xfZ3JwYy52MS5GYWlsdXJlEiQKBnJlc3VsdBgGIAEoCzIULmFnbF9ncnBjLnYxLlBheWxvYWQiSwoZRmluaXNoVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biJVChZTdG9wVHJhaW5pbmdSdW5SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEg4KBnJlYXNvbhgDIAEoCSJJChdTdG9wVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biKDAQoXTGlzdFRyYWluaW5nUnVuc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEjEKCXN0YXR1c19pbhgCIAMoDjIeLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuU3RhdHVzEhEKCXBhZ2Vfc2l6ZRgDIAEoBRISCgpwYWdlX3Rva2VuGAQgASgJImQKGExpc3RUcmFpbmluZ1J1bnNSZXNwb25zZRIvCg10cmFpbmluZ19ydW5zGAEgAygLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4SFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIqYBChRSZXBvcnRNZXRyaWNzUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEicKBXN0ZXBzGAQgAygLMhguYWdsX2dycGMudjEuU3RlcE1ldHJpY3MSIQoDbG9nGAUgAygLMhQuYWdsX2dycGMudjEuTG9nTGluZSJHChVSZXBvcnRNZXRyaWNzUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4ibQoXV2F0Y2hUcmFpbmluZ1J1blJlcXVlc3QSFwoPdHJhaW5pbmdfcnVuX2lkGAEgASgJEhEKCWZyb21fc3RlcBgCIAEoAxITCgtpbmNsdWRlX2xvZxgDIAEoCBIRCglhZnRlcl9sb2cYBCABKAMilgEKGFdhdGNoVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1bhInCgVzdGVwcxgCIAMoCzIYLmFnbF9ncnBjLnYxLlN0ZXBNZXRyaWNzEiEKA2xvZxgDIAMoCzIULmFnbF9ncnBjLnYxLkxvZ0xpbmUiVAoYV2F0Y2hUcmFpbmluZ1J1bnNSZXF1ZXN0Eg4KBnJ1bl9pZBgBIAEoCRIOCgZjdXJzb3IYAiABKAMSGAoQaW5jbHVkZV9leGlzdGluZxgDIAEoCCJwChlXYXRjaFRyYWluaW5nUnVuc1Jlc3BvbnNlEi8KDXRyYWluaW5nX3J1bnMYASADKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1bhIOCgZjdXJzb3IYAiABKAMSEgoKY2hlY2twb2ludBgDIAEoCCJ6ChFDbGFpbUJhdGNoUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEgwKBHN0ZXAYBCABKAMSEwoLcm9sbG91dF9pZHMYBSADKAkiVQoSQ2xhaW1CYXRjaFJlc3BvbnNlEiEKBWJhdGNoGAEgASgLMhIuYWdsX2dycGMudjEuQmF0Y2gSHAoUdW5zZWFsZWRfcm9sbG91dF9pZHMYAiADKAkigQEKEkxpc3RCYXRjaGVzUmVxdWVzdBIXCg90cmFpbmluZ19ydW5faWQYASABKAkSKwoJc3RhdHVzX2luGAIgAygOMhguYWdsX2dycGMudjEuQmF0Y2hTdGF0dXMSEQoJcGFnZV9zaXplGAMgASgFEhIKCnBhZ2VfdG9rZW4YBCABKAkiUwoTTGlzdEJhdGNoZXNSZXNwb25zZRIjCgdiYXRjaGVzGAEgAygLMhIuYWdsX2dycGMudjEuQmF0Y2gSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIiYKElN0cmVhbUJhdGNoUmVxdWVzdBIQCghiYXRjaF9pZBgBIAEoCSJuChNTdHJlYW1CYXRjaFJlc3BvbnNlEisKB3NhbXBsZXMYASABKAsyGi5hZ2xfZ3JwYy52MS5TYW1wbGVDb2x1bW5zEioKB2FjY291bnQYAiABKAsyGS5hZ2xfZ3JwYy52MS5Ub2tlbkFjY291bnQirQEKFENvbW1pdEJhdGNoZXNSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEhUKDXRyYWluZXJfZXBvY2gYAyABKAMSFQoNY2hlY2twb2ludF9pZBgEIAEoCRIRCgliYXRjaF9pZHMYBSADKAkSDAoEc3RlcBgGIAEoAxIZChFjaGVja3BvaW50X2RpZ2VzdBgHIAEoCSJHChVDb21taXRCYXRjaGVzUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4ibgoVUmVsZWFzZUJhdGNoZXNSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEhUKDXRyYWluZXJfZXBvY2gYAyABKAMSEQoJYmF0Y2hfaWRzGAQgAygJIhgKFlJlbGVhc2VCYXRjaGVzUmVzcG9uc2UiKgoSUmVwbGF5QmF0Y2hSZXF1ZXN0EhQKDGNvbnRlbnRfaGFzaBgBIAEoCSJuChNSZXBsYXlCYXRjaFJlc3BvbnNlEisKB3NhbXBsZXMYASABKAsyGi5hZ2xfZ3JwYy52MS5TYW1wbGVDb2x1bW5zEioKB2FjY291bnQYAiABKAsyGS5hZ2xfZ3JwYy52MS5Ub2tlbkFjY291bnQiXwoURXhwbGFpblRva2Vuc1JlcXVlc3QSEgoKcm9sbG91dF9pZBgBIAEoCRISCgphdHRlbXB0X2lkGAIgASgJEg8KB3NwYW5faWQYAyABKAwSDgoGY2hvaWNlGAQgASgFIncKEFRva2VuRXhwbGFuYXRpb24SDQoFc3RhcnQYASABKAUSCwoDZW5kGAIgASgFEiQKBGZhdGUYAyABKA4yFi5hZ2xfZ3JwYy52MS5Ub2tlbkZhdGUSDgoGcmVhc29uGAQgASgJEhEKCWJhdGNoX2lkcxgFIAMoCSJMChVFeHBsYWluVG9rZW5zUmVzcG9uc2USMwoMZXhwbGFuYXRpb25zGAEgAygLMh0uYWdsX2dycGMudjEuVG9rZW5FeHBsYW5hdGlvbiLwAQobUHJlcGFyZVBvbGljeVZlcnNpb25SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGcnVuX2lkGAIgASgJEg0KBW1vZGVsGAMgASgJEhYKDnBvbGljeV92ZXJzaW9uGAQgASgDEikKBnNvdXJjZRgFIAEoCzIZLmFnbF9ncnBjLnYxLldlaWdodFNvdXJjZRIrCghkZWFkbGluZRgGIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIXCg90cmFpbmluZ19ydW5faWQYByABKAkSFQoNdHJhaW5lcl9lcG9jaBgIIAEoAyJSChxQcmVwYXJlUG9saWN5VmVyc2lvblJlc3BvbnNlEjIKDnBvbGljeV92ZXJzaW9uGAEgASgLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbiJ/ChpDb21taXRQb2xpY3lWZXJzaW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBnJ1bl9pZBgCIAEoCRINCgVtb2RlbBgDIAEoCRIWCg5wb2xpY3lfdmVyc2lvbhgEIAEoAxIWCg53ZWlnaHRzX2RpZ2VzdBgFIAEoCSJRChtDb21taXRQb2xpY3lWZXJzaW9uUmVzcG9uc2USMgoOcG9saWN5X3ZlcnNpb24YASABKAsyGi5hZ2xfZ3JwYy52MS5Qb2xpY3lWZXJzaW9uInYKGUFib3J0UG9saWN5VmVyc2lvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIOCgZydW5faWQYAiABKAkSDQoFbW9kZWwYAyABKAkSFgoOcG9saWN5X3ZlcnNpb24YBCABKAMSDgoGcmVhc29uGAUgASgJIlAKGkFib3J0UG9saWN5VmVyc2lvblJlc3BvbnNlEjIKDnBvbGljeV92ZXJzaW9uGAEgASgLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbiJQChdHZXRQb2xpY3lWZXJzaW9uUmVxdWVzdBIOCgZydW5faWQYASABKAkSDQoFbW9kZWwYAiABKAkSFgoOcG9saWN5X3ZlcnNpb24YAyABKAMiTgoYR2V0UG9saWN5VmVyc2lvblJlc3BvbnNlEjIKDnBvbGljeV92ZXJzaW9uGAEgASgLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbiJhChlMaXN0UG9saWN5VmVyc2lvbnNSZXF1ZXN0Eg4KBnJ1bl9pZBgBIAEoCRINCgVtb2RlbBgCIAEoCRIRCglwYWdlX3NpemUYAyABKAUSEgoKcGFnZV90b2tlbhgEIAEoCSJqChpMaXN0UG9saWN5VmVyc2lvbnNSZXNwb25zZRIzCg9wb2xpY3lfdmVyc2lvbnMYASADKAsyGi5hZ2xfZ3JwYy52MS5Qb2xpY3lWZXJzaW9uEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSJ4ChpXYXRjaFBvbGljeVZlcnNpb25zUmVxdWVzdBIOCgZydW5faWQYASABKAkSDQoFbW9kZWwYAiABKAkSEQoJZW5naW5lX2lkGAMgASgJEg4KBmN1cnNvchgEIAEoAxIYChBpbmNsdWRlX2V4aXN0aW5nGAUgASgIInYKG1dhdGNoUG9saWN5VmVyc2lvbnNSZXNwb25zZRIzCg9wb2xpY3lfdmVyc2lvbnMYASADKAsyGi5hZ2xfZ3JwYy52MS5Qb2xpY3lWZXJzaW9uEg4KBmN1cnNvchgCIAEoAxISCgpjaGVja3BvaW50GAMgASgIInwKGFJlcG9ydEVuZ2luZVN0YXRlUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiMKBmVuZ2luZRgCIAEoCzITLmFnbF9ncnBjLnYxLkVuZ2luZRInCgVzdGF0ZRgDIAEoCzIYLmFnbF9ncnBjLnYxLkVuZ2luZVN0YXRlIkAKGVJlcG9ydEVuZ2luZVN0YXRlUmVzcG9uc2USIwoGZW5naW5lGAEgASgLMhMuYWdsX2dycGMudjEuRW5naW5lIloKEkxpc3RFbmdpbmVzUmVxdWVzdBIOCgZydW5faWQYASABKAkSDQoFbW9kZWwYAiABKAkSEQoJcGFnZV9zaXplGAMgASgFEhIKCnBhZ2VfdG9rZW4YBCABKAkiVAoTTGlzdEVuZ2luZXNSZXNwb25zZRIkCgdlbmdpbmVzGAEgAygLMhMuYWdsX2dycGMudjEuRW5naW5lEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCTL2EQoOVHJhaW5lclNlcnZpY2USYgoRQ3JlYXRlVHJhaW5pbmdSdW4SJS5hZ2xfZ3JwYy52MS5DcmVhdGVUcmFpbmluZ1J1blJlcXVlc3QaJi5hZ2xfZ3JwYy52MS5DcmVhdGVUcmFpbmluZ1J1blJlc3BvbnNlElkKDkdldFRyYWluaW5nUnVuEiIuYWdsX2dycGMudjEuR2V0VHJhaW5pbmdSdW5SZXF1ZXN0GiMuYWdsX2dycGMudjEuR2V0VHJhaW5pbmdSdW5SZXNwb25zZRJfChBMaXN0VHJhaW5pbmdSdW5zEiQuYWdsX2dycGMudjEuTGlzdFRyYWluaW5nUnVuc1JlcXVlc3QaJS5hZ2xfZ3JwYy52MS5MaXN0VHJhaW5pbmdSdW5zUmVzcG9uc2USZQoSQWNxdWlyZVRyYWluaW5nUnVuEiYuYWdsX2dycGMudjEuQWNxdWlyZVRyYWluaW5nUnVuUmVxdWVzdBonLmFnbF9ncnBjLnYxLkFjcXVpcmVUcmFpbmluZ1J1blJlc3BvbnNlEmIKEUZpbmlzaFRyYWluaW5nUnVuEiUuYWdsX2dycGMudjEuRmluaXNoVHJhaW5pbmdSdW5SZXF1ZXN0GiYuYWdsX2dycGMudjEuRmluaXNoVHJhaW5pbmdSdW5SZXNwb25zZRJcCg9TdG9wVHJhaW5pbmdSdW4SIy5hZ2xfZ3JwYy52MS5TdG9wVHJhaW5pbmdSdW5SZXF1ZXN0GiQuYWdsX2dycGMudjEuU3RvcFRyYWluaW5nUnVuUmVzcG9uc2USVgoNUmVwb3J0TWV0cmljcxIhLmFnbF9ncnBjLnYxLlJlcG9ydE1ldHJpY3NSZXF1ZXN0GiIuYWdsX2dycGMudjEuUmVwb3J0TWV0cmljc1Jlc3BvbnNlEmEKEFdhdGNoVHJhaW5pbmdSdW4SJC5hZ2xfZ3JwYy52MS5XYXRjaFRyYWluaW5nUnVuUmVxdWVzdBolLmFnbF9ncnBjLnYxLldhdGNoVHJhaW5pbmdSdW5SZXNwb25zZTABEmQKEVdhdGNoVHJhaW5pbmdSdW5zEiUuYWdsX2dycGMudjEuV2F0Y2hUcmFpbmluZ1J1bnNSZXF1ZXN0GiYuYWdsX2dycGMudjEuV2F0Y2hUcmFpbmluZ1J1bnNSZXNwb25zZTABEk0KCkNsYWltQmF0Y2gSHi5hZ2xfZ3JwYy52MS5DbGFpbUJhdGNoUmVxdWVzdBofLmFnbF9ncnBjLnYxLkNsYWltQmF0Y2hSZXNwb25zZRJQCgtMaXN0QmF0Y2hlcxIfLmFnbF9ncnBjLnYxLkxpc3RCYXRjaGVzUmVxdWVzdBogLmFnbF9ncnBjLnYxLkxpc3RCYXRjaGVzUmVzcG9uc2USUgoLU3RyZWFtQmF0Y2gSHy5hZ2xfZ3JwYy52MS5TdHJlYW1CYXRjaFJlcXVlc3QaIC5hZ2xfZ3JwYy52MS5TdHJlYW1CYXRjaFJlc3BvbnNlMAESVgoNQ29tbWl0QmF0Y2hlcxIhLmFnbF9ncnBjLnYxLkNvbW1pdEJhdGNoZXNSZXF1ZXN0GiIuYWdsX2dycGMudjEuQ29tbWl0QmF0Y2hlc1Jlc3BvbnNlElkKDlJlbGVhc2VCYXRjaGVzEiIuYWdsX2dycGMudjEuUmVsZWFzZUJhdGNoZXNSZXF1ZXN0GiMuYWdsX2dycGMudjEuUmVsZWFzZUJhdGNoZXNSZXNwb25zZRJSCgtSZXBsYXlCYXRjaBIfLmFnbF9ncnBjLnYxLlJlcGxheUJhdGNoUmVxdWVzdBogLmFnbF9ncnBjLnYxLlJlcGxheUJhdGNoUmVzcG9uc2UwARJWCg1FeHBsYWluVG9rZW5zEiEuYWdsX2dycGMudjEuRXhwbGFpblRva2Vuc1JlcXVlc3QaIi5hZ2xfZ3JwYy52MS5FeHBsYWluVG9rZW5zUmVzcG9uc2USawoUUHJlcGFyZVBvbGljeVZlcnNpb24SKC5hZ2xfZ3JwYy52MS5QcmVwYXJlUG9saWN5VmVyc2lvblJlcXVlc3QaKS5hZ2xfZ3JwYy52MS5QcmVwYXJlUG9saWN5VmVyc2lvblJlc3BvbnNlEmgKE0NvbW1pdFBvbGljeVZlcnNpb24SJy5hZ2xfZ3JwYy52MS5Db21taXRQb2xpY3lWZXJzaW9uUmVxdWVzdBooLmFnbF9ncnBjLnYxLkNvbW1pdFBvbGljeVZlcnNpb25SZXNwb25zZRJlChJBYm9ydFBvbGljeVZlcnNpb24SJi5hZ2xfZ3JwYy52MS5BYm9ydFBvbGljeVZlcnNpb25SZXF1ZXN0GicuYWdsX2dycGMudjEuQWJvcnRQb2xpY3lWZXJzaW9uUmVzcG9uc2USXwoQR2V0UG9saWN5VmVyc2lvbhIkLmFnbF9ncnBjLnYxLkdldFBvbGljeVZlcnNpb25SZXF1ZXN0GiUuYWdsX2dycGMudjEuR2V0UG9saWN5VmVyc2lvblJlc3BvbnNlEmUKEkxpc3RQb2xpY3lWZXJzaW9ucxImLmFnbF9ncnBjLnYxLkxpc3RQb2xpY3lWZXJzaW9uc1JlcXVlc3QaJy5hZ2xfZ3JwYy52MS5MaXN0UG9saWN5VmVyc2lvbnNSZXNwb25zZRJqChNXYXRjaFBvbGljeVZlcnNpb25zEicuYWdsX2dycGMudjEuV2F0Y2hQb2xpY3lWZXJzaW9uc1JlcXVlc3QaKC5hZ2xfZ3JwYy52MS5XYXRjaFBvbGljeVZlcnNpb25zUmVzcG9uc2UwARJiChFSZXBvcnRFbmdpbmVTdGF0ZRIlLmFnbF9ncnBjLnYxLlJlcG9ydEVuZ2luZVN0YXRlUmVxdWVzdBomLmFnbF9ncnBjLnYxLlJlcG9ydEVuZ2luZVN0YXRlUmVzcG9uc2USUAoLTGlzdEVuZ2luZXMSHy5hZ2xfZ3JwYy52MS5MaXN0RW5naW5lc1JlcXVlc3QaIC5hZ2xfZ3JwYy52MS5MaXN0RW5naW5lc1Jlc3BvbnNlYgZwcm90bzM", [file_agl_grpc_v1_attempt, file_agl_grpc_v1_batch, file_agl_grpc_v1_common, file_agl_grpc_v1_policy, file_agl_grpc_v1_training, file_google_protobuf_duration]);
+  fileDesc("CiFhZ2xfZ3JwYy92MS90cmFpbmVyX3NlcnZpY2UucHJvdG8SC2FnbF9ncnBjLnYxIl4KGENyZWF0ZVRyYWluaW5nUnVuUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEi4KDHRyYWluaW5nX3J1bhgCIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuIksKGUNyZWF0ZVRyYWluaW5nUnVuUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4iMAoVR2V0VHJhaW5pbmdSdW5SZXF1ZXN0EhcKD3RyYWluaW5nX3J1bl9pZBgBIAEoCSJIChZHZXRUcmFpbmluZ1J1blJlc3BvbnNlEi4KDHRyYWluaW5nX3J1bhgBIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuInIKGUFjcXVpcmVUcmFpbmluZ1J1blJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSEgoKdHJhaW5lcl9pZBgDIAEoCRIUCgxvbmx5X3BlbmRpbmcYBCABKAgiTAoaQWNxdWlyZVRyYWluaW5nUnVuUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4i2wEKGEZpbmlzaFRyYWluaW5nUnVuUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEi4KBnN0YXR1cxgEIAEoDjIeLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuU3RhdHVzEiUKB2ZhaWx1cmUYBSABKAsyFC5hZ2xfZ3JwYy52MS5GYWlsdXJlEiQKBnJlc3VsdBgGIAEoCzIULmFnbF9ncnBjLnYxLlBheWxvYWQiSwoZRmluaXNoVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biJVChZTdG9wVHJhaW5pbmdSdW5SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEg4KBnJlYXNvbhgDIAEoCSJJChdTdG9wVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biKDAQoXTGlzdFRyYWluaW5nUnVuc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEjEKCXN0YXR1c19pbhgCIAMoDjIeLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuU3RhdHVzEhEKCXBhZ2Vfc2l6ZRgDIAEoBRISCgpwYWdlX3Rva2VuGAQgASgJImQKGExpc3RUcmFpbmluZ1J1bnNSZXNwb25zZRIvCg10cmFpbmluZ19ydW5zGAEgAygLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4SFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIqYBChRSZXBvcnRNZXRyaWNzUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEicKBXN0ZXBzGAQgAygLMhguYWdsX2dycGMudjEuU3RlcE1ldHJpY3MSIQoDbG9nGAUgAygLMhQuYWdsX2dycGMudjEuTG9nTGluZSJHChVSZXBvcnRNZXRyaWNzUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4ibQoXV2F0Y2hUcmFpbmluZ1J1blJlcXVlc3QSFwoPdHJhaW5pbmdfcnVuX2lkGAEgASgJEhEKCWZyb21fc3RlcBgCIAEoAxITCgtpbmNsdWRlX2xvZxgDIAEoCBIRCglhZnRlcl9sb2cYBCABKAMilgEKGFdhdGNoVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1bhInCgVzdGVwcxgCIAMoCzIYLmFnbF9ncnBjLnYxLlN0ZXBNZXRyaWNzEiEKA2xvZxgDIAMoCzIULmFnbF9ncnBjLnYxLkxvZ0xpbmUiVAoYV2F0Y2hUcmFpbmluZ1J1bnNSZXF1ZXN0Eg4KBnJ1bl9pZBgBIAEoCRIOCgZjdXJzb3IYAiABKAMSGAoQaW5jbHVkZV9leGlzdGluZxgDIAEoCCJwChlXYXRjaFRyYWluaW5nUnVuc1Jlc3BvbnNlEi8KDXRyYWluaW5nX3J1bnMYASADKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1bhIOCgZjdXJzb3IYAiABKAMSEgoKY2hlY2twb2ludBgDIAEoCCKjAQoRQ2xhaW1CYXRjaFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSFQoNdHJhaW5lcl9lcG9jaBgDIAEoAxIMCgRzdGVwGAQgASgDEhMKC3JvbGxvdXRfaWRzGAUgAygJEicKBXJ1bGVzGAYgASgLMhguYWdsX2dycGMudjEuU2FtcGxlUnVsZXMiVQoSQ2xhaW1CYXRjaFJlc3BvbnNlEiEKBWJhdGNoGAEgASgLMhIuYWdsX2dycGMudjEuQmF0Y2gSHAoUdW5zZWFsZWRfcm9sbG91dF9pZHMYAiADKAkigQEKEkxpc3RCYXRjaGVzUmVxdWVzdBIXCg90cmFpbmluZ19ydW5faWQYASABKAkSKwoJc3RhdHVzX2luGAIgAygOMhguYWdsX2dycGMudjEuQmF0Y2hTdGF0dXMSEQoJcGFnZV9zaXplGAMgASgFEhIKCnBhZ2VfdG9rZW4YBCABKAkiUwoTTGlzdEJhdGNoZXNSZXNwb25zZRIjCgdiYXRjaGVzGAEgAygLMhIuYWdsX2dycGMudjEuQmF0Y2gSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIjkKD0dldEJhdGNoUmVxdWVzdBIQCghiYXRjaF9pZBgBIAEoCRIUCgxjb250ZW50X2hhc2gYAiABKAkiNQoQR2V0QmF0Y2hSZXNwb25zZRIhCgViYXRjaBgBIAEoCzISLmFnbF9ncnBjLnYxLkJhdGNoIjsKElN0cmVhbUJhdGNoUmVxdWVzdBIQCghiYXRjaF9pZBgBIAEoCRITCgtmaXJzdF9lbnRyeRgCIAEoBSKCAQoTU3RyZWFtQmF0Y2hSZXNwb25zZRIrCgdzYW1wbGVzGAEgASgLMhouYWdsX2dycGMudjEuU2FtcGxlQ29sdW1ucxIqCgdhY2NvdW50GAIgASgLMhkuYWdsX2dycGMudjEuVG9rZW5BY2NvdW50EhIKCm5leHRfZW50cnkYAyABKAUirQEKFENvbW1pdEJhdGNoZXNSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEhUKDXRyYWluZXJfZXBvY2gYAyABKAMSFQoNY2hlY2twb2ludF9pZBgEIAEoCRIRCgliYXRjaF9pZHMYBSADKAkSDAoEc3RlcBgGIAEoAxIZChFjaGVja3BvaW50X2RpZ2VzdBgHIAEoCSJHChVDb21taXRCYXRjaGVzUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4ibgoVUmVsZWFzZUJhdGNoZXNSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEhUKDXRyYWluZXJfZXBvY2gYAyABKAMSEQoJYmF0Y2hfaWRzGAQgAygJIhgKFlJlbGVhc2VCYXRjaGVzUmVzcG9uc2UiPwoSUmVwbGF5QmF0Y2hSZXF1ZXN0EhQKDGNvbnRlbnRfaGFzaBgBIAEoCRITCgtmaXJzdF9lbnRyeRgCIAEoBSKCAQoTUmVwbGF5QmF0Y2hSZXNwb25zZRIrCgdzYW1wbGVzGAEgASgLMhouYWdsX2dycGMudjEuU2FtcGxlQ29sdW1ucxIqCgdhY2NvdW50GAIgASgLMhkuYWdsX2dycGMudjEuVG9rZW5BY2NvdW50EhIKCm5leHRfZW50cnkYAyABKAUiXwoURXhwbGFpblRva2Vuc1JlcXVlc3QSEgoKcm9sbG91dF9pZBgBIAEoCRISCgphdHRlbXB0X2lkGAIgASgJEg8KB3NwYW5faWQYAyABKAwSDgoGY2hvaWNlGAQgASgFIncKEFRva2VuRXhwbGFuYXRpb24SDQoFc3RhcnQYASABKAUSCwoDZW5kGAIgASgFEiQKBGZhdGUYAyABKA4yFi5hZ2xfZ3JwYy52MS5Ub2tlbkZhdGUSDgoGcmVhc29uGAQgASgJEhEKCWJhdGNoX2lkcxgFIAMoCSJ3ChVFeHBsYWluVG9rZW5zUmVzcG9uc2USMwoMZXhwbGFuYXRpb25zGAEgAygLMh0uYWdsX2dycGMudjEuVG9rZW5FeHBsYW5hdGlvbhIVCg1wcm9tcHRfbGVuZ3RoGAIgASgFEhIKCmF0dGVtcHRfaWQYAyABKAki8AEKG1ByZXBhcmVQb2xpY3lWZXJzaW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBnJ1bl9pZBgCIAEoCRINCgVtb2RlbBgDIAEoCRIWCg5wb2xpY3lfdmVyc2lvbhgEIAEoAxIpCgZzb3VyY2UYBSABKAsyGS5hZ2xfZ3JwYy52MS5XZWlnaHRTb3VyY2USKwoIZGVhZGxpbmUYBiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SFwoPdHJhaW5pbmdfcnVuX2lkGAcgASgJEhUKDXRyYWluZXJfZXBvY2gYCCABKAMiUgocUHJlcGFyZVBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24ifwoaQ29tbWl0UG9saWN5VmVyc2lvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIOCgZydW5faWQYAiABKAkSDQoFbW9kZWwYAyABKAkSFgoOcG9saWN5X3ZlcnNpb24YBCABKAMSFgoOd2VpZ2h0c19kaWdlc3QYBSABKAkiUQobQ29tbWl0UG9saWN5VmVyc2lvblJlc3BvbnNlEjIKDnBvbGljeV92ZXJzaW9uGAEgASgLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbiJ2ChlBYm9ydFBvbGljeVZlcnNpb25SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGcnVuX2lkGAIgASgJEg0KBW1vZGVsGAMgASgJEhYKDnBvbGljeV92ZXJzaW9uGAQgASgDEg4KBnJlYXNvbhgFIAEoCSJQChpBYm9ydFBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24iUAoXR2V0UG9saWN5VmVyc2lvblJlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhYKDnBvbGljeV92ZXJzaW9uGAMgASgDIk4KGEdldFBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24iYQoZTGlzdFBvbGljeVZlcnNpb25zUmVxdWVzdBIOCgZydW5faWQYASABKAkSDQoFbW9kZWwYAiABKAkSEQoJcGFnZV9zaXplGAMgASgFEhIKCnBhZ2VfdG9rZW4YBCABKAkiagoaTGlzdFBvbGljeVZlcnNpb25zUmVzcG9uc2USMwoPcG9saWN5X3ZlcnNpb25zGAEgAygLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbhIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkieAoaV2F0Y2hQb2xpY3lWZXJzaW9uc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhEKCWVuZ2luZV9pZBgDIAEoCRIOCgZjdXJzb3IYBCABKAMSGAoQaW5jbHVkZV9leGlzdGluZxgFIAEoCCJ2ChtXYXRjaFBvbGljeVZlcnNpb25zUmVzcG9uc2USMwoPcG9saWN5X3ZlcnNpb25zGAEgAygLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbhIOCgZjdXJzb3IYAiABKAMSEgoKY2hlY2twb2ludBgDIAEoCCJ8ChhSZXBvcnRFbmdpbmVTdGF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIjCgZlbmdpbmUYAiABKAsyEy5hZ2xfZ3JwYy52MS5FbmdpbmUSJwoFc3RhdGUYAyABKAsyGC5hZ2xfZ3JwYy52MS5FbmdpbmVTdGF0ZSJAChlSZXBvcnRFbmdpbmVTdGF0ZVJlc3BvbnNlEiMKBmVuZ2luZRgBIAEoCzITLmFnbF9ncnBjLnYxLkVuZ2luZSJaChJMaXN0RW5naW5lc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhEKCXBhZ2Vfc2l6ZRgDIAEoBRISCgpwYWdlX3Rva2VuGAQgASgJIlQKE0xpc3RFbmdpbmVzUmVzcG9uc2USJAoHZW5naW5lcxgBIAMoCzITLmFnbF9ncnBjLnYxLkVuZ2luZRIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkyvxIKDlRyYWluZXJTZXJ2aWNlEmIKEUNyZWF0ZVRyYWluaW5nUnVuEiUuYWdsX2dycGMudjEuQ3JlYXRlVHJhaW5pbmdSdW5SZXF1ZXN0GiYuYWdsX2dycGMudjEuQ3JlYXRlVHJhaW5pbmdSdW5SZXNwb25zZRJZCg5HZXRUcmFpbmluZ1J1bhIiLmFnbF9ncnBjLnYxLkdldFRyYWluaW5nUnVuUmVxdWVzdBojLmFnbF9ncnBjLnYxLkdldFRyYWluaW5nUnVuUmVzcG9uc2USXwoQTGlzdFRyYWluaW5nUnVucxIkLmFnbF9ncnBjLnYxLkxpc3RUcmFpbmluZ1J1bnNSZXF1ZXN0GiUuYWdsX2dycGMudjEuTGlzdFRyYWluaW5nUnVuc1Jlc3BvbnNlEmUKEkFjcXVpcmVUcmFpbmluZ1J1bhImLmFnbF9ncnBjLnYxLkFjcXVpcmVUcmFpbmluZ1J1blJlcXVlc3QaJy5hZ2xfZ3JwYy52MS5BY3F1aXJlVHJhaW5pbmdSdW5SZXNwb25zZRJiChFGaW5pc2hUcmFpbmluZ1J1bhIlLmFnbF9ncnBjLnYxLkZpbmlzaFRyYWluaW5nUnVuUmVxdWVzdBomLmFnbF9ncnBjLnYxLkZpbmlzaFRyYWluaW5nUnVuUmVzcG9uc2USXAoPU3RvcFRyYWluaW5nUnVuEiMuYWdsX2dycGMudjEuU3RvcFRyYWluaW5nUnVuUmVxdWVzdBokLmFnbF9ncnBjLnYxLlN0b3BUcmFpbmluZ1J1blJlc3BvbnNlElYKDVJlcG9ydE1ldHJpY3MSIS5hZ2xfZ3JwYy52MS5SZXBvcnRNZXRyaWNzUmVxdWVzdBoiLmFnbF9ncnBjLnYxLlJlcG9ydE1ldHJpY3NSZXNwb25zZRJhChBXYXRjaFRyYWluaW5nUnVuEiQuYWdsX2dycGMudjEuV2F0Y2hUcmFpbmluZ1J1blJlcXVlc3QaJS5hZ2xfZ3JwYy52MS5XYXRjaFRyYWluaW5nUnVuUmVzcG9uc2UwARJkChFXYXRjaFRyYWluaW5nUnVucxIlLmFnbF9ncnBjLnYxLldhdGNoVHJhaW5pbmdSdW5zUmVxdWVzdBomLmFnbF9ncnBjLnYxLldhdGNoVHJhaW5pbmdSdW5zUmVzcG9uc2UwARJNCgpDbGFpbUJhdGNoEh4uYWdsX2dycGMudjEuQ2xhaW1CYXRjaFJlcXVlc3QaHy5hZ2xfZ3JwYy52MS5DbGFpbUJhdGNoUmVzcG9uc2USUAoLTGlzdEJhdGNoZXMSHy5hZ2xfZ3JwYy52MS5MaXN0QmF0Y2hlc1JlcXVlc3QaIC5hZ2xfZ3JwYy52MS5MaXN0QmF0Y2hlc1Jlc3BvbnNlEkcKCEdldEJhdGNoEhwuYWdsX2dycGMudjEuR2V0QmF0Y2hSZXF1ZXN0Gh0uYWdsX2dycGMudjEuR2V0QmF0Y2hSZXNwb25zZRJSCgtTdHJlYW1CYXRjaBIfLmFnbF9ncnBjLnYxLlN0cmVhbUJhdGNoUmVxdWVzdBogLmFnbF9ncnBjLnYxLlN0cmVhbUJhdGNoUmVzcG9uc2UwARJWCg1Db21taXRCYXRjaGVzEiEuYWdsX2dycGMudjEuQ29tbWl0QmF0Y2hlc1JlcXVlc3QaIi5hZ2xfZ3JwYy52MS5Db21taXRCYXRjaGVzUmVzcG9uc2USWQoOUmVsZWFzZUJhdGNoZXMSIi5hZ2xfZ3JwYy52MS5SZWxlYXNlQmF0Y2hlc1JlcXVlc3QaIy5hZ2xfZ3JwYy52MS5SZWxlYXNlQmF0Y2hlc1Jlc3BvbnNlElIKC1JlcGxheUJhdGNoEh8uYWdsX2dycGMudjEuUmVwbGF5QmF0Y2hSZXF1ZXN0GiAuYWdsX2dycGMudjEuUmVwbGF5QmF0Y2hSZXNwb25zZTABElYKDUV4cGxhaW5Ub2tlbnMSIS5hZ2xfZ3JwYy52MS5FeHBsYWluVG9rZW5zUmVxdWVzdBoiLmFnbF9ncnBjLnYxLkV4cGxhaW5Ub2tlbnNSZXNwb25zZRJrChRQcmVwYXJlUG9saWN5VmVyc2lvbhIoLmFnbF9ncnBjLnYxLlByZXBhcmVQb2xpY3lWZXJzaW9uUmVxdWVzdBopLmFnbF9ncnBjLnYxLlByZXBhcmVQb2xpY3lWZXJzaW9uUmVzcG9uc2USaAoTQ29tbWl0UG9saWN5VmVyc2lvbhInLmFnbF9ncnBjLnYxLkNvbW1pdFBvbGljeVZlcnNpb25SZXF1ZXN0GiguYWdsX2dycGMudjEuQ29tbWl0UG9saWN5VmVyc2lvblJlc3BvbnNlEmUKEkFib3J0UG9saWN5VmVyc2lvbhImLmFnbF9ncnBjLnYxLkFib3J0UG9saWN5VmVyc2lvblJlcXVlc3QaJy5hZ2xfZ3JwYy52MS5BYm9ydFBvbGljeVZlcnNpb25SZXNwb25zZRJfChBHZXRQb2xpY3lWZXJzaW9uEiQuYWdsX2dycGMudjEuR2V0UG9saWN5VmVyc2lvblJlcXVlc3QaJS5hZ2xfZ3JwYy52MS5HZXRQb2xpY3lWZXJzaW9uUmVzcG9uc2USZQoSTGlzdFBvbGljeVZlcnNpb25zEiYuYWdsX2dycGMudjEuTGlzdFBvbGljeVZlcnNpb25zUmVxdWVzdBonLmFnbF9ncnBjLnYxLkxpc3RQb2xpY3lWZXJzaW9uc1Jlc3BvbnNlEmoKE1dhdGNoUG9saWN5VmVyc2lvbnMSJy5hZ2xfZ3JwYy52MS5XYXRjaFBvbGljeVZlcnNpb25zUmVxdWVzdBooLmFnbF9ncnBjLnYxLldhdGNoUG9saWN5VmVyc2lvbnNSZXNwb25zZTABEmIKEVJlcG9ydEVuZ2luZVN0YXRlEiUuYWdsX2dycGMudjEuUmVwb3J0RW5naW5lU3RhdGVSZXF1ZXN0GiYuYWdsX2dycGMudjEuUmVwb3J0RW5naW5lU3RhdGVSZXNwb25zZRJQCgtMaXN0RW5naW5lcxIfLmFnbF9ncnBjLnYxLkxpc3RFbmdpbmVzUmVxdWVzdBogLmFnbF9ncnBjLnYxLkxpc3RFbmdpbmVzUmVzcG9uc2ViBnByb3RvMw", [file_agl_grpc_v1_attempt, file_agl_grpc_v1_batch, file_agl_grpc_v1_common, file_agl_grpc_v1_policy, file_agl_grpc_v1_training, file_google_protobuf_duration]);
 
 /**
  * Asks for a training run.
@@ -639,6 +639,13 @@ export type ClaimBatchRequest = Message<"agl_grpc.v1.ClaimBatchRequest"> & {
    * @generated from field: repeated string rollout_ids = 5;
    */
   rolloutIds: string[];
+
+  /**
+   * How samples are made of them; part of the content hash.
+   *
+   * @generated from field: agl_grpc.v1.SampleRules rules = 6;
+   */
+  rules?: SampleRules | undefined;
 };
 
 /**
@@ -747,6 +754,55 @@ export const ListBatchesResponseSchema: GenMessage<ListBatchesResponse> = /*@__P
   messageDesc(file_agl_grpc_v1_trainer_service, 21);
 
 /**
+ * Asks for one batch; by id, or by content hash (then the newest of that hash).
+ *
+ * @generated from message agl_grpc.v1.GetBatchRequest
+ */
+export type GetBatchRequest = Message<"agl_grpc.v1.GetBatchRequest"> & {
+  /**
+   * The batch.
+   *
+   * @generated from field: string batch_id = 1;
+   */
+  batchId: string;
+
+  /**
+   * Its content hash, when batch_id is empty.
+   *
+   * @generated from field: string content_hash = 2;
+   */
+  contentHash: string;
+};
+
+/**
+ * Describes the message agl_grpc.v1.GetBatchRequest.
+ * Use `create(GetBatchRequestSchema)` to create a new message.
+ */
+export const GetBatchRequestSchema: GenMessage<GetBatchRequest> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_trainer_service, 22);
+
+/**
+ * The batch.
+ *
+ * @generated from message agl_grpc.v1.GetBatchResponse
+ */
+export type GetBatchResponse = Message<"agl_grpc.v1.GetBatchResponse"> & {
+  /**
+   * With its manifest.
+   *
+   * @generated from field: agl_grpc.v1.Batch batch = 1;
+   */
+  batch?: Batch | undefined;
+};
+
+/**
+ * Describes the message agl_grpc.v1.GetBatchResponse.
+ * Use `create(GetBatchResponseSchema)` to create a new message.
+ */
+export const GetBatchResponseSchema: GenMessage<GetBatchResponse> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_trainer_service, 23);
+
+/**
  * Asks for a batch's samples.
  *
  * @generated from message agl_grpc.v1.StreamBatchRequest
@@ -758,6 +814,13 @@ export type StreamBatchRequest = Message<"agl_grpc.v1.StreamBatchRequest"> & {
    * @generated from field: string batch_id = 1;
    */
   batchId: string;
+
+  /**
+   * Entries of the manifest to leave out at the beginning: `next_entry` of the last answer that was read.
+   *
+   * @generated from field: int32 first_entry = 2;
+   */
+  firstEntry: number;
 };
 
 /**
@@ -765,7 +828,7 @@ export type StreamBatchRequest = Message<"agl_grpc.v1.StreamBatchRequest"> & {
  * Use `create(StreamBatchRequestSchema)` to create a new message.
  */
 export const StreamBatchRequestSchema: GenMessage<StreamBatchRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 22);
+  messageDesc(file_agl_grpc_v1_trainer_service, 24);
 
 /**
  * Samples.
@@ -781,11 +844,18 @@ export type StreamBatchResponse = Message<"agl_grpc.v1.StreamBatchResponse"> & {
   samples?: SampleColumns | undefined;
 
   /**
-   * Where the tokens went; in the last message.
+   * Where the tokens of this answer's entries went; the sum over all answers is the batch's account.
    *
    * @generated from field: agl_grpc.v1.TokenAccount account = 2;
    */
   account?: TokenAccount | undefined;
+
+  /**
+   * Entries of the manifest whose rows have been sent; a stream that broke goes on from here.
+   *
+   * @generated from field: int32 next_entry = 3;
+   */
+  nextEntry: number;
 };
 
 /**
@@ -793,7 +863,7 @@ export type StreamBatchResponse = Message<"agl_grpc.v1.StreamBatchResponse"> & {
  * Use `create(StreamBatchResponseSchema)` to create a new message.
  */
 export const StreamBatchResponseSchema: GenMessage<StreamBatchResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 23);
+  messageDesc(file_agl_grpc_v1_trainer_service, 25);
 
 /**
  * Commits batches.
@@ -856,7 +926,7 @@ export type CommitBatchesRequest = Message<"agl_grpc.v1.CommitBatchesRequest"> &
  * Use `create(CommitBatchesRequestSchema)` to create a new message.
  */
 export const CommitBatchesRequestSchema: GenMessage<CommitBatchesRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 24);
+  messageDesc(file_agl_grpc_v1_trainer_service, 26);
 
 /**
  * The training run with its new checkpoint.
@@ -877,7 +947,7 @@ export type CommitBatchesResponse = Message<"agl_grpc.v1.CommitBatchesResponse">
  * Use `create(CommitBatchesResponseSchema)` to create a new message.
  */
 export const CommitBatchesResponseSchema: GenMessage<CommitBatchesResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 25);
+  messageDesc(file_agl_grpc_v1_trainer_service, 27);
 
 /**
  * Gives batches back.
@@ -919,7 +989,7 @@ export type ReleaseBatchesRequest = Message<"agl_grpc.v1.ReleaseBatchesRequest">
  * Use `create(ReleaseBatchesRequestSchema)` to create a new message.
  */
 export const ReleaseBatchesRequestSchema: GenMessage<ReleaseBatchesRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 26);
+  messageDesc(file_agl_grpc_v1_trainer_service, 28);
 
 /**
  * Done.
@@ -934,7 +1004,7 @@ export type ReleaseBatchesResponse = Message<"agl_grpc.v1.ReleaseBatchesResponse
  * Use `create(ReleaseBatchesResponseSchema)` to create a new message.
  */
 export const ReleaseBatchesResponseSchema: GenMessage<ReleaseBatchesResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 27);
+  messageDesc(file_agl_grpc_v1_trainer_service, 29);
 
 /**
  * Asks for a batch's samples again.
@@ -948,6 +1018,13 @@ export type ReplayBatchRequest = Message<"agl_grpc.v1.ReplayBatchRequest"> & {
    * @generated from field: string content_hash = 1;
    */
   contentHash: string;
+
+  /**
+   * Entries of the manifest to leave out at the beginning: `next_entry` of the last answer that was read.
+   *
+   * @generated from field: int32 first_entry = 2;
+   */
+  firstEntry: number;
 };
 
 /**
@@ -955,7 +1032,7 @@ export type ReplayBatchRequest = Message<"agl_grpc.v1.ReplayBatchRequest"> & {
  * Use `create(ReplayBatchRequestSchema)` to create a new message.
  */
 export const ReplayBatchRequestSchema: GenMessage<ReplayBatchRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 28);
+  messageDesc(file_agl_grpc_v1_trainer_service, 30);
 
 /**
  * Samples.
@@ -971,11 +1048,18 @@ export type ReplayBatchResponse = Message<"agl_grpc.v1.ReplayBatchResponse"> & {
   samples?: SampleColumns | undefined;
 
   /**
-   * Where the tokens went; in the last message.
+   * Where the tokens of this answer's entries went; the sum over all answers is the batch's account.
    *
    * @generated from field: agl_grpc.v1.TokenAccount account = 2;
    */
   account?: TokenAccount | undefined;
+
+  /**
+   * Entries of the manifest whose rows have been sent; a stream that broke goes on from here.
+   *
+   * @generated from field: int32 next_entry = 3;
+   */
+  nextEntry: number;
 };
 
 /**
@@ -983,7 +1067,7 @@ export type ReplayBatchResponse = Message<"agl_grpc.v1.ReplayBatchResponse"> & {
  * Use `create(ReplayBatchResponseSchema)` to create a new message.
  */
 export const ReplayBatchResponseSchema: GenMessage<ReplayBatchResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 29);
+  messageDesc(file_agl_grpc_v1_trainer_service, 31);
 
 /**
  * Asks for the fate of tokens.
@@ -999,7 +1083,7 @@ export type ExplainTokensRequest = Message<"agl_grpc.v1.ExplainTokensRequest"> &
   rolloutId: string;
 
   /**
-   * The attempt.
+   * The attempt; empty or `latest` = the newest.
    *
    * @generated from field: string attempt_id = 2;
    */
@@ -1025,7 +1109,7 @@ export type ExplainTokensRequest = Message<"agl_grpc.v1.ExplainTokensRequest"> &
  * Use `create(ExplainTokensRequestSchema)` to create a new message.
  */
 export const ExplainTokensRequestSchema: GenMessage<ExplainTokensRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 30);
+  messageDesc(file_agl_grpc_v1_trainer_service, 32);
 
 /**
  * The fate of a stretch of tokens.
@@ -1034,14 +1118,14 @@ export const ExplainTokensRequestSchema: GenMessage<ExplainTokensRequest> = /*@_
  */
 export type TokenExplanation = Message<"agl_grpc.v1.TokenExplanation"> & {
   /**
-   * First token.
+   * First token, counted from the first of the call's prompt.
    *
    * @generated from field: int32 start = 1;
    */
   start: number;
 
   /**
-   * One past the last.
+   * One past the last; the choice's sampled tokens follow those of the prompt.
    *
    * @generated from field: int32 end = 2;
    */
@@ -1055,7 +1139,7 @@ export type TokenExplanation = Message<"agl_grpc.v1.TokenExplanation"> & {
   fate: TokenFate;
 
   /**
-   * Why.
+   * Why: a word as in TokenAccount.dropped, a colon, a sentence.
    *
    * @generated from field: string reason = 4;
    */
@@ -1074,7 +1158,7 @@ export type TokenExplanation = Message<"agl_grpc.v1.TokenExplanation"> & {
  * Use `create(TokenExplanationSchema)` to create a new message.
  */
 export const TokenExplanationSchema: GenMessage<TokenExplanation> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 31);
+  messageDesc(file_agl_grpc_v1_trainer_service, 33);
 
 /**
  * The fate of a choice's tokens.
@@ -1088,6 +1172,20 @@ export type ExplainTokensResponse = Message<"agl_grpc.v1.ExplainTokensResponse">
    * @generated from field: repeated agl_grpc.v1.TokenExplanation explanations = 1;
    */
   explanations: TokenExplanation[];
+
+  /**
+   * Number of the call's prompt tokens: sampled ones have positions from here on.
+   *
+   * @generated from field: int32 prompt_length = 2;
+   */
+  promptLength: number;
+
+  /**
+   * The attempt that was meant.
+   *
+   * @generated from field: string attempt_id = 3;
+   */
+  attemptId: string;
 };
 
 /**
@@ -1095,7 +1193,7 @@ export type ExplainTokensResponse = Message<"agl_grpc.v1.ExplainTokensResponse">
  * Use `create(ExplainTokensResponseSchema)` to create a new message.
  */
 export const ExplainTokensResponseSchema: GenMessage<ExplainTokensResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 32);
+  messageDesc(file_agl_grpc_v1_trainer_service, 34);
 
 /**
  * Offers weights.
@@ -1165,7 +1263,7 @@ export type PreparePolicyVersionRequest = Message<"agl_grpc.v1.PreparePolicyVers
  * Use `create(PreparePolicyVersionRequestSchema)` to create a new message.
  */
 export const PreparePolicyVersionRequestSchema: GenMessage<PreparePolicyVersionRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 33);
+  messageDesc(file_agl_grpc_v1_trainer_service, 35);
 
 /**
  * The policy version.
@@ -1186,7 +1284,7 @@ export type PreparePolicyVersionResponse = Message<"agl_grpc.v1.PreparePolicyVer
  * Use `create(PreparePolicyVersionResponseSchema)` to create a new message.
  */
 export const PreparePolicyVersionResponseSchema: GenMessage<PreparePolicyVersionResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 34);
+  messageDesc(file_agl_grpc_v1_trainer_service, 36);
 
 /**
  * Commits weights.
@@ -1235,7 +1333,7 @@ export type CommitPolicyVersionRequest = Message<"agl_grpc.v1.CommitPolicyVersio
  * Use `create(CommitPolicyVersionRequestSchema)` to create a new message.
  */
 export const CommitPolicyVersionRequestSchema: GenMessage<CommitPolicyVersionRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 35);
+  messageDesc(file_agl_grpc_v1_trainer_service, 37);
 
 /**
  * The policy version.
@@ -1256,7 +1354,7 @@ export type CommitPolicyVersionResponse = Message<"agl_grpc.v1.CommitPolicyVersi
  * Use `create(CommitPolicyVersionResponseSchema)` to create a new message.
  */
 export const CommitPolicyVersionResponseSchema: GenMessage<CommitPolicyVersionResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 36);
+  messageDesc(file_agl_grpc_v1_trainer_service, 38);
 
 /**
  * Gives weights up.
@@ -1305,7 +1403,7 @@ export type AbortPolicyVersionRequest = Message<"agl_grpc.v1.AbortPolicyVersionR
  * Use `create(AbortPolicyVersionRequestSchema)` to create a new message.
  */
 export const AbortPolicyVersionRequestSchema: GenMessage<AbortPolicyVersionRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 37);
+  messageDesc(file_agl_grpc_v1_trainer_service, 39);
 
 /**
  * The policy version.
@@ -1326,7 +1424,7 @@ export type AbortPolicyVersionResponse = Message<"agl_grpc.v1.AbortPolicyVersion
  * Use `create(AbortPolicyVersionResponseSchema)` to create a new message.
  */
 export const AbortPolicyVersionResponseSchema: GenMessage<AbortPolicyVersionResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 38);
+  messageDesc(file_agl_grpc_v1_trainer_service, 40);
 
 /**
  * Asks for one policy version.
@@ -1361,7 +1459,7 @@ export type GetPolicyVersionRequest = Message<"agl_grpc.v1.GetPolicyVersionReque
  * Use `create(GetPolicyVersionRequestSchema)` to create a new message.
  */
 export const GetPolicyVersionRequestSchema: GenMessage<GetPolicyVersionRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 39);
+  messageDesc(file_agl_grpc_v1_trainer_service, 41);
 
 /**
  * The policy version.
@@ -1382,7 +1480,7 @@ export type GetPolicyVersionResponse = Message<"agl_grpc.v1.GetPolicyVersionResp
  * Use `create(GetPolicyVersionResponseSchema)` to create a new message.
  */
 export const GetPolicyVersionResponseSchema: GenMessage<GetPolicyVersionResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 40);
+  messageDesc(file_agl_grpc_v1_trainer_service, 42);
 
 /**
  * Asks for policy versions.
@@ -1424,7 +1522,7 @@ export type ListPolicyVersionsRequest = Message<"agl_grpc.v1.ListPolicyVersionsR
  * Use `create(ListPolicyVersionsRequestSchema)` to create a new message.
  */
 export const ListPolicyVersionsRequestSchema: GenMessage<ListPolicyVersionsRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 41);
+  messageDesc(file_agl_grpc_v1_trainer_service, 43);
 
 /**
  * Policy versions, newest first.
@@ -1452,7 +1550,7 @@ export type ListPolicyVersionsResponse = Message<"agl_grpc.v1.ListPolicyVersions
  * Use `create(ListPolicyVersionsResponseSchema)` to create a new message.
  */
 export const ListPolicyVersionsResponseSchema: GenMessage<ListPolicyVersionsResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 42);
+  messageDesc(file_agl_grpc_v1_trainer_service, 44);
 
 /**
  * Watches policy versions.
@@ -1501,7 +1599,7 @@ export type WatchPolicyVersionsRequest = Message<"agl_grpc.v1.WatchPolicyVersion
  * Use `create(WatchPolicyVersionsRequestSchema)` to create a new message.
  */
 export const WatchPolicyVersionsRequestSchema: GenMessage<WatchPolicyVersionsRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 43);
+  messageDesc(file_agl_grpc_v1_trainer_service, 45);
 
 /**
  * Versions that changed.
@@ -1536,7 +1634,7 @@ export type WatchPolicyVersionsResponse = Message<"agl_grpc.v1.WatchPolicyVersio
  * Use `create(WatchPolicyVersionsResponseSchema)` to create a new message.
  */
 export const WatchPolicyVersionsResponseSchema: GenMessage<WatchPolicyVersionsResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 44);
+  messageDesc(file_agl_grpc_v1_trainer_service, 46);
 
 /**
  * Reports an engine.
@@ -1571,7 +1669,7 @@ export type ReportEngineStateRequest = Message<"agl_grpc.v1.ReportEngineStateReq
  * Use `create(ReportEngineStateRequestSchema)` to create a new message.
  */
 export const ReportEngineStateRequestSchema: GenMessage<ReportEngineStateRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 45);
+  messageDesc(file_agl_grpc_v1_trainer_service, 47);
 
 /**
  * The engine as stored.
@@ -1592,7 +1690,7 @@ export type ReportEngineStateResponse = Message<"agl_grpc.v1.ReportEngineStateRe
  * Use `create(ReportEngineStateResponseSchema)` to create a new message.
  */
 export const ReportEngineStateResponseSchema: GenMessage<ReportEngineStateResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 46);
+  messageDesc(file_agl_grpc_v1_trainer_service, 48);
 
 /**
  * Asks for engines.
@@ -1634,7 +1732,7 @@ export type ListEnginesRequest = Message<"agl_grpc.v1.ListEnginesRequest"> & {
  * Use `create(ListEnginesRequestSchema)` to create a new message.
  */
 export const ListEnginesRequestSchema: GenMessage<ListEnginesRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 47);
+  messageDesc(file_agl_grpc_v1_trainer_service, 49);
 
 /**
  * Engines.
@@ -1662,7 +1760,7 @@ export type ListEnginesResponse = Message<"agl_grpc.v1.ListEnginesResponse"> & {
  * Use `create(ListEnginesResponseSchema)` to create a new message.
  */
 export const ListEnginesResponseSchema: GenMessage<ListEnginesResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 48);
+  messageDesc(file_agl_grpc_v1_trainer_service, 50);
 
 /**
  * Training: runs of algorithms, batches that are trained exactly once, policy versions.
@@ -1781,7 +1879,18 @@ export const TrainerService: GenService<{
     output: typeof ListBatchesResponseSchema;
   },
   /**
-   * Samples of a batch as packed arrays.
+   * One batch with its manifest.
+   *
+   * @generated from rpc agl_grpc.v1.TrainerService.GetBatch
+   */
+  getBatch: {
+    methodKind: "unary";
+    input: typeof GetBatchRequestSchema;
+    output: typeof GetBatchResponseSchema;
+  },
+  /**
+   * Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+   * ILLEGAL_TRANSITION for a released one.
    *
    * @generated from rpc agl_grpc.v1.TrainerService.StreamBatch
    */
@@ -1811,7 +1920,7 @@ export const TrainerService: GenService<{
     output: typeof ReleaseBatchesResponseSchema;
   },
   /**
-   * Samples of a batch again, by content hash, bit for bit.
+   * Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone.
    *
    * @generated from rpc agl_grpc.v1.TrainerService.ReplayBatch
    */
@@ -1821,7 +1930,7 @@ export const TrainerService: GenService<{
     output: typeof ReplayBatchResponseSchema;
   },
   /**
-   * Why a token was trained, masked or dropped.
+   * Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice.
    *
    * @generated from rpc agl_grpc.v1.TrainerService.ExplainTokens
    */

@@ -12,19 +12,49 @@ help: ## List the tasks
 .venv-proto/ready:
 	$(PYTHON) -m venv .venv-proto && $(PYTHON) -m venv .venv-proto/typing
 	.venv-proto/bin/pip install -q 'grpcio-tools==1.71.2' 'protobuf>=5.29,<6' 'setuptools<81'
-	.venv-proto/typing/bin/pip install -q 'mypy-protobuf==5.1.0' 'buf-bin>=1.75,<2'
+	.venv-proto/typing/bin/pip install -q 'mypy-protobuf==5.1.0' 'buf-bin>=1.75,<2' 'googleapis-common-protos>=1.70,<2'
+	touch $@
+
+# Go and its libraries from Debian's own packages, unpacked beside the others: nothing is installed into the system.
+GO_PACKAGES := golang-go golang-1.19-go golang-1.19-src golang-google-grpc-dev golang-google-protobuf-dev \
+  golang-google-genproto-dev golang-github-golang-protobuf-1-5-dev golang-golang-x-net-dev golang-golang-x-sys-dev \
+  golang-golang-x-text-dev golang-golang-x-oauth2-dev protoc-gen-go protoc-gen-go-grpc
+GO_MODULE := github.com/agl-grpc/agl-grpc/clients/go
+
+.venv-go/ready:
+	mkdir -p .venv-go/path/src/$(dir $(GO_MODULE))
+	cd .venv-go && { apt-get download -q $(GO_PACKAGES) || { apt-get update -q && apt-get download -q $(GO_PACKAGES); }; }
+	cd .venv-go && for package in *.deb; do dpkg-deb -x "$$package" .; done && rm -f ./*.deb
+	ln -sfn "$$PWD/clients/go" .venv-go/path/src/$(GO_MODULE)
+	printf '%s\n' '#!/bin/sh' "cd '$$PWD/.venv-go/path/src/$(GO_MODULE)'" \
+	  "export GOROOT='$$PWD/.venv-go/usr/lib/go-1.19' GOPATH='$$PWD/.venv-go/path:$$PWD/.venv-go/usr/share/gocode'" \
+	  'export GO111MODULE=off CGO_ENABLED=0' 'exec "$$GOROOT/bin/go" "$$@"' > .venv-go/go
+	chmod +x .venv-go/go
+	touch $@
+
+.PHONY: go-tools
+go-tools: .venv-go/ready ## Unpack Go and gRPC for it from Debian's packages into .venv-go
+
+clients/typescript/node_modules/.package-lock.json: clients/typescript/package-lock.json
+	cd clients/typescript && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
 .PHONY: proto
-proto: .venv-proto/ready ## Regenerate the stubs in agl_grpc/v1 from proto/
+proto: .venv-proto/ready .venv-go/ready clients/typescript/node_modules/.package-lock.json ## Regenerate the stubs of each language and docs/contract.md
 	.venv-proto/typing/bin/buf format -w proto
 	.venv-proto/typing/bin/buf lint proto
 	PATH="$$PWD/.venv-proto/typing/bin:$$PATH" .venv-proto/bin/python -m grpc_tools.protoc -Iproto \
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. proto/agl_grpc/v1/*.proto
+	.venv-proto/typing/bin/buf build proto -o - --as-file-descriptor-set | .venv-proto/bin/python docs/contract.py
+	cd clients/go && PATH="$$PWD/../../.venv-go/usr/bin:$$PWD/../../.venv-proto/typing/bin:$$PATH" buf generate ../../proto
+	cd clients/typescript && PATH="$$PWD/../../.venv-proto/typing/bin:$$PATH" \
+	  GOOGLE_PROTOS=$$(echo "$$PWD"/../../.venv-proto/typing/lib/python3*/site-packages) npm run --silent generate
+
+GENERATED := proto agl_grpc/v1 clients/go/v1 clients/typescript/src/gen docs/contract.md
 
 .PHONY: check-proto
 check-proto: proto ## Fail when the committed stubs differ from a fresh generation
-	@test -z "$$(git status --porcelain -- proto agl_grpc/v1)" || { git status --short -- proto agl_grpc/v1; exit 1; }
+	@test -z "$$(git status --porcelain -- $(GENERATED))" || { git status --short -- $(GENERATED); exit 1; }
 
 # Debian's own protoc, unpacked beside the others: nothing is installed into the system.
 .venv-proto/debian/ready: | .venv-proto/ready
@@ -51,8 +81,8 @@ check-protoc: .venv-proto/debian/ready ## Compile the contract with Debian's pro
 
 .PHONY: lint
 lint: .venv/dev-ready ## Format, lint and types
-	.venv/bin/ruff format --check agl_grpc cli tests benchmarks examples
-	.venv/bin/ruff check agl_grpc cli tests benchmarks examples
+	.venv/bin/ruff format --check agl_grpc cli tests benchmarks examples docs/contract.py
+	.venv/bin/ruff check agl_grpc cli tests benchmarks examples docs/contract.py
 	.venv/bin/mypy
 
 .PHONY: test-fast
@@ -64,6 +94,34 @@ engines: .venv/dev-ready ## Make the engine and learner environments
 	.venv/bin/agl-grpc env create engine --path .venv-engine
 	.venv/bin/agl-grpc env create learner --path .venv-learner
 
+# The released Agent Lightning, whose clients are tested and whose server is measured against ours. litellm is
+# held at the version of its day: releases since have not all been sound.
+.venv-agentlightning/ready:
+	$(PYTHON) -m venv .venv-agentlightning
+	.venv-agentlightning/bin/pip install -q --upgrade 'pip>=25.1'
+	.venv-agentlightning/bin/pip install -q 'agentlightning==0.3.0' 'litellm[proxy]==1.80.10' \
+	  'opentelemetry-sdk==1.39.1' 'opentelemetry-exporter-otlp==1.39.1' 'opentelemetry-instrumentation==0.60b1' 'setuptools<81'
+	touch $@
+
+tests/doors/node/node_modules/.package-lock.json: tests/doors/node/package.json
+	cd tests/doors/node && npm install --no-audit --no-fund --no-package-lock --silent
+
+.PHONY: peers
+peers: .venv-agentlightning/ready tests/doors/node/node_modules/.package-lock.json ## Make what is tested against: Agent Lightning 0.3, OpenTelemetry for Node.js
+
+# The agent frameworks of examples/frameworks. uv: their pins take pip minutes to bring together.
+.venv-frameworks/ready: examples/frameworks/requirements.txt pyproject.toml
+	test -x .venv-frameworks/bin/uv || { $(PYTHON) -m venv .venv-frameworks && .venv-frameworks/bin/pip install -q 'uv>=0.8,<1'; }
+	.venv-frameworks/bin/uv pip install -q --python .venv-frameworks/bin/python -r examples/frameworks/requirements.txt -e .
+	touch $@
+
+examples/frameworks/node/node_modules/.package-lock.json: examples/frameworks/node/package-lock.json
+	cd examples/frameworks/node && npm ci --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
+.PHONY: frameworks
+frameworks: .venv-frameworks/ready examples/frameworks/node/node_modules/.package-lock.json ## Make the environment of the agent frameworks
+
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises
@@ -71,8 +129,12 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 .PHONY: test
-test: check-proto check-protoc lint test-fast engines ## Everything: lint, the fast suite, real vLLM and real verl
-	.venv/bin/python -m pytest -m e2e
+test: check-proto check-protoc lint test-fast engines peers frameworks ## Everything: lint, the fast suite, real vLLM and real verl
+	.venv/bin/python -m pytest -m e2e -n 2 --dist loadfile
+
+.PHONY: conformance
+conformance: .venv/dev-ready .venv-go/ready ## Replay the shared vectors in every language; prints a matrix
+	.venv/bin/python -m tests.conformance
 
 .PHONY: bench
 bench: .venv/dev-ready ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)

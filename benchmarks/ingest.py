@@ -51,7 +51,11 @@ async def stream_spans(
     begun, room = time.perf_counter(), asyncio.Event()
 
     async def read() -> None:
-        while await stream.read():
+        try:
+            while await stream.read():
+                room.set()
+        finally:
+            # Also when it fails: the sender must not wait for an answer that does not come.
             room.set()
 
     reading = asyncio.create_task(read())

@@ -136,8 +136,12 @@ class SpanMessages:
 
     def __init__(self, kind: str, size: int, groups: int, attempts: list[Attempt]) -> None:
         make = call_span if kind == "calls" else plain_span
-        self._spans = [make(number).SerializeToString() for number in range(size)]
-        self._places = [span.index(_ID_MARK) + 2 for span in self._spans]
+        made = [make(number) for number in range(size)]
+        self._spans = [span.SerializeToString() for span in made]
+        # With the id itself: the mark alone may also stand in the random trace id before it.
+        self._places = [
+            data.index(_ID_MARK + span.span_id) + 2 for data, span in zip(self._spans, made, strict=True)
+        ]
         self._groups = groups
         self._attempts = attempts
 

@@ -54,7 +54,7 @@ def store_server(
 ) -> Iterator[Server]:
     """A store on a disk of this machine, or on a PostgreSQL database."""
     port = _free_port()
-    command = [sys.executable, "-m", module, "store", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", module, "store", "serve", "--port", str(port), "--http-port", "0"]
     command += ["--database", str(database), "--log-level", "warning", *extra]
     begun = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

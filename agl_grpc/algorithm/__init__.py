@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from agl_grpc.algorithm.apo import APO
 from agl_grpc.algorithm.base import Algorithm, FunctionalAlgorithm, algo
+from agl_grpc.algorithm.baseline import Baseline, FastAlgorithm
+from agl_grpc.algorithm.errors import AlgorithmError
+from agl_grpc.algorithm.gepa import GEPA
+from agl_grpc.algorithm.reporting import Reporter
+from agl_grpc.algorithm.rollouts import cancel_rest, primary_rewards, run_rollouts
 from agl_grpc.algorithm.verl import VERL
 
-__all__ = ["VERL", "Algorithm", "FunctionalAlgorithm", "algo"]
+__all__ = [
+    "APO",
+    "GEPA",
+    "VERL",
+    "Algorithm",
+    "AlgorithmError",
+    "Baseline",
+    "FastAlgorithm",
+    "FunctionalAlgorithm",
+    "Reporter",
+    "algo",
+    "cancel_rest",
+    "primary_rewards",
+    "run_rollouts",
+]

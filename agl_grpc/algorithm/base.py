@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from agl_grpc.algorithm.reporting import Reporter, SilentReporter
 from agl_grpc.client import StoreClient
 
 Dataset = Sequence[Any]
@@ -23,6 +25,12 @@ class Algorithm:
         self._llm_proxy: Any = None
         self._adapter: Any = None
         self._trainer: Any = None
+        self._reporter: Reporter = SilentReporter()
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name in the store, for example ``apo``."""
+        return type(self).__name__.lower()
 
     def set_store(self, store: StoreClient) -> None:
         """Gives the client of the store."""
@@ -68,6 +76,14 @@ class Algorithm:
             raise RuntimeError("the algorithm is not run by a Trainer")
         return self._trainer
 
+    def set_reporter(self, reporter: Reporter) -> None:
+        """Gives what takes the algorithm's metrics."""
+        self._reporter = reporter
+
+    def get_reporter(self) -> Reporter:
+        """Takes metrics of steps and lines for people; one that keeps nothing before another was set."""
+        return self._reporter
+
     def is_async(self) -> bool:
         """Whether ``run`` is a coroutine."""
         return inspect.iscoroutinefunction(self.run)
@@ -81,7 +97,7 @@ class FunctionalAlgorithm(Algorithm):
     """An algorithm made of one function. Its parameters are filled by name.
 
     Known names: ``store``, ``train_dataset``, ``val_dataset``, ``llm_proxy``, ``adapter``,
-    ``initial_resources``.
+    ``initial_resources``, ``reporter`` (see `Reporter`).
     """
 
     _NAMES: ClassVar[tuple[str, ...]] = (
@@ -91,6 +107,7 @@ class FunctionalAlgorithm(Algorithm):
         "llm_proxy",
         "adapter",
         "initial_resources",
+        "reporter",
     )
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -102,8 +119,13 @@ class FunctionalAlgorithm(Algorithm):
                     f"{function.__qualname__} asks for {name!r}; an algorithm may ask for "
                     f"{', '.join(self._NAMES)}"
                 )
+        functools.update_wrapper(self, function)
         self._function = function
         self._wanted = [name for name in self._NAMES if name in parameters]
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self._function, "__name__", "function"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function itself."""
@@ -129,6 +151,7 @@ class FunctionalAlgorithm(Algorithm):
             "llm_proxy": self.get_llm_proxy,
             "adapter": self.get_adapter,
             "initial_resources": self.get_initial_resources,
+            "reporter": self.get_reporter,
         }
         return getters[name]()
 

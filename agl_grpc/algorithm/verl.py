@@ -11,7 +11,14 @@ import orjson
 
 from agl_grpc.algorithm.base import Algorithm
 from agl_grpc.learner.errors import ConfigError
-from agl_grpc.learner.run_config import CheckLimits, Deadlines, EngineConfig, RunConfig, TrainedTokens
+from agl_grpc.learner.run_config import (
+    CheckLimits,
+    Deadlines,
+    EngineConfig,
+    RunConfig,
+    TrainedTokens,
+    settings,
+)
 from agl_grpc.model.rollout import RolloutConfig
 
 
@@ -24,6 +31,8 @@ class VERL(Algorithm):
             name.
         model_name: the name under which engines serve the model; default: the folder's name.
         device: ``auto``, ``cpu`` or ``cuda``, of the learner.
+        visible_devices: GPUs that the learner may use, such as ``"4,5,6,7"``; empty = all.
+        ray_address: a Ray cluster that runs already, for a learner on several nodes; empty = none.
         seed: of data order and initialisation.
         engines: how many engines, and how they are reached.
         rollouts: rules of every rollout's life.
@@ -31,6 +40,9 @@ class VERL(Algorithm):
         checks: limits between sampled and recomputed logprobs.
         deadlines: of the learner's phases.
         keep_checkpoints: how many finished checkpoints stay; None = all.
+
+    ``engines``, ``rollouts``, ``samples``, ``checks`` and ``deadlines`` may also be given as mappings of
+    their fields, as a configuration file has them.
     """
 
     def __init__(
@@ -39,12 +51,14 @@ class VERL(Algorithm):
         *,
         model_name: str = "",
         device: str = "auto",
+        visible_devices: str = "",
+        ray_address: str = "",
         seed: int = 0,
-        engines: EngineConfig | None = None,
-        rollouts: RolloutConfig | None = None,
-        samples: TrainedTokens | None = None,
-        checks: CheckLimits | None = None,
-        deadlines: Deadlines | None = None,
+        engines: EngineConfig | Mapping[str, Any] | None = None,
+        rollouts: RolloutConfig | Mapping[str, Any] | None = None,
+        samples: TrainedTokens | Mapping[str, Any] | None = None,
+        checks: CheckLimits | Mapping[str, Any] | None = None,
+        deadlines: Deadlines | Mapping[str, Any] | None = None,
         keep_checkpoints: int | None = 3,
     ) -> None:
         super().__init__()
@@ -52,12 +66,14 @@ class VERL(Algorithm):
         self.model_path = _model_path(self.config)
         self.model_name = model_name or Path(self.model_path).name
         self.device = device
+        self.visible_devices = visible_devices
+        self.ray_address = ray_address
         self.seed = seed
-        self.engines = engines or EngineConfig()
-        self.rollouts = rollouts or RolloutConfig()
-        self.samples = samples or TrainedTokens()
-        self.checks = checks or CheckLimits()
-        self.deadlines = deadlines or Deadlines()
+        self.engines = settings("engines", engines, EngineConfig)
+        self.rollouts = settings("rollouts", rollouts, RolloutConfig)
+        self.samples = settings("samples", samples, TrainedTokens)
+        self.checks = settings("checks", checks, CheckLimits)
+        self.deadlines = settings("deadlines", deadlines, Deadlines)
         self.keep_checkpoints = keep_checkpoints
 
     def write_run(
@@ -87,6 +103,8 @@ class VERL(Algorithm):
             "run_id": run_id,
             "training_run_id": training_run_id,
             "device": self.device,
+            "visible_devices": self.visible_devices,
+            "ray_address": self.ray_address,
             "seed": self.seed,
             "keep_checkpoints": self.keep_checkpoints,
             "engines": asdict(self.engines),

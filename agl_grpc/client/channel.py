@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import grpc
@@ -35,7 +36,55 @@ _TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 BROKEN_WRITE = "Internal error from Core"
 """What gRPC itself says, as INTERNAL, when a stream ends under a write; the store's own status is lost."""
 
+_PLAIN = ("grpc://", "http://")
+_SECURE = ("grpcs://", "https://")
+
 T = TypeVar("T")
+
+
+@dataclass(slots=True, frozen=True)
+class Tls:
+    """What a client needs for a store that serves with TLS.
+
+    ``root_certificates`` is a PEM file with the issuers that the client trusts; ``None`` = the file that
+    ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` names, else those that come with gRPC. ``certificate`` and ``key``
+    are PEM files too, for a store that asks its clients for a certificate.
+    """
+
+    root_certificates: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Reads the files. Raises `OSError` for one that cannot be read."""
+        files = (self.root_certificates, self.key, self.certificate)
+        return grpc.ssl_channel_credentials(*(None if file is None else file.read_bytes() for file in files))
+
+
+def split_target(target: str) -> tuple[str, bool]:
+    """``host:port`` of a target, and whether its scheme (``grpcs://``, ``https://``) asks for TLS."""
+    for scheme in (*_PLAIN, *_SECURE):
+        if target.startswith(scheme):
+            return target.removeprefix(scheme).rstrip("/"), scheme in _SECURE
+    return target.rstrip("/"), False
+
+
+def open_channel(
+    target: str, options: Sequence[tuple[str, int]] = OPTIONS, tls: Tls | None = None
+) -> grpc.aio.Channel:
+    """A channel to a store: with TLS if the target's scheme is ``grpcs://`` or ``tls`` is given."""
+    address, secure = split_target(target)
+    if secure or tls is not None:
+        return grpc.aio.secure_channel(address, (tls or Tls()).credentials(), options=options)
+    return grpc.aio.insecure_channel(address, options=options)
+
+
+def open_blocking_channel(target: str) -> grpc.Channel:
+    """As ``open_channel``, for threads without an event loop."""
+    address, secure = split_target(target)
+    if secure:
+        return grpc.secure_channel(address, Tls().credentials(), options=OPTIONS)
+    return grpc.insecure_channel(address, options=OPTIONS)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)

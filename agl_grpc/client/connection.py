@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
 
-import grpc
-
-from agl_grpc.client.channel import OPTIONS, RetryPolicy, call_with_retries
+from agl_grpc.client.channel import RetryPolicy, Tls, call_with_retries, open_channel, split_target
 from agl_grpc.model.page import PaginatedResult
 from agl_grpc.v1.runner_service_pb2_grpc import RunnerServiceStub
 from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
@@ -44,9 +43,9 @@ class UnaryMethod(Protocol[Request, Response]):
 class _Bound:
     """A channel and its stubs, for as long as one event loop lives."""
 
-    def __init__(self, target: str, options: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, target: str, tls: Tls | None) -> None:
         self.loop = asyncio.get_running_loop()
-        self.channel = grpc.aio.insecure_channel(target, options=options)
+        self.channel = open_channel(target, tls=tls)
         self.store: StoreServiceAsyncStub = StoreServiceStub(self.channel)
         self.runner: RunnerServiceAsyncStub = RunnerServiceStub(self.channel)
         self.trainer: TrainerServiceAsyncStub = TrainerServiceStub(self.channel)
@@ -57,6 +56,8 @@ class Connection:
 
     ``target`` is the store's ``host:port``; ``run_id`` scopes whatever does not name a run itself;
     ``credential`` is sent as a bearer token. The channel opens at the first call and belongs to its loop.
+    With TLS when the target begins with ``grpcs://`` or ``root_certificates`` names a PEM file of trusted
+    issuers; ``certificate`` and ``key`` are the client's own, for a store that asks for them.
     """
 
     def __init__(
@@ -66,8 +67,16 @@ class Connection:
         run_id: str = "default",
         credential: str | None = None,
         retry: RetryPolicy | None = None,
+        root_certificates: Path | str | None = None,
+        certificate: Path | str | None = None,
+        key: Path | str | None = None,
     ) -> None:
-        self.target = target.removeprefix("grpc://").removeprefix("http://").rstrip("/")
+        if (certificate is None) != (key is None):
+            raise ValueError("certificate and key belong together: give both or neither")
+        address, secure = split_target(target)
+        files = [None if file is None else Path(file) for file in (root_certificates, certificate, key)]
+        self._tls = Tls(*files) if secure or any(files) else None
+        self.target = address if self._tls is None else f"grpcs://{address}"
         self.run_id = run_id
         self.retry = retry or RetryPolicy()
         self._credential = credential
@@ -75,7 +84,7 @@ class Connection:
         self._bound: _Bound | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Self], tuple[object, ...]]:
-        return _rebuild, (type(self), self.target, self.run_id, self._credential, self.retry)
+        return _rebuild, (type(self), self.target, self.run_id, self._credential, self.retry, self._tls)
 
     async def __aenter__(self) -> Self:
         return self
@@ -97,7 +106,7 @@ class Connection:
         """
         loop = asyncio.get_running_loop()
         if self._bound is None or self._bound.loop.is_closed():
-            self._bound = _Bound(self.target, OPTIONS)
+            self._bound = _Bound(self.target, self._tls)
         elif self._bound.loop is not loop:
             raise RuntimeError(
                 "this StoreClient belongs to another event loop; make one here or use SyncStoreClient"
@@ -175,6 +184,20 @@ class Connection:
 
 
 def _rebuild(
-    kind: type[Connection], target: str, run_id: str, credential: str | None, retry: RetryPolicy
+    kind: type[Connection],
+    target: str,
+    run_id: str,
+    credential: str | None,
+    retry: RetryPolicy,
+    tls: Tls | None,
 ) -> Any:
-    return kind(target, run_id=run_id, credential=credential, retry=retry)
+    files = tls or Tls()
+    return kind(
+        target,
+        run_id=run_id,
+        credential=credential,
+        retry=retry,
+        root_certificates=files.root_certificates,
+        certificate=files.certificate,
+        key=files.key,
+    )

@@ -102,6 +102,11 @@ class RolloutCalls(BlobCalls):
         )
         await self.spill(rollout.input for rollout in request.rollouts)
         response = await self.call(self.bound.store.EnqueueRollouts, request)
+        for made, asked in zip(response.rollouts, request.rollouts, strict=True):
+            # Large answers come without what this side has anyway.
+            if asked.HasField("input") and not made.HasField("input"):
+                made.input.CopyFrom(asked.input)
+                made.metadata.extend(asked.metadata)
         return [Rollout.from_proto(rollout) for rollout in response.rollouts]
 
     async def dequeue_rollout(
@@ -239,10 +244,19 @@ class RolloutCalls(BlobCalls):
         return list((await self.call(self.bound.store.CancelRollouts, request)).rollout_ids)
 
     async def retry_rollouts(
-        self, rollout_ids: Sequence[str] | None = None, *, filter: rollout_pb2.RolloutFilter | None = None
+        self,
+        rollout_ids: Sequence[str] | None = None,
+        *,
+        filter: rollout_pb2.RolloutFilter | None = None,
+        expire_after: float | None = None,
     ) -> list[Rollout]:
-        """Make a new rollout, with ``retry_of``, for each chosen finished one."""
-        request = pb.RetryRolloutsRequest(filter=self._chosen(rollout_ids, filter))
+        """Make a new rollout, with ``retry_of``, for each chosen finished one.
+
+        ``expire_after`` (seconds) is how long they may wait in their queues; ``None`` = as the old ones.
+        """
+        request = pb.RetryRolloutsRequest(
+            filter=self._chosen(rollout_ids, filter), expire_after=to_duration(expire_after)
+        )
         response = await self.call(self.bound.store.RetryRollouts, request)
         return [Rollout.from_proto(rollout) for rollout in response.rollouts]
 
@@ -261,38 +275,58 @@ class RolloutCalls(BlobCalls):
     async def wait_for_rollouts(
         self,
         *,
-        rollout_ids: Sequence[str],
+        rollout_ids: Sequence[str] = (),
+        group_ids: Sequence[str] = (),
         timeout: float | None = None,  # noqa: ASYNC109  # the wait is the store's; the name is Agent Lightning's
         until: WaitUntil | str = WaitUntil.TERMINAL,
         any: bool = False,
+        run_id: str | None = None,
     ) -> list[Rollout]:
         """Wait until all (or any) of the rollouts are finished (or sealed too); unknown ids are ignored.
 
-        ``timeout`` in seconds: ``None`` waits for ever, 0 asks once. Answers those that are there, in order.
+        ``group_ids`` stand for whatever rollouts these groups of the run have. ``timeout`` in seconds:
+        ``None`` waits for ever, 0 asks once. Answers those that are there: by id in the order given, then
+        by group.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        wanted = list(dict.fromkeys(rollout_ids))
         found: dict[str, Rollout] = {}
-        for start in range(0, len(rollout_ids), _WAIT_IDS):
-            part = rollout_ids[start : start + _WAIT_IDS]
-            found |= await self._wait_part(part, deadline, WaitUntil.parse(until), any)
+        for start in range(0, max(1, len(wanted)), _WAIT_IDS):
+            request = pb.WaitRolloutsRequest(
+                rollout_ids=wanted[start : start + _WAIT_IDS],
+                run_id=self.run_or_default(run_id),
+                group_ids=() if start else group_ids,
+                until=WaitUntil.parse(until).number,
+                any=any,
+            )
+            await self._wait_part(request, deadline, found)
             if any and found:
                 break
-        return [found[rollout_id] for rollout_id in dict.fromkeys(rollout_ids) if rollout_id in found]
+        ordered = {rollout_id: found.pop(rollout_id) for rollout_id in wanted if rollout_id in found}
+        return [*ordered.values(), *found.values()]
 
     async def _wait_part(
-        self, rollout_ids: Sequence[str], deadline: float | None, until: WaitUntil, any: bool
-    ) -> dict[str, Rollout]:
+        self, request: pb.WaitRolloutsRequest, deadline: float | None, found: dict[str, Rollout]
+    ) -> None:
         while True:
             left = _LONG_POLL_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
             wait = min(left, _LONG_POLL_SECONDS)
-            request = pb.WaitRolloutsRequest(
-                rollout_ids=rollout_ids, until=until.number, timeout=to_duration(wait), any=any
-            )
+            request.ClearField("timeout")
+            request.MergeFrom(pb.WaitRolloutsRequest(timeout=to_duration(wait)))
             # Each try may last as long as the poll; the retries around it bridge a restart of the store.
             response = await self.call(self.bound.store.WaitRollouts, request, try_timeout=wait + 15.0)
+            for rollout in response.rollouts:
+                found[rollout.rollout_id] = Rollout.from_proto(rollout)
+            if response.further_rollout_ids:
+                listed = await self.query_rollouts(rollout_id_in=response.further_rollout_ids, run_id="*")
+                found.update((rollout.rollout_id, rollout) for rollout in listed)
             over = deadline is not None and time.monotonic() >= deadline
-            if response.complete or (any and response.rollouts) or over:
-                return {rollout.rollout_id: Rollout.from_proto(rollout) for rollout in response.rollouts}
+            if response.complete or (request.any and found) or over:
+                return
+            # What is there need not be sent again; of groups the store alone knows what they have.
+            rest = [rollout_id for rollout_id in request.rollout_ids if rollout_id not in found]
+            del request.rollout_ids[:]
+            request.rollout_ids.extend(rest)
 
     def watch_rollouts(
         self,

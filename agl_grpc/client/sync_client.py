@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 from agl_grpc.client.channel import RetryPolicy
@@ -88,8 +89,19 @@ class SyncStoreClient:
         run_id: str = "default",
         credential: str | None = None,
         retry: RetryPolicy | None = None,
+        root_certificates: Path | str | None = None,
+        certificate: Path | str | None = None,
+        key: Path | str | None = None,
     ) -> None:
-        self.async_client = StoreClient(target, run_id=run_id, credential=credential, retry=retry)
+        self.async_client = StoreClient(
+            target,
+            run_id=run_id,
+            credential=credential,
+            retry=retry,
+            root_certificates=root_certificates,
+            certificate=certificate,
+            key=key,
+        )
         self.io = io_thread()
 
     def __reduce__(self) -> tuple[Callable[..., SyncStoreClient], tuple[StoreClient]]:
@@ -182,9 +194,14 @@ class SyncStoreClient:
     stop_training_run = _Blocking(StoreClient.stop_training_run)
     report_metrics = _Blocking(StoreClient.report_metrics)
     watch_training_run = _Iterating(StoreClient.watch_training_run)
+    watch_training_log = _Iterating(StoreClient.watch_training_log)
+    watch_training_runs = _Iterating(StoreClient.watch_training_runs)
     claim_batch = _Blocking(StoreClient.claim_batch)
+    get_batch = _Blocking(StoreClient.get_batch)
     query_batches = _Blocking(StoreClient.query_batches)
     stream_batch = _Iterating(StoreClient.stream_batch)
+    replay_batch = _Iterating(StoreClient.replay_batch)
+    explain_tokens = _Blocking(StoreClient.explain_tokens)
     commit_batches = _Blocking(StoreClient.commit_batches)
     release_batches = _Blocking(StoreClient.release_batches)
 

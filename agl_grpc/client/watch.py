@@ -63,6 +63,10 @@ async def _position(connection: Connection) -> int:
 
 
 def _advance(request: Any, message: Any) -> None:
+    if (
+        not message.cursor
+    ):  # what was there already, up to the first checkpoint: after a break all of it comes again
+        return
     request.cursor = message.cursor
     for flag in _INCLUDES:
         if flag in request.DESCRIPTOR.fields_by_name:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import re
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from urllib.parse import unquote
@@ -44,12 +45,17 @@ class Attribution:
 
 @dataclass
 class CallContext:
-    """One HTTP request of an attempt while it is served: `durable` resolve when its calls are on disk."""
+    """One HTTP request of an attempt while it is served: `durable` resolve when its calls are on disk.
+
+    `external` is set where the request names no attempt but is recorded all the same: its session, which may
+    be empty.
+    """
 
     attribution: Attribution
     api: str
     trace_id: bytes = b""
     parent_span_id: bytes = b""
+    external: str | None = None
     durable: list[asyncio.Future[None]] = field(default_factory=list)
 
 
@@ -92,6 +98,25 @@ def attribution_of_credential(credential: str) -> Attribution | None:
     if not isinstance(rollout_id, str) or not isinstance(attempt_id, str):
         return None
     return Attribution(rollout_id, attempt_id, credential=credential)
+
+
+def attribution_of_headers(headers: Mapping[str, str]) -> Attribution | None:
+    """The attempt that a client names by headers on a plain ``/v1/…`` path, or None.
+
+    ``x-rollout-id`` and ``x-attempt-id`` name it; ``x-agl-agent``, ``x-agl-mode`` and ``x-agl-notrain`` say
+    what the segments of a base URL say.
+    """
+    rollout_id, attempt_id = headers.get("x-rollout-id", ""), headers.get("x-attempt-id", "")
+    if not rollout_id or not attempt_id:
+        return None
+    mode = headers.get("x-agl-mode", "")
+    return Attribution(
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        agent_name=headers.get("x-agl-agent", ""),
+        mode=mode if mode in ("train", "val", "test") else "train",
+        notrain="x-agl-notrain" in headers,
+    )
 
 
 def api_of(path: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from agl_grpc.v1 import model_call_pb2
 
 AttemptKey = tuple[str, str]
+
+_TOKEN_IDS_TAG = bytes([model_call_pb2.PromptTokens.TOKEN_IDS_FIELD_NUMBER << 3 | 2])
 
 _MIN_SAVED = 8
 """A base that saves fewer tokens than this costs more bytes than it saves."""
@@ -41,18 +44,20 @@ class PromptDeltas:
         best: _Base | None = None
         length = _MIN_SAVED - 1
         tokens = array("I", prompt)
-        for base in self._bases.get(attempt, ()):
+        # The newest first: a conversation goes on from there, and nothing beats a whole prompt.
+        for base in reversed(self._bases.get(attempt, ())):
             common = common_prefix(base.tokens, tokens)
             if common > length:
                 best, length = base, common
+            if length == len(tokens):
+                break
         if best is None:
             return whole(prompt)
-        return model_call_pb2.PromptTokens(
-            base_span_id=best.span_id,
-            base_choice=best.choice,
-            base_length=length,
-            token_ids=prompt[length:],
-        )
+        message = whole(tokens[length:])
+        message.base_span_id = best.span_id
+        message.base_choice = best.choice
+        message.base_length = length
+        return message
 
     def remember(
         self, attempt: AttemptKey, span_id: bytes, prompt: Sequence[int], responses: dict[int, Sequence[int]]
@@ -78,18 +83,34 @@ class PromptDeltas:
 
 def whole(prompt: Sequence[int]) -> model_call_pb2.PromptTokens:
     """A prompt that needs no base."""
+    if isinstance(prompt, array) and sys.byteorder == "little" and prompt.itemsize == 4:
+        # As it stands on the wire: token by token, thousands of them cost more than all else of a call.
+        data = prompt.tobytes()
+        return model_call_pb2.PromptTokens.FromString(_TOKEN_IDS_TAG + _varint(len(data)) + data)
     return model_call_pb2.PromptTokens(token_ids=prompt)
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def common_prefix(first: array[int], second: array[int]) -> int:
     """Length of the common beginning of two token sequences."""
     limit = min(len(first), len(second))
-    if first[:limit] == second[:limit]:
+    # Bytes are compared in one go, items one by one.
+    one, other = memoryview(first).cast("B"), memoryview(second).cast("B")
+    width = first.itemsize
+    if one[: limit * width] == other[: limit * width]:
         return limit
     low, high = 0, limit
     while high - low > 1:
         middle = (low + high) // 2
-        if first[low:middle] == second[low:middle]:
+        if one[low * width : middle * width] == other[low * width : middle * width]:
             low = middle
         else:
             high = middle

@@ -56,6 +56,9 @@ class CallRecord:
     total_ns: int = 0
     weights_digest: str = ""
     cache_salt: str = ""
+    retry_of: bytes = b""
+    raw_request: common_pb2.Payload | None = None
+    raw_response: common_pb2.Payload | None = None
 
     def untrainable(self, reason: str) -> None:
         """Note why this call must not be trained; the same reason counts once."""
@@ -113,6 +116,11 @@ def to_span(record: CallRecord, identity: EngineIdentity) -> span_pb2.Span:
     call.timings.total_ns = record.total_ns
     call.agent_name = attribution.agent_name
     call.mode = attribution.mode
+    call.retry_of = record.retry_of
+    if record.raw_request is not None:
+        call.raw_request.CopyFrom(record.raw_request)
+    if record.raw_response is not None:
+        call.raw_response.CopyFrom(record.raw_response)
     for index in sorted(record.choices):
         _add_choice(call, record.choices[index])
     return span

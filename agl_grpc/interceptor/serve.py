@@ -102,7 +102,7 @@ def serve(model: str, settings: Settings, given: Sequence[str], *, train: bool =
     _check_plugin()
     set_environment(os.environ, settings, cpu=is_cpu(), cores=len(os.sched_getaffinity(0)))
     if train:
-        # Frameworks mark their tools as strict. vLLM then masks tokens by a grammar, which no trainer knows of.
+        # Frameworks mark tools as strict. vLLM then masks tokens by a grammar, which no trainer knows of.
         os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
     failure = settings.spool_path() / "failure"
     failure.unlink(missing_ok=True)

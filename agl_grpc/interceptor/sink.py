@@ -317,7 +317,7 @@ class CaptureSink:
             self._abandoned.extendleft(reversed(abandoned))
             raise
         while entries := self._spool.peek(_BATCH_ITEMS, _BATCH_BYTES):
-            batch = [span_pb2.AttemptSpans.FromString(entry.data) for entry in entries]
+            batch = [span_pb2.AttemptSpans.FromString(self._spool.read(entry)) for entry in entries]
             rejections = await self._transport.deliver(batch, _REDELIVERY_TIMEOUT)
             for rejection in rejections:
                 group = batch[rejection.group_index]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import struct
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _HEADER = struct.Struct("<II")
 _SUFFIX = ".spool"
@@ -27,10 +27,15 @@ class SpoolInUse(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """One spooled record and where it lies."""
+    """Where a spooled record lies: its segment, the position of its data there and their length.
+
+    `note` is what its producer keeps with it in memory; None for records of an earlier process.
+    """
 
     segment: int
-    data: bytes
+    position: int
+    length: int
+    note: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -44,13 +49,16 @@ class _Segment:
 class Spool:
     """A queue of byte records in `folder`, at most `limit` bytes, that survives the process.
 
-    `append` returns once its record is fsynced (records that come together share one fsync). Records are read
-    oldest first with `peek` and removed with `drop`; a segment's file goes when its last record is dropped,
-    so a crash may deliver records of one segment again: they must be harmless to repeat. Use from one event
-    loop.
+    `append` returns once its record is fsynced (records that come together share one fsync). Records are
+    named oldest first by `peek`, read with `read` and removed with `drop`. A segment's file goes when its
+    last record is dropped, so a crash may deliver records of one segment again: they must be harmless to
+    repeat. Records are kept on disk only. An emptied file goes on taking records up to `reuse_bytes` bytes,
+    which spares making one for each of them; a crash then delivers so many again. Use from one event loop.
     """
 
-    def __init__(self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024) -> None:
+    def __init__(
+        self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024, *, reuse_bytes: int = 0
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:
@@ -63,13 +71,18 @@ class Spool:
         self._folder = folder
         self._limit = limit
         self._segment_bytes = segment_bytes
+        # What is kept for reuse counts as full like anything else.
+        self._reuse_bytes = min(reuse_bytes, limit // 8)
+        self._last_number = 0
         self._segments: dict[int, _Segment] = {}
         self._entries: deque[Entry] = deque()
         self._file: int | None = None
         self._current: _Segment | None = None
-        self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
+        self._pending: list[tuple[bytes, Any, asyncio.Future[Entry]]] = []
+        self._reader: tuple[int, int] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._disk_full = False
+        self._unlinks: set[asyncio.Future[None]] = set()
         self.damaged = 0
         """Records lost to torn or damaged files, found at start."""
         for path in sorted(folder.glob(f"*{_SUFFIX}")):
@@ -90,29 +103,38 @@ class Spool:
         """Whether new records should not be taken on."""
         return self._disk_full or self.size >= self._limit
 
-    async def append(self, data: bytes) -> None:
-        """Write one record durably. Raises SpoolFull when the limit is exceeded by far or the disk is full.
+    async def append(self, data: bytes, note: Any = None) -> Entry:
+        """Write one record durably; where it lies. `note` comes back in its entry.
+
+        Raises SpoolFull when the limit is exceeded by far or the disk is full.
 
         The limit gates new calls (`full`); calls under way may exceed it by an eighth.
         """
         if self.size > self._limit + self._limit // 8:
             raise SpoolFull(f"spool {self._folder} holds {self.size} bytes, limit {self._limit}")
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append((data, future))
+        future: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
+        self._pending.append((data, note, future))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_pending())
-        await asyncio.shield(future)
+        return await asyncio.shield(future)
 
     def peek(self, count: int, max_bytes: int) -> list[Entry]:
         """The oldest records, at most `count` and about `max_bytes` (at least one)."""
         chosen: list[Entry] = []
         size = 0
         for entry in self._entries:
-            if len(chosen) >= count or (chosen and size + len(entry.data) > max_bytes):
+            if len(chosen) >= count or (chosen and size + entry.length > max_bytes):
                 break
             chosen.append(entry)
-            size += len(entry.data)
+            size += entry.length
         return chosen
+
+    def read(self, entry: Entry) -> bytes:
+        """The record that lies there."""
+        if self._reader is None or self._reader[0] != entry.segment:
+            self._close_reader()
+            self._reader = (entry.segment, os.open(self._segments[entry.segment].path, os.O_RDONLY))
+        return os.pread(self._reader[1], entry.length, entry.position)
 
     def drop(self, count: int) -> None:
         """Remove the oldest `count` records: they are delivered."""
@@ -121,55 +143,64 @@ class Spool:
             segment = self._segments[entry.segment]
             segment.waiting -= 1
             if segment.waiting == 0:
-                self._remove(segment)
+                self._emptied(segment)
         self._disk_full = False
 
     async def close(self) -> None:
         """Finish writes under way and let go of the folder; records stay for the next process."""
         while self._writer is not None and not self._writer.done():
             await asyncio.wait([self._writer])
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._close_current()
+        self._close_reader()
+        if self._unlinks:
+            await asyncio.wait(self._unlinks)
         os.close(self._lock)
 
     async def _write_pending(self) -> None:
         while self._pending:
             batch, self._pending = self._pending, []
             try:
-                segment = self._open_segment()
-                written = await asyncio.to_thread(self._write, [data for data, _ in batch])
+                segment = self._current or self._new_segment()
+                written = await asyncio.to_thread(self._write, segment.path, [each[0] for each in batch])
             except OSError as error:
                 self._disk_full = True
                 self._close_current()
-                for _, future in batch:
+                for *_, future in batch:
                     future.set_exception(SpoolFull(f"cannot write to spool {self._folder}: {error.strerror}"))
                 continue
+            position = segment.size
             segment.size += written
-            for data, future in batch:
+            for data, note, future in batch:
                 segment.waiting += 1
-                self._entries.append(Entry(segment.number, data))
-                future.set_result(None)
+                entry = Entry(segment.number, position + _HEADER.size, len(data), note)
+                position += _HEADER.size + len(data)
+                self._entries.append(entry)
+                future.set_result(entry)
             if segment.size >= self._segment_bytes:
                 self._close_current()
 
-    def _open_segment(self) -> _Segment:
-        if self._current is None:
-            number = max(self._segments, default=0) + 1
-            path = self._folder / f"{number:012d}{_SUFFIX}"
-            self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
-            _fsync_folder(self._folder)
-            self._current = self._segments[number] = _Segment(number, path, 0, 0)
+    def _new_segment(self) -> _Segment:
+        """The next segment; its file is made by the first write."""
+        number = self._last_number = max(self._last_number, *self._segments, 0) + 1
+        path = self._folder / f"{number:012d}{_SUFFIX}"
+        self._current = self._segments[number] = _Segment(number, path, 0, 0)
         return self._current
 
-    def _write(self, records: list[bytes]) -> int:
-        assert self._file is not None
+    def _write(self, path: Path, records: list[bytes]) -> int:
+        if self._file is None:
+            self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+            _fsync_folder(self._folder)
         data = b"".join(_HEADER.pack(len(r), zlib.crc32(r)) + r for r in records)
         view = memoryview(data)
         while view:
             view = view[os.write(self._file, view) :]
         os.fdatasync(self._file)
         return len(data)
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            os.close(self._reader[1])
+            self._reader = None
 
     def _close_current(self) -> None:
         if self._file is not None:
@@ -179,6 +210,10 @@ class Spool:
         if current is not None and current.waiting == 0:
             self._remove(current)
 
+    def _emptied(self, segment: _Segment) -> None:
+        if segment is not self._current or segment.size > self._reuse_bytes:
+            self._remove(segment)
+
     def _remove(self, segment: _Segment) -> None:
         if segment is self._current:
             if self._pending or (self._writer is not None and not self._writer.done()):
@@ -187,33 +222,45 @@ class Spool:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
-        with contextlib.suppress(FileNotFoundError):
-            segment.path.unlink()
+        if self._reader is not None and self._reader[0] == segment.number:
+            self._close_reader()
+        self._unlink(segment.path)
         self._segments.pop(segment.number, None)
+
+    def _unlink(self, path: Path) -> None:
+        """Delete a file beside the event loop: a large one takes milliseconds."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            path.unlink(missing_ok=True)
+            return
+        deleted = loop.run_in_executor(None, path.unlink, True)
+        self._unlinks.add(deleted)
+        deleted.add_done_callback(self._unlinks.discard)
 
     def _read_segment(self, path: Path) -> None:
         segment = _Segment(int(path.stem), path, path.stat().st_size, 0)
         self._segments[segment.number] = segment
         consumed = 0
-        for data in _records(path.read_bytes()):
-            self._entries.append(Entry(segment.number, data))
+        for length in _records(path.read_bytes()):
+            self._entries.append(Entry(segment.number, consumed + _HEADER.size, length))
             segment.waiting += 1
-            consumed += _HEADER.size + len(data)
+            consumed += _HEADER.size + length
         if consumed < segment.size:
             self.damaged += 1
         if segment.waiting == 0:
             self._remove(segment)
 
 
-def _records(data: bytes) -> Iterator[bytes]:
-    """Whole records from the start; a torn or damaged one ends the file."""
+def _records(data: bytes) -> Iterator[int]:
+    """Lengths of the whole records from the start; a torn or damaged one ends the file."""
     position = 0
     while position + _HEADER.size <= len(data):
         length, checksum = _HEADER.unpack_from(data, position)
         record = data[position + _HEADER.size : position + _HEADER.size + length]
         if len(record) < length or zlib.crc32(record) != checksum:
             return
-        yield record
+        yield length
         position += _HEADER.size + length
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import grpc
 
+from agl_grpc.client import channel as client
 from agl_grpc.v1 import error_reason_pb2, span_pb2, store_service_pb2, store_service_pb2_grpc
 
 _REFUSALS = frozenset(
@@ -85,7 +86,7 @@ class AppendTransport:
 
 
 def open_channel(target: str) -> grpc.aio.Channel:
-    """A channel to the store with the project's keepalive and message size."""
+    """A channel to the store with the project's keepalive and message size; `grpcs://` = with TLS."""
     options = [
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -96,4 +97,4 @@ def open_channel(target: str) -> grpc.aio.Channel:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
-    return grpc.aio.insecure_channel(target, options=options)
+    return client.open_channel(target, options)

@@ -61,6 +61,13 @@ class OpenGroup:
         self.request = replace(self.request, step=min(steps))
         return new
 
+    def take_newer(self, rollout_id: str) -> None:
+        """Makes a later try at one place the member, if it is one."""
+        number, again = self.request.place_of(rollout_id)
+        if number < len(self.members) and again > self.request.place_of(self.members[number])[1]:
+            self.sealed.pop(self.members[number], None)
+            self.members[number] = rollout_id
+
     def note(self, rollout: Rollout) -> bool:
         """Takes note of a sealed member; whether now all are."""
         if rollout.rollout_id in self.members:

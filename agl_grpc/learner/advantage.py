@@ -17,6 +17,9 @@ import torch
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 
 from agl_grpc.learner.errors import ConfigError, FidelityError
+from agl_grpc.learner.sequences import RolloutSequences
+from agl_grpc.learner.sequences import label_group as label_group
+from agl_grpc.learner.sequences import row_label as row_label
 
 PREFIX = "agl_"
 # Those that judge a rollout by its outcome; gae works on values and stays verl's own.
@@ -29,29 +32,8 @@ OUTCOME_ESTIMATORS = (
     "gpg",
     "grpo_passk",
 )
-_SEPARATOR = "|"
 
 Advantages = tuple[torch.Tensor, torch.Tensor]
-
-
-def row_label(group: str, rollout: int, row: int) -> str:
-    """What verl carries as ``uid`` of a row: its group, its rollout's number, its own number."""
-    return _SEPARATOR.join((group, str(rollout), str(row)))
-
-
-def label_group(label: str) -> str:
-    """The group of a row."""
-    return label.rsplit(_SEPARATOR, 2)[0]
-
-
-def _rollouts(labels: np.ndarray[Any, Any]) -> dict[str, list[int]]:
-    """Positions of every rollout's rows, in the order of the rows; padding rows belong to none."""
-    rows: dict[str, list[tuple[int, int]]] = {}
-    for position, label in enumerate(labels):
-        group, separator, row = str(label).rpartition(_SEPARATOR)
-        if separator:
-            rows.setdefault(group, []).append((int(row), position))
-    return {rollout: [position for _, position in sorted(places)] for rollout, places in rows.items()}
 
 
 def over_rollouts(
@@ -70,40 +52,24 @@ def over_rollouts(
         labels: ``row_label`` of each row.
         config: verl's ``algorithm`` section.
     """
-    rollouts = _rollouts(labels)
-    several = any(len(rows) > 1 for rows in rollouts.values())
-    if several and config.get("use_kl_in_reward", False):
+    sequences = RolloutSequences(labels, mask)
+    if sequences.several and config.get("use_kl_in_reward", False):
         raise ConfigError(
             "algorithm.use_kl_in_reward needs rollouts of one row each: set it to False, or use "
             "actor_rollout_ref.actor.use_kl_loss"
         )
-    trained = mask.bool()
-    length = max(1, int(max((trained[rows].sum() for rows in rollouts.values()), default=torch.tensor(1))))
-    flat_rewards = rewards.new_zeros(len(rollouts), length)
-    flat_mask = mask.new_zeros(len(rollouts), length)
-    for place, rows in enumerate(rollouts.values()):
-        tokens = int(trained[rows].sum())
-        last = rewards[rows[-1]]
-        end = max(0, tokens - 1)
-        if not several:
-            flat_rewards[place, :tokens] = last[trained[rows[-1]]]
+    flat_mask = sequences.gather(mask)
+    flat_rewards = sequences.gather(rewards) if not sequences.several else torch.zeros_like(flat_mask)
+    flat_rewards = flat_rewards.to(rewards.dtype)
+    for place, rows in enumerate(sequences.rows.values()):
         # What lies beyond trained tokens (a reward on an observation at the end) counts at the end.
-        flat_rewards[place, end] += last.sum() - flat_rewards[place].sum()
-        flat_mask[place, :tokens] = 1
-    groups = np.array([rollout.rpartition(_SEPARATOR)[0] for rollout in rollouts], dtype=object)
-    options = {"index": groups, "config": config}
+        end = max(0, sequences.counts[place] - 1)
+        flat_rewards[place, end] += rewards[rows[-1]].sum() - flat_rewards[place].sum()
+    options = {"index": sequences.groups, "config": config}
     if "norm_adv_by_std_in_grpo" in inspect.signature(estimator).parameters:
         options["norm_adv_by_std_in_grpo"] = config.get("norm_adv_by_std_in_grpo", True)
     advantages, returns = estimator(token_level_rewards=flat_rewards, response_mask=flat_mask, **options)
-    spread = (torch.zeros_like(rewards), torch.zeros_like(rewards))
-    for place, rows in enumerate(rollouts.values()):
-        start = 0
-        for row in rows:
-            count = int(trained[row].sum())
-            for target, source in zip(spread, (advantages, returns), strict=True):
-                target[row, trained[row]] = source[place, start : start + count].to(target.dtype)
-            start += count
-    return spread
+    return sequences.scatter(advantages.to(rewards.dtype)), sequences.scatter(returns.to(rewards.dtype))
 
 
 def _register(name: str) -> None:

@@ -16,12 +16,26 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.integrity import stamp, verify
+from agl_grpc.learner.model_folder import ADAPTER, fold_adapter, model_config, state_dtype
 
 if TYPE_CHECKING:
     from agl_grpc.learner.trainer import AglTrainer
 
 STATE_FILE = "learner.json"
-_PREFIX = "global_step_"
+# What makes the weights of one model unusable for another, in its ``config.json``.
+_SHAPE_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+CHECKPOINT_PREFIX = "global_step_"
 
 
 @dataclass
@@ -50,7 +64,7 @@ class LearnerState:
 
 def checkpoint_id(step: int) -> str:
     """Name of a step's checkpoint: the folder's and the store's."""
-    return f"{_PREFIX}{step}"
+    return f"{CHECKPOINT_PREFIX}{step}"
 
 
 def sync_tree(folder: Path) -> None:
@@ -64,12 +78,35 @@ def sync_tree(folder: Path) -> None:
                 os.close(descriptor)
 
 
+def write_checkpoint(folder: Path, name: str, fill: Callable[[Path], LearnerState]) -> Path:
+    """Makes a checkpoint's folder, whole or not at all, under its name.
+
+    Args:
+        folder: where checkpoints lie.
+        name: the checkpoint's; an older one of that name is replaced.
+        fill: writes verl's files into the folder that it is given; answers what is kept beside them.
+    """
+    final, unfinished = folder / name, folder / f".unfinished-{name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    state = fill(unfinished)
+    (unfinished / STATE_FILE).write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
+    fold_adapter(hugging_face_folder(unfinished), adapter_folder(unfinished))
+    state_dtype(hugging_face_folder(unfinished))
+    stamp(unfinished)
+    sync_tree(unfinished)
+    shutil.rmtree(final, ignore_errors=True)
+    unfinished.rename(final)
+    sync_tree_entry(folder)
+    return final
+
+
 class Checkpoints:
     """``CheckpointStore``: folders ``global_step_N`` in one place.
 
     Args:
         folder: where checkpoints lie.
-        commit: called after the rename with checkpoint id, batch ids and step; the store's ``CommitBatches``.
+        commit: called by ``commit`` with checkpoint id, batch ids and step; the store's ``CommitBatches``.
         keep: how many finished checkpoints stay, the newest; None = all.
     """
 
@@ -79,43 +116,51 @@ class Checkpoints:
         self._folder = folder
         self._commit = commit
         self._keep = keep
+        # What was saved and not committed yet.
+        self._unnamed: tuple[str, list[str], int] | None = None
 
     def path(self, name: str) -> Path:
         """Folder of a checkpoint."""
         return self._folder / name
 
     def save(self, trainer: AglTrainer) -> None:
-        """Saves model, optimiser, data order and what is outstanding; then commits the batches trained
-        since.
-        """
+        """Saves model, optimiser, data order and what is outstanding; ``commit`` makes it the last one."""
         import torch
 
         step = int(trainer.global_steps)
         name = checkpoint_id(step)
-        final, unfinished = self.path(name), self.path(f".unfinished-{name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        trainer.actor_rollout_wg.save_checkpoint(str(unfinished / "actor"), None, step, max_ckpt_to_keep=None)
-        if trainer.use_critic:
-            trainer.critic_wg.save_checkpoint(str(unfinished / "critic"), None, step, max_ckpt_to_keep=None)
-        torch.save(trainer.train_dataloader.state_dict(), unfinished / "data.pt")
         batch_ids = [batch.batch_id for batch in trainer.uncommitted]
-        state = LearnerState(
-            step, trainer.prompts_fetched, trainer.outstanding_prompts(), batch_ids, trainer.hooks.origin
-        )
-        (unfinished / STATE_FILE).write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
-        sync_tree(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        sync_tree_entry(self._folder)
-        self._commit(name, batch_ids, step)
+
+        def fill(place: Path) -> LearnerState:
+            trainer.actor_rollout_wg.save_checkpoint(str(place / "actor"), None, step, max_ckpt_to_keep=None)
+            if trainer.use_critic:
+                trainer.critic_wg.save_checkpoint(str(place / "critic"), None, step, max_ckpt_to_keep=None)
+            torch.save(trainer.train_dataloader.state_dict(), place / "data.pt")
+            outstanding = trainer.outstanding_prompts()
+            return LearnerState(step, trainer.prompts_fetched, outstanding, batch_ids, trainer.hooks.origin)
+
+        write_checkpoint(self._folder, name, fill)
+        self._unnamed = (name, batch_ids, step)
+
+    def commit(self, trainer: AglTrainer) -> None:
+        """Names the checkpoint that was saved in the store, with the batches trained since the one before.
+
+        A trainer that ends before this goes on from the one before, and trains those batches again.
+        """
+        if self._unnamed is None:
+            return
+        self._commit(*self._unnamed)
+        self._unnamed = None
         trainer.uncommitted.clear()
         self._prune()
 
     def _prune(self) -> None:
         if self._keep is None:
             return
-        steps = sorted(int(entry.name.removeprefix(_PREFIX)) for entry in self._folder.glob(f"{_PREFIX}*"))
+        steps = sorted(
+            int(entry.name.removeprefix(CHECKPOINT_PREFIX))
+            for entry in self._folder.glob(f"{CHECKPOINT_PREFIX}*")
+        )
         for step in steps[: -self._keep]:
             shutil.rmtree(self.path(checkpoint_id(step)))
 
@@ -134,8 +179,31 @@ def hugging_face_folder(checkpoint: Path) -> Path:
     return checkpoint / "actor" / "huggingface"
 
 
+def adapter_folder(checkpoint: Path) -> Path:
+    """Where the adapter of a model that was trained with LoRA lies, in peft's form."""
+    return checkpoint / "actor" / ADAPTER
+
+
+def check_fits(checkpoint: Path, model: Path, ranks: int) -> None:
+    """Raises ConfigError when a checkpoint is another model's, or was saved by another number of ranks."""
+    mine, its = model_config(model), model_config(hugging_face_folder(checkpoint))
+    for key in _SHAPE_KEYS:
+        if key in mine and key in its and mine[key] != its[key]:
+            raise ConfigError(
+                f"checkpoint {checkpoint} is another model's: its {key} is {its[key]!r}, that of {model} is "
+                f"{mine[key]!r}; use the model that the run began with, or begin a new run"
+            )
+    saved = list((checkpoint / "actor").glob("model_world_size_*_rank_*.pt"))
+    if saved and len(saved) != ranks:
+        raise ConfigError(
+            f"checkpoint {checkpoint} was saved by {len(saved)} ranks, and this run has {ranks}: use as many "
+            "(trainer.n_gpus_per_node, trainer.nnodes), or begin a new run from its Hugging Face form"
+        )
+
+
 def resume_keys(folder: Path, name: str) -> dict[str, Any]:
     """verl's keys that make it continue from a checkpoint."""
     path = folder / name
     LearnerState.read(path)
+    verify(path)
     return {"resume_mode": "resume_path", "resume_from_path": str(path)}

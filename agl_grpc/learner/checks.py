@@ -79,6 +79,20 @@ def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobL
     }
 
 
+def staleness(rows: Iterable[LogprobRow], *, version: int) -> dict[str, float]:
+    """How many trained tokens each older version has sampled: ``staleness/tokens/N`` = N versions behind.
+
+    ``staleness/tokens/unknown`` counts tokens of weights that are none of this trainer's.
+    """
+    behind: Counter[str] = Counter()
+    for row in rows:
+        for found, count in zip(
+            *np.unique(row.versions[row.mask.astype(bool)], return_counts=True), strict=True
+        ):
+            behind[str(version - int(found)) if found >= 0 else "unknown"] += int(count)
+    return {f"staleness/tokens/{age}": float(count) for age, count in behind.items()}
+
+
 @dataclass(frozen=True)
 class SealedRow:
     """What the trainer holds for a row just before the update."""

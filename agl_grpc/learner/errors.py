@@ -19,5 +19,13 @@ class DeadlineError(LearnerError):
     """A phase took longer than its deadline; the message names what it waited for."""
 
 
+class WorkerError(LearnerError):
+    """A worker of verl failed or died; the message says in which phase."""
+
+
+class MemoryExhaustedError(WorkerError):
+    """A worker of verl had too little memory for a phase; the worker itself lives."""
+
+
 class StoppedError(LearnerError):
     """The training run was asked to stop."""

@@ -17,6 +17,12 @@ def transfer_name(identity: TrainingIdentity, step: int, version: int) -> str:
     return f"{identity.training_run_id}/{identity.trainer_epoch}/{step}/{version}"
 
 
+def step_of(version: PolicyVersion) -> int:
+    """The optimiser step of a version, whichever training run it is of; 0 where none is named."""
+    parts = version.source.group_id.split("/")
+    return int(parts[-2]) if len(parts) == 4 and parts[-2].isdigit() else 0
+
+
 def _step_in(name: str, training_run_id: str) -> int | None:
     """The step in a transfer's name; None for another training run's."""
     parts = name.removeprefix(f"{training_run_id}/").split("/")

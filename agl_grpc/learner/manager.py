@@ -49,11 +49,19 @@ class RolloutManager:
         group_size: rollouts of a training group.
         validation_size: rollouts of a validation group.
         temperature: the sampling temperature of training; rows sampled at another one are refused.
+        keep_empty: whether a group with too little to train counts, with no rows, instead of being replaced.
     """
 
     def __init__(
-        self, source: RolloutSource, *, group_size: int, validation_size: int, temperature: float = 1.0
+        self,
+        source: RolloutSource,
+        *,
+        group_size: int,
+        validation_size: int,
+        temperature: float = 1.0,
+        keep_empty: bool = False,
     ) -> None:
+        self._keep_empty = keep_empty
         self._source = source
         self._sizes = {False: group_size, True: validation_size}
         self._temperature = temperature
@@ -62,6 +70,9 @@ class RolloutManager:
         self._rollouts: dict[str, FinishedRollout] = {}
         self._sources: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
+        # Since when no rollout is asked for: the engines have nothing to do.
+        self._idle_since: float | None = time.monotonic()
+        self._idle_seconds = 0.0
         self.last_failure = ""
 
     def deliver(self, group: FinishedGroup | BaseException) -> None:
@@ -81,6 +92,9 @@ class RolloutManager:
             request = GroupRequest(uid, index, orjson.loads(task), self._sizes[validate], step, validate)
             self._open[uid], self._sources[uid] = request, source
             requests.append(request)
+        if requests and self._idle_since is not None:
+            self._idle_seconds += time.monotonic() - self._idle_since
+            self._idle_since = None
         self._source.submit(requests)
 
     def wait(self, timeout: float) -> bool:
@@ -98,8 +112,11 @@ class RolloutManager:
             if isinstance(item, BaseException):
                 raise item
             groups.append(item)
+        finished = [group for group in groups if self._open.pop(group.request.uid, None) is not None]
+        if groups and not self._open and self._idle_since is None:
+            self._idle_since = time.monotonic()
         for validate in (False, True):
-            self._publish([group for group in groups if group.request.validate is validate], validate)
+            self._publish([group for group in finished if group.request.validate is validate], validate)
         return bool(groups)
 
     def describe_open(self) -> str:
@@ -121,9 +138,14 @@ class RolloutManager:
             self._rollouts.pop(rollout_id, None)
 
     def drain_counts(self) -> dict[str, float]:
-        """Counts since the last call, by metric name."""
+        """Counts since the last call, by metric name, and the seconds in which no rollout was asked for."""
         counts = {name: float(value) for name, value in self._counts.items()}
         self._counts.clear()
+        now = time.monotonic()
+        if self._idle_since is not None:
+            self._idle_seconds += now - self._idle_since
+            self._idle_since = now
+        counts["idle/engine_seconds"], self._idle_seconds = self._idle_seconds, 0.0
         return counts
 
     def _usable(self, request: GroupRequest, rollout: FinishedRollout) -> bool:
@@ -163,8 +185,6 @@ class RolloutManager:
         entries: list[QueueRow] = []
         ends: dict[str, dict[str, Any]] = {}
         for group in groups:
-            if self._open.pop(group.request.uid, None) is None:
-                continue
             # The source's request: a group taken over from an earlier trainer has the step it was asked for.
             request = group.request
             rows = self._rows(request, group)
@@ -190,7 +210,7 @@ class RolloutManager:
         self._counts["rollouts/finished"] += len(group.rollouts)
         if len(usable) < min(2, request.size) and not request.validate:
             self._counts["groups/dropped"] += 1
-            return None
+            return [] if self._keep_empty else None
         entries: list[QueueRow] = []
         for number, rollout in usable:
             kept = rollout

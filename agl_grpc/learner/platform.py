@@ -182,6 +182,15 @@ def _save_shards(save: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return saved
 
 
+def _unpinned(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps FSDP2's offload policy, by which verl keeps the reference model: pinned memory needs a GPU."""
+
+    def made(pin_memory: bool = True) -> Any:
+        return policy(pin_memory=False)
+
+    return made
+
+
 def _adapt() -> None:
     """Make verl's engines run on the CPU platform. Called only when that platform was chosen."""
     import verl.utils.distributed
@@ -191,6 +200,7 @@ def _adapt() -> None:
     verl.utils.fsdp_utils.fsdp2_sharded_save_to_cpu = _save_shards(
         verl.utils.fsdp_utils.fsdp2_sharded_save_to_cpu
     )
+    verl.utils.fsdp_utils.CPUOffloadPolicy = _unpinned(verl.utils.fsdp_utils.CPUOffloadPolicy)
     verl.utils.distributed.initialize_global_process_group_ray = _init_process_group
     verl.utils.model.load_valuehead_model = _load_value_model
     # The FSDP engines are registered for "cuda" and "npu"; this variable is verl's own override of that

@@ -7,21 +7,23 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from agl_grpc.client import StoreError
-from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, resume_keys
+from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
 from agl_grpc.learner.errors import StoppedError
 from agl_grpc.learner.progress import SAID, step_line, with_summary
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
-from agl_grpc.learner.training_run import TrainingRun, batch_groups, frozen_rewards
+from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.model.enums import TrainingRunStatus
 
 if TYPE_CHECKING:
@@ -44,24 +46,31 @@ def choose_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(config: RunConfig, store: str) -> None:
+def run(config: RunConfig, store: str, *, sft: bool = False) -> None:
     """Trains until the configured number of steps, or until somebody asks to stop.
+
+    Args:
+        config: the run's configuration.
+        store: ``host:port``.
+        sft: supervised, on what the run's rollouts did well, instead of reinforcement learning.
 
     Raises:
         LearnerError: anything a person has to know; the training run is then FAILED in the store.
     """
     # Some packages read these when they are imported, and choosing a device imports torch.
     os.environ.update(common_environment())
+    if config.visible_devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.visible_devices
     device = choose_device(config.device)
     output = Path(config.output_dir).expanduser().resolve()
     output.mkdir(parents=True, exist_ok=True)
     os.environ["TENSORBOARD_DIR"] = str(output / "tensorboard")
     link = StoreLink(store, config.run_id, patience=config.deadlines.store)
     try:
-        training = TrainingRun.acquire(link, config.training_run_id)
+        training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else "verl")
         say(f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}")
         with _reported_end(training), _stoppable():
-            _train(config, device, output, link, training)
+            (_tune if sft else _train)(config, device, output, link, training)
     finally:
         link.close()
 
@@ -97,12 +106,21 @@ def _stoppable() -> Iterator[None]:
         yield
         return
 
+    stopped = False
+
     def stop(_number: int, _frame: Any) -> None:
-        raise StoppedError("stopped by SIGTERM")
+        nonlocal stopped
+        stopped = True
+        # Ray's waits end for this exception only, and swallow any other that a signal handler raises.
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if stopped:
+            raise StoppedError("stopped by SIGTERM") from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -143,16 +161,18 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
         warnings.filterwarnings("ignore", message=message)
     resume, step = _taken_up(config, output, training)
     verl = _verl_config(config, device, output, resume)
+    gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
+    if resume:
+        check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
     manifest = {"config": verl, "device": device, "seed": config.seed}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
     say("importing verl")
-    gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     os.environ.update(worker_environment(device))
     # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
     # Ray's start walks through.
     importlib.import_module("agl_grpc.learner.trainer")
     say("starting Ray")
-    with local_ray(device=device, gpus=gpus):
+    with local_ray(device=device, gpus=gpus, address=config.ray_address):
         import transfer_queue as tq
 
         tq.init(verl.transfer_queue)
@@ -165,6 +185,29 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
             trainer.fit(manager)
         finally:
             tq.close()
+
+
+def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
+    """Supervised fine-tuning: reads, trains, saves one checkpoint."""
+    from agl_grpc.learner import sft
+
+    verl = _verl_config(config, device, output, {})
+    _write_manifest(
+        output / f"learner-{training.identity.trainer_epoch}.json",
+        {"config": verl, "device": device, "seed": config.seed, "sft": asdict(config.sft)},
+    )
+    found = sft.collect(link, config.run_id, config.samples.rules(config.model.name), config.sft)
+    say(f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
+    os.environ.update(worker_environment(device))
+
+    def on_step(step: int, total: int, metrics: dict[str, float]) -> bool:
+        say(f"step {step}/{total}  loss {metrics['sft/loss']:.4f}  tokens {metrics['tokens/trained']:.0f}")
+        training.report(step, metrics)
+        return training.stop_requested
+
+    worker, step = sft.train(verl, config.sft, found, config.seed, on_step)
+    saved = sft.save(worker, output / "checkpoints", step, training.identity.origin)
+    training.commit(saved.name, [], step)
 
 
 def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[dict[str, Any], int]:
@@ -203,26 +246,27 @@ def _assemble(
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.checks import LogprobLimits
+    from agl_grpc.learner.followed_source import FollowedSource, leaders_origin
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.trainer import AglTrainer, Hooks
-    from agl_grpc.sample import SampleRules
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
     replay = training.released(step) if identity.is_resumed else {}
     rollout = verl.actor_rollout_ref.rollout
-    source = StoreSource(
+    name, origin = identity.training_run_id, identity.origin
+    make_source: Callable[..., StoreSource] = StoreSource
+    if config.follows:
+        name = config.follows
+        origin = leaders_origin(link, identity.run_id, name, config.deadlines.sample)
+        make_source = partial(FollowedSource, labels={TRAINING_LABEL: f"{name}/{origin}"})
+    source = make_source(
         link,
         identity,
         rules=config.rollouts,
-        samples=SampleRules(
-            model=config.model.name,
-            agents=frozenset(config.samples.agents),
-            train_truncated=config.samples.train_truncated,
-            reward_name=config.samples.reward_name,
-        ),
+        samples=config.samples.rules(config.model.name),
         lineage=lineage,
         rewards=frozen_rewards(replay),
     )
@@ -231,6 +275,7 @@ def _assemble(
         group_size=int(rollout.n),
         validation_size=int(rollout.val_kwargs.n),
         temperature=float(rollout.temperature),
+        keep_empty=bool(config.follows),
     )
     source.start(manager.deliver)
     publisher = Publisher(
@@ -242,6 +287,8 @@ def _assemble(
         deadline=config.deadlines.publish,
         engine_deadline=config.deadlines.engines,
         lineage=lineage,
+        partners=config.followers,
+        partner_deadline=config.deadlines.sample,
     )
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
@@ -255,13 +302,14 @@ def _assemble(
         source=source,
         publication=publisher,
         checkpoints=checkpoints,
-        run_name=f"{identity.training_run_id.replace('_', '-')}.t{identity.origin}",
+        run_name=f"{name.replace('_', '-')}.t{origin}",
         origin=identity.origin,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
-        sample_deadline=config.deadlines.sample,
+        deadlines=config.deadlines,
         failure_limit=config.failure_limit,
         on_metrics=on_metrics,
+        on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
     )
     trainer = AglTrainer(verl, hooks)
     return trainer, manager

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from agl_grpc.client import StoreError
 from agl_grpc.learner.errors import DeadlineError, LearnerError
-from agl_grpc.learner.lineage import PolicyLineage, transfer_name
+from agl_grpc.learner.lineage import PolicyLineage, step_of, transfer_name
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingIdentity
 from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
@@ -34,6 +34,8 @@ class Publisher:
         deadline: seconds for a whole publication.
         engine_deadline: seconds to wait for that many engines to be connected.
         lineage: told which step each published version is.
+        partners: models of other training runs; a publication ends when theirs of the same step is committed.
+        partner_deadline: seconds to wait for them.
     """
 
     def __init__(
@@ -47,7 +49,11 @@ class Publisher:
         deadline: float = 120.0,
         engine_deadline: float = 300.0,
         lineage: PolicyLineage | None = None,
+        partners: Sequence[str] = (),
+        partner_deadline: float = 600.0,
     ) -> None:
+        self._partners = partners
+        self._partner_deadline = partner_deadline
         self._link = link
         self._client = link.client
         self._identity = identity
@@ -64,11 +70,33 @@ class Publisher:
         self._actors = actors
 
     def update_weights(self, step: int) -> dict[str, float]:
-        """Publishes the weights after ``step``; returns when every engine serves them, with seconds and
-        bytes as metrics.
+        """Publishes the weights after ``step``; returns when every engine serves them, and the partners'
+        weights of that step are published, with seconds and bytes as metrics.
         """
-        if self._engines == 0:
-            return {}
+        metrics = self._publish(step) if self._engines else {}
+        for model in self._partners if step else ():
+            self._link.run(self._partner(model, step))
+        return metrics
+
+    async def _partner(self, model: str, step: int) -> None:
+        """Waits until engines serve another training run's weights after ``step``."""
+        newest, at = -1, 0
+        try:
+            async with asyncio.timeout(self._partner_deadline):
+                async for change in self._client.watch_policy_versions(model, include_existing=True):
+                    for item in change.items:
+                        # The newest version counts, not the highest step: a resumed run goes back.
+                        if item.policy_version >= newest and _serves(item):
+                            newest, at = item.policy_version, step_of(item)
+                    if at >= step:
+                        return
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"model {model!r}, which is trained on the same rollouts, was not published for step {step} "
+                f"within {self._partner_deadline:g} s; its newest is that of step {at}"
+            ) from error
+
+    def _publish(self, step: int) -> dict[str, float]:
         version = step + self._lineage.offset
         connected = self._link.run(self._connected_engines())
         if version == 0 and all(engine.active_policy_version == 0 for engine in connected):
@@ -144,8 +172,10 @@ class Publisher:
     def _send(self, step: int, version: int, engines: list[str]) -> dict[str, Any]:
         import ray
 
+        from agl_grpc.learner.sender import SEND_MODE
+
         watch = self._link.start(self._until_failed(version, engines))
-        pending = self._actors.update_weights(global_steps=step, mode="agl")
+        pending = self._actors.update_weights(global_steps=step, mode=SEND_MODE)
         try:
             # The sender itself gives up after the deadline; this one is for a worker that died.
             return dict(ray.get(pending, timeout=self._deadline + 10)[0])
@@ -223,6 +253,13 @@ class Publisher:
             if state.phase.number >= phase.number:
                 reached[state.engine_id] = state
         return len(reached) == len(engines)
+
+
+def _serves(version: PolicyVersion) -> bool:
+    """Whether a version was committed, and every engine that can take it has."""
+    phases = [state.phase for state in version.engine_states if state.phase is not EnginePhase.FAILED]
+    committed = version.status is PolicyVersionStatus.COMMITTED
+    return committed and bool(phases) and all(phase is EnginePhase.ACTIVE for phase in phases)
 
 
 async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,27 +74,35 @@ def _start(**arguments: Any) -> None:
 
 
 @contextmanager
-def local_ray(*, device: str, gpus: int) -> Iterator[None]:
-    """Starts Ray in this process's session and stops it at the end.
+def local_ray(*, device: str, gpus: int, address: str = "") -> Iterator[None]:
+    """Starts Ray in this process's session, or joins a cluster, and leaves it at the end.
 
     Args:
         device: ``cpu`` gives verl ``gpus`` nominal GPUs, because its resource pools count nothing else.
         gpus: accelerators that the trainer uses.
+        address: of a Ray cluster that runs already (``HOST:6379``, ``auto``); empty = start Ray here.
     """
     environment = worker_environment(device)
     os.environ.update(environment)
     import ray
 
+    started_here = {
+        "num_cpus": CPUS_PER_GPU * gpus + OTHER_CPUS,
+        "num_gpus": gpus,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+    handler = signal.getsignal(signal.SIGTERM)
     _start(
-        address="local",
-        num_cpus=CPUS_PER_GPU * gpus + OTHER_CPUS,
-        num_gpus=gpus,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
+        address=address or "local",
+        **({} if address else started_here),
         logging_level="ERROR",
         log_to_driver=bool(os.environ.get("AGL_LEARNER_WORKER_LOGS")),
         runtime_env={"env_vars": environment},
     )
+    if threading.current_thread() is threading.main_thread():
+        # Ray's start takes SIGTERM for itself, and answers it with a stack trace and the process's end.
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

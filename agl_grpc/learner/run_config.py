@@ -12,6 +12,7 @@ import orjson
 
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.model.rollout import RolloutConfig
+from agl_grpc.sample import OverLong, SampleRules, Truncated
 
 S = TypeVar("S")
 
@@ -43,13 +44,36 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """Which calls are trained: of these agents (empty = all); answers cut by the length limit or not; which
-    reward.
+    """Which calls are trained, and how rewards count; see ``agl_grpc.sample.SampleRules``.
+
+    ``agents`` empty = all. ``truncated`` says of answers cut by the length limit: ``mask``, ``train`` or
+    ``drop``. ``reward_weights`` name several rewards that count as their weighted sum, in place of
+    ``reward_name``. ``over_long`` says of rows above ``max_row_tokens`` (0 = no limit): ``drop`` or ``cut``.
     """
 
     agents: tuple[str, ...] = ()
-    train_truncated: bool = False
+    truncated: str = "mask"
     reward_name: str = "primary"
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    max_row_tokens: int = 0
+    over_long: str = "drop"
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.rules("")
+
+    def rules(self, model: str) -> SampleRules:
+        """The rules for a model. Raises ValueError for what is none of the above."""
+        return SampleRules(
+            model=model,
+            agents=frozenset(self.agents),
+            truncated=Truncated(self.truncated),
+            reward_name=self.reward_name,
+            reward_weights=tuple(sorted(self.reward_weights.items())),
+            max_row_tokens=self.max_row_tokens,
+            over_long=OverLong(self.over_long),
+            discount=self.discount,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,13 +88,35 @@ class CheckLimits:
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds: ``sample`` without a finished group, ``publish`` for a policy version, ``engines`` until
-    enough are connected, ``store`` while it does not answer."""
+    """Seconds: ``start`` for verl's workers to load the model, ``sample`` without a finished group,
+    ``compute`` for one phase of the optimiser (logprobs, values, advantages, an update), ``save`` for a
+    checkpoint, ``publish`` for a policy version, ``engines`` until enough are connected, ``store`` while it
+    does not answer."""
 
+    start: float = 1800.0
     sample: float = 600.0
+    compute: float = 1800.0
+    save: float = 1800.0
     publish: float = 120.0
     engines: float = 300.0
     store: float = 120.0
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning instead of reinforcement learning (`agl-grpc learner --sft`).
+
+    Rollouts of the run with at least ``min_reward`` are learned, of each group at most the ``best_of_group``
+    best (0 = all), in ``epochs`` passes.
+    """
+
+    min_reward: float = 1.0
+    best_of_group: int = 0
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.best_of_group < 0:
+            raise ValueError("epochs must be 1 or more, best_of_group 0 or more")
 
 
 @dataclass(frozen=True)
@@ -79,7 +125,14 @@ class RunConfig:
 
     ``train_tasks`` and ``val_tasks`` are JSONL files, one task a line. ``verl`` holds verl's keys as they
     are. ``failure_limit`` groups in a row that cannot be trained end the run. ``keep_checkpoints`` None keeps
-    all.
+    all. ``visible_devices`` are the GPUs of this machine that the learner may use (``"4,5,6,7"``; empty =
+    all). ``ray_address`` names a Ray cluster that runs already, for trainers on several nodes (empty = Ray is
+    started here).
+
+    Several models of one run: each has a training run and a learner of its own. ``follows`` names the
+    training run whose rollouts this one trains its model on; that one names the others' models in
+    ``followers``, and waits for their weights before it asks for the next rollouts. Datasets, seed, batch and
+    group size are the leader's.
     """
 
     model: ModelConfig
@@ -90,6 +143,10 @@ class RunConfig:
     val_tasks: str = ""
     resume: bool = False
     device: str = "auto"
+    visible_devices: str = ""
+    ray_address: str = ""
+    follows: str = ""
+    followers: tuple[str, ...] = ()
     seed: int = 0
     failure_limit: int = 64
     keep_checkpoints: int | None = 3
@@ -98,6 +155,7 @@ class RunConfig:
     samples: TrainedTokens = field(default_factory=TrainedTokens)
     checks: CheckLimits = field(default_factory=CheckLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
+    sft: SftConfig = field(default_factory=SftConfig)
     verl: dict[str, Any] = field(default_factory=dict)
 
 
@@ -132,6 +190,13 @@ def _build(kind: type[S], data: Mapping[str, Any], path: str) -> S:
         return kind(**values)
     except ValueError as error:
         raise ConfigError(f"{path.rstrip('.') or 'the configuration'}: {error}") from error
+
+
+def settings(name: str, given: S | Mapping[str, Any] | None, kind: type[S]) -> S:
+    """A section of the configuration: as it is, from a mapping of its fields, or its defaults."""
+    if given is None:
+        return kind()
+    return _build(kind, given, f"{name}.") if isinstance(given, Mapping) else given
 
 
 def from_mapping(data: Mapping[str, Any]) -> RunConfig:

@@ -47,6 +47,8 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         self._outstanding: dict[str, tuple[int, int]] = {}
         self._replay = {step: deque(batches) for step, batches in replay.items()}
         self._planned: list[str] = []
+        # What the last training batch took from the outstanding groups.
+        self._sampled: dict[str, tuple[int, int]] = {}
         self._last_arrival = time.monotonic()
 
     def bind(self, manager: RolloutManager) -> None:
@@ -111,6 +113,11 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         """Place and dataset index of every group asked for and neither trained nor dropped."""
         return list(self._outstanding.values())
 
+    def put_back(self) -> None:
+        """Makes the groups of the last training batch outstanding again: they were not trained."""
+        self._outstanding = {**self._sampled, **self._outstanding}
+        self._sampled = {}
+
     def _settle(self, uids: Iterable[str]) -> None:
         for uid in uids:
             self._outstanding.pop(uid, None)
@@ -139,5 +146,7 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         keys = [key for key in partition_snapshot if key.split("_")[0] in places]
         keys.sort(key=lambda key: (places[key.split("_")[0]], _key_order(key)))
         tags = [partition_snapshot[key] for key in keys]
+        if partition_id != "val":
+            self._sampled = {uid: self._outstanding[uid] for uid in selected_prompt_uids}
         self._settle(selected_prompt_uids)
         return KVBatchMeta(partition_id=partition_id, keys=keys, tags=tags)

@@ -8,17 +8,19 @@ receiving half here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
 from agl_grpc.learner.errors import LearnerError
+from agl_grpc.weights.adapters import adapter_set
 from agl_grpc.weights.sender import WeightSender
 from agl_grpc.weights.wire import DEFAULT_BUCKET_BYTES
 
 BACKEND = "agl"
+# verl's mode of `update_weights` in which a checkpoint engine gets the training engine; in others it gets
+# parameters, of a model with LoRA those of its base.
+SEND_MODE = "delta_sharded"
 
 
 @CheckpointEngineRegistry.register(BACKEND)
@@ -65,10 +67,20 @@ class TransferEngine(CheckpointEngine):  # type: ignore[misc]  # verl is untyped
     def finalize(self) -> None:
         """Nothing is kept between transfers but the process group, which stays while its members stay."""
 
-    async def send_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], global_steps: int | None = None
-    ) -> dict[str, Any]:
-        """Sends all parameters; answers digest, bytes, tensors and seconds on rank 0, nothing elsewhere."""
+    async def send_weights(self, engine: Any, global_steps: int | None = None) -> dict[str, Any]:
+        """Sends what was trained: all parameters, or the adapter of a model with LoRA.
+
+        Args:
+            engine: verl's engine of the actor, as it gives it in ``SEND_MODE``.
+            global_steps: the step, as verl gives it.
+
+        Returns:
+            Digest, bytes, tensors and seconds on rank 0, nothing elsewhere.
+        """
+        # Without `base_sync_done` verl gives the base of a model with LoRA, which nobody trains.
+        weights, lora = engine.get_per_tensor_param(base_sync_done=True)
+        if lora is not None:
+            weights = adapter_set(weights, lora)
         if self._sender is None:
             # The generator gathers each parameter over all ranks: it has to be driven to its end here too.
             for _ in weights:

@@ -9,6 +9,7 @@ import numpy as np
 
 from agl_grpc.client.filters import rollout_filter
 from agl_grpc.learner.adoption import OpenGroup, left_behind
+from agl_grpc.learner.attempts import read_attempts
 from agl_grpc.learner.errors import FidelityError, LearnerError
 from agl_grpc.learner.lineage import PolicyLineage
 from agl_grpc.learner.rollouts import (
@@ -24,9 +25,8 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from agl_grpc.sample import AttemptRecord, AttemptSamples, Sample, SampleRules, build_attempt
-from agl_grpc.v1 import reward_pb2, span_pb2
-from agl_grpc.v1 import store_service_pb2 as store_pb2
+from agl_grpc.sample import AttemptSamples, Sample, SampleRules
+from agl_grpc.sample.wire import rules_to_proto
 
 
 class StoreSource:
@@ -54,6 +54,8 @@ class StoreSource:
         self._link = link
         self._client = link.client
         self._identity = identity
+        # Of the rollouts that are watched.
+        self._labels = identity.labels
         self._deliver: Deliver = _undeliverable
         self._rules = rules
         self._samples = samples
@@ -94,7 +96,7 @@ class StoreSource:
         )
 
     async def _watch(self) -> None:
-        mine = rollout_filter(run_id=self._identity.run_id, labels=self._identity.labels)
+        mine = rollout_filter(run_id=self._identity.run_id, labels=self._labels)
         changes = self._client.watch_rollouts(filter=mine, include_existing=True, include_attempts=True)
         try:
             async for change in changes:
@@ -150,34 +152,10 @@ class StoreSource:
             self._deliver(error)
 
     async def _fetch(self, group: OpenGroup) -> FinishedGroup:
-        ids = group.members
-        spans, rewards = await asyncio.gather(self._spans(ids), self._rewards(ids))
-        rollouts = []
-        for rollout_id in ids:
-            rollout = group.sealed[rollout_id]
-            attempt_id = rollout.latest_attempt_id or ""
-            incomplete = isinstance(rollout, AttemptedRollout) and rollout.attempt.capture_incomplete
-            place = (rollout_id, attempt_id)
-            record = AttemptRecord(
-                rollout_id=rollout_id,
-                attempt_id=attempt_id,
-                group_id=group.request.uid,
-                spans=[span for span in spans if (span.rollout_id, span.attempt_id) == place],
-                rewards=[item for item in rewards if (item.rollout_id, item.attempt_id) == place],
-                capture_incomplete=incomplete,
-            )
-            rollouts.append(self._finished(rollout, build_attempt(record, self._samples)))
-        return FinishedGroup(group.request, tuple(rollouts))
-
-    async def _spans(self, ids: list[str]) -> list[span_pb2.StoredSpan]:
-        spans = self._client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=True)
-        return [span async for span in spans]
-
-    async def _rewards(self, ids: list[str]) -> list[reward_pb2.Reward]:
-        request = store_pb2.ListRewardsRequest(rollout_ids=ids)
-        return await self._client.read_all(
-            self._client.bound.store.ListRewards, request, lambda page: page.rewards
-        )
+        rollouts = [group.sealed[rollout_id] for rollout_id in group.members]
+        samples = await read_attempts(self._client, rollouts, self._samples)
+        finished = [self._finished(*each) for each in zip(rollouts, samples, strict=True)]
+        return FinishedGroup(group.request, tuple(finished))
 
     def _finished(self, rollout: Rollout, samples: AttemptSamples) -> FinishedRollout:
         account = samples.account
@@ -205,7 +183,13 @@ class StoreSource:
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
         mine = self._identity
-        work = self._client.claim_batch(mine.training_run_id, mine.trainer_epoch, step, rollout_ids)
+        work = self._client.claim_batch(
+            mine.training_run_id,
+            mine.trainer_epoch,
+            step,
+            rollout_ids,
+            rules=rules_to_proto(self._samples),
+        )
         batch = self._link.run(work)
         entries = []
         for entry in batch.entries:

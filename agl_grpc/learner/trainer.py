@@ -32,11 +32,23 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, label_group
 from agl_grpc.learner.checkpoint import LearnerState
-from agl_grpc.learner.checks import LogprobLimits, LogprobRow, SealedRow, account, check_logprobs, check_seals
-from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.checks import (
+    LogprobLimits,
+    LogprobRow,
+    SealedRow,
+    account,
+    check_logprobs,
+    check_seals,
+    staleness,
+)
+from agl_grpc.learner.correction import correct_over_rollouts
+from agl_grpc.learner.errors import ConfigError, LearnerError, MemoryExhaustedError
 from agl_grpc.learner.manager import RolloutManager
+from agl_grpc.learner.phases import phase
 from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
+from agl_grpc.learner.run_config import Deadlines
 from agl_grpc.learner.sampler import StoreSampler
+from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
 
 # verl looks the class up by name even when it creates no replica of it.
 RolloutReplicaRegistry.register("agl_external", lambda: RolloutReplica)
@@ -64,7 +76,10 @@ class CheckpointStore(Protocol):
     """Keeps checkpoints; see ``checkpoint.py``."""
 
     def save(self, trainer: AglTrainer) -> None:
-        """Saves the trainer's state as one checkpoint and commits the batches that it contains."""
+        """Saves the trainer's state as one checkpoint."""
+
+    def commit(self, trainer: AglTrainer) -> None:
+        """Commits the batches that the checkpoint saved last contains, if that is still to be done."""
 
 
 @dataclass
@@ -79,10 +94,12 @@ class Hooks:
     # Groups of the batches that an earlier trainer claimed and did not commit, by step, in their order.
     replay: dict[int, list[list[str]]] = field(default_factory=dict)
     limits: LogprobLimits = field(default_factory=LogprobLimits)
-    sample_deadline: float = 600.0
+    deadlines: Deadlines = field(default_factory=Deadlines)
     failure_limit: int = 64
     # Called after each step (0 = before training); answers whether to stop.
     on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
+    # Called with the step and the name of an error that ends training, before the last checkpoint.
+    on_error: Callable[[int, str], None] = lambda _step, _name: None
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -100,11 +117,18 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         hooks: rollouts, publication, checkpoints and limits.
     """
 
+    # verl's: the step that is being made, from 1.
+    global_steps: int
+
     def __init__(self, config: DictConfig, hooks: Hooks) -> None:
         self.hooks = hooks
         self.prompts_fetched = 0
         self.uncommitted: list[ClaimedBatch] = []
         self._claimed: ClaimedBatch | None = None
+        self._claimed_in_step: list[ClaimedBatch] = []
+        # Whether a parameter may have changed since the step began.
+        self._updating = False
+        self._counts: Counter[str] = Counter()
         self._left_over: deque[tuple[int, int]] = deque()
         if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
             config.algorithm.adv_estimator = PREFIX + config.algorithm.adv_estimator
@@ -118,7 +142,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
                 "trainer.v1.sampler.custom_sampler cannot be set: the learner brings its own sampler"
             )
         return StoreSampler(
-            sample_deadline=self.hooks.sample_deadline,
+            sample_deadline=self.hooks.deadlines.sample,
             failure_limit=self.hooks.failure_limit,
             replay=self.hooks.replay,
             trainer_mode=self.trainer_mode,
@@ -130,6 +154,16 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             filter_groups_metric=self._resolve_filter_groups_metric(),
         )
 
+    def deadline_of(self, key: str) -> float:
+        """Seconds that a phase may take, by its name in ``deadlines``."""
+        return float(getattr(self.hooks.deadlines, key))
+
+    def worker_groups(self) -> dict[str, Any]:
+        """verl's worker groups that have been started, by role."""
+        roles = {"actor": "actor_rollout_wg", "critic": "critic_wg", "reference": "ref_policy_wg"}
+        return {role: getattr(self, name) for role, name in roles.items() if hasattr(self, name)}
+
+    @phase("starting verl's workers", "start")
     def _setup(self) -> None:
         # Not the direct parent's: it would start replicas of verl's own engines.
         with patch.object(trainer_base, "LLMServerManager", NoServers):
@@ -143,7 +177,37 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def fit(self, agent_loop_manager: RolloutManager) -> None:
         self.replay_buffer.bind(agent_loop_manager)
-        super().fit(agent_loop_manager)
+        try:
+            super().fit(agent_loop_manager)
+        except MemoryExhaustedError as error:
+            self.hooks.on_error(self.global_steps, "out_of_memory")
+            raise MemoryExhaustedError(f"{error}; {self._save_before_failed_step()}") from error
+
+    def _save_before_failed_step(self) -> str:
+        """Saves what was trained before the step that failed, if that state is still there; says what
+        came of it.
+        """
+        trained = [batch for batch in self.uncommitted if batch is not self._claimed]
+        if not trained:
+            return "nothing that is not in a checkpoint was trained"
+        if self._updating:
+            return "the failed step may have changed weights: nothing was saved, resume from the checkpoint"
+        failed = self.global_steps
+        self.global_steps = failed - 1
+        self.uncommitted = trained
+        self.replay_buffer.put_back()
+        try:
+            self._save_checkpoint()
+            self.hooks.checkpoints.commit(self)
+        except LearnerError as error:
+            return f"a checkpoint of step {failed - 1} could not be saved ({error})"
+        return f"everything before step {failed} is in a checkpoint"
+
+    def on_step_begin(self) -> None:
+        super().on_step_begin()
+        self._updating = False
+        self._counts.clear()
+        self._claimed_in_step.clear()
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """One prompt under a deterministic group id; first those that the resumed checkpoint left
@@ -188,10 +252,16 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         return dp_size
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
+        if not batch.keys:
+            raise LearnerError(
+                f"no rollout of step {self.global_steps} has anything to train: "
+                f"{self.agent_loop_manager.last_failure or 'no call of this model'}"
+            )
         ids = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rollout_id"])
         rollout_ids = list(dict.fromkeys(str(getattr(item, "data", item)) for item in ids["rollout_id"]))
         self._claimed = self.hooks.source.claim(self.global_steps, rollout_ids)
         self.uncommitted.append(self._claimed)
+        self._claimed_in_step.append(self._claimed)
         self._check_rows_per_rollout(len(batch.keys), len(rollout_ids))
         metrics["training/rows"], metrics["training/rollouts"] = len(batch.keys), len(rollout_ids)
         return super()._balance_batch(batch, metrics, **kwargs)
@@ -203,7 +273,21 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
                 f"{rows} rows: use an agent whose prompts grow turn by turn, or an outcome estimator "
                 "such as grpo"
             )
-        mode = self.config.actor_rollout_ref.actor.loss_agg_mode
+        actor = self.config.actor_rollout_ref.actor
+        loss = actor.policy_loss.loss_mode
+        if rows > rollouts and loss in SEQUENCE_LOSSES:
+            raise ConfigError(
+                f"actor_rollout_ref.actor.policy_loss.loss_mode={loss} weighs rows as sequences, and "
+                f"{rollouts} rollouts have {rows} rows: use a loss of tokens, such as vanilla"
+            )
+        correction = self.config.algorithm.rollout_correction
+        by_rows = correction.rollout_is == "sequence" or str(correction.rollout_rs or "").startswith("seq")
+        if rows > rollouts and correction.bypass_mode and by_rows:
+            raise ConfigError(
+                f"algorithm.rollout_correction judges sequences in bypass mode by row, and {rollouts} "
+                f"rollouts have {rows} rows: set bypass_mode to False, or choose token levels"
+            )
+        mode = actor.loss_agg_mode
         if rows > rollouts and mode not in ("token-mean", "token-sum"):
             raise ConfigError(
                 f"actor_rollout_ref.actor.loss_agg_mode={mode} weighs rows, and {rollouts} rollouts have "
@@ -212,17 +296,23 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
                 "use token-mean, under which splitting a rollout changes nothing"
             )
 
+    @phase("recomputing logprobs", "compute")
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         correction = self.config.algorithm.rollout_correction
         bypass = bool(correction.bypass_mode)
         correction.bypass_mode = False
         try:
-            # Recomputed in bypass mode too: the recomputation is what proves the tokens.
-            result = super()._compute_old_log_prob(batch, metrics)
+            # Recomputed in bypass mode too: the recomputation is what proves the tokens. With one update a
+            # step there is no older policy to come back to, and no copy of all weights to be made.
+            compute = super()._compute_old_log_prob if self.parameter_sync_step > 1 else self._recompute
+            result = compute(batch, metrics)
         finally:
             correction.bypass_mode = bypass
         self._prove_tokens(batch, metrics)
         return super()._compute_old_log_prob(batch, metrics) if bypass else result
+
+    def _recompute(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        return PPOTrainer._compute_old_log_prob(self, batch, metrics)
 
     def _prove_tokens(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
         names = ["rollout_log_probs", "old_log_probs", "response_mask", "policy_versions", "rollout_id"]
@@ -232,12 +322,32 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
         columns = [[row.numpy() for row in data[name].unbind()] for name in names[:4]]
         rows = [LogprobRow(key, *values) for key, *values in zip(keys, *columns, strict=True)]
-        metrics.update(check_logprobs(rows, version=self.global_steps - 1, limits=self.hooks.limits))
+        version = self.global_steps - 1
+        metrics.update(check_logprobs(rows, version=version, limits=self.hooks.limits))
+        self._counts.update(staleness(rows, version=version))
         trained: Counter[str] = Counter()
         for rollout_id, mask in zip(data["rollout_id"], columns[2], strict=True):
             trained[str(getattr(rollout_id, "data", rollout_id))] += int(mask.sum())
         rollouts = [self.agent_loop_manager.rollout(rollout_id) for rollout_id in trained]
-        metrics.update(account(rollouts, trained))
+        self._counts.update(account(rollouts, trained))
+
+    @phase("computing the reference's logprobs", "compute")
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        return super()._compute_ref_log_prob(batch, metrics)
+
+    @phase("computing values", "compute")
+    def _compute_values(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        return super()._compute_values(batch, metrics)
+
+    @phase("computing advantages", "compute")
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        with patch.object(trainer_base, "compute_rollout_correction_and_add_to_batch", correct_over_rollouts):
+            result = super()._compute_advantage(batch, metrics)
+        rejected = metrics.pop("tokens/rejected", 0.0)
+        if rejected:
+            self._counts.update({"tokens/dropped/rejected": rejected, "tokens/dropped": rejected})
+            self._counts.subtract({"tokens/trained": rejected})
+        return result
 
     def _prove_seals(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
         assert self._claimed is not None
@@ -260,6 +370,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             np.mean([len(values) == 1 for values in groups.values()])
         )
 
+    @phase("updating the actor", "compute")
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """One optimiser step per epoch over whole rollouts, however many rows they have."""
         self._prove_seals(batch, metrics)
@@ -278,13 +389,17 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
                 "temperature": self.config.actor_rollout_ref.rollout.temperature,
             }
         )
+        # One optimiser step at the end of one epoch: until then the parameters are what they were.
+        self._updating = self._updating or self.local_trigger_step > 0 or actor.ppo_epochs > 1
         output = rename_dict(self.actor_rollout_wg.update_actor(batch)["metrics"], "actor/")
         output["perf/mfu/actor"] = output.pop("actor/mfu")
+        self._updating = True
         metrics.update(reduce_metrics(output))
         if not math.isfinite(float(metrics.get("actor/grad_norm", 0.0))):
             metrics["actor/skipped_updates"] = 1.0
         return batch
 
+    @phase("updating the critic", "compute")
     def _update_critic(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         critic = self.config.critic
         batch.extra_info.update(
@@ -297,11 +412,14 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
                 "temperature": self.config.actor_rollout_ref.rollout.temperature,
             }
         )
+        # The critic's step comes before the actor's: after it, the state of the step before is gone.
+        self._updating = True
         output = rename_dict(self.critic_wg.train_mini_batch(batch).get()["metrics"], "critic/")
         output["perf/mfu/critic"] = output.pop("critic/mfu")
         metrics.update(reduce_metrics(output))
         return batch
 
+    @phase("saving a checkpoint", "save")
     def _save_checkpoint(self) -> None:
         self.hooks.checkpoints.save(self)
 
@@ -323,12 +441,18 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         metrics.update(self.agent_loop_manager.drain_counts())
-        if self._claimed is not None:
-            self.agent_loop_manager.forget([entry.rollout_id for entry in self._claimed.entries])
-        if self.hooks.on_metrics(self.global_steps, _numbers(metrics)):
+        metrics.update(self._counts)
+        metrics["idle/optimiser_seconds"] = metrics.get("timing_s/gen", 0.0)
+        for claimed in self._claimed_in_step:
+            self.agent_loop_manager.forget([entry.rollout_id for entry in claimed.entries])
+        stop = self.hooks.on_metrics(self.global_steps, _numbers(metrics))
+        # After the report: a step that counts as trained has its place in the curve, whenever this one ends.
+        self.hooks.checkpoints.commit(self)
+        if stop:
             # Somebody asked to stop: this step is the last one, and nothing trained is lost.
             if self.uncommitted:
-                self.hooks.checkpoints.save(self)
+                self._save_checkpoint()
+                self.hooks.checkpoints.commit(self)
             self.total_training_steps = self.global_steps
 
     def describe_config(self) -> dict[str, Any]:

@@ -66,9 +66,9 @@ class TrainingRun:
         self.stop_requested = False
 
     @classmethod
-    def acquire(cls, link: StoreLink, training_run_id: str) -> TrainingRun:
+    def acquire(cls, link: StoreLink, training_run_id: str, algorithm: str = "verl") -> TrainingRun:
         """Takes the training run up, making it first when it is new; an empty id makes a new one."""
-        record = link.run(cls._acquire(link, training_run_id))
+        record = link.run(cls._acquire(link, training_run_id, algorithm))
         if record.run_id != link.client.run_id:
             raise LearnerError(
                 f"training run {record.training_run_id} belongs to run {record.run_id!r}, not to "
@@ -77,7 +77,7 @@ class TrainingRun:
         return cls(link, record)
 
     @staticmethod
-    async def _acquire(link: StoreLink, training_run_id: str) -> TrainingRunRecord:
+    async def _acquire(link: StoreLink, training_run_id: str, algorithm: str) -> TrainingRunRecord:
         client = link.client
         trainer = f"{socket.gethostname()}:{os.getpid()}"
         if training_run_id:
@@ -85,7 +85,7 @@ class TrainingRun:
                 return await client.acquire_training_run(training_run_id, trainer)
             except NotFound:
                 pass  # A new name is a new training run.
-        wanted = TrainingRunRecord(training_run_id=training_run_id, run_id=client.run_id, algorithm="verl")
+        wanted = TrainingRunRecord(training_run_id=training_run_id, run_id=client.run_id, algorithm=algorithm)
         made = await client.create_training_run(wanted)
         return await client.acquire_training_run(made.training_run_id, trainer)
 

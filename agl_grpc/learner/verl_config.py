@@ -6,29 +6,15 @@ does not know is refused by name; a few are held by us because the learner's eng
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agl_grpc.learner.errors import ConfigError
-
-# Advantage estimators whose inputs exist for rollouts from the store; the rest are refused by name.
-ESTIMATORS = (
-    "gae",
-    "grpo",
-    "rloo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "opo",
-    "gpg",
-    "grpo_passk",
-)
-TRAINER_MODES = ("sync", "separate_async", "agl")
+from agl_grpc.learner.verl_keys import TRAINER_MODES, check_keys, check_names
 
 _ENGINE_CPU: dict[str, Any] = {
     "strategy": "fsdp2",
@@ -103,41 +89,6 @@ def _held(device: str) -> dict[str, Any]:
     }
 
 
-def _target_fields(node: DictConfig) -> set[str]:
-    """Names of the fields of the dataclass that verl builds from a node; empty when it builds none."""
-    target = node.get("_target_")
-    if not isinstance(target, str):
-        return set()
-    module, _, name = target.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
-    return {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-
-
-def _unknown_keys(known: DictConfig, given: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    for key, value in given.items():
-        full = f"{path}.{key}" if path else str(key)
-        if key not in known:
-            # An empty mapping in verl's tree is free-form; a dataclass may have fields that its YAML leaves
-            # out.
-            if len(known) and key not in _target_fields(known):
-                yield full
-            continue
-        child = known._get_node(key)
-        if isinstance(child, DictConfig) and isinstance(value, Mapping) and not child._is_none():
-            yield from _unknown_keys(child, value, full)
-
-
-def check_keys(known: DictConfig, given: Mapping[str, Any]) -> None:
-    """Raises ConfigError naming the first key that verl does not know."""
-    for full in _unknown_keys(known, given):
-        section = full.rpartition(".")[0]
-        node = OmegaConf.select(known, section) if section else known
-        near = ", ".join(sorted(str(key) for key in node)[:12]) if isinstance(node, DictConfig) else ""
-        raise ConfigError(
-            f"verl has no configuration key {full!r}; {section or 'the top level'} has: {near}, …"
-        )
-
-
 def expand(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Turns dotted keys (``"trainer.save_freq": 10``) into the nested form; nested mappings stay as they
     are.
@@ -196,17 +147,37 @@ def _complete(config: DictConfig, user: Mapping[str, Any]) -> None:
     rollout = config.actor_rollout_ref.rollout
     if rollout.log_prob_micro_batch_size_per_gpu is None and not actor.use_dynamic_bsz:
         rollout.log_prob_micro_batch_size_per_gpu = actor.ppo_micro_batch_size_per_gpu
+    _complete_correction(config, user)
     if config.critic.model.path == "~/models/deepseek-llm-7b-chat":
         config.critic.model.path = config.actor_rollout_ref.model.path
 
 
+def _complete_correction(config: DictConfig, user: Mapping[str, Any]) -> None:
+    """What happens to tokens that other weights have sampled.
+
+    Asynchronous training weighs them (token-level truncated importance sampling, verl's threshold of 2)
+    unless the user has chosen. In bypass mode verl's loss of that name does what the section says.
+    """
+    correction = config.algorithm.rollout_correction
+    policy = config.actor_rollout_ref.actor.policy_loss
+    if correction.bypass_mode:
+        if policy.loss_mode == "vanilla":
+            policy.loss_mode = "bypass_mode"
+            policy.rollout_correction = OmegaConf.create(OmegaConf.to_container(correction))
+        elif correction.rollout_is or correction.rollout_rs or correction.loss_type != "ppo_clip":
+            raise ConfigError(
+                "algorithm.rollout_correction.bypass_mode=True corrects in a loss of its own: leave "
+                f"actor_rollout_ref.actor.policy_loss.loss_mode={policy.loss_mode} out, or rollout_is, "
+                "rollout_rs and loss_type"
+            )
+        return
+    asynchronous = config.trainer.v1.sampler.max_off_policy_threshold != 1
+    if asynchronous and not _chosen(config, user, "algorithm", "rollout_correction", "rollout_is"):
+        correction.rollout_is = "token"
+
+
 def _check_supported(config: DictConfig, user: Mapping[str, Any]) -> None:
-    estimator = str(config.algorithm.adv_estimator)
-    if estimator not in ESTIMATORS:
-        raise ConfigError(
-            f"algorithm.adv_estimator={estimator!r} is not supported with rollouts from the store; "
-            f"choose one of {', '.join(ESTIMATORS)}"
-        )
+    check_names(config)
     mode = user.get("trainer", {}).get("v1", {}).get("trainer_mode", "sync")
     if mode not in TRAINER_MODES:
         raise ConfigError(

@@ -111,7 +111,8 @@ class ModelCall:
     """A call of a model: whole prompt ids ``[p]`` int32, answers, sampling in force, and how it went.
 
     ``sampling`` holds what the engine used, by API names (``temperature``, ``top_p``, ``max_tokens``, …).
-    ``untrainable_reason`` empty means that it may be trained. Durations are in nanoseconds.
+    ``untrainable_reason`` empty means that it may be trained. Durations are in nanoseconds. ``retry_of`` is
+    the span id (hexadecimal) of an earlier call that this one repeats: its answer never reached the agent.
     """
 
     model: str = ""
@@ -134,6 +135,7 @@ class ModelCall:
     raw_response: Any = None
     agent_name: str = ""
     mode: str = ""
+    retry_of: str = ""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelCall) and self.to_proto() == other.to_proto()
@@ -165,6 +167,7 @@ class ModelCall:
             raw_response=from_payload(message.raw_response),
             agent_name=message.agent_name,
             mode=message.mode,
+            retry_of=message.retry_of.hex(),
         )
 
     def to_proto(self) -> model_call_pb2.ModelCall:
@@ -192,4 +195,5 @@ class ModelCall:
             raw_response=None if self.raw_response is None else to_payload(self.raw_response, "raw_response"),
             agent_name=self.agent_name,
             mode=self.mode,
+            retry_of=bytes.fromhex(self.retry_of),
         )

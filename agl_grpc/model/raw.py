@@ -14,31 +14,31 @@ too short. Compare with the generated message's length where it matters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import Descriptor
 
-from agl_grpc.v1 import model_call_pb2, span_pb2, store_service_pb2
+from agl_grpc.v1 import batch_pb2, model_call_pb2, span_pb2, store_service_pb2, trainer_service_pb2
 
 _PACKAGE = "agl_grpc.raw"
 _FILE_NAME = "agl_grpc/model/raw.proto"
 _FIELD = descriptor_pb2.FieldDescriptorProto
 
-_BYTES = ""
+BYTES = ""
 """Target of a field that becomes bytes; other targets name a view."""
 
 _VIEWS: Mapping[str, tuple[Descriptor, Mapping[str, str]]] = {
-    "RawPromptTokens": (model_call_pb2.PromptTokens.DESCRIPTOR, {"token_ids": _BYTES}),
-    "RawChoice": (model_call_pb2.Choice.DESCRIPTOR, {"token_ids": _BYTES, "logprobs": _BYTES}),
+    "RawPromptTokens": (model_call_pb2.PromptTokens.DESCRIPTOR, {"token_ids": BYTES}),
+    "RawChoice": (model_call_pb2.Choice.DESCRIPTOR, {"token_ids": BYTES, "logprobs": BYTES}),
     "RawModelCall": (
         model_call_pb2.ModelCall.DESCRIPTOR,
         {"prompt": "RawPromptTokens", "choices": "RawChoice"},
     ),
     "RawSpan": (span_pb2.Span.DESCRIPTOR, {"model_call": "RawModelCall"}),
-    "RawAttemptSpans": (span_pb2.AttemptSpans.DESCRIPTOR, {"spans": _BYTES}),
-    "RawStoredSpan": (span_pb2.StoredSpan.DESCRIPTOR, {"span": _BYTES}),
+    "RawAttemptSpans": (span_pb2.AttemptSpans.DESCRIPTOR, {"spans": BYTES}),
+    "RawStoredSpan": (span_pb2.StoredSpan.DESCRIPTOR, {"span": BYTES}),
     "RawAppendSpansRequest": (
         store_service_pb2.AppendSpansRequest.DESCRIPTOR,
         {"groups": "RawAttemptSpans"},
@@ -50,6 +50,21 @@ _VIEWS: Mapping[str, tuple[Descriptor, Mapping[str, str]]] = {
     ),
     "RawListSpansResponse": (store_service_pb2.ListSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
     "RawExportSpansResponse": (store_service_pb2.ExportSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
+    "RawSampleColumns": (
+        batch_pb2.SampleColumns.DESCRIPTOR,
+        dict.fromkeys(
+            (
+                *("row_offsets", "prompt_lengths", "input_ids", "logprobs", "policy_versions", "rewards"),
+                *("temperatures", "turn_offsets", "turn_choices", "turn_starts", "turn_ends"),
+                *("turn_rewards", "turn_returns", "reward_values"),
+            ),
+            BYTES,
+        ),
+    ),
+    "RawStreamBatchResponse": (
+        trainer_service_pb2.StreamBatchResponse.DESCRIPTOR,
+        {"samples": "RawSampleColumns"},
+    ),
     "RawWatchSpansResponse": (store_service_pb2.WatchSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
 }
 
@@ -59,18 +74,20 @@ _HEADER_FIELDS = (
 )
 
 
-def _view(name: str, source: Descriptor, retyped: Mapping[str, str]) -> descriptor_pb2.DescriptorProto:
+def _view(
+    name: str, source: Descriptor, retyped: Mapping[str, str], package: str = _PACKAGE
+) -> descriptor_pb2.DescriptorProto:
     view = descriptor_pb2.DescriptorProto()
     source.CopyToProto(view)
     view.name = name
     for field in view.field:
         if field.name in retyped:
-            _retype(field, retyped[field.name])
+            _retype(field, retyped[field.name], package)
     return view
 
 
-def _retype(field: descriptor_pb2.FieldDescriptorProto, target: str) -> None:
-    if target == _BYTES:
+def _retype(field: descriptor_pb2.FieldDescriptorProto, target: str, package: str) -> None:
+    if target == BYTES:
         if field.type != _FIELD.TYPE_MESSAGE:
             # A packed array of numbers is one length-delimited value; an array of messages is many.
             field.label = _FIELD.LABEL_OPTIONAL
@@ -78,38 +95,55 @@ def _retype(field: descriptor_pb2.FieldDescriptorProto, target: str) -> None:
         field.ClearField("type_name")
         field.ClearField("options")
     else:
-        field.type_name = f".{_PACKAGE}.{target}"
+        field.type_name = f".{package}.{target}"
 
 
 def _header() -> descriptor_pb2.DescriptorProto:
     """A span of which only the keys are read; the rest is carried along unread."""
-    view = _view("RawSpanKeys", span_pb2.Span.DESCRIPTOR, {"model_call": _BYTES})
+    view = _view("RawSpanKeys", span_pb2.Span.DESCRIPTOR, {"model_call": BYTES})
     kept = [field for field in view.field if field.name in _HEADER_FIELDS]
     del view.field[:]
     view.field.extend(kept)
     return view
 
 
-def _pool() -> descriptor_pool.DescriptorPool:
-    file = descriptor_pb2.FileDescriptorProto(name=_FILE_NAME, package=_PACKAGE, syntax="proto3")
-    sources = {source.file.name for source, _ in _VIEWS.values()}
-    for source, _ in _VIEWS.values():
+Views = Mapping[str, tuple[Descriptor, Mapping[str, str]]]
+"""Names of views, what each is a view of, and its retyped fields."""
+
+
+def make_views(
+    file_name: str, package: str, views: Views, also: Sequence[descriptor_pb2.DescriptorProto] = ()
+) -> dict[str, Any]:
+    """Message classes that are views of others.
+
+    Args:
+        file_name: A name that no other file of descriptors has.
+        package: Of the views.
+        views: What they are; a target that is `BYTES` makes bytes of a field.
+        also: Further messages.
+    """
+    file = descriptor_pb2.FileDescriptorProto(name=file_name, package=package, syntax="proto3")
+    sources = {source.file.name for source, _ in views.values()}
+    for source, _ in views.values():
         sources.update(dependency.name for dependency in source.file.dependencies)
     file.dependency.extend(sorted(sources))
-    for name, (source, retyped) in _VIEWS.items():
-        file.message_type.append(_view(name, source, retyped))
-    file.message_type.append(_header())
+    for name, (source, retyped) in views.items():
+        file.message_type.append(_view(name, source, retyped, package))
+    file.message_type.extend(also)
     pool = descriptor_pool.Default()
     pool.AddSerializedFile(file.SerializeToString())
-    return pool
+    # Any: these classes exist only at run time; they have the attributes of the generated ones.
+    return {
+        message.name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{message.name}"))
+        for message in file.message_type
+    }
 
 
-_DESCRIPTORS = _pool()
+_CLASSES = make_views(_FILE_NAME, _PACKAGE, _VIEWS, [_header()])
 
 
 def _message(name: str) -> Any:
-    # Any: these classes exist only at run time; they have the attributes of the generated ones.
-    return message_factory.GetMessageClass(_DESCRIPTORS.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
+    return _CLASSES[name]
 
 
 RawPromptTokens = _message("RawPromptTokens")
@@ -150,3 +184,9 @@ RawExportSpansResponse = _message("RawExportSpansResponse")
 
 RawWatchSpansResponse = _message("RawWatchSpansResponse")
 """WatchSpansResponse with raw stored spans."""
+
+RawSampleColumns = _message("RawSampleColumns")
+"""SampleColumns with its packed columns as little-endian bytes."""
+
+RawStreamBatchResponse = _message("RawStreamBatchResponse")
+"""StreamBatchResponse, and with the same fields ReplayBatchResponse, with raw columns."""

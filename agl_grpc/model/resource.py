@@ -120,7 +120,7 @@ def _format_jinja(template: str, values: Mapping[str, Any]) -> str:
 
 def _format_poml(template: str, values: Mapping[str, Any]) -> str:
     try:
-        import poml  # type: ignore[import-not-found]  # optional
+        import poml
     except ImportError:
         raise RuntimeError("poml templates need the package poml: pip install poml") from None
     messages = poml.poml(template, context=dict(values))

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,19 @@ import orjson
 
 from agl_grpc.v1 import common_pb2
 
+try:
+    import zstandard
+except ImportError:  # an engine environment that was made before we needed it: payloads stay as they are
+    zstandard = None  # type: ignore[assignment]
+
 JSON = "application/json"
 OCTETS = "application/octet-stream"
+ZSTD_SUFFIX = "+zstd"
+"""Ends the media type of data that is compressed with Zstandard."""
+
+_of_thread = threading.local()
+
+_LARGEST_UNPACKED = 256 * 1024 * 1024
 
 _LONG_INTEGER = re.compile(rb"\d{19}")
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
@@ -149,12 +161,37 @@ def from_payload(message: common_pb2.Payload) -> Any:
         return None
     if kind == "blob_digest":
         return BlobReference(message.blob_digest, media_type)
+    data = message.data
+    if media_type.endswith(ZSTD_SUFFIX) and (unpacked := _unpack(data)) is not None:
+        data, media_type = unpacked, media_type.removesuffix(ZSTD_SUFFIX)
     if media_type == OCTETS:
-        return message.data
+        return data
     if media_type == JSON:
         with contextlib.suppress(ValueError):
-            return decode_json(message.data)
-    return RawPayload(media_type, message.data)
+            return decode_json(data)
+    return RawPayload(media_type, data)
+
+
+def compressed(data: bytes) -> bytes | None:
+    """The data compressed with Zstandard; None where that is not installed."""
+    if zstandard is None:
+        return None
+    compressor = getattr(_of_thread, "compressor", None)
+    if compressor is None:
+        compressor = _of_thread.compressor = zstandard.ZstdCompressor(level=1)
+    return bytes(compressor.compress(data))
+
+
+def _unpack(data: bytes) -> bytes | None:
+    """Compressed data as it was; None when it is damaged, states no size or one that is too large."""
+    if zstandard is None:
+        return None
+    try:
+        if not 0 < zstandard.frame_content_size(data) <= _LARGEST_UNPACKED:
+            return None
+        return zstandard.decompress(data)
+    except zstandard.ZstdError:
+        return None
 
 
 def encode_json(value: Any, path: str = "value") -> bytes:

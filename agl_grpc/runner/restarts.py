@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from agl_grpc.client.channel import open_blocking_channel
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.v1 import store_service_pb2, store_service_pb2_grpc
 
@@ -71,7 +72,7 @@ def end_leases(store: str, worker_id: str) -> None:
     It counts as losing them: a rollout that kills every worker is given up after `max_redeliveries`.
     """
     request = store_service_pb2.ExpireLeasesRequest(worker_id=worker_id)
-    with grpc.insecure_channel(store) as channel:
+    with open_blocking_channel(store) as channel:
         try:
             store_service_pb2_grpc.StoreServiceStub(channel).ExpireLeases(request, timeout=5.0)
         except grpc.RpcError as error:

@@ -38,5 +38,11 @@ BATCH_ITEMS = 10_000
 ANSWER_BYTES = 24 << 20
 """A page ends early when its items have so many bytes: a message holds 64 MiB."""
 
+LARGE_ANSWER_BYTES = 48 << 20
+"""An answer that has no pages takes nothing more when it has so many bytes."""
+
+RESOURCES_BYTES = 8 << 20
+"""Largest set of resources: it goes with each delivery."""
+
 BLOB_BYTES = 1 << 30
 """Largest blob."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from agl_grpc.store.errors import exists, invalid_field
 from agl_grpc.store.ids import mint
+from agl_grpc.store.limits import LARGE_ANSWER_BYTES, RESOURCES_BYTES
 from agl_grpc.store.rollouts.encode import set_time
 from agl_grpc.store.storage.catalog import RunRow, require_id
 from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import by_key
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, resources_pb2
 
@@ -24,6 +26,12 @@ def check_resources(resources: Sequence[resources_pb2.Resource]) -> None:
     """
     if len(resources) > MOST_RESOURCES:
         raise invalid_field("resources", f"has {len(resources)} items; at most {MOST_RESOURCES} are allowed")
+    size = sum(resource.ByteSize() for resource in resources)
+    if size > RESOURCES_BYTES:
+        rule = (
+            f"have {size} bytes, at most {RESOURCES_BYTES} are taken: they go with each delivery; use blobs"
+        )
+        raise invalid_field("resources", rule)
     seen: set[str] = set()
     for index, resource in enumerate(resources):
         path = f"resources[{index}]"
@@ -76,11 +84,18 @@ def publish(
     return key, made
 
 
-def load_resources(db: Connection, keys: Iterable[int]) -> list[resources_pb2.ResourceSet]:
-    """Publications by their keys, in that order."""
-    found = []
-    for key in keys:
-        row = db.execute("SELECT body FROM resources WHERE resource_key = ?", (key,)).fetchone()
-        if row is not None:
-            found.append(resources_pb2.ResourceSet.FromString(row[0]))
-    return found
+def load_resources(
+    db: Connection, keys: Sequence[int], *, most_bytes: int = LARGE_ANSWER_BYTES
+) -> list[resources_pb2.ResourceSet]:
+    """Publications by their keys, in that order, no more than have so many bytes."""
+    sizes = by_key(
+        db, "SELECT resource_key, length(body) FROM resources WHERE resource_key IN ({keys})", keys
+    )
+    chosen, size = [], 0
+    for key, (_, length) in sizes.items():
+        chosen.append(key)
+        size += length
+        if size > most_bytes:
+            break
+    rows = by_key(db, "SELECT resource_key, body FROM resources WHERE resource_key IN ({keys})", chosen)
+    return [resources_pb2.ResourceSet.FromString(body) for _, body in rows.values()]

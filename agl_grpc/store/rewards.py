@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agl_grpc.store import errors
 from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_time
-from agl_grpc.store.rollouts.rows import AttemptRow
+from agl_grpc.store.rollouts.rows import AttemptRow, RolloutRow
 from agl_grpc.store.spans.check import id_of, ref_of
 from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import by_key, marks, padded
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, reward_pb2
 
@@ -30,16 +31,8 @@ _SELECT = (
 )
 
 
-class FinalReward(NamedTuple):
-    """The reward of an attempt that counts: the newest revision of the last judgement of the whole attempt.
-
-    Attributes:
-        value: The reward.
-        revision: Its revision.
-    """
-
-    value: float
-    revision: int
+_AT_ONCE = 256
+_ROWS_AT_ONCE = 64
 
 
 class _Name(NamedTuple):
@@ -68,15 +61,79 @@ def put_rewards(
     Raises:
         StoreError: INVALID_FIELD, or ENTITY_EXISTS for a revision that says something else.
     """
-    stored = []
-    for index, reward in enumerate(rewards):
+    return _put(tx, [(attempt, rollout_id)] * len(rewards), rewards)
+
+
+def put_all_rewards(
+    tx: Tx, targets: Sequence[tuple[AttemptRow, RolloutRow]], rewards: Sequence[reward_pb2.Reward]
+) -> list[reward_pb2.Reward]:
+    """As `put_rewards`, for rewards of many attempts: each has its target at the same place."""
+    return _put(tx, [(attempt, rollout.rollout_id) for attempt, rollout in targets], rewards)
+
+
+def _put(
+    tx: Tx, targets: Sequence[tuple[AttemptRow, str]], rewards: Sequence[reward_pb2.Reward]
+) -> list[reward_pb2.Reward]:
+    names = []
+    for index, (reward, (attempt, rollout_id)) in enumerate(zip(rewards, targets, strict=True)):
         path = f"rewards[{index}]"
-        name = _check(reward, path)
+        names.append(_check(reward, path))
         for given, known in ((reward.rollout_id, rollout_id), (reward.attempt_id, attempt.attempt_id)):
             if given not in ("", "latest", known):
                 raise errors.invalid_field(path, f"is of {given}, not of {known}")
-        stored.append(_put(tx, attempt, rollout_id, name, reward))
+    stands = _revisions(tx.connection, [attempt.key for attempt, _ in targets])
+    rows: list[tuple[object, ...]] = []
+    events: list[int] = []
+    stored = []
+    for reward, name, (attempt, rollout_id) in zip(rewards, names, targets, strict=True):
+        before = stands.setdefault((attempt.key, *name), {})
+        revision = reward.revision or max(before, default=0) + 1
+        if revision not in before:
+            before[revision] = reward.value
+            metadata = key_values_blob(reward.metadata)
+            rows.append((attempt.key, *name, revision, reward.value, tx.now, metadata))
+            events.append(attempt.run_key)
+        elif before[revision] != reward.value:
+            raise errors.exists("reward", f"{name.name} revision {revision}")
+        one = reward_pb2.Reward()
+        one.CopyFrom(reward)
+        one.rollout_id, one.attempt_id = rollout_id, attempt.attempt_id
+        one.name, one.revision = name.name, revision
+        set_time(one.create_time, tx.now)
+        stored.append(one)
+    keys = _insert(tx, rows)
+    for run_key, key in zip(events, keys, strict=True):
+        tx.event(run_key, event_pb2.ENTITY_KIND_REWARD, event_pb2.EVENT_KIND_CREATED, key)
     return stored
+
+
+def _revisions(db: Connection, attempt_keys: Sequence[int]) -> dict[tuple[Any, ...], dict[int, float]]:
+    """What the attempts have: values by attempt's key and name, and by revision."""
+    found: dict[tuple[Any, ...], dict[int, float]] = {}
+    for part in padded(list(dict.fromkeys(attempt_keys)), _AT_ONCE):
+        for *name, revision, value in db.execute(
+            "SELECT attempt_key, name, target_ref, step, grader, revision, value FROM rewards "
+            f"WHERE attempt_key IN ({marks(len(part))})",
+            part,
+        ):
+            found.setdefault(tuple(name), {})[revision] = value
+    return found
+
+
+def _insert(tx: Tx, rows: Sequence[tuple[object, ...]]) -> list[int]:
+    """Writes rewards; returns their keys, in order."""
+    keys: list[int] = []
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[start : start + _ROWS_AT_ONCE]
+        one = f"({marks(len(part[0]))})"
+        made = tx.execute(
+            "INSERT INTO rewards (attempt_key, name, target_ref, step, grader, revision, value, create_time, "
+            f"metadata) VALUES {','.join([one] * len(part))} RETURNING reward_key",
+            [value for row in part for value in row],
+        )
+        # Rows get rising keys in the order given; in which order they come back nobody promises.
+        keys += sorted(key for (key,) in made.fetchall())
+    return keys
 
 
 def _check(reward: reward_pb2.Reward, path: str) -> _Name:
@@ -97,52 +154,10 @@ def _check(reward: reward_pb2.Reward, path: str) -> _Name:
     return _Name(reward.name or PRIMARY, ref_of(target) if target else NO_TARGET, step, reward.grader)
 
 
-def _put(
-    tx: Tx, attempt: AttemptRow, rollout_id: str, name: _Name, reward: reward_pb2.Reward
-) -> reward_pb2.Reward:
-    key, revision = _existing(tx, attempt.key, name, reward)
-    if key is None:
-        key = tx.insert(
-            "INSERT INTO rewards (attempt_key, name, target_ref, step, grader, revision, value, create_time, "
-            "metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING reward_key",
-            (attempt.key, *name, revision, reward.value, tx.now, key_values_blob(reward.metadata)),
-        )
-        tx.event(attempt.run_key, event_pb2.ENTITY_KIND_REWARD, event_pb2.EVENT_KIND_CREATED, key)
-    stored = reward_pb2.Reward()
-    stored.CopyFrom(reward)
-    stored.rollout_id, stored.attempt_id = rollout_id, attempt.attempt_id
-    stored.name, stored.revision = name.name, revision
-    set_time(stored.create_time, tx.now)
-    return stored
-
-
-def _existing(tx: Tx, attempt_key: int, name: _Name, reward: reward_pb2.Reward) -> tuple[int | None, int]:
-    """The key of the same revision if it is stored already, and the revision to write."""
-    where = "WHERE attempt_key = ? AND name = ? AND target_ref = ? AND step = ? AND grader = ?"
-    (last,) = tx.execute(
-        f"SELECT coalesce(max(revision), 0) FROM rewards {where}", (attempt_key, *name)
-    ).fetchone()
-    if not reward.revision:
-        return None, last + 1
-    row = tx.execute(
-        f"SELECT reward_key, value FROM rewards {where} AND revision = ?",
-        (attempt_key, *name, reward.revision),
-    ).fetchone()
-    if row is None:
-        return None, reward.revision
-    if row[1] != reward.value:
-        raise errors.exists("reward", f"{name.name} revision {reward.revision}")
-    return row[0], reward.revision
-
-
-def load_rewards(db: Connection, keys: Iterable[int]) -> list[reward_pb2.Reward]:
+def load_rewards(db: Connection, keys: Sequence[int]) -> list[reward_pb2.Reward]:
     """Stored rewards by their keys, in that order."""
-    found = []
-    for key in keys:
-        row = db.execute(_SELECT + "WHERE w.reward_key = ?", (key,)).fetchone()
-        if row is not None:
-            found.append(_message(*row[1:]))
-    return found
+    rows = by_key(db, _SELECT + "WHERE w.reward_key IN ({keys})", keys)
+    return [_message(*row[1:]) for row in rows.values()]
 
 
 def _message(
@@ -173,14 +188,17 @@ def _message(
     return reward
 
 
-def final_reward(db: Connection, attempt_key: int) -> FinalReward | None:
-    """The reward that counts for an attempt now; None = it has none."""
-    row = db.execute(
-        "SELECT value, revision FROM rewards WHERE attempt_key = ? AND name = ? AND target_ref = ? "
-        "AND step = ? ORDER BY revision DESC, reward_key DESC LIMIT 1",
-        (attempt_key, PRIMARY, NO_TARGET, NO_STEP),
-    ).fetchone()
-    return None if row is None else FinalReward(row[0], row[1])
+def newest_rewards(db: Connection, attempt_key: int) -> list[reward_pb2.Reward]:
+    """The rewards of an attempt in the order in which they were written, of each only the newest revision."""
+    rows = db.execute(f"{_SELECT}WHERE w.attempt_key = ? ORDER BY w.reward_key", (attempt_key,)).fetchall()
+    newest: dict[tuple[str, int, int, str], reward_pb2.Reward] = {}
+    for row in rows:
+        name = row[3:7]
+        reward = _message(*row[1:])
+        if name not in newest or reward.revision > newest[name].revision:
+            newest.pop(name, None)  # what is written last stands last
+            newest[name] = reward
+    return list(newest.values())
 
 
 def forget_rewards(tx: Tx, _rollout_key: int, attempt_keys: Iterable[int]) -> None:

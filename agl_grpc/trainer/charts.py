@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from agl_grpc.learner.progress import scores
 from agl_grpc.model.training import StepMetrics
+from agl_grpc.trainer.progress import Progress
+from agl_grpc.trainer.run_folder import RunFolder
 
 _SPAN = 5
 
@@ -52,6 +55,17 @@ def draw_rewards(
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     figure.savefig(path, dpi=130)
+
+
+def draw_history(folder: RunFolder, history: Sequence[StepMetrics], progress: Progress) -> None:
+    """Draws ``reward.png`` of a run whose validation scores are metrics; nothing without rewards."""
+    if not any("reward/mean" in item.metrics for item in history):
+        return
+    points = {item.step: found for item in history if (found := scores(item.metrics))}
+    try:
+        draw_rewards(folder.path / "reward.png", history, points, f"{folder.name}: reward")
+    except ChartsMissing as missing:
+        progress.say(str(missing))
 
 
 def _mean(values: Sequence[float]) -> float:

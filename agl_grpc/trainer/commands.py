@@ -24,7 +24,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def store_part(folder: RunFolder, port: int, mark: str, host: str = "127.0.0.1") -> Command:
     """The store over the run's database."""
-    command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port), "--no-http"]
     command += ["--host", host, "--database", str(folder.database)]
     return Command("store", command, folder.log("store"), mark, child_environment())
 
@@ -50,6 +50,8 @@ def engine_part(
     environment = child_environment(python)
     if Path(model).expanduser().is_dir():
         environment.setdefault("HF_HUB_OFFLINE", "1")
+    if options.visible_devices:
+        environment["CUDA_VISIBLE_DEVICES"] = options.visible_devices
     return Command("engine", [*command, *options.arguments], folder.log("engine"), mark, environment)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -45,7 +46,7 @@ def build(
                 f"{what}: the dict {dict(spec)!r} has no 'type'; write the class or its import path"
             )
     if isinstance(target, str):
-        target = _find(what, target, registry or {})
+        target = find_component(what, target, registry or {})
     made = target
     if not isinstance(target, kind):
         made = _call(what, target, given, defaults or {})
@@ -54,15 +55,24 @@ def build(
     return made
 
 
-def _find(what: str, path: str, registry: Mapping[str, Any]) -> Any:
-    if path in registry:
-        return registry[path]
+def find_component(what: str, path: str, registry: Mapping[str, Any]) -> Any:
+    """What a short name or an import path names.
+
+    Raises:
+        TrainerError: nothing; the nearest short names are named.
+    """
+    found = registry.get(path)
+    if found is not None and not isinstance(found, str):
+        return found
+    path = found or path
     dotted = path if ":" in path else ":".join(path.rpartition(".")[::2])
     try:
         return load_object(dotted)
     except LoadError as error:
+        near = difflib.get_close_matches(path.lower(), registry, n=1, cutoff=0.5)
         known = f"; short names: {', '.join(registry)}" if registry else ""
-        raise TrainerError(f"{what} {path!r}: {error}{known}") from error
+        hint = f"; did you mean {near[0]!r}?" if near else known
+        raise TrainerError(f"{what} {path!r}: {error}{hint}") from error
 
 
 def _call(what: str, target: Any, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:

@@ -3,115 +3,71 @@
 from __future__ import annotations
 
 import os
-import tomllib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.learner.errors import LearnerError
 from agl_grpc.runner.load import LoadError, load_object
+from agl_grpc.trainer.configuration import Configuration, read_configuration
 from agl_grpc.trainer.errors import TrainerError
+from agl_grpc.trainer.files import read_dataset, read_mapping
+from agl_grpc.trainer.overrides import put, read_overrides
 from agl_grpc.trainer.result import FitResult
-from agl_grpc.trainer.trainer import Trainer
-
-_OWN_KEYS = ("agent", "train_dataset", "val_dataset")
 
 
-def fit_from_file(path: Path, *, run_name: str | None = None, resume: bool = False) -> FitResult:
-    """Trains as the file says; ``run_name`` and ``resume`` go before the file's own.
+def load_configuration(path: Path | None, arguments: Sequence[str] = ()) -> Configuration:
+    """The configuration of a file, changed by ``--key value`` arguments.
 
     Its keys are ``agent`` (``module:name``), ``train_dataset`` and ``val_dataset`` (a JSONL file, or
-    ``module:name`` of a sequence or of a function that answers one), and those of `Trainer`. Modules of the
-    working directory are found.
+    ``module:name`` of a sequence or of a function that answers one), those of `Trainer`, and ``learner`` (see
+    `LearnerKeys`). Modules of the working directory are found.
 
     Raises:
-        TrainerError: a key is unknown, missing, or names nothing.
+        TrainerError: a key is unknown or missing, or a value is wrong; says which.
     """
-    data = read_mapping(path)
-    given = {name: data.pop(name, None) for name in _OWN_KEYS}
-    if not isinstance(given["agent"], str):
-        raise TrainerError(f'{path} names no agent: agent = "module:name"')
-    if run_name is not None:
-        data["run_name"] = run_name
-    if resume:
-        data["resume"] = True
-    agent = _load(given["agent"])
-    datasets = {name: _dataset(name, given[name]) for name in ("train_dataset", "val_dataset")}
+    data = read_mapping(path) if path is not None else {}
+    for key, value in read_overrides(arguments).items():
+        put(data, key, value)
+    return check_configuration(data, str(path) if path is not None else "")
+
+
+def check_configuration(data: dict[str, Any], source: str = "") -> Configuration:
+    """As `load_configuration`, from values; ``source`` is named in errors."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
-        trainer = Trainer(**data)
-    except TypeError as error:
-        raise TrainerError(
-            f"{path}: {str(error).replace('Trainer.__init__() got an', 'there is an')}"
-        ) from error
-    except LearnerError as error:
-        raise TrainerError(f"{path}: {error}") from error
-    return trainer.fit(agent, datasets["train_dataset"], val_dataset=datasets["val_dataset"])
+        return read_configuration(data)
+    except (TrainerError, LearnerError, AlgorithmError) as error:
+        raise TrainerError(f"{source}: {error}" if source else str(error)) from error
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The content of a JSON, TOML or YAML file."""
+def fit_configuration(
+    configuration: Configuration, *, training_run: tuple[str, str] | None = None
+) -> FitResult:
+    """Trains as a configuration says.
+
+    ``training_run`` names the training run of the store that this is, and who takes it up.
+
+    Raises:
+        TrainerError: something does not start, ends too early, or an algorithm cannot go on.
+    """
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise TrainerError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        data = _parse(path, text)
-    except ValueError as error:
-        raise TrainerError(f"{path} is not valid: {error}") from error
-    if not isinstance(data, dict):
-        raise TrainerError(f"{path} must hold a mapping")
-    return data
-
-
-def _parse(path: Path, text: str) -> Any:
-    if path.suffix == ".toml":
-        return tomllib.loads(text)
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            import yaml
-        except ImportError as error:
-            raise TrainerError("YAML needs PyYAML (pip install pyyaml); or write TOML or JSON") from error
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(" ".join(str(error).split())) from error
-    return orjson.loads(text)
-
-
-def _dataset(name: str, spec: Any) -> Sequence[Any] | None:
-    if spec is None:
-        return None
-    if isinstance(spec, str) and spec.endswith(".jsonl"):
-        return _read_jsonl(Path(spec))
-    found = _load(spec) if isinstance(spec, str) else spec
-    found = found() if callable(found) else found
-    if isinstance(found, Sequence) and not isinstance(found, str | bytes | Mapping):
-        return found
-    raise TrainerError(
-        f"{name} {spec!r} is a {type(found).__name__}: give a sequence, a function or a .jsonl file"
-    )
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise TrainerError(f"{path} cannot be read: {error.strerror}") from error
-    tasks = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            tasks.append(orjson.loads(line))
-        except orjson.JSONDecodeError as error:
-            raise TrainerError(f"{path}, line {number}: not JSON ({error})") from error
-    return tasks
-
-
-def _load(path: str) -> Any:
-    try:
-        return load_object(path, os.getcwd())
+        agent = load_object(configuration.agent, os.getcwd())
     except LoadError as error:
         raise TrainerError(str(error)) from error
+    train = read_dataset("train_dataset", configuration.train_dataset)
+    val = read_dataset("val_dataset", configuration.val_dataset)
+    trainer = configuration.make_trainer()
+    trainer.training_run = training_run
+    try:
+        return trainer.fit(agent, train, val_dataset=val)
+    except (AlgorithmError, LearnerError) as error:
+        raise TrainerError(str(error)) from error
+
+
+def fit_from_file(path: Path, arguments: Sequence[str] = ()) -> FitResult:
+    """Trains as a file and ``--key value`` arguments say."""
+    return fit_configuration(load_configuration(path, arguments))

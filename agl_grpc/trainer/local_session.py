@@ -13,10 +13,12 @@ from typing import Any
 
 from agl_grpc.algorithm import Algorithm
 from agl_grpc.client import StoreClient
+from agl_grpc.model import TrainingRunStatus
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
 from agl_grpc.runner.load import LoadError, load_agent, load_hooks, load_tracer
 from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
 from agl_grpc.tracer import Tracer
+from agl_grpc.trainer.charts import draw_history
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
@@ -28,6 +30,7 @@ from agl_grpc.trainer.strategy import (
     ExecutionStrategy,
     SharedMemoryExecutionStrategy,
 )
+from agl_grpc.trainer.training_record import RunStopped, TrainingRecord, result_fields
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +73,31 @@ class LocalSession(Session):
             if self._algorithm is None or not self._strategy.runs_algorithm:
                 self.progress.phase(f"serving the rollouts of {self.address}; Ctrl-C ends")
                 await self.stack.until(self._forever())
-            value = await self.stack.until(self._run_algorithm(self._algorithm))
-        return FitResult(folder=plan.folder, restarts=self.stack.restarts, value=value)
+            assert self._algorithm is not None, "serving does not end by itself"
+            return await self._recorded(self._algorithm)
+
+    async def _recorded(self, algorithm: Algorithm) -> FitResult:
+        """Runs the algorithm as a training run of the store, which hears of its end whatever that is."""
+        record = TrainingRecord(self.client, self.plan.folder, self.progress, self.stack.fail)
+        await record.begin(algorithm.name, self.plan.training_run_id, self.plan.trainer_id)
+        algorithm.set_reporter(record)
+        value = None
+        try:
+            value = await self.stack.until(self._run_algorithm(algorithm))
+        except RunStopped as stopped:
+            self.progress.say(str(stopped))
+            await record.end(TrainingRunStatus.STOPPED)
+        except BaseException as error:
+            asked = isinstance(error, asyncio.CancelledError)
+            await record.end(
+                TrainingRunStatus.STOPPED if asked else TrainingRunStatus.FAILED, None if asked else error
+            )
+            raise
+        else:
+            await record.end(TrainingRunStatus.SUCCEEDED, value=value)
+        fields = result_fields(record)
+        draw_history(self.plan.folder, fields["history"], self.progress)
+        return FitResult(folder=self.plan.folder, restarts=self.stack.restarts, value=value, **fields)
 
     def _open_folder(self) -> None:
         plan = self.plan
@@ -105,15 +131,14 @@ class LocalSession(Session):
     async def _forever(self) -> None:
         await asyncio.get_running_loop().create_future()
 
-    async def _run_algorithm(self, algorithm: Algorithm | None) -> Any:
-        assert algorithm is not None
+    async def _run_algorithm(self, algorithm: Algorithm) -> Any:
         plan = self.plan
         algorithm.set_store(self.client)
         algorithm.set_initial_resources(plan.initial_resources)
         algorithm.set_llm_proxy(plan.llm)
         algorithm.set_adapter(self._adapter)
         algorithm.set_trainer(self._trainer)
-        self.progress.phase(f"running {type(algorithm).__name__}")
+        self.progress.phase(f"running {algorithm.name}")
         if algorithm.is_async():
             return await algorithm.run(plan.train_dataset or None, plan.val_dataset)
         # A plain function blocks, so it gets a thread, and a client of its own: each belongs to one loop. The

@@ -27,6 +27,7 @@ class EngineOptions:
         host: address it binds to and is reached at.
         start_seconds: longest time until it serves.
         resource: name under which agents find the endpoint.
+        visible_devices: GPUs that the engine may use, such as ``"0,1"``; empty = all.
     """
 
     arguments: Sequence[str] = ()
@@ -35,6 +36,7 @@ class EngineOptions:
     host: str = "127.0.0.1"
     start_seconds: float = 600.0
     resource: str = "main_llm"
+    visible_devices: str = ""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Plan:
     """One run as `Trainer` was told to make it.
 
     ``store`` is the address of a store that runs already, empty = start one on ``store_host``; ``llm`` an
-    endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be.
+    endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be;
+    ``training_run_id`` the training run to take up, empty = one is made, and ``trainer_id`` who takes it.
     """
 
     folder: RunFolder
@@ -46,6 +47,8 @@ class Plan:
     resume: bool = False
     tracer: Any = None
     start_method: str = "spawn"
+    training_run_id: str = ""
+    trainer_id: str = ""
 
     @property
     def run_id(self) -> str:

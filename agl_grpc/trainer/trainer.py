@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.agent import LitAgent
-from agl_grpc.algorithm import VERL, Algorithm
+from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
-from agl_grpc.tracer import Tracer
+from agl_grpc.sample.adapter import Adapter
+from agl_grpc.tracer import OtelTracer, Tracer
 from agl_grpc.trainer.components import build
 from agl_grpc.trainer.dev import dev_run
 from agl_grpc.trainer.errors import TrainerError
@@ -31,7 +32,8 @@ from agl_grpc.trainer.strategy import STRATEGIES, ClientServerExecutionStrategy,
 from agl_grpc.trainer.verl_session import VerlSession
 
 _ADDRESS = re.compile(r"[^:/\s]+:\d+")
-_ALGORITHMS: Mapping[str, Any] = {"verl": VERL}
+TRACERS: Mapping[str, Any] = {"otel": OtelTracer, "agentops": "agl_grpc.tracer:AgentOpsTracer"}
+ALGORITHMS: Mapping[str, Any] = {"verl": VERL, "apo": APO, "gepa": GEPA, "baseline": Baseline}
 
 
 class Trainer:
@@ -96,9 +98,9 @@ class Trainer:
             build("strategy", strategy, ExecutionStrategy, registry=STRATEGIES)
             or ClientServerExecutionStrategy()
         )
-        self.tracer = build("tracer", tracer, Tracer)  # type: ignore[type-abstract]  # only looked at
+        self.tracer = build("tracer", tracer, Tracer, registry=TRACERS)  # type: ignore[type-abstract]  # only looked at
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
-        self.adapter = adapter
+        self.adapter = build("adapter", adapter, Adapter)
         self.hooks = (
             list(hooks) if isinstance(hooks, Sequence) and not isinstance(hooks, str) else _one(hooks)
         )
@@ -114,6 +116,8 @@ class Trainer:
         self.engine_python = engine_python
         self.learner_python = learner_python
         self.port = port
+        self.training_run: tuple[str, str] | None = None
+        """The training run of the store to take up, and who takes it; None = `fit` makes one."""
         if resume and run_name is None:
             raise TrainerError("resume needs run_name: which run goes on?")
 
@@ -137,6 +141,9 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once everything has stopped.
         """
         plan = self._plan(_agent(agent), train_dataset or (), val_dataset)
+        if self.training_run is not None:
+            training_run_id, trainer_id = self.training_run
+            plan = dataclasses.replace(plan, training_run_id=training_run_id, trainer_id=trainer_id)
         with Progress(plan.run_id) as progress:
             return run_to_end(self._session(plan, progress))
 
@@ -229,7 +236,7 @@ def _algorithm(spec: Any) -> Algorithm | None:
     ):
         with contextlib.suppress(TypeError):  # not a function of an algorithm's arguments: a factory
             return FunctionalAlgorithm(spec)
-    return build("algorithm", spec, Algorithm, registry=_ALGORITHMS)
+    return build("algorithm", spec, Algorithm, registry=ALGORITHMS)
 
 
 def _runner(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections import Counter
@@ -10,14 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from agl_grpc.algorithm.rollouts import WatchEnded, primary_rewards, run_rollouts
 from agl_grpc.client import StoreClient
-from agl_grpc.client.filters import rollout_filter
 from agl_grpc.model import EnqueueRolloutRequest, FailureKind, Rollout, RolloutConfig, RolloutMode
-from agl_grpc.model.reward import PRIMARY
 from agl_grpc.trainer.errors import TrainerError
 
-LABEL = "validation"
-_ENQUEUE_AT_ONCE = 500
 # Before the training rollouts that may wait in the same workers' queues.
 _PRIORITY = 10
 
@@ -81,51 +79,42 @@ async def validate(
             group_id=f"{label}.{number}",
             queue=queue,
             priority=_PRIORITY,
-            labels={LABEL: label},
         )
         for number, task in enumerate(tasks)
         for sample in range(samples)
     ]
-    for start in range(0, len(requests), _ENQUEUE_AT_ONCE):
-        await store.enqueue_many_rollouts(requests[start : start + _ENQUEUE_AT_ONCE])
-    ended = await _finished(store, label, len(requests), timeout, on_progress)
+    ended = await _finished(store, label, requests, timeout, on_progress)
     return await _score(store, ended, [request.rollout_id or "" for request in requests], samples, began)
 
 
 async def _finished(
-    store: StoreClient, label: str, wanted: int, seconds: float, on_progress: Callable[[int, int], None]
+    store: StoreClient,
+    label: str,
+    requests: Sequence[EnqueueRolloutRequest],
+    seconds: float,
+    on_progress: Callable[[int, int], None],
 ) -> dict[str, Rollout]:
     ended: dict[str, Rollout] = {}
-    if not wanted:
-        return ended
-    mine = rollout_filter(run_id=store.run_id, labels={LABEL: label})
-    changes = store.watch_rollouts(filter=mine, include_existing=True)
+    rollouts = run_rollouts(store, requests, label=label)
     try:
-        async with asyncio.timeout(seconds):
-            async for change in changes:
-                ended |= {item.rollout_id: item for item in change.items if item.status.is_terminal}
-                on_progress(len(ended), wanted)
-                if len(ended) == wanted:
-                    return ended
+        async with asyncio.timeout(seconds), contextlib.aclosing(rollouts):
+            async for rollout in rollouts:
+                ended[rollout.rollout_id] = rollout
+                on_progress(len(ended), len(requests))
     except TimeoutError as error:
         raise TrainerError(
-            f"validation: {len(ended)} of {wanted} rollouts were finished after {seconds:g} s; "
+            f"validation: {len(ended)} of {len(requests)} rollouts were finished after {seconds:g} s; "
             "are there workers, and does the engine answer?"
         ) from error
-    finally:
-        await changes.aclose()  # type: ignore[attr-defined]  # every watch is an async generator
-    raise TrainerError(f"validation: the watch of rollouts ended after {len(ended)} of {wanted}")
+    except WatchEnded as error:
+        raise TrainerError(f"validation: {error}") from error
+    return ended
 
 
 async def _score(
     store: StoreClient, ended: dict[str, Rollout], ids: Sequence[str], samples: int, began: float
 ) -> Score:
-    last = {rollout_id: rollout.latest_attempt_id for rollout_id, rollout in ended.items()}
-    rewards = {
-        reward.rollout_id: reward.value
-        for reward in await store.query_rewards(ids)
-        if reward.name == PRIMARY and reward.attempt_id == last[reward.rollout_id] and reward.step is None
-    }
+    rewards = await primary_rewards(store, [*ended.values()])
     failures: Counter[str] = Counter()
     for rollout_id in ids:
         if rollout_id not in rewards:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.algorithm import VERL
-from agl_grpc.learner.checkpoint import hugging_face_folder
+from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import SAID, scores
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
@@ -124,7 +124,7 @@ class VerlSession(Session):
         }
         self._manifest = {
             "run": plan.run_id,
-            "training_run_id": f"{plan.run_id}-training",
+            "training_run_id": plan.training_run_id or f"{plan.run_id}-training",
             "datasets": datasets,
             "validation": {},
             **old,
@@ -136,7 +136,7 @@ class VerlSession(Session):
         """The training run, made or found."""
         name = str(self._manifest["training_run_id"])
         found = await self.client.get_training_run_by_id(name)
-        if found is not None and not self.plan.resume:
+        if found is not None and not self.plan.resume and name != self.plan.training_run_id:
             raise TrainerError(
                 f"the store at {self.address} has a training run {name!r} already: choose another run name"
             )
@@ -162,6 +162,9 @@ class VerlSession(Session):
             raise TrainerError(
                 f"checkpoint {training.checkpoint_id} is committed, but {folder} does not exist"
             )
+        if adapter_folder(folder.parent.parent).is_dir():
+            # The learner publishes the adapter, which an engine adds to the model that it was started with.
+            return self._algorithm.model_path, 0
         return str(folder), await self._published_version(training)
 
     async def _published_version(self, training: TrainingRun) -> int:

@@ -355,6 +355,7 @@ class ModelCall(_message.Message):
     RAW_RESPONSE_FIELD_NUMBER: _builtins.int
     AGENT_NAME_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    RETRY_OF_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name as the engine serves it."""
     logprob_semantics: Global___LogprobSemantics.ValueType
@@ -379,6 +380,10 @@ class ModelCall(_message.Message):
     """Name of the agent or part of it that called; for choosing what is trained."""
     mode: _builtins.str
     """Sampled in which mode: only `train` is trained."""
+    retry_of: _builtins.bytes
+    """Span id of an earlier call of the same attempt whose answer never reached the agent, so that its
+    client asked again: that call is an orphan and is not trained; empty = this call repeats none.
+    """
     @_builtins.property
     def prompt(self) -> Global___PromptTokens:
         """The prompt."""
@@ -424,10 +429,11 @@ class ModelCall(_message.Message):
         raw_response: _common_pb2.Payload | None = ...,
         agent_name: _builtins.str = ...,
         mode: _builtins.str = ...,
+        retry_of: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "raw_request", b"raw_request", "raw_response", b"raw_response", "sampling", b"sampling", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_name", b"agent_name", "api", b"api", "cache_salt", b"cache_salt", "choices", b"choices", "engine_id", b"engine_id", "engine_version", b"engine_version", "logprob_semantics", b"logprob_semantics", "mode", b"mode", "model", b"model", "outcome", b"outcome", "prompt", b"prompt", "raw_request", b"raw_request", "raw_response", b"raw_response", "request_id", b"request_id", "sampling", b"sampling", "timings", b"timings", "untrainable_reason", b"untrainable_reason", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_name", b"agent_name", "api", b"api", "cache_salt", b"cache_salt", "choices", b"choices", "engine_id", b"engine_id", "engine_version", b"engine_version", "logprob_semantics", b"logprob_semantics", "mode", b"mode", "model", b"model", "outcome", b"outcome", "prompt", b"prompt", "raw_request", b"raw_request", "raw_response", b"raw_response", "request_id", b"request_id", "retry_of", b"retry_of", "sampling", b"sampling", "timings", b"timings", "untrainable_reason", b"untrainable_reason", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

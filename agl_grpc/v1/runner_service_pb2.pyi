@@ -163,7 +163,7 @@ class LeaseRolloutsResponse(_message.Message):
     ROLLOUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeasedRollout]:
-        """The work."""
+        """The work; less than asked for when it has more than 48 MiB."""
 
     def __init__(
         self,
@@ -707,7 +707,7 @@ class CompletionResult(_message.Message):
 
     @_builtins.property
     def rollout(self) -> _rollout_pb2.Rollout:
-        """The rollout as it now is."""
+        """The rollout as it now is; without input and metadata when all of the call's have more than 48 MiB together."""
 
     def __init__(
         self,

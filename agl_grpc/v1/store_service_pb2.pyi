@@ -657,7 +657,7 @@ class EnqueueRolloutsResponse(_message.Message):
     ROLLOUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_rollout_pb2.Rollout]:
-        """In the order given."""
+        """In the order given; without inputs and metadata when these have more than 48 MiB together."""
 
     def __init__(
         self,
@@ -807,7 +807,7 @@ class DequeueRolloutsResponse(_message.Message):
     ROLLOUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DequeuedRollout]:
-        """Possibly none."""
+        """Possibly none; fewer than asked for when they have more than 48 MiB together."""
 
     def __init__(
         self,
@@ -1084,21 +1084,27 @@ class RetryRolloutsRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    EXPIRE_AFTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key."""
     @_builtins.property
     def filter(self) -> _rollout_pb2.RolloutFilter:
         """Which; at most 10 000."""
 
+    @_builtins.property
+    def expire_after(self) -> _duration_pb2.Duration:
+        """Longest time that the new ones may wait in their queues; unset = that of the ones tried again, anew."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         filter: _rollout_pb2.RolloutFilter | None = ...,
+        expire_after: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_after", b"expire_after", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_after", b"expire_after", "filter", b"filter", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1113,7 +1119,7 @@ class RetryRolloutsResponse(_message.Message):
     ROLLOUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_rollout_pb2.Rollout]:
-        """One for each chosen rollout."""
+        """One for each chosen rollout; without inputs and metadata when these have more than 48 MiB together."""
 
     def __init__(
         self,
@@ -1243,13 +1249,18 @@ class WaitRolloutsResponse(_message.Message):
     ROLLOUTS_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    FURTHER_ROLLOUT_IDS_FIELD_NUMBER: _builtins.int
     complete: _builtins.bool
     """Whether all that were asked for and exist are there."""
     position: _builtins.int
     """The log position that the answer was read at: watch from here without a gap."""
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_rollout_pb2.Rollout]:
-        """Finished (or sealed) ones among those asked for."""
+        """Finished (or sealed) ones among those asked for, as many as have 24 MiB together."""
+
+    @_builtins.property
+    def further_rollout_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Further ones that are there, which did not fit: list them by their ids."""
 
     def __init__(
         self,
@@ -1257,10 +1268,11 @@ class WaitRolloutsResponse(_message.Message):
         rollouts: _abc.Iterable[_rollout_pb2.Rollout] | None = ...,
         complete: _builtins.bool = ...,
         position: _builtins.int = ...,
+        further_rollout_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "position", b"position", "rollouts", b"rollouts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "further_rollout_ids", b"further_rollout_ids", "position", b"position", "rollouts", b"rollouts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1313,7 +1325,7 @@ class WatchRolloutsResponse(_message.Message):
     CURSOR_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
-    """Resume from here."""
+    """Resume from here; 0 on the pages of include_existing, which end with a checkpoint."""
     checkpoint: _builtins.bool
     """No change, only a new cursor."""
     @_builtins.property
@@ -2187,6 +2199,7 @@ class ExportSpansRequest(_message.Message):
     MODEL_CALLS_ONLY_FIELD_NUMBER: _builtins.int
     SEALED_ONLY_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    DELTA_PROMPTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run; empty = `default`."""
     model_calls_only: _builtins.bool
@@ -2195,6 +2208,10 @@ class ExportSpansRequest(_message.Message):
     """Only of sealed attempts."""
     cursor: _builtins.str
     """Continue after this."""
+    delta_prompts: _builtins.bool
+    """Prompts as they are stored, differences included, for readers that put them together themselves. A base
+    comes before the spans that build on it unless a cursor skips it. Default: whole prompts.
+    """
     @_builtins.property
     def rollout_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only of these; empty = all."""
@@ -2207,10 +2224,11 @@ class ExportSpansRequest(_message.Message):
         model_calls_only: _builtins.bool = ...,
         sealed_only: _builtins.bool = ...,
         cursor: _builtins.str = ...,
+        delta_prompts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "model_calls_only", b"model_calls_only", "rollout_ids", b"rollout_ids", "run_id", b"run_id", "sealed_only", b"sealed_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "delta_prompts", b"delta_prompts", "model_calls_only", b"model_calls_only", "rollout_ids", b"rollout_ids", "run_id", b"run_id", "sealed_only", b"sealed_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2454,7 +2472,7 @@ class PublishResourcesRequest(_message.Message):
     """Publish the next version of this id; empty = a new id."""
     @_builtins.property
     def resources(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.Resource]:
-        """0 to 1000, by unique names."""
+        """0 to 1000, by unique names; at most 8 MiB together."""
 
     def __init__(
         self,

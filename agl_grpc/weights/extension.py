@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.weights.adapters import is_adapter
 from agl_grpc.weights.loading import Signature, compare_signature, load_into, signature
 from agl_grpc.weights.receiver import WeightReceiver
 from agl_grpc.weights.wire import ReceiverState, TransferError
@@ -53,6 +54,14 @@ class WeightSwapExtension:
         receiver: WeightReceiver = worker._agl_receiver
         return receiver
 
+    def _agl_signatures(self) -> dict[bool, Signature]:
+        """What was loaded before: of adapters (True) and of all weights (False)."""
+        worker: Any = self
+        if not hasattr(worker, "_agl_accepted"):
+            worker._agl_accepted = {}
+        signatures: dict[bool, Signature] = worker._agl_accepted
+        return signatures
+
     def agl_weights_status(self, transfer_id: str) -> dict[str, Any]:
         """State of a transfer: ``state``, ``digest``, ``received_bytes``, ``error``.
 
@@ -66,10 +75,13 @@ class WeightSwapExtension:
         if status.transfer_id != transfer_id:
             return {"state": ReceiverState.IDLE.value, "digest": "", "received_bytes": 0, "error": ""}
         error = status.error
-        accepted: Signature | None = getattr(worker, "_agl_signature", None)
-        if status.state is ReceiverState.RECEIVED and accepted is not None:
+        if status.state is ReceiverState.RECEIVED:
+            staged = receiver.staged(transfer_id)
+            # An adapter is compared with an adapter, all weights with all weights.
+            accepted = self._agl_signatures().get(is_adapter(staged))
             try:
-                compare_signature(accepted, signature(receiver.staged(transfer_id)))
+                if accepted is not None:
+                    compare_signature(accepted, signature(staged))
             except TransferError as mismatch:
                 error = str(mismatch)
         state = ReceiverState.FAILED if error else status.state
@@ -91,15 +103,16 @@ class WeightSwapExtension:
         worker: Any = self
         receiver: WeightReceiver = worker._agl_receiver
         runner = worker.model_runner
-        first = getattr(worker, "_agl_signature", None) is None
+        accepted = self._agl_signatures()
+        first = not accepted
         try:
             staged = receiver.staged(transfer_id)
             with set_current_vllm_config(worker.vllm_config):
-                load_into(runner.get_model(), worker.vllm_config.model_config, staged)
+                load_into(runner.get_model(), worker.vllm_config, staged)
         except Exception as error:  # vLLM's loaders raise anything; the engine has to hear of all of it
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             return {"error": reason, "rolled_back": first and self._agl_reload_from_disk()}
-        worker._agl_signature = signature(staged)
+        accepted[is_adapter(staged)] = signature(staged)
         receiver.loaded()
         return {"error": "", "rolled_back": False}
 

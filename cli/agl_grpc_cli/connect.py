@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from agl_grpc_cli.errors import CliError
@@ -32,4 +33,24 @@ def with_store(address: str, run_id: str, work: Callable[[StoreClient], Awaitabl
     except StoreError as error:
         raise CliError(str(error)) from error
     except ValueError as error:
+        raise CliError(str(error)) from error
+
+
+def with_database(database: Path, run_id: str, work: Callable[[StoreClient], Awaitable[T]]) -> T:
+    """As `with_store`, on a database that no store serves: one is served here for as long as it takes."""
+    from agl_grpc.client import StoreClient, StoreError
+    from agl_grpc.store.door.app import ServeConfig, StoreServer
+    from agl_grpc.store.door.server import StartError
+
+    async def run() -> T:
+        server = await StoreServer.start(ServeConfig(port=0, database=database))
+        try:
+            async with StoreClient(server.address, run_id=run_id) as client:
+                return await work(client)
+        finally:
+            await server.stop()
+
+    try:
+        return asyncio.run(run())
+    except (StartError, StoreError) as error:
         raise CliError(str(error)) from error

@@ -21,6 +21,9 @@ def learner(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last committed checkpoint.")
     ] = False,
+    sft: Annotated[
+        bool, typer.Option("--sft", help="Learn the run's best trajectories instead (supervised).")
+    ] = False,
 ) -> None:
     """Trains on sealed rollouts of a store and publishes weights to its engines. Needs the learner
     environment.
@@ -41,7 +44,7 @@ def learner(
         try:
             from agl_grpc.learner.process import run
 
-            run(dataclasses.replace(loaded, resume=loaded.resume or resume), store)
+            run(dataclasses.replace(loaded, resume=loaded.resume or resume), store, sft=sft)
         except ModuleNotFoundError as error:
             raise CliError(
                 f"the learner needs the package {error.name}: run it in the learner environment "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -11,13 +12,33 @@ from agl_grpc_cli.errors import EXIT_USAGE, CliError
 from agl_grpc_cli.options import DEFAULT_DATABASE, LogLevelOption, parse_size
 
 app = typer.Typer(
-    help="Serve the store over gRPC; back up, restore, compact, migrate and verify its database."
+    help="Serve the store over gRPC and HTTP; back up, restore, compact, migrate and verify its database."
 )
 
 LEVELS = ("debug", "info", "warning", "error")
 
 HostOption = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC door; 0 = any free one.")]
+HttpPortOption = Annotated[
+    int | None,
+    typer.Option(min=0, max=65535, help="Port of the HTTP door (REST, OTLP); 0 = any. Default: --port + 1."),
+]
+NoHttpOption = Annotated[bool, typer.Option("--no-http", help="Open no HTTP door.")]
+OtlpOption = Annotated[
+    bool, typer.Option("--otlp", help="Listen on OpenTelemetry's own ports too: 4317 (gRPC), 4318 (HTTP).")
+]
+CorsOption = Annotated[
+    list[str],
+    typer.Option("--cors-origin", metavar="ORIGIN", help="Web pages of this origin may call; * = all."),
+]
+TlsCertOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Serve with TLS: the certificate and its chain, PEM.")
+]
+TlsKeyOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.")]
+TlsClientCaOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Serve only clients with a certificate of these issuers, PEM."),
+]
 DatabaseOption = Annotated[
     str,
     typer.Option(
@@ -42,6 +63,7 @@ GraceOption = Annotated[
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 4747
 DEFAULT_GRACE = 10.0
+_LAST_PORT = 65535
 
 
 @app.callback(invoke_without_command=True)
@@ -49,6 +71,13 @@ def store(
     context: typer.Context,
     host: HostOption = DEFAULT_HOST,
     port: PortOption = DEFAULT_PORT,
+    http_port: HttpPortOption = None,
+    no_http: NoHttpOption = False,
+    otlp: OtlpOption = False,
+    cors_origin: CorsOption = [],  # noqa: B006  # typer reads it, nobody changes it
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: TlsClientCaOption = None,
     database: DatabaseOption = DEFAULT_DATABASE,
     memory: MemoryOption = False,
     evict_above: SizeOption = None,
@@ -56,9 +85,12 @@ def store(
     grace: GraceOption = DEFAULT_GRACE,
     log_level: LogLevelOption = "info",
 ) -> None:
-    """Serve the store over gRPC. `agl-grpc store --port N` is short for `agl-grpc store serve --port N`."""
+    """Serve the store. `agl-grpc store --port N` is short for `agl-grpc store serve --port N`."""
     if context.invoked_subcommand is None:
-        _serve(host, port, database, memory, (evict_above, evict_to), grace, log_level)
+        _serve(
+            _Doors(host, port, http_port, no_http, otlp, cors_origin, (tls_cert, tls_key, tls_client_ca)),
+            *(database, memory, (evict_above, evict_to), grace, log_level),
+        )
     elif given := _given_options(context):
         raise typer.BadParameter(f"write {given} after `{context.invoked_subcommand}`, not before it")
 
@@ -67,6 +99,13 @@ def store(
 def serve(
     host: HostOption = DEFAULT_HOST,
     port: PortOption = DEFAULT_PORT,
+    http_port: HttpPortOption = None,
+    no_http: NoHttpOption = False,
+    otlp: OtlpOption = False,
+    cors_origin: CorsOption = [],  # noqa: B006  # typer reads it, nobody changes it
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: TlsClientCaOption = None,
     database: DatabaseOption = DEFAULT_DATABASE,
     memory: MemoryOption = False,
     evict_above: SizeOption = None,
@@ -79,15 +118,41 @@ def serve(
     What was acknowledged is on disk, also after kill -9. A port in use, a corrupt database, one that
     cannot be reached or a full disk: one line says why, exit code 1.
     """
-    _serve(host, port, database, memory, (evict_above, evict_to), grace, log_level)
+    _serve(
+        _Doors(host, port, http_port, no_http, otlp, cors_origin, (tls_cert, tls_key, tls_client_ca)),
+        *(database, memory, (evict_above, evict_to), grace, log_level),
+    )
 
 
 store_files.add_commands(app)
 
 
+class _Doors(NamedTuple):
+    """What the options say of the ports."""
+
+    host: str
+    port: int
+    http_port: int | None
+    no_http: bool
+    otlp: bool
+    cors_origins: list[str]
+    tls_files: tuple[Path | None, Path | None, Path | None]
+
+    def chosen_http_port(self) -> int | None:
+        """The HTTP door's port; None = no such door."""
+        if self.no_http:
+            if self.http_port is not None:
+                raise CliError("--no-http and --http-port exclude each other", exit_code=EXIT_USAGE)
+            return None
+        if self.http_port is not None:
+            return self.http_port
+        if self.port == _LAST_PORT:
+            raise CliError(f"there is no port after {_LAST_PORT}: choose --http-port", exit_code=EXIT_USAGE)
+        return self.port + 1 if self.port else 0
+
+
 def _serve(
-    host: str,
-    port: int,
+    doors: _Doors,
     database: str,
     memory: bool,
     eviction: tuple[str | None, str | None],
@@ -100,11 +165,21 @@ def _serve(
         raise CliError("spans are evicted from throw-away stores only: say --memory", exit_code=EXIT_USAGE)
     evict_above, evict_to = (None if size is None else parse_size(size) for size in eviction)
     from agl_grpc.store.door.app import ServeConfig
+    from agl_grpc.store.door.server import StartError
+    from agl_grpc.store.door.tls import TlsFiles
     from agl_grpc.store.serve import serve as serve_store
 
+    try:
+        tls = TlsFiles.of(*doors.tls_files)
+    except StartError as error:
+        raise CliError(str(error), exit_code=EXIT_USAGE) from error
     config = ServeConfig(
-        host=host,
-        port=port,
+        host=doors.host,
+        port=doors.port,
+        http_port=doors.chosen_http_port(),
+        otlp=doors.otlp,
+        cors_origins=tuple(doors.cors_origins),
+        tls=tls,
         database=None if memory else database,
         evict_above=evict_above,
         evict_to=evict_to,

@@ -1,4 +1,4 @@
-"""`agl-grpc train`: a training run described by one file."""
+"""`agl-grpc train`: training runs, here or by a worker."""
 
 from __future__ import annotations
 
@@ -7,42 +7,54 @@ from typing import Annotated
 
 import typer
 
+from agl_grpc_cli import training_runs
 from agl_grpc_cli.errors import EXIT_INTERRUPTED, CliError
+from agl_grpc_cli.training_runs import PASS_ON, split
 
-app = typer.Typer(help="Train an agent.", rich_markup_mode=None, add_completion=False)
+app = typer.Typer(help="Train an agent.", no_args_is_help=True)
 
 
-@app.command()
-def train(
+@app.callback()
+def group() -> None:
+    """Train an agent."""
+
+
+@app.command(context_settings=PASS_ON)
+def fit(
+    context: typer.Context,
     config: Annotated[
-        Path, typer.Option("--config", metavar="FILE", help="The run: JSON, TOML, or YAML where PyYAML is.")
-    ],
-    run: Annotated[
-        str | None,
-        typer.Option("--run", metavar="NAME", help="The run's name; default: the file's, or the time."),
+        Path | None, typer.Argument(metavar="[FILE]", help="The run: YAML, TOML or JSON.", show_default=False)
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run from its last committed checkpoint.")
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration as YAML, and train nothing.")
     ] = False,
 ) -> None:
-    """Train an agent as FILE says: agent and datasets by import paths, and what `Trainer` takes.
+    """Train an agent as FILE and `--key value` say: agent, datasets, and what `Trainer` takes.
 
     \b
-    Example (TOML):
-      agent = "my_agent:agent"
-      train_dataset = "my_agent:train_tasks"     # or a .jsonl file
-      val_dataset = "tasks/val.jsonl"
-      [algorithm]
-      type = "verl"
-      config = "verl.yaml"
-      [runner]
-      concurrency = 32
+    Example:
+      agent: my_agent:agent
+      train_dataset: tasks/train.jsonl     # or module:name
+      algorithm:
+        type: apo                          # verl, gepa, module:name, …
+        beam_width: 2
+      initial_resources:
+        prompt: {template: "Answer: {question}"}
+
+    \b
+    Any key can be given as an option too, and goes before the file's:
+      agl-grpc train fit run.yaml --algorithm.beam_width 4 --n_runners 2 --run_name wide --resume
     """
-    from agl_grpc.trainer.config_file import fit_from_file
+    from agl_grpc.trainer.config_file import fit_configuration, load_configuration
     from agl_grpc.trainer.errors import TrainerError
 
+    given, arguments = split(config, context.args)
     try:
-        result = fit_from_file(config, run_name=run, resume=resume)
+        configuration = load_configuration(given, arguments)
+        if print_config:
+            typer.echo(configuration.text, nl=False)
+            return
+        result = fit_configuration(configuration)
     except TrainerError as error:
         raise CliError(str(error)) from error
     except KeyboardInterrupt:
@@ -50,3 +62,6 @@ def train(
     typer.echo(f"run folder: {result.folder.path}")
     if result.model is not None:
         typer.echo(f"model:      {result.model}")
+
+
+training_runs.add_commands(app)

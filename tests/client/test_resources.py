@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from agl_grpc.client import StoreClient
-from agl_grpc.model import LLM, PromptTemplate
+from agl_grpc.model import LLM, EnqueueRolloutRequest, PromptTemplate
 from agl_grpc.store.door.app import StoreServer
 from tests.client.flaky import FlakyProxy
 from tests.support.waiting import eventually
@@ -87,3 +87,25 @@ async def test_a_watch_from_now_on_has_no_gap_when_its_first_stream_breaks(
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
         await through.close()
+
+
+async def test_a_watch_that_breaks_amid_what_exists_begins_again(
+    store: StoreServer, client: StoreClient
+) -> None:
+    inputs = [{"n": n, "ballast": "x" * 40_000} for n in range(450)]  # three pages, too large to be under way
+    for start in range(0, len(inputs), 50):
+        await client.enqueue_many_rollouts(
+            [EnqueueRolloutRequest(input=each) for each in inputs[start : start + 50]]
+        )
+    seen: set[int] = set()
+    async with FlakyProxy(store.address) as proxy:
+        through = StoreClient(proxy.address)
+        async for change in through.watch_rollouts(include_existing=True):
+            if not seen:
+                proxy.cut()
+            seen.update(attempted.input["n"] for attempted in change.items)
+            if change.cursor:
+                break
+        assert proxy.connections > 1
+        await through.close()
+    assert len(seen) == len(inputs)

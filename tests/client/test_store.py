@@ -146,6 +146,12 @@ async def test_waiting(client: StoreClient) -> None:
     assert [(r.rollout_id, str(r.status)) for r in done] == list(
         zip(ids, ["succeeded", "succeeded", "failed"], strict=True)
     )
+    grouped = [await client.enqueue_rollout(n, group_id="g") for n in range(2)]
+    assert await client.wait_for_rollouts(group_ids=["g", "h"], timeout=0) == []
+    waiting = asyncio.create_task(client.wait_for_rollouts(rollout_ids=ids[:1], group_ids=["g"]))
+    await client.cancel_rollouts([one.rollout_id for one in grouped])
+    found = await asyncio.wait_for(waiting, 10)
+    assert [one.rollout_id for one in found] == [ids[0], *(one.rollout_id for one in grouped)]
     sealed = await client.wait_for_rollouts(rollout_ids=ids, until="sealed", timeout=10)
     assert all(r.sealed for r in sealed)
 

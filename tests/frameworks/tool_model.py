@@ -1,4 +1,4 @@
-"""A tiny model that really calls a tool: asked anything it calls `get_weather`, and then it says what it heard.
+"""A tiny model that really calls a tool: asked anything it calls `get_weather`, then it says what it heard.
 
 It is trained in seconds, so its two sentences come with near certainty, whatever the frameworks put around
 the question. Run with the engine environment's Python: ``python -m tests.frameworks.tool_model FOLDER``.
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 ANSWER = "It is sunny in Paris."
-# As Qwen's: tools and system prompt first (their beginnings: so small a model needs short contexts), a call as
-# JSON, a result in a turn of the user.
+# As Qwen's: tools and system prompt first (their beginnings: so small a model needs short contexts), a call
+# as JSON, a result in a turn of the user.
 TEMPLATE = """\
 {%- if messages[0].role in ('system', 'developer') or tools %}<|im_start|>system
 {% if messages[0].role in ('system', 'developer') %}{{ messages[0].content[:200] }}{% endif %}
@@ -84,7 +84,7 @@ def transcript(made: PreTrainedTokenizerFast, rng: random.Random) -> tuple[list[
         labels.extend(new if learn else [IGNORED] * len(new))
 
     def noise(longest: int) -> None:
-        # Random tokens, and words of what it shall say, which prompts contain too: only marks tell what is due.
+        # Random tokens, and words of what it shall say, which prompts contain too: only marks tell it.
         length = int(rng.random() ** 2 * longest) + 1
         new = [rng.randrange(3, len(made) - len(MARKS)) for _ in range(length)]
         for word in rng.sample(WORDS, 3):
@@ -145,7 +145,9 @@ def make(folder: str, seed: int = 0) -> float:
             labels[index, : len(wanted)] = torch.tensor(wanted)
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 - step / STEPS)
-        loss = model(input_ids=inputs, attention_mask=(inputs != made.pad_token_id).long(), labels=labels).loss
+        loss = model(
+            input_ids=inputs, attention_mask=(inputs != made.pad_token_id).long(), labels=labels
+        ).loss
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -47,15 +47,20 @@ class Swaps:
     def weights(self, number: int) -> str:
         return str(self._folder / f"v{number}.safetensors")
 
-    def send(self, number: int, *, flip: bool = False, rename: dict[str, str] | None = None) -> Sent:
+    def send(
+        self, number: int, *, flip: bool = False, rename: dict[str, str] | None = None, adapter: bool = False
+    ) -> Sent:
         """Offer and send a version; it may be staged already or not."""
         out = self.weights(number)
         model = str(self.running.model)
-        endpoint = self.client.call("perturb", model=model, out=out, seed=number, rename=rename or {})
+        if adapter:
+            endpoint = self.client.call("adapt", model=model, out=out, seed=number)
+        else:
+            endpoint = self.client.call("perturb", model=model, out=out, seed=number, rename=rename or {})
         version = offer(number, endpoint, f"t{number}")
         self.store.publish(version)
         report = self.client.call("send", out=out, transfer=f"t{number}", flip=flip)
-        return Sent(version, report["digest"])
+        return Sent(version, report["digest"], report["bytes"])
 
     def logprobs(self, number: int, prompt: list[int], response: list[int]) -> list[float]:
         """What transformers says under a version; 0 is the model on disk."""
@@ -80,6 +85,7 @@ class Swaps:
 class Sent(NamedTuple):
     version: policy_pb2.PolicyVersion
     digest: str
+    bytes: int
 
     def commit(self, digest: str = "") -> policy_pb2.PolicyVersion:
         committed = policy_pb2.PolicyVersion()
@@ -113,6 +119,7 @@ def test_a_life_of_swaps(fresh: Swaps) -> None:
     deadline_passes(fresh)
     unknown_tensor_is_refused_before_any_pause(fresh)
     store_restart_keeps_the_watch(fresh)
+    adapters_are_added_to_the_base(fresh)
 
 
 def swap_while_generating(fresh: Swaps) -> None:
@@ -203,6 +210,21 @@ def store_restart_keeps_the_watch(fresh: Swaps) -> None:
     fresh.store.publish(sent.commit())
     fresh.store.state(6, ACTIVE)
     fresh.samples_from(6, "six", [1, 2, 3, 4])
+
+
+def adapters_are_added_to_the_base(fresh: Swaps) -> None:
+    """An adapter replaces the one before, whatever was loaded between: it is added to the model on disk."""
+    whole = fresh.send(7)
+    fresh.store.state(7, RECEIVED)
+    fresh.store.publish(whole.commit())
+    fresh.store.state(7, ACTIVE)
+    for number in (8, 9):
+        sent = fresh.send(number, adapter=True)
+        assert sent.bytes < whole.bytes / 3
+        fresh.store.state(number, RECEIVED)
+        fresh.store.publish(sent.commit())
+        fresh.store.state(number, ACTIVE)
+        fresh.samples_from(number, f"adapter-{number}", [1, 2, 3, 4])
 
 
 def test_a_first_load_that_fails_restores_the_weights_from_disk(fresh: Swaps) -> None:

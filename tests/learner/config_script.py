@@ -25,6 +25,10 @@ def outcome(keys: dict[str, Any]) -> dict[str, Any]:
         "updates": config.trainer.v1.separate_async.parameter_sync_step,
         "mode": config.trainer.v1.trainer_mode,
         "rollout": config.actor_rollout_ref.rollout.name,
+        "correction": [
+            config.algorithm.rollout_correction.rollout_is,
+            config.actor_rollout_ref.actor.policy_loss.loss_mode,
+        ],
         "lr": config.actor_rollout_ref.actor.optim.lr,
         "override": dict(config.actor_rollout_ref.model.override_config),
     }

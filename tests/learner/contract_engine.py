@@ -3,7 +3,8 @@
 It takes policy versions as an engine does, leases rollouts as a worker does, answers each with two model
 calls (the second continues the first after an observation), and rewards it. Runs until it is told to stop.
 
-Arguments: store address, run id, model folder, model name.
+Arguments: store address, run id, model folder, model name; a second name makes a second engine, whose
+model answers the second call of each rollout.
 """
 
 from __future__ import annotations
@@ -32,20 +33,34 @@ OBSERVATION = [60, 61]
 
 
 class ContractEngine:
-    """One engine of a run and one worker of its queue."""
+    """One engine of a run and one worker of its queue; ``second`` answers second calls (None = itself)."""
 
-    def __init__(self, client: StoreClient, model_path: str, model_name: str) -> None:
+    def __init__(
+        self,
+        client: StoreClient,
+        model_path: str,
+        model_name: str,
+        second: ContractEngine | None = None,
+    ) -> None:
+        self._second = second or self
         self._client = client
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
         self._generator = torch.Generator().manual_seed(0)
-        self._receiver = WeightReceiver("contract")
-        self._engine = Engine(engine_id=f"contract-{os.getpid()}", run_id=client.run_id, model=model_name)
+        self._receiver = WeightReceiver(f"contract-{model_name}")
+        self._engine = Engine(
+            engine_id=f"contract-{model_name}-{os.getpid()}", run_id=client.run_id, model=model_name
+        )
         self._staged: dict[int, str] = {}
 
     async def run(self) -> None:
         """Serves for ever."""
+        parts = [self.serve(), self._work()]
+        await asyncio.gather(*parts, *([self._second.serve()] if self._second is not self else []))
+
+    async def serve(self) -> None:
+        """Takes policy versions for ever."""
         await self._client.report_engine_state(self._engine)
-        await asyncio.gather(self._follow_versions(), self._work())
+        await self._follow_versions()
 
     async def _follow_versions(self) -> None:
         changes = self._client.watch_policy_versions(
@@ -106,12 +121,14 @@ class ContractEngine:
         one, one_logprobs = self._sample(first)
         observed = torch.tensor([OBSERVATION] * len(leased))
         second = torch.cat([first, one, observed], dim=1)
-        two, two_logprobs = self._sample(second)
+        other = self._second
+        other_version = other._engine.active_policy_version
+        two, two_logprobs = other._sample(second)
         groups, completions = [], []
         for place, each in enumerate(leased):
             calls = [
                 self._call(first[place], one[place], one_logprobs[place], version),
-                self._call(second[place], two[place], two_logprobs[place], version),
+                other._call(second[place], two[place], two_logprobs[place], other_version),
             ]
             groups.append(
                 span_pb2.AttemptSpans(
@@ -170,9 +187,10 @@ class ContractEngine:
 
 
 async def main() -> None:
-    store, run_id, model_path, model_name = sys.argv[1:5]
+    store, run_id, model_path, model_name, *others = sys.argv[1:6]
     async with StoreClient(store, run_id=run_id) as client:
-        await ContractEngine(client, model_path, model_name).run()
+        second = ContractEngine(client, model_path, others[0]) if others else None
+        await ContractEngine(client, model_path, model_name, second).run()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ sampled from the weights of the policy version that was published last, with the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from agl_grpc.learner.rollouts import (
     GroupRequest,
     Row,
 )
+from agl_grpc.learner.sender import SEND_MODE
+from agl_grpc.weights.adapters import is_adapter, merged
 from agl_grpc.weights.receiver import WeightReceiver
 from agl_grpc.weights.wire import ReceiverState
 
@@ -35,6 +37,8 @@ class LocalEngine:
     """``RolloutSource`` and ``WeightPublication`` in one: samples, judges, receives weights.
 
     ``change`` may spoil finished groups before they are delivered; ``repeat`` makes every batch alike.
+    ``recorded`` are groups by their uid: they are delivered instead of sampled ones. ``flat_every`` gives
+    each rollout of every such task the same reward.
     """
 
     def __init__(
@@ -44,12 +48,24 @@ class LocalEngine:
         seed: int,
         repeat: bool = False,
         change: Callable[[list[FinishedGroup]], list[FinishedGroup]] | None = None,
+        recorded: Mapping[str, FinishedGroup] | None = None,
+        flat_every: int = 0,
     ):
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self._base = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         self._generator = torch.Generator().manual_seed(seed)
         self._receiver = WeightReceiver("local")
         self.change = change
         self._seed = seed if repeat else None
+        self._recorded = recorded
+        self._flat_every = flat_every
+        self.record: dict[str, FinishedGroup] = {}
+        self.digests: dict[int, set[str]] = {}
+        # Weights by version, for those who keep them.
+        self.history: dict[int, dict[str, torch.Tensor]] = {}
+        self.keeps_history = False
+        self.on_claim: Callable[[int, list[str]], None] = lambda _step, _groups: None
+        self.on_published: Callable[[], None] = lambda: None
         self._entries: dict[str, BatchEntry] = {}
         self._actors: Any = None
         self.version = 0
@@ -63,20 +79,24 @@ class LocalEngine:
         if self._seed is not None:
             self._generator.manual_seed(self._seed)
         for request in groups:
-            rollouts = self._sample(request)
+            known = self._recorded[request.uid] if self._recorded is not None else None
+            rollouts = list(known.rollouts) if known else self._sample(request)
             for rollout in rollouts:
                 assert rollout.reward is not None
                 self._entries[rollout.rollout_id] = BatchEntry(
                     rollout.rollout_id, request.uid, rollout.reward
                 )
                 self.rewards.append(rollout.reward)
-            finished.append(FinishedGroup(request, tuple(rollouts)))
+            # A recorded group is as old as when it was first asked for.
+            finished.append(known or FinishedGroup(request, tuple(rollouts)))
+            self.record[request.uid] = finished[-1]
         for group in self.change(finished) if self.change else finished:
             self.deliver(group)
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
         entries = tuple(self._entries.pop(rollout_id) for rollout_id in rollout_ids)
         self.batches.append(ClaimedBatch(f"batch-{step}", f"hash-{step}", entries))
+        self.on_claim(step, list(dict.fromkeys(entry.group_id for entry in entries)))
         return self.batches[-1]
 
     def describe(self, uids: list[str]) -> str:
@@ -89,17 +109,30 @@ class LocalEngine:
         import ray
 
         transfer = f"{time.monotonic_ns()}/{step}"
-        endpoint = ray.get(self._actors.execute_checkpoint_engine(method=["prepare"]))[0]["endpoint"]
-        setup = {"transfer_id": [transfer], "receivers": [1], "timeout": [30.0]}
-        ray.get(self._actors.execute_checkpoint_engine(method=["init_process_group"], **setup))
+        ranks = int(self._actors.world_size)
+        prepared = ray.get(self._actors.execute_checkpoint_engine(method=["prepare"] * ranks))
+        setup = {"transfer_id": [transfer] * ranks, "receivers": [1] * ranks, "timeout": [30.0] * ranks}
+        ray.get(self._actors.execute_checkpoint_engine(method=["init_process_group"] * ranks, **setup))
+        endpoint = prepared[0]["endpoint"]
         self._receiver.prepare(transfer, endpoint, 30.0)
-        report = ray.get(self._actors.update_weights(global_steps=step, mode="agl"))[0]
+        report = ray.get(self._actors.update_weights(global_steps=step, mode=SEND_MODE))[0]
         while self._receiver.status().state is ReceiverState.RECEIVING:
             time.sleep(0.001)
         assert self._receiver.status().digest == report["digest"], self._receiver.status()
-        self._model.load_state_dict(dict(self._receiver.staged(transfer)), strict=True)
+        staged = self._receiver.staged(transfer)
+        weights = merged(self._base.items(), staged) if is_adapter(staged) else staged
+        self._model.load_state_dict(dict(weights), strict=True)
         self.version = step
+        self.digests.setdefault(step, set()).add(str(report["digest"]))
+        if self.keeps_history:
+            self.history[step] = self.weights
+        self.on_published()
         return {"weights/bytes": float(report["sent_bytes"])}
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that were published last."""
+        return {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
 
     @torch.no_grad()
     def _sample(self, request: GroupRequest) -> list[FinishedRollout]:
@@ -114,6 +147,8 @@ class LocalEngine:
             sequence = torch.cat([sequence, token], dim=1)
         responses, sampled = sequence[:, prompt.shape[1] :], torch.cat(logprobs, dim=1)
         rewards = (responses < TARGET).float().mean(dim=1)
+        if self._flat_every and request.index % self._flat_every == 0:
+            rewards = torch.full_like(rewards, 0.5)
         return [
             FinishedRollout(
                 rollout_id=request.rollout_id(number),

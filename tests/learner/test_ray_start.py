@@ -21,8 +21,10 @@ class Ray(ModuleType):
         super().__init__("ray")
         self.failures = list(failures)
         self.shutdowns = 0
+        self.arguments: dict[str, object] = {}
 
-    def init(self, **_arguments: object) -> None:
+    def init(self, **arguments: object) -> None:
+        self.arguments = arguments
         if self.failures:
             raise self.failures.pop(0)
 
@@ -52,3 +54,16 @@ def test_a_slow_start_is_tried_again(
         kind = LearnerError if error == "too busy" else ValueError
         with pytest.raises(kind, match=error), local_ray(device="cuda", gpus=1):
             pytest.fail("it did not start")
+
+
+@pytest.mark.parametrize(("address", "starts"), [("", True), ("head:6379", False)])
+def test_a_cluster_that_runs_already_is_joined_not_started(
+    monkeypatch: pytest.MonkeyPatch, address: str, starts: bool
+) -> None:
+    ray = Ray()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_runtime, "worker_environment", lambda _device: {"A": "1"})
+    with local_ray(device="cuda", gpus=2, address=address):
+        assert ray.arguments["address"] == (address or "local")
+        assert ("num_gpus" in ray.arguments) is starts
+        assert ray.arguments["runtime_env"] == {"env_vars": {"A": "1"}}

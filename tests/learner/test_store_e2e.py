@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ STEPS, MORE_STEPS, SAVE = 8, 10, 4
 KILL_AFTER = 2
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of processes in the learner environment."""
     return {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'cli'}"}
 
 
@@ -40,7 +42,7 @@ class Learner:
         self._on_line = on_line
         self.process = subprocess.Popen(
             [*command, "--store", store, *options],
-            env=_environment(),
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -73,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
     model = tmp_path / "model"
     subprocess.run(
         [learner_python(), "-c", code + "make_model(Path(sys.argv[1]))", str(model)],
-        env=_environment(),
+        env=environment(),
         check=True,
         capture_output=True,
         timeout=120,
@@ -112,10 +114,17 @@ def store(tmp_path: Path) -> Iterator[StoreProcess]:
 @pytest.fixture
 def engine(store: StoreProcess, folder: Path) -> Iterator[None]:
     """Engine and worker over the contract."""
+    with served(store, folder, "tiny"):
+        yield
+
+
+@contextmanager
+def served(store: StoreProcess, folder: Path, *models: str) -> Iterator[None]:
+    """Engines of these models and a worker over the contract; of two models the second makes second calls."""
     command = [learner_python(), "-m", "tests.learner.contract_engine", store.address]
     log = (folder / "engine.log").open("w")
     process = subprocess.Popen(
-        [*command, "default", str(folder / "model"), "tiny"], env=_environment(), stdout=log, stderr=log
+        [*command, "default", str(folder / "model"), *models], env=environment(), stdout=log, stderr=log
     )
     try:
         yield
@@ -162,6 +171,45 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     assert len({item.weights_digest for item in committed}) == STEPS
     assert (folder / "out" / "checkpoints" / f"global_step_{STEPS}" / "learner.json").is_file()
     assert list((folder / "out" / "tensorboard").glob("events.*"))
+    await _learns_the_best_of_its_rollouts(store, folder)
+
+
+async def _learns_the_best_of_its_rollouts(store: StoreProcess, folder: Path) -> None:
+    """Supervised fine-tuning on what the run left in the store; both faces of a run are the same rows."""
+    config = orjson.loads((folder / "run.json").read_bytes())
+    config |= {"training_run_id": "tr_sft", "output_dir": str(folder / "sft")}
+    config["sft"] = {"min_reward": 0.5, "best_of_group": 2, "epochs": 3}
+    config["verl"] = {"data.train_batch_size": 16, "actor_rollout_ref.actor.optim.lr": 5e-3}
+    path = folder / "sft.json"
+    path.write_bytes(orjson.dumps(config))
+    learner = Learner(path, store.address, "--sft")
+    assert learner.finish() == 0, "\n".join(learner.lines[-40:])
+    async with StoreClient(store.address) as client:
+        record = await client.get_training_run_by_id("tr_sft")
+        losses = [
+            step.metrics["sft/loss"]
+            async for _, steps in client.watch_training_run("tr_sft")
+            for step in steps
+        ]
+        batches = await client.query_batches("tr_e2e")
+    assert record is not None
+    assert (record.status, record.algorithm) == (TrainingRunStatus.SUCCEEDED, "sft")
+    rewards: dict[str, list[float]] = {}
+    for entry in (entry for batch in batches for entry in batch.entries):
+        rewards.setdefault(entry.group_id or "", []).append(entry.reward or 0.0)
+    kept = sum(min(2, sum(reward >= 0.5 for reward in group)) for group in rewards.values())
+    said = f"learner: {kept} of {STEPS * 32} rollouts are good enough: {kept} rows"
+    assert said in learner.lines
+    assert len(losses) == 3 * -(-kept // 16)
+    assert losses[-1] < losses[0] - 0.2
+    checkpoint = folder / "sft" / "checkpoints" / record.checkpoint_id
+    assert (checkpoint / "actor" / "huggingface" / "model.safetensors").is_file()
+    # Nothing is good enough for this: one line, and the run has failed.
+    config |= {"training_run_id": "tr_none", "sft": {"min_reward": 2.0}}
+    path.write_bytes(orjson.dumps(config))
+    none = Learner(path, store.address, "--sft")
+    assert none.finish() == 1
+    assert none.lines[-1].startswith("error: no rollout of run 'default' has rows and a reward of 2 or more")
 
 
 async def test_a_killed_learner_trains_the_same_batches_again_and_makes_no_rollout_twice(
@@ -175,19 +223,31 @@ async def test_a_killed_learner_trains_the_same_batches_again_and_makes_no_rollo
 
     first = Learner(config, store.address, on_line=kill)
     assert first.finish() != 0
-    second = Learner(config, store.address, "--resume")
-    assert second.finish() == 0, "\n".join(second.lines[-40:])
-    steps = [line for line in second.lines if line.startswith("learner: step ")]
-    assert steps[0].startswith(f"learner: step {SAVE + 1}/")
+
+    def stop(line: str) -> None:
+        if line.startswith(f"learner: step {SAVE + 3}/"):
+            second.process.terminate()
+
+    # The next one is asked to end, by SIGTERM, between two checkpoints.
+    second = Learner(config, store.address, "--resume", on_line=stop)
+    assert second.finish() == 130, "\n".join(second.lines[-40:])
+    assert second.lines[-1] == "error: stopped by SIGTERM"
+    assert (await _state(store))[0].status is TrainingRunStatus.STOPPED
+    third = Learner(config, store.address, "--resume")
+    assert third.finish() == 0, "\n".join(third.lines[-40:])
+    for learner in (second, third):
+        steps = [line for line in learner.lines if line.startswith("learner: step ")]
+        assert steps[0].startswith(f"learner: step {SAVE + 1}/")
     record, batches, versions, _ = await _state(store)
     assert record.status is TrainingRunStatus.SUCCEEDED
-    assert record.trainer_epoch == 2
+    assert record.trainer_epoch == 3
     committed = [batch for batch in batches if batch.status is BatchStatus.COMMITTED]
     assert [batch.step for batch in committed] == list(range(1, MORE_STEPS + 1))
-    assert [batch.trainer_epoch for batch in committed] == [1] * SAVE + [2] * (MORE_STEPS - SAVE)
+    assert [batch.trainer_epoch for batch in committed] == [1] * SAVE + [3] * (MORE_STEPS - SAVE)
     trained = [entry.rollout_id for batch in committed for entry in batch.entries]
     assert len(trained) == len(set(trained)) == MORE_STEPS * 4 * 8
-    # What the killed learner had trained after its checkpoint was given back, and is the same again, ...
+    # What the killed and the stopped one had trained after the checkpoint was given back, and is the same
+    # again, ...
     released = [batch for batch in batches if batch.status is BatchStatus.RELEASED]
     assert [batch.step for batch in released][:2] == [SAVE + 1, SAVE + 2]
     hashes = {batch.step: batch.content_hash for batch in committed}
@@ -207,3 +267,44 @@ async def test_a_killed_learner_trains_the_same_batches_again_and_makes_no_rollo
     succeeded = {item.rollout_id for item in rollouts if item.status is RolloutStatus.SUCCEEDED}
     print(f"{len(rollouts)} rollouts, {len(rollouts) - len(succeeded)} of them cancelled")
     assert succeeded == set(trained)
+
+
+async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
+    store: StoreProcess, folder: Path
+) -> None:
+    """Planner and solver answer one call each of every rollout; both learn from its reward."""
+    steps, batch = 6, 4 * 8
+    config = orjson.loads(_configure(folder, steps).read_bytes())
+    config["verl"]["trainer.save_freq"] = steps
+    learners = []
+    with served(store, folder, "planner", "solver"):
+        for name, more in (("planner", {"followers": ["solver"]}), ("solver", {"follows": "tr_planner"})):
+            own = {"model": {**config["model"], "name": name}, "training_run_id": f"tr_{name}", **more}
+            path = folder / f"{name}.json"
+            path.write_bytes(orjson.dumps({**config, **own, "output_dir": str(folder / name)}))
+            learners.append(Learner(path, store.address))
+        codes = [learner.finish() for learner in learners]
+    assert codes == [0, 0], "\n".join(line for learner in learners for line in learner.lines[-20:])
+    async with StoreClient(store.address) as client:
+        batches = {name: await client.query_batches(f"tr_{name}") for name in ("planner", "solver")}
+        versions = {name: await client.query_policy_versions(name) for name in batches}
+        rewards: dict[int, float] = {}
+        async for _, found in client.watch_training_run("tr_solver"):
+            for each in found:
+                rewards[each.step] = each.metrics["reward/mean"]
+                # Its own call of each rollout, sampled by its own weights of the step before.
+                assert each.metrics["tokens/trained"] == batch * 4
+                assert each.metrics["check/logprob_tokens_compared"] == batch * 4
+                assert each.metrics["check/logprob_max_difference"] < 1e-5
+        rollouts = await client.query_rollouts()
+    trained = {name: [e.rollout_id for b in found for e in b.entries] for name, found in batches.items()}
+    # The same rollouts, in the same batches, with the same rewards; each was made once.
+    assert trained["planner"] == trained["solver"]
+    assert len(set(trained["solver"])) == len(rollouts) == steps * batch
+    for mine, theirs in zip(*batches.values(), strict=True):
+        assert mine.status is theirs.status is BatchStatus.COMMITTED
+        assert [e.reward for e in mine.entries] == [e.reward for e in theirs.entries]
+    digests = {name: {item.weights_digest for item in found} for name, found in versions.items()}
+    assert len(digests["planner"]) == len(digests["solver"]) == steps
+    assert not digests["planner"] & digests["solver"]
+    assert rewards[steps] > rewards[1]

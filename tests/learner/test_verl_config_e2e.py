@@ -28,7 +28,20 @@ GIVEN: dict[str, dict[str, Any]] = {
     },
     "typing_error": {"actor_rollout_ref": {"rolout": {"n": 4}}},
     "unknown_leaf": {"trainer.save_frequency": 3},
+    "two_errors": {"trainer.save_frequenzy": 3, "algorithm.clip_ratio": 0.2},
     "estimator": {"algorithm.adv_estimator": "remax"},
+    "by_rows": {"algorithm.adv_estimator": "grpo_vectorized"},
+    "misspelt_estimator": {"algorithm.adv_estimator": "groo"},
+    "loss": {"actor_rollout_ref.actor.policy_loss.loss_mode": "vanila"},
+    "dro": {"actor_rollout_ref.actor.policy_loss.loss_mode": "dro"},
+    "asynchronous": {"trainer.v1.sampler.max_off_policy_threshold": 3},
+    "bypass": {
+        "algorithm.rollout_correction": {"bypass_mode": True, "rollout_is": "token", "loss_type": "reinforce"}
+    },
+    "bypass_twice": {
+        "algorithm.rollout_correction": {"bypass_mode": True, "rollout_is": "token"},
+        "actor_rollout_ref.actor.policy_loss.loss_mode": "gspo",
+    },
     "mode": {"trainer.v1.trainer_mode": "colocate_async"},
     "minibatch": {"data.train_batch_size": 10, "actor_rollout_ref.actor.ppo_mini_batch_size": 4},
     "verls_own_rule": {"actor_rollout_ref.actor.loss_agg_mode": "nonsense"},
@@ -65,12 +78,32 @@ def test_users_keys_win_over_defaults_and_the_learner_holds_its_own(outcomes: di
     assert (users["mode"], users["rollout"]) == ("separate_async", "agl_external")
 
 
+def test_older_tokens_are_corrected_in_asynchronous_training_unless_chosen_otherwise(
+    outcomes: dict[str, Any],
+) -> None:
+    assert outcomes["defaults"]["correction"] == [None, "vanilla"]
+    assert outcomes["asynchronous"]["correction"] == ["token", "vanilla"]
+    # In bypass mode it is the loss that corrects: it has to be the one that does.
+    assert outcomes["bypass"]["correction"] == ["token", "bypass_mode"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("typing_error", "no configuration key 'actor_rollout_ref.rolout'"),
-        ("unknown_leaf", "no configuration key 'trainer.save_frequency'"),
+        (
+            "typing_error",
+            "no configuration key 'actor_rollout_ref.rolout' (did you mean actor_rollout_ref.rollout?)",
+        ),
+        ("unknown_leaf", "no configuration key 'trainer.save_frequency' (did you mean trainer.save_freq"),
+        ("two_errors", "'trainer.save_frequenzy' (did you mean trainer.save_freq"),
+        ("two_errors", "'algorithm.clip_ratio' (did you mean actor_rollout_ref.actor.clip_ratio or"),
         ("estimator", "algorithm.adv_estimator='remax' is not supported"),
+        ("estimator", "a greedy answer to each prompt, which nobody samples"),
+        ("by_rows", "a rollout of several rows would count several times: use grpo"),
+        ("misspelt_estimator", "did you mean rloo or grpo?"),
+        ("loss", "did you mean vanilla"),
+        ("dro", "needs policy_loss.dro_beta above 0"),
+        ("bypass_twice", "bypass_mode=True corrects in a loss of its own"),
         ("mode", "trainer.v1.trainer_mode='colocate_async'"),
         ("minibatch", "must divide data.train_batch_size=10"),
         ("verls_own_rule", "verl refuses the configuration"),

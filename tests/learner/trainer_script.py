@@ -15,21 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import transfer_queue as tq
-from ray.util import remove_placement_group
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from agl_grpc.learner.checkpoint import Checkpoints, resume_keys
-from agl_grpc.learner.errors import LearnerError
-from agl_grpc.learner.manager import RolloutManager
-from agl_grpc.learner.progress import with_summary
 from agl_grpc.learner.ray_runtime import local_ray
 from agl_grpc.learner.rollouts import FinishedGroup, Row
-from agl_grpc.learner.trainer import AglTrainer, Hooks
-from agl_grpc.learner.verl_config import compose
+from tests.learner.life import Ledger, Life
 from tests.learner.local_engine import LocalEngine
-
-GROUP_SIZE = 8
-GROUPS = 8
 
 
 def make_model(folder: Path) -> None:
@@ -127,78 +118,49 @@ CHANGES: dict[str, Callable[[list[FinishedGroup]], list[FinishedGroup]] | None] 
 }
 
 
-def fitted(trainer: AglTrainer, manager: RolloutManager) -> str:
-    """Trains; the error that ended it, if any."""
-    try:
-        trainer.fit(manager)
-    except LearnerError as caught:
-        return f"{type(caught).__name__}: {caught}"
-    return ""
-
-
 def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """One training run; ``options`` hold verl's keys and what to spoil."""
-    steps: list[dict[str, float]] = []
-    commits: list[Any] = []
-    tasks, model = str(folder / "tasks.jsonl"), str(folder / "model")
-    checkpoints = folder / "checkpoints"
-    resume = resume_keys(checkpoints, options["resume"]) if "resume" in options else {}
-    fixed = {
-        "data": {"train_files": tasks, "val_files": tasks, "seed": 0},
-        "trainer": {"default_local_dir": str(checkpoints), **resume},
-    }
-    user = {
-        "data.train_batch_size": GROUPS,
-        "actor_rollout_ref.model.path": model,
-        "actor_rollout_ref.rollout.n": GROUP_SIZE,
-        "actor_rollout_ref.actor.optim.lr": 5e-3,
-        "trainer.total_epochs": 1000,
-        "trainer.save_freq": -1,
-        "trainer.logger": [],
-        **options["verl"],
-    }
-    config = compose(user, device="cpu", fixed=fixed)
-    engine = LocalEngine(model, seed=0, repeat=options.get("repeat", False))
+    ledger = Ledger()
+    engine = LocalEngine(str(folder / "model"), seed=0, repeat=options.get("repeat", False))
     changes: list[str] = options.get("changes", [])
-    manager = RolloutManager(engine, group_size=GROUP_SIZE, validation_size=1)
-    engine.deliver = manager.deliver
 
-    def on_metrics(step: int, metrics: dict[str, float]) -> bool:
-        steps.append({"step": step, **with_summary(metrics)})
+    def on_step(step: int) -> None:
         engine.change = CHANGES[changes[step]] if step < len(changes) else None
-        return step >= options.get("stop_after", 1 << 30)
 
-    store = Checkpoints(checkpoints, lambda name, ids, step: commits.append([name, ids, step]), keep=None)
-    hooks = Hooks(engine, engine, store, run_name="test", sample_deadline=60, on_metrics=on_metrics)
+    life = Life(folder, options, engine, ledger, on_step)
     mix_ups: dict[str, str] = {}
-    tq.init(config.transfer_queue)
-    trainer = AglTrainer(config, hooks)
     try:
-        trainer.init()
-        error = fitted(trainer, manager)
-        done = int(steps[-1]["step"])
+        error = life.run()
+        done = int(life.steps[-1]["step"])
         for name in options.get("mix_ups", []):
             # One step more with spoiled rollouts; it must not get as far as metrics.
             engine.change = CHANGES[name]
-            trainer.global_steps, trainer.total_training_steps = done, done + 1
-            mix_ups[name] = fitted(trainer, manager)
-            assert len(steps) == done, f"{name} was trained"
+            life.trainer.global_steps, life.trainer.total_training_steps = done, done + 1
+            mix_ups[name] = life.fit()
+            assert len(life.steps) == done, f"{name} was trained"
             tq.kv_clear(keys=list((tq.kv_list("train") or {}).get("train", {})), partition_id="train")
     finally:
-        tq.close()
-        # Their names are fixed: the next run needs them again. Their actors end with them.
-        for pool in trainer.resource_pool_manager.resource_pool_dict.values():
-            for group in pool.pgs or []:
-                remove_placement_group(group)
+        life.close()
     groups = [[entry.group_id for entry in batch.entries] for batch in engine.batches]
-    return {"error": error, "steps": steps, "commits": commits, "groups": groups, "mix_ups": mix_ups}
+    return {
+        "error": error,
+        "steps": life.steps,
+        "commits": ledger.commits,
+        "groups": groups,
+        "mix_ups": mix_ups,
+    }
+
+
+def make_tasks(folder: Path) -> None:
+    """Model and tasks of all runs on a folder."""
+    if not (folder / "model").is_dir():
+        make_model(folder / "model")
+        (folder / "tasks.jsonl").write_text("".join(f'{{"n": {number}}}\n' for number in range(48)))
 
 
 def main(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All runs one after the other in one Ray session."""
-    if not (folder / "model").is_dir():
-        make_model(folder / "model")
-        (folder / "tasks.jsonl").write_text("".join(f'{{"n": {number}}}\n' for number in range(48)))
+    make_tasks(folder)
     with local_ray(device="cpu", gpus=1):
         return [run(folder, options) for options in runs]
 

@@ -132,6 +132,7 @@ CALL = ModelCall(
     raw_response=b"\x00",
     agent_name="planner",
     mode="train",
+    retry_of="00f0000000000001",
 )
 SPAN = Span(
     rollout_id="ro-1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -78,13 +79,15 @@ class Echo(grpc.GenericRpcHandler):
 
 
 @asynccontextmanager
-async def echoing(**options: Any) -> AsyncIterator[tuple[Http2Server, Echo, int]]:
+async def echoing(
+    tls: ssl.SSLContext | None = None, **options: Any
+) -> AsyncIterator[tuple[Http2Server, Echo, int]]:
     """A server, its handlers, its port."""
     server = Http2Server(max_message_bytes=MAX_MESSAGE, **options)
     echo = Echo()
     server.add_generic_rpc_handlers([echo])
     sockets = listening_sockets("127.0.0.1", 0)
-    await server.listen(sockets)
+    await server.listen(sockets, tls)
     try:
         yield server, echo, sockets[0].getsockname()[1]
     finally:

@@ -11,6 +11,7 @@ import grpc
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from agl_grpc.client.channel import open_channel
 from agl_grpc.store.clock import Clock, ManualClock
 from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.errors import STATUS_TRAILER
@@ -37,7 +38,7 @@ class Rig:
     def __init__(self, server: StoreServer, clock: Clock) -> None:
         self.server = server
         self.clock = clock
-        self.channel = grpc.aio.insecure_channel(server.address)
+        self.channel = open_channel(server.address)
         self.store: Any = StoreServiceStub(self.channel)
         self.runner: Any = RunnerServiceStub(self.channel)
         self.trainer: Any = TrainerServiceStub(self.channel)

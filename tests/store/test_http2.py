@@ -15,6 +15,7 @@ import h2.settings
 import pytest
 
 from agl_grpc.store.door.http2 import frames
+from agl_grpc.store.door.http2.patience import MOST_RESETS
 from agl_grpc.store.door.http2.stream import RECEIVE_WINDOW
 from tests.store.http2_peer import MAX_MESSAGE, StrictPeer, echoing, strict_peer
 from tests.support.waiting import eventually
@@ -290,3 +291,60 @@ async def test_random_damage_harms_nobody_else() -> None:
             within=10,
             what="nothing left of any of them",
         )
+
+
+async def test_a_peer_that_begins_calls_only_to_break_them_off_is_sent_away() -> None:
+    async with echoing() as (server, echo, port), strict_peer(port) as peer, client(port) as channel:
+        await channel.unary_unary("/t/Unary")(b"before")
+        code = None
+        for _ in range(3 * MOST_RESETS // 100):
+            for _ in range(100):
+                peer.h2.reset_stream(peer.call("/t/Wait", b"x"), 8)
+            await peer.flush()
+            code = await _farewell(peer, seconds=0.01)
+            if code is not None:
+                break
+        if code is None:
+            code = await _farewell(peer, seconds=10)
+        assert code == frames.Code.ENHANCE_YOUR_CALM
+        # Whatever was begun is over, and others notice nothing.
+        await eventually(lambda: not server._tasks)
+        assert await channel.unary_unary("/t/Unary")(b"after") == b"after"
+        assert not echo.go.is_set()
+
+
+async def test_a_client_may_break_off_a_fleets_worth_of_calls_at_once() -> None:
+    async with echoing() as (server, _, port), client(port) as channel:
+        calls = [channel.unary_unary("/t/Wait")(b"x") for _ in range(MOST_RESETS // 2)]
+        await eventually(lambda: len(server._tasks) == len(calls))
+        for call in calls:
+            call.cancel()
+        await eventually(lambda: not server._tasks)
+        assert await channel.unary_unary("/t/Unary")(b"after") == b"after"
+
+
+async def _farewell(peer: StrictPeer, seconds: float) -> int | None:
+    """The code with which the server ends the connection; None = it has not, so far."""
+    try:
+        async with asyncio.timeout(seconds):
+            while events := await peer.events():
+                for event in events:
+                    if isinstance(event, h2.events.ConnectionTerminated):
+                        return int(event.error_code)
+    except TimeoutError:
+        return None
+    raise AssertionError("the connection was closed without a word")
+
+
+async def test_no_more_of_an_answer_waits_in_memory_than_the_socket_takes() -> None:
+    async with echoing() as (server, _, port), client(port) as channel:
+        call = channel.unary_unary("/t/Unary")
+        await call(b"connected")
+        (connection,) = server._connections
+        connection.pause_writing()
+        waiting = asyncio.ensure_future(call(bytes(BIG)))
+        await eventually(lambda: bool(connection.writers))
+        (stream,) = connection.writers
+        assert sum(map(len, stream._out)) > BIG - (256 << 10)
+        connection.resume_writing()
+        assert await waiting == bytes(BIG)

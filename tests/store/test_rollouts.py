@@ -273,6 +273,20 @@ async def test_cancel_retry_delete(rig: Rig) -> None:
     assert retried.retry_of == "held"
     assert (retried.group_id, retried.priority) == ("g", 5)
     assert await rig.status(retried.rollout_id) == "queuing"
+    assert not retried.HasField("expire_after")
+    await rig.store.CancelRollouts(store_service_pb2.CancelRolloutsRequest(filter={"group_id_in": ["g"]}))
+    request.expire_after.CopyFrom(seconds(60))
+    (limited,) = (await rig.store.RetryRollouts(request)).rollouts
+    again = store_service_pb2.RetryRolloutsRequest(filter={"rollout_id_in": [limited.rollout_id]})
+    await rig.cancel(limited.rollout_id)
+    (kept,) = (await rig.store.RetryRollouts(again)).rollouts
+    assert (limited.expire_after, kept.expire_after) == (seconds(60), seconds(60))
+    await rig.store.DeleteRollouts(
+        store_service_pb2.DeleteRolloutsRequest(
+            filter={"rollout_id_in": [retried.rollout_id, limited.rollout_id]}
+        )
+    )
+    retried = kept
     delete = store_service_pb2.DeleteRolloutsRequest(dry_run=True)
     counted = await rig.store.DeleteRollouts(delete)
     assert (counted.deleted, counted.kept) == (2, 1)

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from agl_grpc.store import errors
+from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.door.call import Authenticator, Call
 from agl_grpc.store.door.credentials import CredentialSigner, new_key
 from agl_grpc.store.door.server import GrpcDoor, StartError
@@ -203,7 +204,7 @@ async def read_all(stream: Any) -> None:
 
 def run_server(port: int, database: Path | None) -> subprocess.CompletedProcess[str]:
     """A server that is expected not to start."""
-    command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(port), "--no-http"]
     command += ["--memory"] if database is None else ["--database", str(database)]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
@@ -250,7 +251,8 @@ class Broken:
 async def test_a_defect_is_logged_and_shown_as_internal(caplog: pytest.LogCaptureFixture) -> None:
     service = store_service_pb2.DESCRIPTOR.services_by_name["StoreService"]
     door = GrpcDoor({service: [Broken()]}, Authenticator(CredentialSigner(new_key()), "operator's"), {})
-    port = await door.start("127.0.0.1", 0)
+    port = door.bind("127.0.0.1", 0)
+    await door.serve()
     token = (("authorization", "Bearer operator's"),)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -282,7 +284,7 @@ async def test_a_defect_is_logged_and_shown_as_internal(caplog: pytest.LogCaptur
                 await stub.ListRuns(store_service_pb2.ListRunsRequest(), metadata=token)
             assert reason_of(caught.value) == "METHOD_UNIMPLEMENTED"
         with pytest.raises(StartError, match=f"port {port} on 127.0.0.1 is in use"):
-            await door.start("127.0.0.1", port)
+            door.bind("127.0.0.1", port)
     finally:
         await door.stop(0.1)
 
@@ -305,6 +307,24 @@ async def test_health_reflection_and_server_info(database: Path | str | None) ->
         assert info.durability == (common_pb2.DURABILITY_DISK if kept else common_pb2.DURABILITY_MEMORY)
         assert info.store_id == server.store.database.store_id
         assert info.limits.max_message_bytes == 64 << 20
+
+
+async def test_a_watch_of_health_ends_with_the_drain(tmp_path: Path) -> None:
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    server = await StoreServer.start(ServeConfig(port=0, database=tmp_path / "store.db", grace=60.0))
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="agl_grpc.v1.StoreService"))
+        unknown = health.Watch(health_pb2.HealthCheckRequest(service="x"))
+        assert (await watch.read()).status == serving
+        assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        listed = await health.List(getattr(health_pb2, "HealthListRequest")())  # noqa: B009  # no stubs
+        assert listed.statuses["agl_grpc.v1.RunnerService"].status == serving
+        # Well before the grace is over.
+        async with asyncio.timeout(20):
+            await server.stop()
+        assert (await watch.read()).status == not_serving
+        assert [await watch.read(), await unknown.read()] == [grpc.aio.EOF] * 2
 
 
 def test_credentials_are_signed_and_expire() -> None:

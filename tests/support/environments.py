@@ -1,4 +1,4 @@
-"""The environments beside this one: the engine's (vLLM) and the learner's (verl)."""
+"""The environments beside this one: the engine's (vLLM), the learner's (verl), Agent Lightning's."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ def learner_python() -> str:
 
 def frameworks_python() -> str:
     """Python with the agent frameworks: AGL_GRPC_FRAMEWORKS_PYTHON, else what `make frameworks` makes."""
-    return _python("frameworks", task="frameworks")
+    return _python("frameworks", "frameworks")
 
 
-def _python(kind: str, task: str = "engines") -> str:
+def agentlightning_python() -> str:
+    """Python with Agent Lightning 0.3: AGL_GRPC_AGENTLIGHTNING_PYTHON, else what `make peers` makes."""
+    return _python("agentlightning", "peers")
+
+
+def _python(kind: str, target: str = "engines") -> str:
     variable = f"AGL_GRPC_{kind.upper()}_PYTHON"
     path = os.environ.get(variable) or str(REPOSITORY / f".venv-{kind}" / "bin" / "python")
-    assert Path(path).exists(), f"no {kind} environment at {path}: run `make {task}`, or set {variable}"
+    assert Path(path).exists(), f"no {kind} environment at {path}: run `make {target}`, or set {variable}"
     return path
 
 

@@ -40,6 +40,8 @@ class StoreProcess:
     def start(self, within: float = 20.0) -> None:
         """Starts the server and returns when its health service says SERVING."""
         command = [sys.executable, "-m", "agl_grpc_cli", "store", "serve", "--port", str(self.port)]
+        if "--http-port" not in self.options:
+            command.append("--no-http")
         command += ["--database", str(self.database), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ.copy())

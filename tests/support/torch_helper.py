@@ -73,6 +73,30 @@ class Helper:
         self._tensors[out] = {rename.get(name, name): tensor for name, tensor in changed.items()}
         return str(sender.endpoint)
 
+    def adapt(self, model: str, out: str, seed: int) -> str:
+        """Make an adapter of rank 4, keep the merged model as `out`, open a sender for the adapter."""
+        import torch
+        from safetensors.torch import save_file
+
+        from agl_grpc.weights.adapters import adapter_set
+        from agl_grpc.weights.sender import WeightSender
+
+        generator = torch.Generator().manual_seed(seed)
+        state = self._model(model, "").state_dict()
+        adapter: dict[str, torch.Tensor] = {}
+        changed = {name: tensor.clone() for name, tensor in state.items()}
+        for name, tensor in state.items():
+            if name.endswith("_proj.weight"):
+                rows, columns = tensor.shape
+                a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((4, columns), (rows, 4)))
+                stem = f"base_model.model.{name.removesuffix('.weight')}"
+                adapter |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+                changed[name] += 2.0 * (b @ a)
+        save_file(changed, out)
+        self._senders[out] = sender = WeightSender(bucket_bytes=100_000)
+        self._tensors[out] = dict(adapter_set(adapter.items(), {"r": 4, "lora_alpha": 8}))
+        return str(sender.endpoint)
+
     def send(self, out: str, transfer: str, flip: bool = False) -> dict[str, Any]:
         """Send the weights of `out` to one receiver; `flip` changes a byte on its way."""
         with flipping() if flip else contextlib.nullcontext():

@@ -11,7 +11,9 @@ from agl_grpc.store import limits
 from agl_grpc.store.clock import Clock
 from agl_grpc.store.door.call import Authenticator
 from agl_grpc.store.door.credentials import CredentialSigner, new_key
-from agl_grpc.store.door.server import GrpcDoor, StartError
+from agl_grpc.store.door.server import StartError
+from agl_grpc.store.door.tls import TlsFiles
+from agl_grpc.store.doors import OTLP_GRPC_PORT, OTLP_HTTP_PORT, Doors
 from agl_grpc.store.handlers import handlers
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.spans.evict import EvictionLimits
@@ -30,6 +32,14 @@ class ServeConfig:
     """Address of the gRPC door."""
     port: int = 4747
     """Port of the gRPC door; 0 = any free one."""
+    http_port: int | None = None
+    """Port of the HTTP door (REST, OTLP/HTTP); 0 = any free one, None = no such door."""
+    otlp: bool = False
+    """Whether to listen on OpenTelemetry's own ports too: 4317 (gRPC) and 4318 (HTTP)."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the HTTP door; `*` = all."""
+    tls: TlsFiles | None = None
+    """Certificate and key of all doors; None = no TLS."""
     database: Path | str | None = Path("agl-grpc.db")
     """The SQLite file, or `postgresql://user@host/name`; None = a throw-away file that is gone at the end
     (`--memory`)."""
@@ -55,13 +65,15 @@ class StoreServer:
     Attributes:
         store: The store.
         port: Port of the gRPC door.
+        http_port: Port of the HTTP door; None = there is none.
     """
 
-    def __init__(self, config: ServeConfig, store: Store, door: GrpcDoor, port: int) -> None:
+    def __init__(self, config: ServeConfig, store: Store, doors: Doors) -> None:
         self.config = config
         self.store = store
-        self.port = port
-        self._door = door
+        self.port = doors.port
+        self.http_port = doors.http_port
+        self._doors = doors
 
     @classmethod
     async def start(cls, config: ServeConfig, clock: Clock | None = None) -> StoreServer:
@@ -81,33 +93,50 @@ class StoreServer:
             if store.database.backend == "memory":
                 eviction = _eviction(config)
             services, parsers = handlers(side, config.span_queue_bytes, eviction)
-            door = GrpcDoor(services, Authenticator(signer, config.operator_token), parsers)
-            port = await door.start(config.host, config.port)
+            authenticator = Authenticator(signer, config.operator_token)
+            doors = Doors(services, authenticator, parsers, config.grace, config.cors_origins, config.tls)
+            await doors.open(config.host, config.port, config.http_port, otlp=config.otlp)
         except BaseException:
             await store.close()
             raise
-        return cls(config, store, door, port)
+        return cls(config, store, doors)
 
     @property
     def address(self) -> str:
         """`host:port` of the gRPC door."""
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"{host}:{self.port}"
+        return f"{self._host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """`http://host:port` of the HTTP door (`https` with TLS); empty = there is none."""
+        return "" if self.http_port is None else f"http{self._secure}://{self._host}:{self.http_port}"
+
+    @property
+    def _secure(self) -> str:
+        return "" if self.config.tls is None else "s"
+
+    @property
+    def _host(self) -> str:
+        return f"[{self.config.host}]" if ":" in self.config.host else self.config.host
 
     def describe(self) -> str:
         """One line that names every door and the database."""
-        database = self.store.database
+        http = f"{self.url} (REST, OTLP, legacy)" if self.url else "HTTP off"
+        otlp = "OTLP off"
+        if self.config.otlp:
+            otlp = f"OTLP also on {self._host}:{OTLP_GRPC_PORT} (gRPC) and :{OTLP_HTTP_PORT} (HTTP)"
+        services = "store, runner, trainer, OTLP, health, reflection"
         return (
-            f"Starting server at grpc://{self.address} (store, runner, trainer, health, reflection); "
-            f"HTTP off; OTLP off; {database.describe()}; process {os.getpid()}"
+            f"Starting server at grpc{self._secure}://{self.address} ({services}); {http}; {otlp}; "
+            f"{self.store.database.describe()}; process {os.getpid()}"
         )
 
     async def stop(self) -> None:
         """Drains: NOT_SERVING, polls and streams end politely, what was accepted is on disk."""
         # Waits end first: calls that wait for an event would else use up the whole grace.
-        self._door.draining.set()
+        self._doors.draining.set()
         self.store.hub.close()
-        await self._door.stop(self.config.grace)
+        await self._doors.close()
         await self.store.close()
 
 

@@ -15,7 +15,8 @@ DEADLINE_MARGIN = 0.25
 """Seconds before the caller's deadline at which a long poll answers, at most a tenth of what remains."""
 
 _ATTEMPT_METHODS = frozenset(
-    {"GetServerInfo", "AppendSpans", "StreamSpans", "ReserveSpanSequences", "PutRewards"}
+    # Export is OTLP's: spans, and logs and metrics, which nobody keeps.
+    {"GetServerInfo", "AppendSpans", "StreamSpans", "ReserveSpanSequences", "PutRewards", "Export"}
 )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from agl_grpc.store import limits
 from agl_grpc.store.door.call import Authenticator
+from agl_grpc.store.door.health import Health
 from agl_grpc.store.door.http2.server import Http2Server
 from agl_grpc.store.door.service import Parser, ServiceBinder
 
@@ -37,6 +39,7 @@ class GrpcDoor:
         services: handler objects of each service; see `agl_grpc.store.door.service`.
         authenticator: says who calls.
         parsers: views that replace generated request types, by method name.
+        tls: how to speak TLS; None = without.
     """
 
     def __init__(
@@ -44,28 +47,37 @@ class GrpcDoor:
         services: Mapping[ServiceDescriptor, Sequence[object]],
         authenticator: Authenticator,
         parsers: Mapping[str, Parser],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.draining = asyncio.Event()
         """Set as soon as the server is on its way out."""
         self._services = services
         self._binder = ServiceBinder(authenticator, self.draining, parsers)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
+        self._tls = tls
         self._server: Http2Server | None = None
+        self._sockets: list[socket.socket] = []
 
-    async def start(self, host: str, port: int) -> int:
-        """Bind and serve.
+    def bind(self, host: str, port: int, option: str = "--port") -> int:
+        """Binds a port, or one more.
 
         Args:
             host: address to bind to, for example `127.0.0.1`.
             port: port, 0 = any free one.
+            option: the command's option that chooses it, for the message.
 
         Returns:
-            The port that is served.
+            The port.
 
         Raises:
             StartError: the port cannot be bound.
         """
-        sockets = listening_sockets(host, port)
+        sockets = listening_sockets(host, port, option)
+        self._sockets += sockets
+        return int(sockets[0].getsockname()[1])
+
+    async def serve(self) -> None:
+        """Serves what is bound."""
         server = Http2Server(max_message_bytes=MAX_MESSAGE_BYTES)
         server.add_generic_rpc_handlers(
             [self._binder.bind(service, handlers) for service, handlers in self._services.items()]
@@ -77,11 +89,11 @@ class GrpcDoor:
         shown = (*names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
         add_reflection(reflection.aio.ReflectionServicer(shown), as_server)
-        await server.listen(sockets)
+        sockets, self._sockets = self._sockets, []
+        await server.listen(sockets, self._tls)
         self._server = server
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return int(sockets[0].getsockname()[1])
 
     async def stop(self, grace: float) -> None:
         """Drain: say NOT_SERVING, end long polls and streams politely, wait for calls, close the port.
@@ -91,13 +103,15 @@ class GrpcDoor:
         """
         self.draining.set()
         await self._health.enter_graceful_shutdown()
+        for one in self._sockets:
+            one.close()
         if self._server is not None:
             await self._server.stop(grace)
             self._server = None
 
 
-def listening_sockets(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen, one for each address of the host."""
+def listening_sockets(host: str, port: int, option: str = "--port") -> list[socket.socket]:
+    """Sockets that listen, one for each address of the host; `option` is how a caller chooses the port."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -122,7 +136,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     if problem is not None and (not sockets or problem.errno == errno.EADDRINUSE):
         for one in sockets:
             one.close()
-        raise StartError(_explain(host, port, problem)) from problem
+        raise StartError(_explain(host, port, problem, option)) from problem
     return sockets
 
 
@@ -136,7 +150,9 @@ def _listen(one: socket.socket, address: tuple[Any, ...]) -> None:
     one.listen(_BACKLOG)
 
 
-def _explain(host: str, port: int, problem: OSError) -> str:
+def _explain(host: str, port: int, problem: OSError, option: str) -> str:
     if problem.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is in use: stop the server that has it, or choose another with --port"
+        return (
+            f"port {port} on {host} is in use: stop the server that has it, or choose another with {option}"
+        )
     return f"port {port} on {host} cannot be bound: {problem.strerror}"

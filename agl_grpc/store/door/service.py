@@ -85,7 +85,7 @@ class ServiceBinder:
     Args:
         authenticator: says who calls.
         drain: set when the server goes away.
-        parsers: views that replace the generated request type, by method name.
+        parsers: views that replace the generated request type, by method name or full name.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ServiceBinder:
         self, method: MethodDescriptor, handlers: Sequence[object]
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
         request_type = message_factory.GetMessageClass(method.input_type)
-        parse = self._parsers.get(method.name) or _checked(request_type.FromString)
+        parse = parser_of(method, self._parsers) or _checked(request_type.FromString)
         target = _find(handlers, snake_case(method.name))
         if method.client_streaming and method.server_streaming:
             return grpc.stream_stream_rpc_method_handler(self._bidi(method.name, target, parse))
@@ -172,6 +172,11 @@ class ServiceBinder:
                 await _abort(name, context, error)
 
         return collect
+
+
+def parser_of(method: MethodDescriptor, parsers: Mapping[str, Parser]) -> Parser | None:
+    """What replaces a method's parser; None = nothing does."""
+    return parsers.get(method.full_name) or parsers.get(method.name)
 
 
 def _find(handlers: Sequence[object], name: str) -> Any:

@@ -6,17 +6,20 @@ import time
 from collections.abc import Collection, Iterable
 from functools import partial
 
+from agl_grpc.store import limits
 from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.attempts import ROLLOUT
-from agl_grpc.store.rollouts.encode import load_rollouts
+from agl_grpc.store.rollouts.encode import load_listed
 from agl_grpc.store.rollouts.filters import run_key_of
+from agl_grpc.store.rollouts.rows import ids_of
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import position
-from agl_grpc.store.storage.sql import marks
+from agl_grpc.store.storage.sql import marks, padded
 from agl_grpc.store.store import Store
-from agl_grpc.v1 import rollout_pb2
+from agl_grpc.v1 import store_service_pb2
 
 _CHUNK = 500
+_PADDED = 256
 _LOOK_AGAIN = 5.0
 
 
@@ -54,8 +57,8 @@ class Wait:
         self._run_key: int | None = None
         self.position = 0
 
-    async def run(self, seconds: float) -> tuple[list[rollout_pb2.Rollout], bool]:
-        """Waits at most so long; returns the rollouts that are there, and whether those are all.
+    async def run(self, seconds: float) -> store_service_pb2.WaitRolloutsResponse:
+        """Waits at most so long; answers the rollouts that are there, and whether those are all.
 
         Raises:
             StoreError: NOT_FOUND for an unknown run.
@@ -80,7 +83,7 @@ class Wait:
                 await self._store.read(partial(self._look, changed))
         finally:
             self._store.hub.remove(waiter)
-        return await self._collect(), not self._pending
+        return await self._collect()
 
     def _done(self) -> bool:
         return not self._pending or (self._any and bool(self._there))
@@ -99,12 +102,9 @@ class Wait:
             if self._ids:
                 # Rollouts by id may be of any run.
                 self._run_key = None
-        for rollout_id in self._ids:
-            row = db.execute(
-                "SELECT rollout_key FROM rollouts WHERE rollout_id = ?", (rollout_id,)
-            ).fetchone()
-            if row is not None:
-                self._pending.add(row[0])
+        for some in padded(list(self._ids), _PADDED):
+            known = f"SELECT rollout_key FROM rollouts WHERE rollout_id IN ({marks(len(some))})"
+            self._pending.update(key for (key,) in db.execute(known, some))
         self._look(None, db)
 
     def _look(self, changed: Iterable[int] | None, db: Connection) -> None:
@@ -133,10 +133,21 @@ class Wait:
     def _is_there(self, status: int, sealed: int) -> bool:
         return status in lifecycle.ROLLOUT_TERMINAL and (bool(sealed) or not self._sealed)
 
-    async def _collect(self) -> list[rollout_pb2.Rollout]:
-        keys = sorted(self._there)
-        rollouts: list[rollout_pb2.Rollout] = []
-        for start in range(0, len(keys), _CHUNK):
-            part = keys[start : start + _CHUNK]
-            rollouts += (await self._store.read(partial(load_rollouts, keys=part))).values()
-        return rollouts
+    async def _collect(self) -> store_service_pb2.WaitRolloutsResponse:
+        answer = store_service_pb2.WaitRolloutsResponse(complete=not self._pending, position=self.position)
+        keys, size = sorted(self._there), 0
+        while keys:
+            part, keys = keys[:_PADDED], keys[_PADDED:]
+            if size > limits.ANSWER_BYTES:
+                answer.further_rollout_ids.extend(await self._store.read(partial(ids_of, keys=part)))
+                continue
+            listed = partial(load_listed, keys=part, with_attempts=False, most_bytes=limits.ANSWER_BYTES)
+            found = await self._store.read(listed)
+            answer.rollouts.extend(one.rollout for one in found)
+            size += sum(one.ByteSize() for one in found)
+            if size > limits.ANSWER_BYTES:
+                # Those that were deleted meanwhile are unknown again.
+                shown = {one.rollout.rollout_id for one in found}
+                rest = await self._store.read(partial(ids_of, keys=part))
+                answer.further_rollout_ids.extend(one for one in rest if one not in shown)
+        return answer

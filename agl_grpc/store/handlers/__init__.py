@@ -21,11 +21,13 @@ from agl_grpc.store.handlers.rewards import RewardHandlers
 from agl_grpc.store.handlers.rollouts import RolloutHandlers
 from agl_grpc.store.handlers.runner import RunnerHandlers
 from agl_grpc.store.handlers.runs import RunHandlers
+from agl_grpc.store.handlers.samples import SampleHandlers
 from agl_grpc.store.handlers.span_reads import SpanReadHandlers
 from agl_grpc.store.handlers.span_writes import SpanWriteHandlers
 from agl_grpc.store.handlers.training import TrainingHandlers
 from agl_grpc.store.handlers.watches import WatchHandlers
 from agl_grpc.store.handlers.workers import WorkerHandlers
+from agl_grpc.store.otlp.handlers import OTLP_PARSERS, otlp_services
 from agl_grpc.store.rewards import forget_rewards
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.spans.evict import EvictionLimits, Evictor
@@ -54,7 +56,8 @@ def handlers(
     evictor = None if eviction is None else Evictor(side.store, eviction, side.deletion.is_pinned)
     if evictor is not None:
         side.store.on_close.append(evictor.close)
-    services: dict[ServiceDescriptor, list[object]] = {
+    span_writes = SpanWriteHandlers(side.store, span_queue_bytes, evictor)
+    services: dict[ServiceDescriptor, Sequence[object]] = {
         _STORE: [
             InfoHandlers(side.store),
             RunHandlers(side),
@@ -62,18 +65,25 @@ def handlers(
             AttemptHandlers(side),
             WorkerHandlers(side, eviction),
             WatchHandlers(side),
-            SpanWriteHandlers(side.store, span_queue_bytes, evictor),
+            span_writes,
             SpanReadHandlers(side.store),
             RewardHandlers(side.store),
             ResourceHandlers(side),
             BlobHandlers(side.store),
         ],
         _RUNNER: [RunnerHandlers(side), LeaseStreamHandlers(side)],
-        _TRAINER: [TrainingHandlers(side), BatchHandlers(side), PolicyHandlers(side)],
+        _TRAINER: [
+            TrainingHandlers(side),
+            BatchHandlers(side),
+            SampleHandlers(side.store),
+            PolicyHandlers(side),
+        ],
+        **otlp_services(span_writes.append_spans),
     }
     parsers: dict[str, Parser] = {
         "AppendSpans": raw.RawAppendSpansRequest.FromString,
         "StreamSpans": raw.RawStreamSpansRequest.FromString,
+        **OTLP_PARSERS,
     }
     side.store.maintenance.register(prune_producers)
     side.store.maintenance.register(prune_blobs)

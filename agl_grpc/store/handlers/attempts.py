@@ -9,9 +9,10 @@ from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import illegal_transition, invalid_field, lease_lost, not_found
 from agl_grpc.store.handlers.common import change, mask_paths
+from agl_grpc.store.limits import ANSWER_BYTES
 from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.attempts import ATTEMPT, UPDATED, signal
-from agl_grpc.store.rollouts.encode import key_values_blob, load_attempt, time_of
+from agl_grpc.store.rollouts.encode import key_values_blob, load_attempt, load_attempts, time_of
 from agl_grpc.store.rollouts.names import attempt_status
 from agl_grpc.store.rollouts.rows import AttemptRow, attempt_by_key, attempt_by_name, rollout_by_id
 from agl_grpc.store.rollouts.write_side import WriteSide
@@ -28,6 +29,8 @@ _COLUMNS = {
     "end_time": "coalesce(a.end_time, 9223372036854775807)",
     "status": "a.status",
     "attempt_id": "a.attempt_id",
+    "rollout_id": "a.rollout_key",
+    "last_heartbeat_time": "coalesce(a.last_heartbeat_time, 9223372036854775807)",
     "worker_id": "coalesce((SELECT w.worker_id FROM workers w WHERE w.worker_key = a.worker_key), "
     f"{LAST_TEXT})",
 }
@@ -52,9 +55,11 @@ class AttemptHandlers:
         def read(db: Connection) -> store_service_pb2.ListAttemptsResponse:
             key = rollout_by_id(db, request.rollout_id).key
             page = fetch_page(db, "attempts a", "a.rollout_key = ?", [key], order, wanted)
+            # A page ends early when its notes are large.
+            listed = load_attempts(db, page.keys, most_bytes=ANSWER_BYTES)
             return store_service_pb2.ListAttemptsResponse(
-                attempts=[load_attempt(db, key) for key in page.keys],
-                next_page_token=page.next_token,
+                attempts=listed,
+                next_page_token=page.token_after(len(listed)),
                 total_size=page.total,
             )
 

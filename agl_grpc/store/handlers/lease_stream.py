@@ -155,9 +155,16 @@ class LeaseSession:
         if waiter is None or waiter.closed:
             return
         self._side.dispatcher.add_credits(tx, waiter, count)
-        if not self._side.moves.serve(tx, waiter) and waiter.credits > 0:
+        if not self._side.moves.serve(tx, waiter) and waiter.credits > 0 and not waiter.held_back:
             reason = self._side.dispatcher.idle_reason(tx, waiter)
             tx.after_commit(lambda: self._idles(reason))
+
+    def _go_on(self, tx: Tx) -> None:
+        """There is room again for what the waiter has credits for."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.closed:
+            self._side.dispatcher.go_on(waiter)
+            self._side.moves.serve(tx, waiter)
 
     def _acknowledge(self, command_ids: list[int], tx: Tx) -> None:
         if self._waiter is not None:
@@ -222,6 +229,8 @@ class LeaseSession:
             await self._stream.write(runner_service_pb2.StreamLeasesResponse(delivery=batch_out))
             # Only now: what could not be written goes back to its queue.
             del self._deliveries[:count]
+            if self._waiter is not None and self._waiter.sent(count):
+                await self._store.write(self._go_on)
         idle, self._idle = self._idle, ""
         if idle and idle != self._told_idle:
             self._told_idle = idle

@@ -66,7 +66,7 @@ class ResourceHandlers:
             if row is None:
                 name = request.resources_id
                 raise not_found("resources", f"{name} version {request.version}" if request.version else name)
-            (found,) = load_resources(db, row)
+            (found,) = load_resources(db, [row[0]])
             return store_service_pb2.GetResourcesResponse(resources=found)
 
         return await self._store.read(read)
@@ -97,9 +97,11 @@ class ResourceHandlers:
         def read(db: Connection) -> store_service_pb2.ListResourcesResponse:
             where, values = _condition(request, run_key_of(db, request.run_id))
             page = fetch_page(db, "resources s", where, values, order, wanted)
+            # A page ends early when its sets are large.
+            listed = load_resources(db, page.keys)
             return store_service_pb2.ListResourcesResponse(
-                resources=load_resources(db, page.keys),
-                next_page_token=page.next_token,
+                resources=listed,
+                next_page_token=page.token_after(len(listed)),
                 total_size=page.total,
             )
 

@@ -10,9 +10,9 @@ from agl_grpc.store import errors, limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.handlers.common import change
-from agl_grpc.store.rewards import load_rewards, put_rewards
+from agl_grpc.store.rewards import load_rewards, put_all_rewards
 from agl_grpc.store.rollouts.names import attempt_status
-from agl_grpc.store.rollouts.rows import AttemptRow, attempt_by_name, rollout_by_key
+from agl_grpc.store.rollouts.rows import AttemptRow, attempts_by_name
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.sql import marks
 from agl_grpc.store.storage.transaction import Tx
@@ -43,17 +43,17 @@ class RewardHandlers:
             raise errors.invalid_field("rewards", f"must be 1 to {limits.BATCH_ITEMS}")
 
         def run(tx: Tx) -> Message:
-            answer = store_service_pb2.PutRewardsResponse()
-            for index, reward in enumerate(request.rewards):
-                credential = call.caller.credential
-                attempt_id = reward.attempt_id or (credential.attempt_id if credential else "")
+            credential = call.caller.credential
+            own = credential.attempt_id if credential else ""
+            names = [(reward.rollout_id, reward.attempt_id or own) for reward in request.rewards]
+            for index, (_, attempt_id) in enumerate(names):
                 if not attempt_id:
                     raise errors.invalid_field(f"rewards[{index}].attempt_id", "is required")
-                attempt = attempt_by_name(tx.connection, reward.rollout_id, attempt_id)
+            targets = attempts_by_name(tx.connection, names)
+            for attempt, _ in {pair[0].key: pair for pair in targets}.values():
                 _authorise(tx, attempt, request.lease_token, call)
-                rollout_id = rollout_by_key(tx.connection, attempt.rollout_key).rollout_id
-                answer.rewards.extend(put_rewards(tx, attempt, rollout_id, [reward]))
-            return answer
+            stored = put_all_rewards(tx, targets, request.rewards)
+            return store_service_pb2.PutRewardsResponse(rewards=stored)
 
         return await change(self._store, call, request, run, rows=len(request.rewards))
 

@@ -12,10 +12,13 @@ from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, orde
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.events.waits import Wait
 from agl_grpc.store.handlers.common import at_most, change, mask_paths, request_key
+from agl_grpc.store.rollouts import workers
 from agl_grpc.store.rollouts.deletion import STEP, Deleted
+from agl_grpc.store.rollouts.dispatch import within
 from agl_grpc.store.rollouts.encode import (
     attempted_message,
     duration_of,
+    fit,
     load_attempted,
     load_listed,
     select_rollouts,
@@ -88,6 +91,7 @@ class RolloutHandlers:
         def run(tx: Tx) -> store_service_pb2.EnqueueRolloutsResponse:
             of_run = self._side.catalog.run(tx, request.run_id)
             made = self._side.rollouts.enqueue(tx, of_run, request.rollouts)
+            fit(made)
             return store_service_pb2.EnqueueRolloutsResponse(rollouts=made)
 
         return await change(self._store, call, request, run, 4 * len(request.rollouts))
@@ -103,7 +107,12 @@ class RolloutHandlers:
             names = list(dict.fromkeys(request.queues)) or [""]
             keys = [catalog.queue(tx, of_run, name).queue_key for name in names]
             answer = store_service_pb2.DequeueRolloutsResponse()
-            for ready in self._side.dispatcher.ready(tx, keys, None, request.limit or 1):
+            worker_key = catalog.worker(tx, request.worker_id)
+            if worker_key is not None:
+                workers.asks(tx, worker_key)
+            # All are chosen before the first one changes.
+            chosen = list(within(self._side.dispatcher.ready(tx, keys, None, request.limit or 1)))
+            for ready in chosen:
                 attempted, credential = self._begin(tx, ready.row, request.worker_id)
                 answer.rollouts.add(rollout=attempted, attempt_credential=credential)
             return answer
@@ -176,12 +185,14 @@ class RolloutHandlers:
 
     async def retry_rollouts(self, request: store_service_pb2.RetryRolloutsRequest, call: Call) -> bytes:
         """A new rollout for each chosen finished one, all or none."""
+        expire_after = request.expire_after if request.HasField("expire_after") else None
 
         def run(tx: Tx) -> store_service_pb2.RetryRolloutsResponse:
             rows = self._chosen(tx, request.filter, _TERMINAL, 0, limits.BATCH_ITEMS + 1)
             if len(rows) > limits.BATCH_ITEMS:
                 raise invalid_field("filter", f"matches more than {limits.BATCH_ITEMS} rollouts; narrow it")
-            made = [self._side.rollouts.retry(tx, row) for row in rows]
+            made = self._side.rollouts.retry(tx, rows, expire_after)
+            fit(made)
             return store_service_pb2.RetryRolloutsResponse(rollouts=made)
 
         return await change(self._store, call, request, run, 100)
@@ -256,7 +267,4 @@ class RolloutHandlers:
             sealed=request.until == store_service_pb2.WAIT_UNTIL_SEALED,
             until_any=request.any,
         )
-        rollouts, complete = await wait.run(call.wait_limit(wanted))
-        return store_service_pb2.WaitRolloutsResponse(
-            rollouts=rollouts, complete=complete, position=wait.position
-        )
+        return await wait.run(call.wait_limit(wanted))

@@ -10,7 +10,7 @@ from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.handlers.common import change, mask_paths
 from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.dispatch import Waiter
-from agl_grpc.store.rollouts.encode import duration_of, key_values_blob, load_run
+from agl_grpc.store.rollouts.encode import duration_of, key_values_blob, load_run, load_runs
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.catalog import QueueRow, RunRow, require_id
@@ -73,7 +73,7 @@ class RunHandlers:
 
         def read(db: Connection) -> store_service_pb2.ListRunsResponse:
             page = fetch_page(db, "runs u", "TRUE", [], _BY_ID, wanted)
-            runs = [load_run(db, key) for key in page.keys]
+            runs = load_runs(db, page.keys)
             return store_service_pb2.ListRunsResponse(runs=runs, next_page_token=page.next_token)
 
         return await self._store.read(read)

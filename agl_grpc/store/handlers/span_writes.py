@@ -18,7 +18,7 @@ from agl_grpc.store.spans.check import CheckedGroup, check_group
 from agl_grpc.store.spans.evict import Evictor
 from agl_grpc.store.spans.queue import SpanQueue
 from agl_grpc.store.spans.stream import SpanStream, SpanStreams
-from agl_grpc.store.spans.write import SpanMessage, SpanOutcome, last_sequence, raise_sequence
+from agl_grpc.store.spans.write import SpanMessage, SpanOutcome, last_sequences, raise_sequences
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import store_service_pb2
@@ -72,12 +72,14 @@ class SpanWriteHandlers:
             call.caller.require_attempt(key.attempt_id)
 
         def run(tx: Tx) -> Message:
+            names = [(key.rollout_id, key.attempt_id) for key in request.keys]
+            keys = [attempt.rollout_key for attempt, _ in rows.attempts_by_name(tx.connection, names)]
+            last = last_sequences(tx.connection, keys)
             answer = store_service_pb2.ReserveSpanSequencesResponse()
-            for key in request.keys:
-                rollout_key = rows.attempt_by_name(tx.connection, key.rollout_id, key.attempt_id).rollout_key
-                sequence = last_sequence(tx.connection, rollout_key) + 1
-                raise_sequence(tx, rollout_key, sequence)
-                answer.sequence_ids.append(sequence)
+            for rollout_key in keys:
+                last[rollout_key] += 1
+                answer.sequence_ids.append(last[rollout_key])
+            raise_sequences(tx, last)
             return answer
 
         return await change(self._store, call, request, run, rows=len(request.keys))

@@ -7,17 +7,21 @@ from functools import partial
 
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.errors import invalid_field
-from agl_grpc.store.events.watches import LogEntry, LogWatch
+from agl_grpc.store.events.watches import MESSAGE_BYTES, LogEntry, LogWatch
 from agl_grpc.store.rollouts.attempts import ATTEMPT, ROLLOUT
-from agl_grpc.store.rollouts.encode import load_attempt, load_listed
+from agl_grpc.store.rollouts.encode import load_attempts, load_listed
 from agl_grpc.store.rollouts.filters import condition_of, run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.engine import Connection
-from agl_grpc.store.storage.sql import marks
+from agl_grpc.store.storage.sql import by_key, marks
 from agl_grpc.v1 import event_pb2, rollout_pb2, store_service_pb2
 
 _DELETED = int(event_pb2.EVENT_KIND_DELETED)
 _PAGE = 200
+_NAMED = (
+    "SELECT a.attempt_key, r.rollout_id FROM attempts a JOIN rollouts r ON r.rollout_key = a.rollout_key "
+    "WHERE a.attempt_key IN ({keys})"
+)
 Answer = store_service_pb2.WatchRolloutsResponse
 
 
@@ -55,10 +59,9 @@ class WatchHandlers:
             keys = await self._store.read(partial(_matching, request.filter, after))
             if not keys:
                 return
-            answer = await self._store.read(partial(_page, request, keys))
+            answer, after = await self._store.read(partial(_page, request, keys))
             if answer.rollouts:
                 yield answer
-            after = keys[-1]
 
     async def watch_attempts(
         self, request: store_service_pb2.WatchAttemptsRequest, _call: Call
@@ -69,11 +72,12 @@ class WatchHandlers:
 
         def build(db: Connection, entries: list[LogEntry]) -> store_service_pb2.WatchAttemptsResponse | None:
             answer = store_service_pb2.WatchAttemptsResponse()
-            for key in dict.fromkeys(entry.ref for entry in entries):
-                if db.execute("SELECT 1 FROM attempts WHERE attempt_key = ?", (key,)).fetchone():
-                    attempt = load_attempt(db, key)
-                    if not wanted or attempt.rollout_id in wanted:
-                        answer.attempts.append(attempt)
+            keys = list(dict.fromkeys(entry.ref for entry in entries))
+            if wanted:
+                named = by_key(db, _NAMED, keys)
+                keys = [key for key, (_, rollout_id) in named.items() if rollout_id in wanted]
+            # What is too large is built anew of fewer entries: one attempt always fits.
+            answer.attempts.extend(load_attempts(db, keys, most_bytes=MESSAGE_BYTES))
             return answer if answer.attempts else None
 
         watch = LogWatch(self._store, ATTEMPT, run_key, build, shared=wanted)
@@ -95,14 +99,22 @@ def _changed(
     gone = {entry.ref: entry.entity_id for entry in entries if entry.kind == _DELETED}
     keys = [key for key in dict.fromkeys(entry.ref for entry in entries) if key not in gone]
     return Answer(
-        rollouts=load_listed(db, _still(db, chosen, keys), with_attempts=with_attempts),
+        # What is too large is built anew of fewer entries: one rollout always fits.
+        rollouts=load_listed(
+            db, _still(db, chosen, keys), with_attempts=with_attempts, most_bytes=MESSAGE_BYTES
+        ),
         deleted_rollout_ids=[rollout_id for rollout_id in gone.values() if rollout_id],
     )
 
 
-def _page(request: store_service_pb2.WatchRolloutsRequest, keys: list[int], db: Connection) -> Answer:
+def _page(
+    request: store_service_pb2.WatchRolloutsRequest, keys: list[int], db: Connection
+) -> tuple[Answer, int]:
+    """Rollouts as one message, and the last key that it covers: a page ends early when they are large."""
     still = _still(db, request.filter, keys)
-    return Answer(rollouts=load_listed(db, still, with_attempts=request.include_attempts))
+    shown = load_listed(db, still, with_attempts=request.include_attempts, most_bytes=MESSAGE_BYTES)
+    last = keys[-1] if len(shown) == len(still) else still[len(shown) - 1]
+    return Answer(rollouts=shown), last
 
 
 def _still(db: Connection, chosen: rollout_pb2.RolloutFilter, keys: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ from agl_grpc.store.rollouts import workers
 from agl_grpc.store.rollouts.encode import set_duration
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.names import rollout_status
-from agl_grpc.store.rollouts.rows import AttemptRow, attempts_where, find_attempt
+from agl_grpc.store.rollouts.rows import attempts_where, find_attempts
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.spans.evict import EvictionLimits
 from agl_grpc.store.storage.engine import Connection
@@ -66,7 +66,7 @@ class WorkerHandlers:
         def read(db: Connection) -> store_service_pb2.ListWorkersResponse:
             page = fetch_page(db, "workers w", joiner.join(parts) or "TRUE", values, order, wanted)
             return store_service_pb2.ListWorkersResponse(
-                workers=[workers.load_worker(db, key, now) for key in page.keys],
+                workers=workers.load_workers(db, page.keys, now),
                 next_page_token=page.next_token,
                 total_size=page.total,
             )
@@ -117,12 +117,11 @@ class WorkerHandlers:
             raise invalid_field("attempt_ids", "or worker_id must be given")
 
         def run(tx: Tx) -> store_service_pb2.ExpireLeasesResponse:
-            chosen: list[AttemptRow] = []
+            found = find_attempts(tx.connection, request.attempt_ids)
             for attempt_id in request.attempt_ids:
-                attempt = find_attempt(tx.connection, attempt_id)
-                if attempt is None:
+                if attempt_id not in found:
                     raise not_found("attempt", attempt_id)
-                chosen.append(attempt)
+            chosen = list(found.values())
             if request.worker_id:
                 key = tx.execute(
                     "SELECT worker_key FROM workers WHERE worker_id = ?", (request.worker_id,)

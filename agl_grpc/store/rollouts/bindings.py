@@ -40,7 +40,7 @@ class ResourceCache:
 
     def __init__(self) -> None:
         self._latest: dict[int, int | None] = {}
-        self._sets: OrderedDict[int, resources_pb2.ResourceSet] = OrderedDict()
+        self._sets: OrderedDict[int, tuple[resources_pb2.ResourceSet, int]] = OrderedDict()
 
     def forget(self) -> None:
         """Another server may have published something."""
@@ -61,11 +61,17 @@ class ResourceCache:
 
     def get(self, tx: Tx, resource_key: int) -> resources_pb2.ResourceSet:
         """The publication with this key, which exists."""
+        return self._find(tx, resource_key)[0]
+
+    def size(self, tx: Tx, resource_key: int) -> int:
+        """Bytes of the publication with this key."""
+        return self._find(tx, resource_key)[1]
+
+    def _find(self, tx: Tx, resource_key: int) -> tuple[resources_pb2.ResourceSet, int]:
         found = self._sets.get(resource_key)
         if found is None:
             row = tx.execute("SELECT body FROM resources WHERE resource_key = ?", (resource_key,)).fetchone()
-            found = resources_pb2.ResourceSet.FromString(row[0])
-            self._sets[resource_key] = found
+            found = self._sets[resource_key] = (resources_pb2.ResourceSet.FromString(row[0]), len(row[0]))
             tx.after_rollback(lambda: self._sets.pop(resource_key, None))
             if len(self._sets) > _MOST_CACHED:
                 self._sets.popitem(last=False)

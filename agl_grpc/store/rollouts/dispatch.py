@@ -6,14 +6,23 @@ So a new rollout that finds a matching waiter can be leased in the transaction t
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
+from agl_grpc.store.limits import LARGE_ANSWER_BYTES
 from agl_grpc.store.rollouts.rows import Ready, ready_rollouts
 from agl_grpc.store.storage.catalog import Catalog, Labels, QueueRow
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import runner_service_pb2
+
+_READ_AT_ONCE = 32
+"""Rollouts that are read at once: with the largest inputs they fill 32 MiB."""
+
+_OVERHEAD = 1024
+"""Bytes of a delivery beside the rollout and its resources, at most."""
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +43,8 @@ class Waiter:
         notice: Called on the event loop with the reason why nothing comes.
         credits: Deliveries that it can still take.
         closed: Gone: takes nothing more.
+        sizes: Bytes of deliveries that are not sent yet, oldest first.
+        held_back: It could take nothing because so much is not sent yet; its stream then asks anew.
     """
 
     run_key: int
@@ -51,10 +62,40 @@ class Waiter:
     closed: bool = False
     lines: set[int] = field(default_factory=set)
     taken_by: Tx | None = None
+    sizes: deque[int] = field(default_factory=deque)
+    held_back: bool = False
+    _leased: int = 0
+    _sent: int = 0
 
     def can_take(self, tx: Tx) -> bool:
         """Whether a delivery in this command is possible."""
-        return not self.closed and self.credits > 0 and (self.taken_by is None or self.taken_by is tx)
+        if self.closed or self.credits <= 0 or (self.taken_by is not None and self.taken_by is not tx):
+            return False
+        if self._is_full():
+            # Said first, then looked at again: `sent` does it the other way round, in another thread.
+            self.held_back = True
+            if self._is_full():
+                return False
+        return True
+
+    def _is_full(self) -> bool:
+        return self._leased - self._sent >= LARGE_ANSWER_BYTES
+
+    def add(self, tx: Tx, size: int) -> None:
+        """A delivery of about so many bytes is on its way. Writer's thread."""
+        size += _OVERHEAD
+        self._leased += size
+        self.sizes.append(size)
+
+        def undo() -> None:
+            self._leased -= self.sizes.pop()
+
+        tx.after_rollback(undo)
+
+    def sent(self, count: int) -> bool:
+        """So many deliveries have been sent, the oldest; whether the waiter was held back. Event loop."""
+        self._sent += sum(self.sizes.popleft() for _ in range(count))
+        return self.held_back
 
 
 class Dispatcher:
@@ -106,26 +147,34 @@ class Dispatcher:
             del self._lines[queue.queue_key]
         return None
 
-    def serve(self, tx: Tx, waiter: Waiter) -> list[Ready]:
-        """Takes credits for ready rollouts, most urgent first; the caller leases them."""
-        if not waiter.can_take(tx):
-            return []
-        ready = self.ready(tx, waiter.queue_keys, waiter.labels, waiter.credits)
-        for _ in ready:
-            self._take(tx, waiter)
-        return ready
+    def serve(self, tx: Tx, waiter: Waiter) -> Iterator[Ready]:
+        """Takes credits for ready rollouts, most urgent first; the caller leases each before the next one."""
+        if waiter.can_take(tx):
+            for ready in self.ready(tx, waiter.queue_keys, waiter.labels, waiter.credits):
+                if not waiter.can_take(tx):
+                    return
+                self._take(tx, waiter)
+                yield ready
 
-    def ready(self, tx: Tx, queue_keys: Iterable[int], labels: Labels | None, limit: int) -> list[Ready]:
-        """Rollouts that can be delivered now from these queues, most urgent first."""
-        found: list[Ready] = []
+    def go_on(self, waiter: Waiter) -> None:
+        """What a waiter was held back for has been sent; the caller then serves what is ready."""
+        waiter.held_back = False
+        self._line_up(waiter)
+
+    def ready(self, tx: Tx, queue_keys: Iterable[int], labels: Labels | None, limit: int) -> Iterator[Ready]:
+        """Rollouts that can be delivered now from these queues, most urgent first.
+
+        They are read a few at a time, so none may change before the last one is taken.
+        """
+        sets = None if labels is None else self._catalog.label_sets_within(tx, labels)
+        lines = []
         for queue_key in queue_keys:
             queue = self._catalog.queue_by_key(tx, queue_key)
-            if queue.paused or self._catalog.run_by_key(tx, queue.run_key).paused:
-                continue
-            sets = None if labels is None else self._catalog.label_sets_within(tx, labels)
-            found += ready_rollouts(tx.connection, queue_key, sets, limit)
-        found.sort(key=lambda ready: (-ready.priority, ready.row.key))
-        return found[:limit]
+            if not queue.paused and not self._catalog.run_by_key(tx, queue.run_key).paused:
+                lines.append(_line(tx, queue_key, sets, limit))
+        if len(lines) == 1:
+            return lines[0]
+        return islice(heapq.merge(*lines, key=lambda ready: (-ready.priority, ready.row.key)), limit)
 
     def idle_reason(self, tx: Tx, waiter: Waiter) -> str:
         """Why a waiter with credits gets nothing."""
@@ -133,7 +182,7 @@ class Dispatcher:
         paused = [queue.paused or self._catalog.run_by_key(tx, queue.run_key).paused for queue in queues]
         if all(paused):
             return "paused"
-        if waiter.labels is not None and self.ready(tx, waiter.queue_keys, None, 1):
+        if waiter.labels is not None and next(self.ready(tx, waiter.queue_keys, None, 1), None):
             return "no work with its labels"
         return "no work"
 
@@ -173,3 +222,25 @@ class Dispatcher:
             if queue_key not in waiter.lines:
                 waiter.lines.add(queue_key)
                 self._lines.setdefault(queue_key, deque()).append(waiter)
+
+
+def within(found: Iterable[Ready]) -> Iterator[Ready]:
+    """The first of the rollouts, as many as an answer holds; at least one."""
+    size = 0
+    for ready in found:
+        yield ready
+        size += len(ready.body) + _OVERHEAD
+        if size >= LARGE_ANSWER_BYTES:
+            return
+
+
+def _line(tx: Tx, queue_key: int, label_sets: Iterable[int] | None, limit: int) -> Iterator[Ready]:
+    """The head of a queue, read a few at a time."""
+    found = 0
+    while found < limit:
+        size = min(limit - found, _READ_AT_ONCE)
+        part = ready_rollouts(tx.connection, queue_key, label_sets, size, found)
+        yield from part
+        if len(part) < size:
+            return
+        found += size

@@ -8,8 +8,9 @@ from typing import Any
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from agl_grpc.store.clock import SECOND
+from agl_grpc.store.limits import LARGE_ANSWER_BYTES
 from agl_grpc.store.storage.engine import Connection
-from agl_grpc.store.storage.sql import marks, padded
+from agl_grpc.store.storage.sql import by_key, marks, padded
 from agl_grpc.v1 import attempt_pb2, common_pb2, rollout_pb2, run_pb2
 
 _ROLLOUT = (
@@ -20,6 +21,7 @@ _ROLLOUT = (
     "LEFT JOIN resources s ON s.resource_key = r.resource_key "
 )
 _CHUNK = 256
+_FIRST_CHUNK = 16
 _ATTEMPT = (
     "SELECT a.attempt_key, a.attempt_id, a.sequence_id, a.status, a.start_time, a.end_time, w.worker_id, "
     "a.last_heartbeat_time, a.metadata, a.failure, s.resources_id, s.version, a.leased, a.sealed, "
@@ -92,6 +94,15 @@ def load_rollouts(db: Connection, keys: Iterable[int]) -> dict[int, rollout_pb2.
     return {key: found[key] for key in wanted if key in found}
 
 
+def fit(rollouts: Iterable[rollout_pb2.Rollout]) -> None:
+    """Leaves out of an answer what its caller has already when the whole would be too large for a message."""
+    found = list(rollouts)
+    if sum(rollout.ByteSize() for rollout in found) > LARGE_ANSWER_BYTES:
+        for rollout in found:
+            rollout.ClearField("input")
+            rollout.ClearField("metadata")
+
+
 def attempt_message(row: Any) -> attempt_pb2.Attempt:
     """An Attempt from a row of `select_attempts`."""
     attempt = attempt_pb2.Attempt(
@@ -130,6 +141,37 @@ def load_attempt(db: Connection, key: int) -> attempt_pb2.Attempt:
     return attempt_message(select_attempts(db, "WHERE a.attempt_key = ?", key)[0])
 
 
+def load_attempts(
+    db: Connection, keys: Sequence[int], *, most_bytes: int | None = None
+) -> list[attempt_pb2.Attempt]:
+    """Those of the attempts that exist, in the order given.
+
+    Args:
+        db: A read transaction.
+        keys: The attempts.
+        most_bytes: Stop when there are more than so many; None = never.
+    """
+    found: list[attempt_pb2.Attempt] = []
+    size = start = 0
+    chunk = _CHUNK if most_bytes is None else _FIRST_CHUNK
+    while start < len(keys):
+        rows = by_key(db, _ATTEMPT + "WHERE a.attempt_key IN ({keys})", keys[start : start + chunk])
+        start += chunk
+        for row in rows.values():
+            found.append(attempt_message(row))
+            size += found[-1].ByteSize()
+            if most_bytes is not None and size > most_bytes:
+                return found
+        if most_bytes is not None:
+            chunk = _next_chunk(most_bytes, size, len(found))
+    return found
+
+
+def _next_chunk(most_bytes: int, size: int, count: int) -> int:
+    """No more than fit, if the others are as large as those before."""
+    return max(1, min(_CHUNK, (most_bytes - size) * count // (size + 1)))
+
+
 def load_attempted(db: Connection, key: int, attempt_key: int | None = None) -> rollout_pb2.AttemptedRollout:
     """A rollout with one of its attempts, by default the newest."""
     row = select_rollouts(db, "WHERE r.rollout_key = ?", key)[0]
@@ -148,9 +190,11 @@ def load_listed(
         most_bytes: Stop when there are more than so many; None = never.
     """
     found: list[rollout_pb2.AttemptedRollout] = []
-    size = 0
-    for start in range(0, len(keys), _CHUNK):
-        rollouts = load_rollouts(db, keys[start : start + _CHUNK])
+    size = start = 0
+    chunk = _CHUNK if most_bytes is None else _FIRST_CHUNK
+    while start < len(keys):
+        rollouts = load_rollouts(db, keys[start : start + chunk])
+        start += chunk
         attempts: dict[str, attempt_pb2.Attempt] = {}
         if with_attempts:
             where = "WHERE a.attempt_key IN (SELECT latest_attempt_key FROM rollouts WHERE rollout_key IN"
@@ -163,6 +207,8 @@ def load_listed(
             size += found[-1].ByteSize()
             if most_bytes is not None and size > most_bytes:
                 return found
+        if most_bytes is not None:
+            chunk = _next_chunk(most_bytes, size, len(found))
     return found
 
 
@@ -187,20 +233,35 @@ def key_values_blob(values: Iterable[common_pb2.KeyValue]) -> bytes | None:
     return common_pb2.KeyValueList(values=values).SerializeToString() or None
 
 
+_RUN = (
+    "SELECT run_key, run_id, create_time, metadata, allow_self_grading, retention, paused, seal_timeout, "
+    "replay_retention FROM runs WHERE run_key IN ({keys})"
+)
+_PAUSED = "SELECT run_key, name FROM queues WHERE paused = 1 AND run_key IN"
+
+
 def load_run(db: Connection, run_key: int) -> run_pb2.Run:
     """A run that exists."""
-    row = db.execute(
-        "SELECT run_id, create_time, metadata, allow_self_grading, retention, paused, seal_timeout, "
-        "replay_retention FROM runs WHERE run_key = ?",
-        (run_key,),
-    ).fetchone()
-    run = run_pb2.Run(run_id=row[0], allow_self_grading=bool(row[3]), paused=bool(row[5]))
-    set_time(run.create_time, row[1])
-    if row[2]:
-        run.metadata.extend(key_values(row[2]))
-    set_duration(run.retention, row[4])
-    set_duration(run.seal_timeout, row[6])
-    set_duration(run.replay_retention, row[7])
-    paused = db.execute("SELECT name FROM queues WHERE run_key = ? AND paused = 1 ORDER BY name", (run_key,))
-    run.paused_queues.extend(name for (name,) in paused)
+    (run,) = load_runs(db, [run_key])
+    return run
+
+
+def load_runs(db: Connection, keys: Sequence[int]) -> list[run_pb2.Run]:
+    """Those of the runs that exist, in the order given."""
+    found = {key: _run_message(row) for key, row in by_key(db, _RUN, keys).items()}
+    for part in padded(keys, _CHUNK):
+        for run_key, name in db.execute(f"{_PAUSED} ({marks(len(part))}) ORDER BY name", part):
+            found[run_key].paused_queues.append(name)
+    return list(found.values())
+
+
+def _run_message(row: Any) -> run_pb2.Run:
+    _, run_id, create_time, metadata, self_grading, retention, paused, seal_timeout, replay = row
+    run = run_pb2.Run(run_id=run_id, allow_self_grading=bool(self_grading), paused=bool(paused))
+    set_time(run.create_time, create_time)
+    if metadata:
+        run.metadata.extend(key_values(metadata))
+    set_duration(run.retention, retention)
+    set_duration(run.seal_timeout, seal_timeout)
+    set_duration(run.replay_retention, replay)
     return run

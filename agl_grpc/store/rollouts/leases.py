@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from agl_grpc.store import blobs
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.errors import StoreError, invalid_field, lease_lost
-from agl_grpc.store.rollouts.encode import duration_of, load_rollouts, set_duration
+from agl_grpc.store.rollouts.encode import duration_of, fit, load_rollouts, set_duration
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent
 from agl_grpc.store.rollouts.moves import Moves
 from agl_grpc.store.rollouts.names import attempt_status
-from agl_grpc.store.rollouts.rows import AttemptRow, RolloutRow, attempts_where, find_both, next_attempt_due
-from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.rollouts.rows import (
+    AttemptRow,
+    RolloutRow,
+    attempt_by_key,
+    attempts_where,
+    find_pairs,
+    next_attempt_due,
+)
+from agl_grpc.store.storage.bulk import update_rows
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, common_pb2, reward_pb2, runner_service_pb2
 
+_RENEW = (
+    "UPDATE attempts SET lease_expire_time = v.column1, last_heartbeat_time = v.column2 "
+    "FROM (VALUES {rows}) AS v WHERE attempt_key = v.column3"
+)
 DEFAULT_DURATION = 30 * SECOND
 _SHORTEST, _LONGEST = SECOND, 3600 * SECOND
 
@@ -38,13 +49,21 @@ def wanted_duration(work: runner_service_pb2.WorkRequest) -> int:
     return duration
 
 
-def holder(db: Connection, attempt_id: str, token: bytes) -> tuple[AttemptRow, RolloutRow]:
+Pair = tuple[AttemptRow, RolloutRow]
+
+
+def holder(pairs: Mapping[str, Pair], attempt_id: str, token: bytes) -> Pair:
     """The attempt and its rollout, if this token is its live lease's.
+
+    Args:
+        pairs: The attempts that exist, by id, as `find_pairs` has read them.
+        attempt_id: The attempt.
+        token: What its holder shows.
 
     Raises:
         StoreError: LEASE_LOST for everything else, be the attempt unknown, over or another's.
     """
-    found = find_both(db, attempt_id)
+    found = pairs.get(attempt_id)
     if found is None:
         raise lease_lost(attempt_id, "unknown")
     attempt, _ = found
@@ -71,10 +90,11 @@ class Leases:
         """Renews leases in one statement; a renewal is a sign of life of attempt and worker."""
         answers = []
         renewed = []
+        pairs = find_pairs(tx.connection, [held.attempt_id for held in leases])
         for held in leases:
             answer = runner_service_pb2.LeaseRenewal(attempt_id=held.attempt_id)
             try:
-                attempt, _ = holder(tx.connection, held.attempt_id, held.lease_token)
+                attempt, _ = holder(pairs, held.attempt_id, held.lease_token)
             except StoreError as error:
                 answer.error.CopyFrom(error.to_item())
             else:
@@ -82,10 +102,7 @@ class Leases:
                 renewed.append((tx.now + duration, tx.now, attempt.key))
                 set_duration(answer.duration, duration)
             answers.append(answer)
-        tx.executemany(
-            "UPDATE attempts SET lease_expire_time = ?, last_heartbeat_time = ? WHERE attempt_key = ?",
-            renewed,
-        )
+        update_rows(tx.execute, _RENEW, renewed)
         tx.execute("UPDATE workers SET last_heartbeat_time = ? WHERE worker_key = ?", (tx.now, worker_key))
         return answers
 
@@ -95,19 +112,24 @@ class Leases:
         """Ends attempts with their rewards; one that is refused never blocks the others."""
         results = []
         done: dict[int, runner_service_pb2.CompletionResult] = {}
+        pairs = find_pairs(tx.connection, [one.attempt_id for one in completions])
         for i, completion in enumerate(completions):
             result = runner_service_pb2.CompletionResult(attempt_id=completion.attempt_id)
             try:
-                done[self._complete(tx, completion, f"completions[{i}]")] = result
+                done[self._complete(tx, pairs, completion, f"completions[{i}]")] = result
             except StoreError as error:
                 result.error.CopyFrom(error.to_item())
             results.append(result)
-        for key, rollout in load_rollouts(tx.connection, done).items():
+        finished = load_rollouts(tx.connection, done)
+        fit(finished.values())
+        for key, rollout in finished.items():
             done[key].rollout.CopyFrom(rollout)
         return results
 
-    def _complete(self, tx: Tx, completion: runner_service_pb2.Completion, path: str) -> int:
-        attempt, rollout = holder(tx.connection, completion.attempt_id, completion.lease_token)
+    def _complete(
+        self, tx: Tx, pairs: dict[str, Pair], completion: runner_service_pb2.Completion, path: str
+    ) -> int:
+        attempt, rollout = holder(pairs, completion.attempt_id, completion.lease_token)
         if completion.status == attempt_pb2.ATTEMPT_STATUS_SUCCEEDED:
             event = AttemptEvent.SUCCEED
         elif completion.status == attempt_pb2.ATTEMPT_STATUS_FAILED:
@@ -124,6 +146,9 @@ class Leases:
             _keep_output(tx, attempt.key, completion.output)
         failure = completion.failure if completion.HasField("failure") else None
         self._moves.end(tx, attempt, event, failure, rollout=rollout)
+        # Named again in the same call, it is over.
+        over = attempt._replace(status=int(completion.status), lease_token=None)
+        pairs[completion.attempt_id] = over, rollout
         return rollout.key
 
     def _reward(
@@ -146,19 +171,22 @@ class Leases:
     ) -> list[runner_service_pb2.ReleaseResult]:
         """Takes attempts back unfinished; their rollouts are due again at once."""
         results = []
+        pairs = find_pairs(tx.connection, [held.attempt_id for held in leases])
         for held in leases:
             result = runner_service_pb2.ReleaseResult(attempt_id=held.attempt_id)
             try:
-                attempt, _ = holder(tx.connection, held.attempt_id, held.lease_token)
-                self.give_back(tx, attempt, reason or "handed back by its worker")
+                attempt, rollout = holder(pairs, held.attempt_id, held.lease_token)
+                self.give_back(tx, attempt, reason or "handed back by its worker", rollout)
+                pairs[held.attempt_id] = attempt_by_key(tx.connection, attempt.key), rollout
             except StoreError as error:
                 result.error.CopyFrom(error.to_item())
             results.append(result)
         return results
 
-    def give_back(self, tx: Tx, attempt: AttemptRow, reason: str) -> None:
-        """Releases one leased attempt."""
-        self._moves.end(tx, attempt, AttemptEvent.RELEASE, attempt_pb2.Failure(message=reason))
+    def give_back(self, tx: Tx, attempt: AttemptRow, reason: str, rollout: RolloutRow | None = None) -> None:
+        """Releases one leased attempt; its rollout need not be read if the caller has it."""
+        failure = attempt_pb2.Failure(message=reason)
+        self._moves.end(tx, attempt, AttemptEvent.RELEASE, failure, rollout=rollout)
 
     def expire(self, tx: Tx, attempts: Iterable[AttemptRow]) -> list[str]:
         """Ends live leases as if they had run out; returns the attempts' ids."""

@@ -196,7 +196,8 @@ class Moves:
             tx: The transaction.
             waiter: Who gets it.
             rollout: Queued.
-            message: The rollout as a message, when the caller has it already; a copy is changed.
+            message: The rollout as a message, when the caller has it already and has weighed it; a copy is
+                changed.
             body: Its unchanging part, when the caller has that.
             later: As for `begin`.
         """
@@ -216,6 +217,7 @@ class Moves:
                 sql = "SELECT body FROM rollout_bodies WHERE rollout_key = ?"
                 (body,) = tx.execute(sql, (rollout.key,)).fetchone()
             leased.rollout.MergeFromString(body)
+            self.weigh(tx, waiter, len(body), begun.resource_key)
         self._describe(tx, leased, rollout, begun, waiter)
         if waiter.batch is None:
             tx.after_commit(lambda: waiter.deliver(leased))
@@ -224,14 +226,20 @@ class Moves:
             tx.after_rollback(waiter.batch.clear)
         return leased
 
+    def weigh(self, tx: Tx, waiter: Waiter, size: int, resource_key: int | None) -> None:
+        """Counts the bytes of a delivery: of the rollout, and of the resources that go with it."""
+        if resource_key is not None:
+            size += self.resources.size(tx, resource_key)
+        waiter.add(tx, size)
+
     def serve(self, tx: Tx, waiter: Waiter) -> int:
         """Leases to a waiter what is ready for it; returns how much."""
-        found = self.dispatcher.serve(tx, waiter)
-        later = Beginnings()
-        for ready in found:
+        later, count = Beginnings(), 0
+        for ready in self.dispatcher.serve(tx, waiter):
             self.lease(tx, waiter, ready.row, body=ready.body, later=later)
+            count += 1
         write_begun(tx, later)
-        return len(found)
+        return count
 
     def _describe(
         self,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf import duration_pb2
+
 from agl_grpc.store import blobs
 from agl_grpc.store.errors import exists, illegal_transition, invalid_field
 from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.attempts import CREATED, ROLLOUT, UPDATED, seal_rollout, settle
 from agl_grpc.store.rollouts.bindings import named_key
 from agl_grpc.store.rollouts.dispatch import Waiter
-from agl_grpc.store.rollouts.encode import load_rollout
+from agl_grpc.store.rollouts.encode import load_rollout, load_rollouts
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent, Outcome, RolloutEvent
 from agl_grpc.store.rollouts.moves import Beginnings, Moves, write_begun
 from agl_grpc.store.rollouts.names import rollout_status
@@ -115,7 +117,10 @@ class Rollouts:
         if plan.ready_time > tx.now:
             return None
         queue = self._catalog.queue_by_key(tx, plan.queue_key)
-        return self._moves.dispatcher.pick(tx, queue, plan.label_set_key)
+        waiter = self._moves.dispatcher.pick(tx, queue, plan.label_set_key)
+        if waiter is not None:
+            self._moves.weigh(tx, waiter, plan.message.ByteSize(), plan.resource_key)
+        return waiter
 
     def _insert(self, tx: Tx, run: RunRow, plans: Sequence[Plan], matches: Sequence[Waiter | None]) -> None:
         seen: set[str] = set()
@@ -278,27 +283,27 @@ class Rollouts:
             return None
         return attempt_by_key(tx.connection, row.latest_attempt_key)
 
-    def retry(self, tx: Tx, row: RolloutRow) -> rollout_pb2.Rollout:
-        """A new rollout that tries a finished one again (R4)."""
-        (body,) = tx.execute("SELECT body FROM rollout_bodies WHERE rollout_key = ?", (row.key,)).fetchone()
-        old = rollout_pb2.Rollout.FromString(body)
-        spec = rollout_pb2.RolloutSpec(
-            input=old.input,
-            mode=old.mode,
-            config=old.config,
-            group_id=old.group_id,
-            queue=old.queue,
-            priority=old.priority,
-            binding=old.binding,
-            labels=old.labels,
-            metadata=old.metadata,
-        )
-        if row.resource_key is not None:
-            named = load_rollout(tx.connection, row.key)
-            spec.resources_id, spec.resources_version = named.resources_id, named.resources_version
-        run = self._catalog.run_by_key(tx, row.run_key)
-        (made,) = self.enqueue(tx, run, [spec], retry_of=[row.rollout_id])
-        return made
+    def retry(
+        self, tx: Tx, rows: Sequence[RolloutRow], expire_after: duration_pb2.Duration | None
+    ) -> list[rollout_pb2.Rollout]:
+        """New rollouts that try finished ones again (R4), in the order given.
+
+        Args:
+            tx: The transaction.
+            rows: The finished ones, of any runs.
+            expire_after: How long the new ones may wait in their queues; None = as the old ones.
+        """
+        old = load_rollouts(tx.connection, [row.key for row in rows])
+        of_run: dict[int, list[RolloutRow]] = {}
+        for row in rows:
+            of_run.setdefault(row.run_key, []).append(row)
+        made: dict[int, rollout_pb2.Rollout] = {}
+        for run_key, again in of_run.items():
+            specs = [_again(old[row.key], row, expire_after) for row in again]
+            run = self._catalog.run_by_key(tx, run_key)
+            found = self.enqueue(tx, run, specs, retry_of=[row.rollout_id for row in again])
+            made.update(zip((row.key for row in again), found, strict=True))
+        return [made[row.key] for row in rows]
 
     def require(self, tx: Tx, rollout_id: str) -> RolloutRow:
         """A rollout by its id.
@@ -320,6 +325,30 @@ class Rollouts:
             else:
                 self._moves.make_ready(tx, row)
         tx.arm(next_rollout_due(tx.connection))
+
+
+def _again(
+    old: rollout_pb2.Rollout, row: RolloutRow, expire_after: duration_pb2.Duration | None
+) -> rollout_pb2.RolloutSpec:
+    """What is asked for when a rollout is tried again."""
+    spec = rollout_pb2.RolloutSpec(
+        input=old.input if old.HasField("input") else None,
+        mode=old.mode,
+        config=old.config,
+        group_id=old.group_id,
+        queue=old.queue,
+        priority=old.priority,
+        binding=old.binding,
+        labels=old.labels,
+        metadata=old.metadata,
+    )
+    if row.resource_key is not None:
+        spec.resources_id, spec.resources_version = old.resources_id, old.resources_version
+    if expire_after is not None:
+        spec.expire_after.CopyFrom(expire_after)
+    elif old.HasField("expire_after"):
+        spec.expire_after.CopyFrom(old.expire_after)
+    return spec
 
 
 _UPDATABLE = ("input", "mode", "resources_id", "status", "config", "metadata", "labels", "priority")

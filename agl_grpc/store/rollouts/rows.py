@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from agl_grpc.store.errors import not_found, spans_evicted
 from agl_grpc.store.rollouts.lifecycle import Clocks, Rules
 from agl_grpc.store.storage.engine import Connection
-from agl_grpc.store.storage.sql import marks
+from agl_grpc.store.storage.sql import marks, padded
 
 
 class RolloutRow(NamedTuple):
@@ -113,12 +113,14 @@ _BOTH = (
     "SELECT " + _columns(_ATTEMPT, "a") + ", " + _columns(_ROLLOUT, "r") + " FROM attempts a "
     "JOIN rollouts r ON r.rollout_key = a.rollout_key "
 )
-_BOTH_BY_ID = _BOTH + "WHERE a.attempt_id = ?"
 _BOTH_BY_KEY = _BOTH + "WHERE a.attempt_key = ?"
 _ROLLOUT_BY_KEY = _ROLLOUT + "WHERE rollout_key = ?"
 _ROLLOUT_BY_ID = _ROLLOUT + "WHERE rollout_id = ?"
 _ATTEMPT_BY_KEY = _ATTEMPT + "WHERE attempt_key = ?"
 _ATTEMPT_BY_ID = _ATTEMPT + "WHERE attempt_id = ?"
+
+
+_AT_ONCE = 256
 
 
 def rollout_by_key(db: Connection, key: int) -> RolloutRow:
@@ -147,7 +149,7 @@ class Ready(NamedTuple):
 
 
 def ready_rollouts(
-    db: Connection, queue_key: int, label_sets: Iterable[int] | None, limit: int
+    db: Connection, queue_key: int, label_sets: Iterable[int] | None, limit: int, after: int = 0
 ) -> list[Ready]:
     """The head of a queue: rollouts that can be delivered, most urgent first.
 
@@ -156,10 +158,11 @@ def ready_rollouts(
         queue_key: The queue.
         label_sets: Only rollouts with one of these sets of labels; None = any.
         limit: At most so many.
+        after: Without the first so many.
     """
     allowed = "" if label_sets is None else f"AND label_set_key IN ({','.join(map(str, label_sets))}) "
     rows = db.execute(
-        f"{_READY}{allowed}ORDER BY priority DESC, rollout_key LIMIT ?", (queue_key, limit)
+        f"{_READY}{allowed}ORDER BY priority DESC, rollout_key LIMIT ? OFFSET ?", (queue_key, limit, after)
     ).fetchall()
     return [Ready(RolloutRow._make(row[:-2]), row[-2], row[-1]) for row in rows]
 
@@ -167,6 +170,12 @@ def ready_rollouts(
 def rollouts_where(db: Connection, where: str, *values: object) -> list[RolloutRow]:
     """Rollouts by a condition of this package's own making."""
     return [RolloutRow._make(row) for row in db.execute(_ROLLOUT + where, values)]
+
+
+def ids_of(db: Connection, keys: Sequence[int]) -> list[str]:
+    """Ids of those of the rollouts that exist, in order of their keys; not too many at once."""
+    where = f"WHERE rollout_key IN ({marks(len(keys))}) ORDER BY rollout_key"
+    return [rollout_id for (rollout_id,) in db.execute(f"SELECT rollout_id FROM rollouts {where}", keys)]
 
 
 def attempt_by_key(db: Connection, key: int) -> AttemptRow:
@@ -180,10 +189,23 @@ def find_attempt(db: Connection, attempt_id: str) -> AttemptRow | None:
     return None if row is None else AttemptRow._make(row)
 
 
-def find_both(db: Connection, attempt_id: str) -> tuple[AttemptRow, RolloutRow] | None:
-    """An attempt and its rollout; None = there is no such attempt."""
-    row = db.execute(_BOTH_BY_ID, (attempt_id,)).fetchone()
-    return None if row is None else _split(row)
+def find_attempts(db: Connection, attempt_ids: Sequence[str]) -> dict[str, AttemptRow]:
+    """Those of the attempts that exist, by id, in the order given."""
+    found: dict[str, AttemptRow] = {}
+    for part in padded(attempt_ids, _AT_ONCE):
+        for attempt in attempts_where(db, f"WHERE attempt_id IN ({marks(len(part))})", *part):
+            found[attempt.attempt_id] = attempt
+    return {one: found[one] for one in attempt_ids if one in found}
+
+
+def find_pairs(db: Connection, attempt_ids: Sequence[str]) -> dict[str, tuple[AttemptRow, RolloutRow]]:
+    """Those of the attempts that exist, with their rollouts, by id."""
+    found = {}
+    for part in padded(attempt_ids, _AT_ONCE):
+        for row in db.execute(f"{_BOTH}WHERE a.attempt_id IN ({marks(len(part))})", part):
+            pair = _split(row)
+            found[pair[0].attempt_id] = pair
+    return found
 
 
 def both_by_key(db: Connection, attempt_key: int) -> tuple[AttemptRow, RolloutRow]:
@@ -211,6 +233,24 @@ def attempt_by_name(db: Connection, rollout_id: str, attempt_id: str) -> Attempt
     if attempt is None or (rollout_id and rollout_by_id(db, rollout_id).key != attempt.rollout_key):
         raise not_found("attempt", attempt_id)
     return attempt
+
+
+def attempts_by_name(db: Connection, names: Sequence[tuple[str, str]]) -> list[tuple[AttemptRow, RolloutRow]]:
+    """As `attempt_by_name`, for many, each with its rollout: (rollout's id, attempt's id or `latest`).
+
+    Raises:
+        StoreError: NOT_FOUND.
+    """
+    pairs = find_pairs(db, list(dict.fromkeys(attempt_id for _, attempt_id in names)))
+    found = []
+    for rollout_id, attempt_id in names:
+        pair = pairs.get(attempt_id)
+        if attempt_id == "latest" or pair is None or rollout_id not in ("", pair[1].rollout_id):
+            # The rare and the wrong ones one by one: they know what to say.
+            attempt = attempt_by_name(db, rollout_id, attempt_id)
+            pair = attempt, rollout_by_key(db, attempt.rollout_key)
+        found.append(pair)
+    return found
 
 
 def refuse_evicted(db: Connection, attempt_keys: Sequence[int]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_duration, set_time
 from agl_grpc.store.storage.catalog import Catalog
 from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import by_key
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import runner_service_pb2, worker_pb2
 
@@ -34,14 +36,20 @@ def status_sql(now: int) -> str:
 
 def load_worker(db: Connection, worker_key: int, now: int) -> worker_pb2.Worker:
     """A worker that exists."""
-    row = db.execute(
-        f"SELECT w.worker_id, {status_sql(now)}, w.stats, w.last_heartbeat_time, w.last_dequeue_time, "
-        f"w.last_busy_time, w.last_idle_time, r.rollout_id, a.attempt_id, {LEASES}, w.idle_reason, w.queues "
-        "FROM workers w LEFT JOIN attempts a ON a.attempt_key = w.current_attempt_key "
-        "LEFT JOIN rollouts r ON r.rollout_key = a.rollout_key WHERE w.worker_key = ?",
-        (worker_key,),
-    ).fetchone()
-    return _message(row)
+    (worker,) = load_workers(db, [worker_key], now)
+    return worker
+
+
+def load_workers(db: Connection, keys: Sequence[int], now: int) -> list[worker_pb2.Worker]:
+    """Those of the workers that exist, in the order given."""
+    sql = (
+        f"SELECT w.worker_key, w.worker_id, {status_sql(now)}, w.stats, w.last_heartbeat_time, "
+        "w.last_dequeue_time, w.last_busy_time, w.last_idle_time, r.rollout_id, a.attempt_id, "
+        f"{LEASES}, w.idle_reason, w.queues FROM workers w "
+        "LEFT JOIN attempts a ON a.attempt_key = w.current_attempt_key "
+        "LEFT JOIN rollouts r ON r.rollout_key = a.rollout_key WHERE w.worker_key IN ({keys})"
+    )
+    return [_message(row[1:]) for row in by_key(db, sql, keys).values()]
 
 
 def _message(row: Any) -> worker_pb2.Worker:
@@ -82,6 +90,14 @@ def heartbeat(tx: Tx, worker_key: int, request: runner_service_pb2.HeartbeatRequ
         )
 
 
+def asks(tx: Tx, worker_key: int) -> None:
+    """A worker asks for work, whether there is any or not: a sign that it lives."""
+    tx.execute(
+        "UPDATE workers SET last_dequeue_time = ?, last_heartbeat_time = ? WHERE worker_key = ?",
+        (tx.now, tx.now, worker_key),
+    )
+
+
 def serves(tx: Tx, catalog: Catalog, worker_key: int, work: runner_service_pb2.WorkRequest) -> None:
     """Notes which queues and labels a worker serves."""
     notes = worker_pb2.Worker(queues=work.queues, labels=work.labels).SerializeToString()
@@ -95,27 +111,27 @@ def serves(tx: Tx, catalog: Catalog, worker_key: int, work: runner_service_pb2.W
     )
 
 
-def lease_infos(db: Connection, keys: list[int]) -> list[worker_pb2.LeaseInfo]:
+_LEASE = (
+    "SELECT a.attempt_key, r.rollout_id, a.attempt_id, w.worker_id, a.session_id, a.start_time, "
+    "a.lease_expire_time, a.lease_duration, u.run_id FROM attempts a "
+    "JOIN rollouts r ON r.rollout_key = a.rollout_key JOIN runs u ON u.run_key = a.run_key "
+    "LEFT JOIN workers w ON w.worker_key = a.worker_key WHERE a.attempt_key IN ({keys})"
+)
+
+
+def lease_infos(db: Connection, keys: Sequence[int]) -> list[worker_pb2.LeaseInfo]:
     """Live leases by their attempts' keys, tokens left out."""
     infos = []
-    for key in keys:
-        row = db.execute(
-            "SELECT r.rollout_id, a.attempt_id, w.worker_id, a.session_id, a.start_time, "
-            "a.lease_expire_time, "
-            "a.lease_duration, u.run_id FROM attempts a JOIN rollouts r ON r.rollout_key = a.rollout_key "
-            "JOIN runs u ON u.run_key = a.run_key LEFT JOIN workers w ON w.worker_key = a.worker_key "
-            "WHERE a.attempt_key = ?",
-            (key,),
-        ).fetchone()
+    for _, rollout_id, attempt_id, worker_id, session_id, *times, run_id in by_key(db, _LEASE, keys).values():
         info = worker_pb2.LeaseInfo(
-            rollout_id=row[0],
-            attempt_id=row[1],
-            worker_id=row[2] or "",
-            session_id=row[3] or "",
-            run_id=row[7],
+            rollout_id=rollout_id,
+            attempt_id=attempt_id,
+            worker_id=worker_id or "",
+            session_id=session_id or "",
+            run_id=run_id,
         )
-        set_time(info.grant_time, row[4])
-        set_time(info.expire_time, row[5])
-        set_duration(info.duration, row[6])
+        set_time(info.grant_time, times[0])
+        set_time(info.expire_time, times[1])
+        set_duration(info.duration, times[2])
         infos.append(info)
     return infos

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, CheckedCall, Che
 from agl_grpc.store.spans.lookup import SpanAttempt, distinct, load_attempts, stored_sequences
 from agl_grpc.store.storage.bulk import update_rows
 from agl_grpc.store.storage.engine import Connection
+from agl_grpc.store.storage.sql import by_key
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2
 
@@ -429,15 +430,17 @@ def _is_late(attempt: SpanAttempt, start_ns: int) -> bool:
     return start_ns > attempt.end_time * 1000
 
 
-def last_sequence(db: Connection, rollout_key: int) -> int:
-    """The rollout's highest sequence id so far; 0 = none."""
-    row = db.execute("SELECT last FROM span_sequences WHERE rollout_key = ?", (rollout_key,)).fetchone()
-    return int(row[0]) if row else 0
+def last_sequences(db: Connection, rollout_keys: Sequence[int]) -> dict[int, int]:
+    """The rollouts' highest sequence ids so far, by their keys; 0 = none."""
+    last = dict.fromkeys(rollout_keys, 0)
+    sql = "SELECT rollout_key, last FROM span_sequences WHERE rollout_key IN ({keys})"
+    last.update(by_key(db, sql, list(last)).values())
+    return last
 
 
-def raise_sequence(tx: Tx, rollout_key: int, last: int) -> None:
-    """Set the rollout's highest sequence id."""
-    update_rows(tx.execute, _RAISE_SEQUENCES, [(rollout_key, last)])
+def raise_sequences(tx: Tx, last: Mapping[int, int]) -> None:
+    """Set the rollouts' highest sequence ids."""
+    update_rows(tx.execute, _RAISE_SEQUENCES, list(last.items()))
 
 
 def forget_spans(tx: Tx, rollout_key: int, attempt_keys: Iterable[int]) -> None:

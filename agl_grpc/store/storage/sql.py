@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from agl_grpc.store.storage.engine import Connection
 
 T = TypeVar("T")
 
@@ -14,6 +17,22 @@ LAST_TEXT = f"'{chr(0x10FFFF)}'"
 def marks(count: int) -> str:
     """Parameters of an IN list; an empty one holds nothing."""
     return ",".join("?" * count) or "NULL"
+
+
+def by_key(db: Connection, sql: str, keys: Sequence[int], most: int = 256) -> dict[int, Any]:
+    """Rows by their integer keys, in the order of the keys; those that do not exist are left out.
+
+    Args:
+        db: Where they are.
+        sql: A SELECT whose first column is the key; `{keys}` stands for the list of keys.
+        keys: The keys.
+        most: How many are looked for at once, a power of two.
+    """
+    found: dict[int, Any] = {}
+    for part in padded(keys, most):
+        for row in db.execute(sql.format(keys=marks(len(part))), part):
+            found[row[0]] = row
+    return {key: found[key] for key in keys if key in found}
 
 
 def padded(values: Sequence[T], most: int) -> Iterator[list[T]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from agl_grpc.store.door.http2 import frames, headers
 from agl_grpc.store.door.http2.frames import Code, ConnectionFailed, Setting
+from agl_grpc.store.door.http2.patience import Patience
 from agl_grpc.store.door.http2.stream import RECEIVE_WINDOW, BadMessage, MessageTooLarge, Stream
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Connection(asyncio.Protocol):
         self._last_id = 0
         self._block: tuple[int, int, list[bytes]] | None = None
         self._leaving = False
+        self._patience = Patience(self.loop.time())
         self._heard = True
         self._keepalive: asyncio.TimerHandle | None = None
         self._kinds: dict[int, Callable[[int, int, bytes], None]] = {
@@ -236,8 +238,10 @@ class Connection(asyncio.Protocol):
             limit = self.max_message_bytes
             text = f"a message of {error.size} bytes or more; at most {limit} bytes are taken"
             self._break(stream, _RESOURCE_EXHAUSTED, text)
+            self._endure()
         except BadMessage as error:
             self._break(stream, _INTERNAL, f"a message is {error}")
+            self._endure()
         else:
             if flags & frames.END_STREAM:
                 self._end(stream)
@@ -251,6 +255,12 @@ class Connection(asyncio.Protocol):
         stream = self.streams.get(stream_id)
         if stream is not None:
             self._cancel(stream)
+        self._endure()
+
+    def _endure(self) -> None:
+        """The peer has broken a call off, or made this side do it."""
+        if self._patience.is_over(self.loop.time()):
+            raise ConnectionFailed(Code.ENHANCE_YOUR_CALM, "begins calls only to break them off")
 
     def _settings(self, flags: int, _stream_id: int, payload: bytes) -> None:
         if flags & frames.ACK:
@@ -290,6 +300,7 @@ class Connection(asyncio.Protocol):
         if not count or stream.send_window > frames.LARGEST_WINDOW:
             self.send(frames.reset(stream_id, Code.FLOW_CONTROL_ERROR))
             self._cancel(stream)
+            self._endure()
         elif stream in self.writers:
             stream.pump()
 

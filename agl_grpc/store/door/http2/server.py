@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from agl_grpc.store.door.http2.stream import Stream
 log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+_HANDSHAKE_SECONDS = 10.0
 _UNKNOWN, _UNIMPLEMENTED, _INTERNAL = 2, 12, 13
 
 Serve = Callable[[Any, Stream, Any], Coroutine[Any, Any, None]]
@@ -64,10 +66,17 @@ class Http2Server:
     def add_registered_method_handlers(self, _service: str, _handlers: Mapping[str, Handler]) -> None:
         """Generated code offers its methods twice; once is enough."""
 
-    async def listen(self, sockets: Sequence[socket.socket]) -> None:
-        """Serves on bound sockets."""
+    async def listen(self, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None = None) -> None:
+        """Serves on bound sockets, with TLS if a context for it is given."""
+        patience = None if tls is None else _HANDSHAKE_SECONDS
         for one in sockets:
-            listener = await self.loop.create_server(lambda: Connection(self), sock=one, backlog=_BACKLOG)
+            listener = await self.loop.create_server(
+                lambda: Connection(self),
+                sock=one,
+                backlog=_BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=patience,
+            )
             self._listeners.append(listener)
 
     async def stop(self, grace: float) -> None:

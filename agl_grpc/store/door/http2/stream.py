@@ -250,7 +250,8 @@ class Stream:
             )
         while self._out:
             room = min(self.send_window, connection.send_window, connection.frame_bytes)
-            if room <= 0:
+            # A peer's windows may be far larger than what should wait in this process's memory.
+            if room <= 0 or connection.paused:
                 connection.writers.add(self)
                 return
             part = self._out[0][:room]

@@ -1,0 +1,234 @@
+"""`GEPA`: reflective evolution of prompts with a Pareto front.
+
+After "GEPA: Reflective Prompt Evolution Can Outperform Reinforcement Learning" (Agrawal et al., 2025),
+algorithms 1 and 2; the optional merge of two candidates (its appendix) is not part of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agl_grpc.algorithm.base import Algorithm, Dataset
+from agl_grpc.algorithm.errors import AlgorithmError
+from agl_grpc.algorithm.gepa.instructions import REFLECTION, SYSTEM
+from agl_grpc.algorithm.gepa.pareto import choose, frequencies
+from agl_grpc.algorithm.prompt.candidate import Candidate
+from agl_grpc.algorithm.prompt.choices import batch, seeded
+from agl_grpc.algorithm.prompt.critic import Critic
+from agl_grpc.algorithm.prompt.evaluation import TaskResult
+from agl_grpc.algorithm.prompt.instructions import prompts_as_text, read_instructions
+from agl_grpc.algorithm.prompt.rewriting import rewrite
+from agl_grpc.algorithm.prompt.search import PromptSearch, Settings, positive
+from agl_grpc.model import PromptTemplate, RolloutConfig, RolloutMode
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+
+class GEPA(Algorithm):
+    """Improves the prompt templates of ``initial_resources`` by evolution.
+
+    Each iteration takes a parent from the Pareto front over the validation tasks (the more tasks it is
+    best on, the likelier), has a few training tasks done with it, and lets a model reflect on the traces
+    and rewrite one prompt. A child that does better on the same tasks is scored on the whole validation
+    dataset and joins the candidates. Prompts that are best on few tasks stay alive, and so does what
+    they know.
+
+    Everything is written down in the store as it happens: a run that was killed goes on where it was, and
+    ``agl-grpc apo history RUN`` shows it. What agents note (`emit_annotation`, `emit_message`) is the
+    feedback that the model sees beside the rewards.
+
+    Args:
+        async_openai_client: an ``openai.AsyncOpenAI`` for reflection; None = made of ``endpoint`` and
+            ``api_key``.
+        reflection_model: the model that reflects.
+        temperature: its temperature.
+        minibatch_size: training tasks for one reflection.
+        max_rollouts: rollouts after which no further iteration begins.
+        max_iterations: iterations at most; None = only ``max_rollouts`` ends the run.
+        perfect_reward: a minibatch with this mean teaches nothing, and is left.
+        rollout_batch_timeout: seconds that one batch of rollouts may take; unfinished ones are left out.
+        reflection_prompt_files: instructions instead of ours; see
+            ``agl_grpc/algorithm/gepa/instructions.py``.
+        endpoint: base URL of any OpenAI-compatible endpoint; empty = ``OPENAI_BASE_URL``, else OpenAI's own.
+        api_key: empty = ``OPENAI_API_KEY``.
+        prices: US dollars for a million prompt and a million answer tokens, by model.
+        rollouts: rules of every rollout's life.
+        seed: of batches and choices.
+        best_prompt_file: where the best prompt goes; None = ``best_prompt`` in the run's folder.
+    """
+
+    def __init__(
+        self,
+        async_openai_client: AsyncOpenAI | None = None,
+        *,
+        reflection_model: str = "gpt-5-mini",
+        temperature: float = 1.0,
+        minibatch_size: int = 3,
+        max_rollouts: int = 500,
+        max_iterations: int | None = None,
+        perfect_reward: float = 1.0,
+        rollout_batch_timeout: float = 3600.0,
+        reflection_prompt_files: list[str] | None = None,
+        endpoint: str = "",
+        api_key: str = "",
+        prices: Mapping[str, tuple[float, float]] | None = None,
+        rollouts: RolloutConfig | None = None,
+        seed: int = 0,
+        best_prompt_file: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        positive(
+            minibatch_size=minibatch_size,
+            max_rollouts=max_rollouts,
+            rollout_batch_timeout=rollout_batch_timeout,
+        )
+        self._critic = Critic(async_openai_client, endpoint=endpoint, api_key=api_key, prices=prices)
+        self._model = reflection_model
+        self._temperature = temperature
+        self._minibatch_size = minibatch_size
+        self._max_rollouts = max_rollouts
+        self._max_iterations = max_iterations
+        self._perfect = perfect_reward
+        self._instructions = read_instructions(reflection_prompt_files, (REFLECTION,))
+        self._seed = seed
+        self._settings = Settings(
+            rollout_batch_timeout=rollout_batch_timeout, rollouts=rollouts, best_prompt_file=best_prompt_file
+        )
+        self._candidates: dict[str, Candidate] = {}
+        self._rewards: dict[str, list[float]] = {}
+
+    def get_best_prompts(self) -> dict[str, PromptTemplate]:
+        """The prompts with the best mean so far, by resource name; `ValueError` before any was scored."""
+        if not self._rewards:
+            raise ValueError("no prompt was scored yet")
+        return dict(self._candidates[self._best].templates)
+
+    @property
+    def pareto_front(self) -> dict[str, int]:
+        """Versions of the front, and on how many validation tasks each is best."""
+        return frequencies(self._rewards) if self._rewards else {}
+
+    async def run(
+        self, train_dataset: Dataset | None = None, val_dataset: Dataset | None = None
+    ) -> dict[str, PromptTemplate]:
+        """Runs until the budget is spent; answers the best prompts by resource name."""
+        if not train_dataset or not val_dataset:
+            raise AlgorithmError("GEPA needs train_dataset (to reflect on) and val_dataset (to compare)")
+        self._candidates, self._rewards = {}, {}
+        search = PromptSearch(self, self._critic, self._settings)
+        fixed = {
+            "seed": self._seed,
+            "minibatch_size": self._minibatch_size,
+            "train_tasks": len(train_dataset),
+            "val_tasks": len(val_dataset),
+        }
+        try:
+            await search.open(fixed)
+            await self._evolve(search, train_dataset, val_dataset)
+        finally:
+            await self._critic.close()
+        return self.get_best_prompts()
+
+    async def _evolve(self, search: PromptSearch, train: Dataset, val: Dataset) -> None:
+        await self._join(search, search.first, val)
+        search.report(0, self._max_iterations or 0, {"validation/best": self._mean(self._best)})
+        spent, number = len(val), 0
+        while spent < self._max_rollouts and number != self._max_iterations:
+            number += 1
+            tasks = batch(train, self._minibatch_size, number - 1, self._seed, "train")
+            parent = self._candidates[choose(self._rewards, seeded(self._seed, "parent", number))]
+            before, after, child = await self._mutate(search, parent, tasks, number)
+            spent += len(tasks) * (1 if child is None else 2)
+            if child is not None and after > before:
+                await self._join(search, child, val)
+                spent += len(val)
+            await search.note_round(
+                number,
+                [*self.pareto_front],
+                {parent.version: before} | ({child.version: after} if child else {}),
+                self._best,
+                self._mean(self._best),
+            )
+            search.report(
+                number,
+                self._max_iterations or 0,
+                {
+                    "reward/mean": before if child is None else max(before, after),
+                    "validation/best": self._mean(self._best),
+                    "pareto/size": len(self.pareto_front),
+                    "rollouts/spent": spent,
+                },
+            )
+        await search.finish(self._candidates[self._best], self._mean(self._best))
+
+    async def _mutate(
+        self, search: PromptSearch, parent: Candidate, tasks: Mapping[int, Any], number: int
+    ) -> tuple[float, float, Candidate | None]:
+        """Mean rewards of parent and child on the minibatch; no child when there was nothing to learn."""
+        evaluator, version = search.evaluator, f"v{number}"
+        results = await evaluator.run(parent, tasks, RolloutMode.TRAIN, f"train.{version}")
+        before = _mean_of(results)
+        if before >= self._perfect:
+            search.say(f"iteration {number}: {parent.version} is perfect on its tasks")
+            return before, before, None
+        name = [*parent.templates][(number - 1) % len(parent.templates)]
+
+        async def reflect() -> Mapping[str, Any]:
+            traces = await evaluator.traces(results)
+            experiments = "\n\n".join(f"Task {n}\n{text}" for n, text in enumerate(traces, start=1))
+            found = await rewrite(
+                self._critic,
+                model=self._model,
+                temperature=self._temperature,
+                system=SYSTEM,
+                instruction=seeded(self._seed, "reflection", version).choice(self._instructions),
+                old=parent.templates[name],
+                values={
+                    "name": name,
+                    "prompts": prompts_as_text(parent.templates),
+                    "experiments": experiments,
+                },
+            )
+            notes = {"model": self._model, "usage": found.usage.to_data(), "problem": found.problem}
+            if found.problem:
+                search.say(f"{version}: {self._model} gave no usable prompt: {found.problem}")
+                return {
+                    "version": version,
+                    "parent": parent.version,
+                    "changed": name,
+                    "templates": {},
+                    **notes,
+                }
+            return parent.with_text(version, name, found.text, notes).to_data()
+
+        made = await search.journal.once("candidate", f"candidate.{version}", reflect)
+        if not made["templates"]:
+            return before, before, None
+        child = Candidate.from_data(made)
+        after = _mean_of(await evaluator.run(child, tasks, RolloutMode.TRAIN, f"child.{version}"))
+        search.say(f"iteration {number}: {parent.version} {before:.3f}, its child {version} {after:.3f}")
+        return before, after, child
+
+    async def _join(self, search: PromptSearch, candidate: Candidate, val: Dataset) -> None:
+        """Scores a candidate on every validation task, and keeps it."""
+        tasks = dict(enumerate(val))
+        found = await search.scores(candidate, tasks, f"full.{candidate.version}", "full score")
+        self._candidates[candidate.version] = candidate
+        self._rewards[candidate.version] = [found["rewards"].get(str(index), 0.0) for index in tasks]
+        if self._best == candidate.version:
+            await search.keep_best(candidate)
+
+    @property
+    def _best(self) -> str:
+        return max(self._rewards, key=self._mean)
+
+    def _mean(self, version: str) -> float:
+        rewards = self._rewards[version]
+        return sum(rewards) / len(rewards)
+
+
+def _mean_of(results: list[TaskResult]) -> float:
+    return sum(result.reward or 0.0 for result in results) / len(results)

@@ -1,0 +1,3 @@
+"""What the algorithms that improve prompts share."""
+
+from __future__ import annotations

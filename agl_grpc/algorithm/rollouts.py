@@ -1,0 +1,83 @@
+"""Rollouts for algorithms: enqueued, seen as they finish, never polled for; and what they were worth."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+
+from agl_grpc.client import StoreClient
+from agl_grpc.client.filters import rollout_filter
+from agl_grpc.model import EnqueueRolloutRequest, Rollout
+from agl_grpc.model.reward import PRIMARY
+
+LABEL = "batch"
+_ENQUEUE_AT_ONCE = 500
+
+
+class WatchEnded(RuntimeError):
+    """The stream of rollouts ended before all of them had."""
+
+
+async def run_rollouts(
+    store: StoreClient, requests: Sequence[EnqueueRolloutRequest], *, label: str | None = None
+) -> AsyncGenerator[Rollout, None]:
+    """Enqueues rollouts and yields each as soon as it is finished, in the order of their ends.
+
+    Args:
+        store: client of the run.
+        requests: what to do. Those without ``rollout_id`` get ``LABEL.PLACE``.
+        label: name of this batch of work within the run; None = a random one. Calling again with the same
+            label and requests, also from another process, takes up what is there: rollouts that exist are not
+            made again.
+
+    The caller bounds the wait, with ``asyncio.timeout`` around the loop; see `cancel_rest`.
+    """
+    label = label or f"batch-{uuid.uuid4().hex[:12]}"
+    wanted = [
+        dataclasses.replace(
+            request,
+            rollout_id=request.rollout_id or f"{label}.{place}",
+            labels={**(request.labels or {}), LABEL: label},
+        )
+        for place, request in enumerate(requests)
+    ]
+    mine = rollout_filter(run_id=store.run_id, labels={LABEL: label})
+    there = {rollout.rollout_id for rollout in await store.query_rollouts(filter=mine)}
+    missing = [request for request in wanted if request.rollout_id not in there]
+    for start in range(0, len(missing), _ENQUEUE_AT_ONCE):
+        await store.enqueue_many_rollouts(missing[start : start + _ENQUEUE_AT_ONCE])
+    left = {request.rollout_id for request in wanted}
+    if not left:
+        return
+    changes = store.watch_rollouts(filter=mine, include_existing=True)
+    async with contextlib.aclosing(changes):  # type: ignore[type-var]  # every watch is an async generator
+        async for change in changes:
+            for rollout in change.items:
+                if rollout.status.is_terminal and rollout.rollout_id in left:
+                    left.remove(rollout.rollout_id)
+                    yield rollout
+            if not left:
+                return
+    raise WatchEnded(f"the watch of rollouts ended with {len(left)} of {len(wanted)} unfinished")
+
+
+async def cancel_rest(store: StoreClient, label: str) -> None:
+    """Cancels what is unfinished of a batch of work, so that no worker goes on with it."""
+    await store.cancel_rollouts(
+        filter=rollout_filter(run_id=store.run_id, labels={LABEL: label}), reason="not waited for any longer"
+    )
+
+
+async def primary_rewards(store: StoreClient, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The reward that counts of each rollout that has one: of its latest attempt, and of no single step."""
+    last = {rollout.rollout_id: rollout.latest_attempt_id for rollout in rollouts}
+    return {
+        reward.rollout_id: reward.value
+        for reward in await store.query_rewards([*last])
+        if reward.name == PRIMARY
+        and reward.attempt_id == last[reward.rollout_id]
+        and reward.step is None
+        and not reward.target_span_id
+    }

@@ -1,0 +1,315 @@
+"""What becomes of a request: refused, passed through, or captured."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import aiohttp
+import orjson
+from aiohttp import web
+from multidict import CIMultiDict
+
+from agl_grpc.interceptor.attempts import KnownAttempt
+from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR
+from agl_grpc.interceptor.front.dialects import asked_by
+from agl_grpc.interceptor.front.exchange import Exchange, Outgoing, answer_headers, passed_headers
+from agl_grpc.interceptor.front.recording import EVENTS, Counters, Kept, Parts, Recorder
+from agl_grpc.interceptor.front.streams import BrokenStream, Events
+from agl_grpc.interceptor.front.turn import Turn, begin
+from agl_grpc.interceptor.front.upstreams import Upstream
+from agl_grpc.interceptor.middleware import RETRY_AFTER_SECONDS
+from agl_grpc.interceptor.refusals import Refusal, upstream_failed
+
+logger = logging.getLogger("agl_grpc.interceptor")
+
+
+class Handler:
+    """Serves requests; `drain` makes it take no new ones."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._settings = parts.settings
+        self._exchange = Exchange(parts.session, parts.upstreams)
+        self.counters = Counters()
+        self._recorder = Recorder(parts, self.counters)
+        self.draining = False
+        self.idle = asyncio.Event()
+        """Set while no request is under way."""
+        self.idle.set()
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One request from its arrival to its end."""
+        api = ""
+        self.counters.requests += 1
+        self.counters.in_flight += 1
+        self.idle.clear()
+        try:
+            self._check_room()
+            turn = begin(request.method, request.raw_path, _headers(request))
+            api = turn.api
+            return await self._serve(request, turn)
+        except Refusal as refusal:
+            self.counters.refused += 1
+            return refused(refusal, api)
+        finally:
+            self.counters.in_flight -= 1
+            if not self.counters.in_flight:
+                self.idle.set()
+
+    def _check_room(self) -> None:
+        if self.draining:
+            raise Refusal(503, "draining", "the proxy is stopping", retry_after=RETRY_AFTER_SECONDS)
+        if self.counters.in_flight > self._settings.max_in_flight:
+            raise Refusal(
+                503, "overloaded", f"{self._settings.max_in_flight} requests are under way", retry_after=1
+            )
+
+    async def _serve(self, request: web.BaseRequest, turn: Turn) -> web.StreamResponse:
+        known = await self._admit(turn)
+        rollout = "" if turn.attribution is None else turn.attribution.rollout_id
+        if rollout and turn.recorded:
+            self._parts.limits.enter(rollout)
+        try:
+            return await self._read_and_answer(request, turn, known)
+        except Refusal as refusal:
+            await self._recorder.refused(turn, refusal)
+            raise
+        except (asyncio.CancelledError, ConnectionError, web.RequestPayloadError):
+            self._recorder.client_left(turn)
+            raise
+        except Exception as error:  # a defect here: the call must be closed, the client told
+            logger.exception("request of %s failed", turn.path)
+            defect = Refusal(500, "internal", "a defect of the proxy; its log has the reason", retry_after=1)
+            self._recorder.failed(turn, ERROR, f"capture failed: {type(error).__name__}")
+            raise defect from error
+        finally:
+            if rollout and turn.recorded:
+                self._parts.limits.leave(rollout, turn.capture.tokens if turn.capture else 0)
+
+    async def _admit(self, turn: Turn) -> KnownAttempt | None:
+        """Raises Refusal for who may not call."""
+        if turn.attribution is None:
+            self.counters.unattributed += 1
+            if self._settings.unattributed == "refuse":
+                raise Refusal(
+                    401,
+                    "unattributed",
+                    "this call names no attempt: use the attempt's base URL or credential",
+                )
+            return None
+        if turn.recorded and not self._parts.journal.accepting():
+            raise Refusal(
+                503,
+                "spool_full",
+                "the capture spool is full because the store has been away for too long: try later",
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+        known = await self._parts.attempts.admit(turn.attribution)
+        if known is not None and known.mode and not turn.mode_given:
+            turn.attribution = dataclasses.replace(turn.attribution, mode=known.mode)
+        return known
+
+    async def _read_and_answer(
+        self, request: web.BaseRequest, turn: Turn, known: KnownAttempt | None
+    ) -> web.StreamResponse:
+        try:
+            turn.read(await request.read())
+        except web.HTTPRequestEntityTooLarge:
+            refusal = Refusal(
+                413, "request_too_large", f"the body has more than {self._settings.max_body} bytes"
+            )
+            self._recorder.begin(turn, known)
+            raise refusal from None
+        except Refusal:
+            self._recorder.begin(turn, known)
+            raise
+        turn.asked = asked_by(turn.api, turn.request)
+        body = self._recorder.begin(turn, known)
+        if turn.method == "GET" and turn.path == "/v1/models":
+            return await self._models(turn)
+        engines = self._engines(turn)
+        engine, answer = await self._send(turn, engines, body)
+        engine.in_flight += 1
+        try:
+            if turn.capture is not None and turn.collector is not None and answer.status == 200:
+                if answer.content_type == EVENTS:
+                    return await self._captured_stream(request, turn, engine, answer)
+                return await self._captured_whole(turn, engine, answer)
+            return await self._passed(request, turn, engine, answer)
+        finally:
+            engine.in_flight -= 1
+            answer.close() if not answer.closed else None
+
+    def _engines(self, turn: Turn) -> list[Upstream]:
+        key = turn.credential if turn.attribution is None else turn.attribution.rollout_id
+        return self._parts.upstreams.for_call(turn.model, key)
+
+    async def _send(
+        self, turn: Turn, engines: Sequence[Upstream], body: bytes
+    ) -> tuple[Upstream, aiohttp.ClientResponse]:
+        """To the engine, without what it does not know."""
+        path = f"{turn.path}?{turn.query}" if turn.query else turn.path
+        headers = passed_headers(turn.headers.items(), self._key(turn))
+        asks = turn.collector is not None
+        if asks and engines[0].ids_refused:
+            return await self._send_plain(turn, engines, path, headers)
+        engine, answer = await self._exchange.send(engines, Outgoing(turn.method, path, headers, body))
+        if asks and answer.status in (400, 422) and b"return_token_ids" in await answer.read():
+            logger.warning("engine %s knows no return_token_ids: its calls are not trained", engine.spec.url)
+            engine.ids_refused = True
+            return await self._send_plain(turn, [engine], path, headers)
+        return engine, answer
+
+    async def _send_plain(
+        self, turn: Turn, engines: Sequence[Upstream], path: str, headers: CIMultiDict[str]
+    ) -> tuple[Upstream, aiohttp.ClientResponse]:
+        turn.collector = None
+        if turn.capture is not None:
+            turn.capture.untrainable("no token ids: the engine does not know return_token_ids")
+        return await self._exchange.send(engines, Outgoing(turn.method, path, headers, turn.body))
+
+    def _key(self, turn: Turn) -> str | None:
+        """The engine's key; an agent's own is passed on unless it is a credential of ours."""
+        if self._settings.upstream_key:
+            return self._settings.upstream_key
+        return None if turn.credential.startswith("agl1.") else turn.credential or None
+
+    async def _captured_whole(
+        self, turn: Turn, engine: Upstream, answer: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        capture, collector = turn.capture, turn.collector
+        assert capture is not None
+        assert collector is not None
+        data = await _whole(answer)
+        try:
+            content = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            raise upstream_failed(f"engine {engine.spec.url} sent an answer that is not JSON") from None
+        if not isinstance(content, dict) or not isinstance(content.get("choices"), list):
+            raise upstream_failed(f"engine {engine.spec.url} sent an answer without choices")
+        capture.first_token()
+        changed, _ = collector.take(content)
+        if changed:
+            data = orjson.dumps(content)
+        self._recorder.complete(turn, engine, data if self._settings.keep_raw else b"")
+        await asyncio.wait(capture.durable)
+        return web.Response(body=data, status=answer.status, headers=answer_headers(answer.headers))
+
+    async def _captured_stream(
+        self, request: web.BaseRequest, turn: Turn, engine: Upstream, answer: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        capture, collector = turn.capture, turn.collector
+        assert capture is not None
+        assert collector is not None
+        response = web.StreamResponse(status=answer.status, headers=answer_headers(answer.headers))
+        await response.prepare(request)
+        events, kept = Events(collector), Kept(self._settings.keep_raw)
+        try:
+            async for chunk in answer.content.iter_any():
+                out = events.feed(chunk)
+                if not capture.records[0].first_token_ns and collector.choices:
+                    capture.first_token()
+                if out:
+                    kept.add(out)
+                    await response.write(out)
+                events.check()
+            events.end()
+        except aiohttp.ClientConnectionResetError:
+            raise  # it is the client's connection that was written to
+        except (BrokenStream, aiohttp.ClientError, TimeoutError) as error:
+            reason = str(error) if isinstance(error, BrokenStream) else "the engine's stream broke off"
+            self._recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
+            await response.write(upstream_failed(reason).event(turn.api))
+            await asyncio.wait(capture.durable)
+        else:
+            self._recorder.complete(turn, engine, kept.data, EVENTS)
+            await asyncio.wait(capture.durable)
+            if events.held:
+                await response.write(events.held)
+        await response.write_eof()
+        return response
+
+    async def _passed(
+        self, request: web.BaseRequest, turn: Turn, engine: Upstream, answer: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        """An answer whose bytes go through as they are; its record says what can be said."""
+        kept = Kept(self._settings.keep_raw and turn.capture is not None)
+        headers = answer_headers(answer.headers)
+        if answer.content_type != EVENTS:
+            data = await _whole(answer)
+            kept.add(data)
+            await self._end_passed(turn, engine, answer, kept.data, said=data)
+            return web.Response(body=data, status=answer.status, headers=headers)
+        response = web.StreamResponse(status=answer.status, headers=headers)
+        await response.prepare(request)
+        try:
+            async for chunk in answer.content.iter_any():
+                kept.add(chunk)
+                await response.write(chunk)
+        except aiohttp.ClientConnectionResetError:
+            raise
+        except (aiohttp.ClientError, TimeoutError):
+            reason = "the engine's stream broke off"
+            self._recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
+            await response.write(upstream_failed(reason).event(turn.api))
+        await self._end_passed(turn, engine, answer, kept.data)
+        await response.write_eof()
+        return response
+
+    async def _end_passed(
+        self,
+        turn: Turn,
+        engine: Upstream,
+        answer: aiohttp.ClientResponse,
+        raw: bytes,
+        said: bytes = b"",
+    ) -> None:
+        if turn.capture is None:
+            return
+        if answer.status >= 400:
+            reason = f"the engine answered {answer.status}: {said[:300].decode(errors='replace')}"
+            self._recorder.failed(turn, ERROR, reason, engine=engine, raw=raw)
+        else:
+            turn.capture.finish(COMPLETE, None, engine, raw_response=raw, media_type=answer.content_type)
+            self.counters.captured += 1
+        if turn.capture.durable:
+            await asyncio.wait(turn.capture.durable)
+
+    async def _models(self, turn: Turn) -> web.StreamResponse:
+        """All engines' models in one list."""
+        headers = passed_headers(turn.headers.items(), self._key(turn))
+        found: dict[str, object] = {}
+        for engine in {engine.spec.url: engine for engine in self._parts.upstreams.all()}.values():
+            try:
+                _, answer = await self._exchange.send([engine], Outgoing("GET", turn.path, headers, b""))
+                content = orjson.loads(await answer.read())
+            except (Refusal, orjson.JSONDecodeError, aiohttp.ClientError):
+                continue
+            models = content.get("data") if isinstance(content, dict) else None
+            for model in models if isinstance(models, list) else ():
+                if isinstance(model, dict) and isinstance(model.get("id"), str):
+                    found.setdefault(model["id"], model)
+        body = orjson.dumps({"object": "list", "data": list(found.values())})
+        return web.Response(body=body, content_type="application/json")
+
+
+def refused(refusal: Refusal, api: str) -> web.Response:
+    """A refusal as an answer."""
+    headers = {**refusal.headers(), "content-type": "application/json"}
+    return web.Response(body=refusal.body(api), status=refusal.status, headers=headers)
+
+
+def _headers(request: web.BaseRequest) -> dict[str, str]:
+    return {name.lower(): value for name, value in request.headers.items()}
+
+
+async def _whole(answer: aiohttp.ClientResponse) -> bytes:
+    try:
+        return await answer.read()
+    except (aiohttp.ClientError, OSError) as error:
+        raise upstream_failed("the engine's answer broke off") from error
+    except TimeoutError:
+        raise Refusal(504, "upstream_timeout", "the engine's answer did not come in time") from None

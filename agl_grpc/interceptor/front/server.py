@@ -1,0 +1,197 @@
+"""The proxy: its parts held together, its HTTP door, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+import grpc
+import orjson
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler
+
+from agl_grpc.interceptor.attempts import Attempts
+from agl_grpc.interceptor.external import ExternalTraffic
+from agl_grpc.interceptor.front.handler import Handler
+from agl_grpc.interceptor.front.journal import Journal
+from agl_grpc.interceptor.front.limits import RolloutLimits
+from agl_grpc.interceptor.front.recording import Parts
+from agl_grpc.interceptor.front.settings import ProxySettings, UpstreamSpec
+from agl_grpc.interceptor.front.upstreams import Upstreams
+from agl_grpc.interceptor.front.versions import PolicyVersions
+from agl_grpc.interceptor.middleware import STATUS_PATH
+from agl_grpc.interceptor.spool import Spool
+from agl_grpc.interceptor.transport import AppendTransport, open_channel
+
+logger = logging.getLogger("agl_grpc.interceptor")
+
+_KEEPALIVE_SECONDS = 75.0
+_REUSED_SPOOL_BYTES = 4 * 1024 * 1024
+_LINE_BYTES = 64 * 1024
+
+
+class Proxy:
+    """A running proxy; `start` makes one, `stop` ends it."""
+
+    def __init__(self, parts: Parts, channel: grpc.aio.Channel, listening: socket.socket) -> None:
+        self._parts = parts
+        self._channel = channel
+        self._listening = listening
+        self._handler = Handler(parts)
+        self._server: asyncio.Server | None = None
+        self._door = web.Server(
+            self._answer,
+            request_factory=self._request,
+            handler_cancellation=True,
+            keepalive_timeout=_KEEPALIVE_SECONDS,
+            max_line_size=_LINE_BYTES,
+            max_field_size=_LINE_BYTES,
+            access_log=None,
+        )
+
+    @classmethod
+    async def start(
+        cls, settings: ProxySettings, upstreams: Sequence[UpstreamSpec], host: str, port: int
+    ) -> Proxy:
+        """Listen and serve; the store is not waited for.
+
+        Raises OSError when the address cannot be had, SpoolInUse when another process has the spool.
+        """
+        listening = _listen(host, port)
+        try:
+            spool = Spool(
+                settings.spool_path(listening.getsockname()[1]),
+                settings.spool_bytes,
+                reuse_bytes=_REUSED_SPOOL_BYTES,
+            )
+        except BaseException:
+            listening.close()
+            raise
+        channel = open_channel(settings.store)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=settings.connect_timeout, sock_read=settings.read_timeout
+            ),
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            read_bufsize=256 * 1024,
+        )
+        journal = Journal(AppendTransport(channel), spool, settings.ack_timeout)
+        parts = Parts(
+            settings=settings,
+            session=session,
+            upstreams=Upstreams(session, upstreams),
+            journal=journal,
+            attempts=Attempts(channel),
+            versions=PolicyVersions(channel, settings.run_id, settings.policy_version),
+            limits=RolloutLimits(settings.max_calls, settings.max_tokens, settings.max_concurrency),
+            external=ExternalTraffic(channel, journal, settings.external_run)
+            if settings.unattributed == "record"
+            else None,
+        )
+        proxy = cls(parts, channel, listening)
+        proxy._server = await asyncio.get_running_loop().create_server(
+            proxy._door, sock=listening, backlog=2048
+        )
+        return proxy
+
+    @property
+    def url(self) -> str:
+        """Its root."""
+        host, port = self._listening.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def set_upstreams(self, specs: Sequence[UpstreamSpec]) -> None:
+        """Serve by these engines from now on."""
+        self._parts.upstreams.set(specs)
+
+    def describe(self) -> dict[str, Any]:
+        """Counters for people."""
+        external = self._parts.external
+        return {
+            "enabled": True,
+            "run_id": self._parts.settings.run_id,
+            **dataclasses.asdict(self._handler.counters),
+            **self._parts.journal.describe(),
+            "policy_versions": self._parts.versions.describe(),
+            "external_recorded": external.recorded if external else 0,
+            "external_dropped": external.dropped if external else 0,
+            "upstreams": [
+                {
+                    "url": engine.spec.url,
+                    "model": engine.spec.model,
+                    "healthy": engine.healthy,
+                    "draining": engine.spec.draining,
+                    "version": engine.version,
+                    "in_flight": engine.in_flight,
+                }
+                for engine in self._parts.upstreams.all()
+            ],
+        }
+
+    async def stop(self) -> None:
+        """Take no new requests, let running ones end within the drain time-out, keep what was captured."""
+        if self._handler.draining:
+            return
+        self._handler.draining = True
+        if self._server is not None:
+            self._server.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._handler.idle.wait(), self._parts.settings.drain_timeout)
+        await self._door.shutdown(1.0)
+        if self._parts.external is not None:
+            await self._parts.external.close()
+        await self._parts.journal.close()
+        await self._parts.attempts.close()
+        await self._parts.versions.close()
+        await self._parts.upstreams.close()
+        await self._parts.session.close()
+        await self._channel.close()
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = request.rel_url.raw_path
+        if path == STATUS_PATH:
+            return web.Response(body=orjson.dumps(self.describe()), content_type="application/json")
+        if path == "/health":
+            well = (
+                any(engine.healthy for engine in self._parts.upstreams.all()) and not self._handler.draining
+            )
+            return web.Response(status=200 if well else 503)
+        return await self._handler.handle(request)
+
+    def _request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        loop = asyncio.get_running_loop()
+        limit = self._parts.settings.max_body
+        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=limit)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; no other process can share its port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError:
+        listening.close()
+        raise
+    listening.setblocking(False)
+    return listening

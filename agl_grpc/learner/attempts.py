@@ -1,0 +1,49 @@
+"""Sealed attempts read from the store, as what is trained of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from agl_grpc.client import StoreClient
+from agl_grpc.model.rollout import AttemptedRollout, Rollout
+from agl_grpc.sample import AttemptRecord, AttemptSamples, SampleRules, build_attempt
+from agl_grpc.v1 import reward_pb2, span_pb2
+from agl_grpc.v1 import store_service_pb2 as store_pb2
+
+
+async def read_attempts(
+    client: StoreClient, rollouts: Sequence[Rollout], rules: SampleRules
+) -> list[AttemptSamples]:
+    """The latest attempt of each rollout, in their order.
+
+    Args:
+        client: of the store that holds them.
+        rollouts: sealed ones, with their attempts where it is to count that a capture is incomplete.
+        rules: what is trained of an attempt.
+    """
+    ids = [rollout.rollout_id for rollout in rollouts]
+    spans, rewards = await asyncio.gather(_spans(client, ids), _rewards(client, ids))
+    made = []
+    for rollout in rollouts:
+        place = (rollout.rollout_id, rollout.latest_attempt_id or "")
+        record = AttemptRecord(
+            rollout_id=place[0],
+            attempt_id=place[1],
+            group_id=rollout.group_id or "",
+            spans=[span for span in spans if (span.rollout_id, span.attempt_id) == place],
+            rewards=[item for item in rewards if (item.rollout_id, item.attempt_id) == place],
+            capture_incomplete=isinstance(rollout, AttemptedRollout) and rollout.attempt.capture_incomplete,
+        )
+        made.append(build_attempt(record, rules))
+    return made
+
+
+async def _spans(client: StoreClient, ids: list[str]) -> list[span_pb2.StoredSpan]:
+    spans = client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=True, delta_prompts=True)
+    return [span async for span in spans]
+
+
+async def _rewards(client: StoreClient, ids: list[str]) -> list[reward_pb2.Reward]:
+    request = store_pb2.ListRewardsRequest(rollout_ids=ids)
+    return await client.read_all(client.bound.store.ListRewards, request, lambda page: page.rewards)

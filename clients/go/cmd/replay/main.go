@@ -1,0 +1,259 @@
+// Command replay replays the shared vectors: replay HOST:PORT FOLDER.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sort"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
+
+	agl "github.com/agl-grpc/agl-grpc/clients/go"
+)
+
+const timeout = 20 * time.Second
+
+type step struct {
+	RPC     string                   `json:"rpc"`
+	Send    []map[string]interface{} `json:"send"`
+	Receive []interface{}            `json:"receive"`
+	Error   map[string]interface{}   `json:"error"`
+	Keep    map[string]string        `json:"keep"`
+	Until   string                   `json:"until"`
+}
+
+func main() {
+	client, err := agl.Dial(os.Args[1])
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(2)
+	}
+	defer client.Close()
+	files, _ := filepath.Glob(filepath.Join(os.Args[2], "*.json"))
+	sort.Strings(files)
+	failed := 0
+	for _, file := range files {
+		name := strings.TrimSuffix(filepath.Base(file), ".json")
+		if err := replay(client, name, file); err != nil {
+			failed++
+			fmt.Printf("FAILED %s: %v\n", name, err)
+		} else {
+			fmt.Println("ok", name)
+		}
+	}
+	if failed > 0 {
+		os.Exit(1)
+	}
+}
+
+func replay(client *agl.Client, name, file string) error {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	var vector struct {
+		Steps []json.RawMessage `json:"steps"`
+	}
+	if err := json.Unmarshal(text, &vector); err != nil {
+		return err
+	}
+	kept := map[string]string{"run": name}
+	for number, raw := range vector.Steps {
+		var one step
+		if err := json.Unmarshal(fill(raw, kept), &one); err != nil {
+			return err
+		}
+		where := fmt.Sprintf("step %d (%s)", number, one.RPC)
+		received, err := call(client, one)
+		if err := check(received, err, one, where); err != nil {
+			return err
+		}
+		for key, place := range one.Keep {
+			kept[key] = at(received, place)
+		}
+	}
+	return nil
+}
+
+func check(received []interface{}, failure error, one step, where string) error {
+	if one.Error == nil {
+		if failure != nil {
+			return fmt.Errorf("%s: %v", where, failure)
+		}
+		return match(received, toList(one.Receive), where)
+	}
+	var known *agl.Error
+	if !errors.As(failure, &known) {
+		return fmt.Errorf("%s: no error of the store came, but %v %v", where, received, failure)
+	}
+	info := map[string]interface{}{}
+	for key, value := range known.Info {
+		info[key] = value
+	}
+	found := map[string]interface{}{"code": float64(known.Code), "reason": known.Reason, "info": info}
+	return match(found, one.Error, where+": error")
+}
+
+func toList(items []interface{}) interface{} {
+	if items == nil {
+		return []interface{}{}
+	}
+	return items
+}
+
+func call(client *agl.Client, one step) ([]interface{}, error) {
+	service, name := "agl_grpc.v1."+strings.Split(one.RPC, "/")[0], strings.Split(one.RPC, "/")[1]
+	found, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service))
+	if err != nil {
+		return nil, err
+	}
+	method := found.(protoreflect.ServiceDescriptor).Methods().ByName(protoreflect.Name(name))
+	path := "/" + service + "/" + name
+	messages := make([]proto.Message, 0, len(one.Send))
+	for _, fields := range one.Send {
+		text, _ := json.Marshal(fields)
+		message := newMessage(method.Input())
+		if err := protojson.Unmarshal(text, message); err != nil {
+			return nil, err
+		}
+		messages = append(messages, message)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	if !method.IsStreamingClient() && !method.IsStreamingServer() {
+		answer := newMessage(method.Output())
+		if err := client.Conn().Invoke(ctx, path, messages[0], answer); err != nil {
+			return nil, err
+		}
+		return []interface{}{plain(answer)}, nil
+	}
+	desc := &grpc.StreamDesc{ClientStreams: method.IsStreamingClient(), ServerStreams: method.IsStreamingServer()}
+	stream, err := client.Conn().NewStream(ctx, desc, path)
+	if err != nil {
+		return nil, err
+	}
+	return exchange(stream, method, messages, one)
+}
+
+func exchange(stream grpc.ClientStream, method protoreflect.MethodDescriptor, messages []proto.Message, one step) ([]interface{}, error) {
+	var received []interface{}
+	inStep := method.IsStreamingClient() && method.IsStreamingServer()
+	for len(messages) > 0 {
+		if err := stream.SendMsg(messages[0]); err != nil && err != io.EOF {
+			return received, err
+		}
+		messages = messages[1:]
+		if !inStep || len(messages) == 0 {
+			continue
+		}
+		answer := newMessage(method.Output())
+		if err := stream.RecvMsg(answer); err != nil {
+			return received, err
+		}
+		received = append(received, plain(answer))
+	}
+	if one.Until == "" {
+		if err := stream.CloseSend(); err != nil {
+			return received, err
+		}
+	}
+	for one.Until == "" || len(received) < len(one.Receive) {
+		answer := newMessage(method.Output())
+		if err := stream.RecvMsg(answer); err == io.EOF {
+			break
+		} else if err != nil {
+			return received, err
+		}
+		received = append(received, plain(answer))
+	}
+	return received, nil
+}
+
+func newMessage(desc protoreflect.MessageDescriptor) proto.Message {
+	kind, err := protoregistry.GlobalTypes.FindMessageByName(desc.FullName())
+	if err != nil {
+		panic(err) // every message of the contract is linked in
+	}
+	return kind.New().Interface()
+}
+
+func plain(message proto.Message) interface{} {
+	text, err := protojson.Marshal(message)
+	if err != nil {
+		panic(err) // what was parsed can be written
+	}
+	var value interface{}
+	if err := json.Unmarshal(text, &value); err != nil {
+		panic(err)
+	}
+	return value
+}
+
+var place = regexp.MustCompile(`\$\{(\w+)\}`)
+
+func fill(raw []byte, kept map[string]string) []byte {
+	return place.ReplaceAllFunc(raw, func(found []byte) []byte {
+		text, _ := json.Marshal(kept[string(found[2:len(found)-1])])
+		return text[1 : len(text)-1]
+	})
+}
+
+func match(found, expected interface{}, where string) error {
+	switch expected := expected.(type) {
+	case nil:
+		if found != nil {
+			return fmt.Errorf("%s is %v and should not be set", where, found)
+		}
+	case map[string]interface{}:
+		fields, _ := found.(map[string]interface{})
+		for key, value := range expected {
+			if err := match(fields[key], value, where+"."+key); err != nil {
+				return err
+			}
+		}
+	case []interface{}:
+		list, _ := found.([]interface{})
+		if len(list) != len(expected) {
+			return fmt.Errorf("%s has %d elements, not %d: %v", where, len(list), len(expected), found)
+		}
+		for index, value := range expected {
+			if err := match(list[index], value, where+"."+strconv.Itoa(index)); err != nil {
+				return err
+			}
+		}
+	default:
+		if expected == "*" && found != nil {
+			return nil
+		}
+		if found != expected {
+			return fmt.Errorf("%s is %v, not %v", where, found, expected)
+		}
+	}
+	return nil
+}
+
+func at(received interface{}, place string) string {
+	for _, part := range strings.Split(place, ".") {
+		switch value := received.(type) {
+		case []interface{}:
+			index, _ := strconv.Atoi(part)
+			received = value[index]
+		case map[string]interface{}:
+			received = value[part]
+		}
+	}
+	return fmt.Sprint(received)
+}

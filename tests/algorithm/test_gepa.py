@@ -1,0 +1,100 @@
+"""GEPA against a scripted model: the front keeps specialists, children must do better, runs go on."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from agl_grpc import PromptTemplate, StoreClient, emit_annotation, prompt_rollout
+from agl_grpc.algorithm import GEPA, AlgorithmError
+from agl_grpc.algorithm.gepa.pareto import choose, dominates, frequencies
+from agl_grpc.algorithm.prompt.choices import seeded
+from agl_grpc.algorithm.prompt.journal import journal_id, read_records
+from tests.algorithm.conftest import Bench
+from tests.support.scripted_model import ScriptedModel
+
+KINDS = ("sum", "product", "root")
+TRAIN = [{"kind": kind} for kind in KINDS * 2]
+VAL = [{"kind": kind} for kind in KINDS]
+FIRST = PromptTemplate(template="Solve {kind}.")
+
+
+@prompt_rollout
+def solver(task: dict[str, str], prompt_template: PromptTemplate) -> float:
+    """Right when the prompt knows the kind of task; says what it would have had to know."""
+    emit_annotation({"feedback": f"needs the rule of {task['kind']}"})
+    return float(f"rule of {task['kind']}" in prompt_template.format(kind=task["kind"]))
+
+
+def reflecting(model: str, message: str) -> str:
+    """Adds one rule that the notes ask for and the prompt does not have."""
+    found = re.search(r"```\n(.*?)\n```", message, re.DOTALL)
+    assert found is not None
+    prompt = found[1]
+    wanted = [rule for rule in re.findall(r"needs the (rule of \w+)", message) if rule not in prompt]
+    return f"```\n{prompt} Use the {wanted[0]}.\n```" if wanted else f"```\n{prompt}\n```"
+
+
+async def test_rules_are_gathered_until_every_task_is_solved(bench: Bench) -> None:
+    with ScriptedModel(reflecting) as model:
+        gepa = GEPA(endpoint=model.endpoint, minibatch_size=3, max_iterations=6)
+        async with bench.ready(gepa, solver, {"prompt": FIRST}) as notes:
+            best = await gepa.run(TRAIN, VAL)
+            assert all(f"rule of {kind}" in best["prompt"].template for kind in KINDS)
+            assert notes.steps[0]["validation/best"] == 0.0
+            assert notes.steps[6]["validation/best"] == 1.0
+            calls = len(model.calls)
+            # Run again in the same run: everything is found in the store, and no call is made.
+            assert await gepa.run(TRAIN, VAL) == best
+    assert len(model.calls) == calls
+    assert list(gepa.pareto_front.values()) == [3]
+    async with StoreClient(bench.address, run_id=bench.run_id) as store:
+        records = await read_records(store, journal_id(bench.run_id, "gepa"))
+    assert records[-1].data["score"] == 1.0
+
+
+async def test_a_child_that_is_no_better_does_not_join(bench: Bench) -> None:
+    def useless(model: str, message: str) -> str:
+        return "```\nSolve {kind} somehow.\n```"
+
+    with ScriptedModel(useless) as model:
+        gepa = GEPA(endpoint=model.endpoint, max_iterations=2)
+        async with bench.ready(gepa, solver, {"prompt": FIRST}):
+            assert await gepa.run(TRAIN, VAL) == {"prompt": FIRST}
+            other = GEPA(endpoint=model.endpoint, minibatch_size=2)
+            other.set_store(gepa.get_store())
+            other.set_initial_resources({"prompt": FIRST})
+            with pytest.raises(AlgorithmError, match="begun with other values of minibatch_size"):
+                await other.run(TRAIN, VAL)
+
+
+async def test_the_budget_of_rollouts_ends_the_run(bench: Bench) -> None:
+    with ScriptedModel(reflecting) as model:
+        gepa = GEPA(endpoint=model.endpoint, minibatch_size=2, max_rollouts=8)
+        async with bench.ready(gepa, solver, {"prompt": FIRST}) as notes:
+            await gepa.run(TRAIN, VAL)
+    # 3 at first, then 2 + 2 for an iteration and 3 for a child that joins.
+    assert max(notes.steps) <= 2
+
+
+@pytest.mark.parametrize(
+    ("scores", "front"),
+    [
+        ({"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 0]}, {"a": 2, "b": 2}),
+        ({"a": [1, 0, 0], "b": [1, 1, 0]}, {"b": 3}),
+        ({"a": [1, 0], "b": [1, 0]}, {"a": 2, "b": 2}),
+        # The best mean is on no front of its own when specialists beat it everywhere.
+        ({"a": [9, 0], "b": [0, 9], "c": [8, 8]}, {"a": 1, "b": 1}),
+    ],
+)
+def test_the_front_by_hand(scores: dict[str, Any], front: dict[str, int]) -> None:
+    assert frequencies(scores) == front
+    assert choose(scores, seeded(1)) in front
+
+
+def test_dominance_needs_one_better_and_none_worse() -> None:
+    assert dominates([1, 1], [1, 0])
+    assert not dominates([1, 0], [0, 1])
+    assert not dominates([1, 1], [1, 1])

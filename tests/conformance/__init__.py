@@ -1,0 +1,1 @@
+"""The shared vectors, replayed by every language's client."""

@@ -1,0 +1,3 @@
+"""Tests of the doors for existing users: REST, OTLP, legacy routes, AgentOps."""
+
+from __future__ import annotations

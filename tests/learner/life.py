@@ -1,0 +1,184 @@
+"""One trainer from its start to its end, or to the point at which it is killed; for end-to-end scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import transfer_queue as tq
+from ray.util import remove_placement_group
+from transfer_queue import KVBatchMeta
+
+from agl_grpc.learner import checkpoint
+from agl_grpc.learner.checkpoint import Checkpoints, check_fits, resume_keys
+from agl_grpc.learner.errors import LearnerError
+from agl_grpc.learner.manager import RolloutManager
+from agl_grpc.learner.progress import with_summary
+from agl_grpc.learner.run_config import Deadlines
+from agl_grpc.learner.trainer import AglTrainer, Hooks
+from agl_grpc.learner.verl_config import compose
+from tests.learner.local_engine import LocalEngine
+
+GROUP_SIZE = 8
+GROUPS = 8
+
+
+class Killed(BaseException):
+    """Stands for kill -9 of the trainer's process: nothing in memory survives it."""
+
+
+@dataclass
+class Ledger:
+    """What a store keeps of a training run, also when its trainer is killed."""
+
+    claims: dict[int, list[list[str]]] = field(default_factory=dict)
+    commits: list[tuple[str, list[str], int]] = field(default_factory=list)
+
+    @property
+    def checkpoint(self) -> tuple[str, int]:
+        """Name and step of the last committed checkpoint."""
+        return (self.commits[-1][0], self.commits[-1][2]) if self.commits else ("", 0)
+
+    def release(self) -> dict[int, list[list[str]]]:
+        """Groups of the batches that were claimed after the last checkpoint, by step: they are free again."""
+        last = self.checkpoint[1]
+        released = {step: batches for step, batches in self.claims.items() if step > last}
+        self.claims = {step: batches for step, batches in self.claims.items() if step <= last}
+        return released
+
+
+class KillableTrainer(AglTrainer):
+    """A trainer whose process ends at a named point of a step."""
+
+    kill: Callable[[str], None] = staticmethod(lambda _point: None)
+    advantages: list[Any]
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
+        result = super()._balance_batch(batch, metrics, **kwargs)
+        self.kill("claimed")
+        return result
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        self.kill("proven")
+        result = super()._compute_advantage(batch, metrics)
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["advantages"])
+        rows = zip(batch.keys, data["advantages"].unbind(), strict=True)
+        self.advantages.append({key: row.tolist() for key, row in rows})
+        return result
+
+    def _save_checkpoint(self) -> None:
+        super()._save_checkpoint()
+        self.kill("saved")
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        result = super()._update_actor(batch, metrics)
+        self.kill("updated")
+        return result
+
+
+class Life:
+    """A trainer on a local engine.
+
+    ``options``: ``verl`` keys, ``resume`` (a checkpoint's name), ``stop_after`` a step, ``deadlines``, and
+    ``kill``: the point and step at which it ends.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: dict[str, Any],
+        engine: LocalEngine,
+        ledger: Ledger,
+        on_step: Callable[[int], None] = lambda _step: None,
+    ) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.errors: list[tuple[int, str]] = []
+        self._ledger, self._engine = ledger, engine
+        self._kill = tuple(options.get("kill", ("", 0)))
+        tasks, model = str(folder / "tasks.jsonl"), str(folder / "model")
+        checkpoints = folder / options.get("checkpoints", "checkpoints")
+        resume = resume_keys(checkpoints, options["resume"]) if options.get("resume") else {}
+        fixed = {
+            "data": {"train_files": tasks, "val_files": tasks, "seed": 0},
+            "trainer": {"default_local_dir": str(checkpoints), **resume},
+        }
+        user = {
+            "data.train_batch_size": GROUPS,
+            "actor_rollout_ref.model.path": model,
+            "actor_rollout_ref.rollout.n": GROUP_SIZE,
+            "actor_rollout_ref.actor.optim.lr": 5e-3,
+            "trainer.total_epochs": 1000,
+            "trainer.save_freq": -1,
+            "trainer.logger": [],
+            **options["verl"],
+        }
+        self.config = config = compose(user, device="cpu", fixed=fixed)
+        if resume:
+            check_fits(checkpoints / options["resume"], Path(model), int(config.trainer.n_gpus_per_node))
+        self.manager = RolloutManager(engine, group_size=GROUP_SIZE, validation_size=1)
+        engine.deliver, engine.on_claim = self.manager.deliver, self._claimed
+        engine.on_published = lambda: self._reached("published")
+        stop_after = options.get("stop_after", 1 << 30)
+
+        def on_metrics(step: int, metrics: dict[str, float]) -> bool:
+            self.steps.append({"step": step, **with_summary(metrics)})
+            on_step(step)
+            return step >= stop_after
+
+        hooks = Hooks(
+            engine,
+            engine,
+            Checkpoints(checkpoints, self._commit, keep=None),
+            run_name="test",
+            replay=options.get("replay", {}),
+            deadlines=Deadlines(**{"sample": 60, **options.get("deadlines", {})}),
+            on_metrics=on_metrics,
+            on_error=lambda step, name: self.errors.append((step, name)),
+        )
+        tq.init(config.transfer_queue)
+        self.trainer = KillableTrainer(config, hooks)
+        self.trainer.kill = self._reached  # type: ignore[method-assign]
+        self.trainer.advantages = []
+
+    def _reached(self, point: str) -> None:
+        if (point, self.trainer.global_steps) == self._kill:
+            raise Killed(point)
+
+    def _claimed(self, step: int, groups: list[str]) -> None:
+        self._ledger.claims.setdefault(step, []).append(groups)
+
+    def _commit(self, name: str, ids: list[str], step: int) -> None:
+        self._reached("reported")
+        self._ledger.commits.append((name, ids, step))
+        self._reached("committed")
+
+    def _sync_tree(self, folder: Path) -> None:
+        self._reached("saving")
+        sync_tree(folder)
+
+    def run(self) -> str:
+        """Trains; the error that ended it, if any. Killed comes through."""
+        with patch.object(checkpoint, "sync_tree", self._sync_tree):
+            self.trainer.init()
+            return self.fit()
+
+    def fit(self) -> str:
+        """Trains on; the error that ended it, if any."""
+        try:
+            self.trainer.fit(self.manager)
+        except LearnerError as caught:
+            return f"{type(caught).__name__}: {caught}"
+        return ""
+
+    def close(self) -> None:
+        """Ends verl's workers and the TransferQueue: their names are fixed, and the next life needs them."""
+        tq.close()
+        for pool in self.trainer.resource_pool_manager.resource_pool_dict.values():
+            for group in pool.pgs or []:
+                remove_placement_group(group)
+
+
+sync_tree = checkpoint.sync_tree

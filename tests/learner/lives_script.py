@@ -1,0 +1,264 @@
+"""Trainers that are killed, spread over ranks, starved and compared with verl alone, on a recorded stream.
+
+Prints one JSON object on its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agl_grpc.learner.ray_runtime import local_ray
+from agl_grpc.learner.rollouts import FinishedGroup
+from agl_grpc.learner.verl_keys import POLICY_LOSSES
+from tests.learner.life import Killed, Ledger, Life
+from tests.learner.local_engine import LocalEngine
+from tests.learner.trainer_script import make_tasks
+
+STEPS, SAVE = 8, 2
+# Where a trainer dies, and in which step; each next one goes on from what the one before left.
+KILLS = (
+    ("claimed", 1),
+    ("proven", 2),
+    ("saving", 2),
+    ("saved", 4),
+    ("reported", 4),
+    ("committed", 4),
+    ("updated", 5),
+    ("published", 7),
+)
+# One batch is sampled ahead: what was asked for and not trained is carried over a kill.
+AHEAD = {
+    "trainer.v1.separate_async.num_warmup_batches": 1,
+    "trainer.v1.sampler.max_off_policy_threshold": 2,
+}
+SAVING = {**AHEAD, "trainer.total_training_steps": STEPS, "trainer.save_freq": SAVE}
+PLAIN_DESCENT = {
+    **AHEAD,
+    "trainer.total_training_steps": 3,
+    "actor_rollout_ref.actor.optim.optimizer": "SGD",
+    "actor_rollout_ref.actor.optim.lr": 100.0,
+    "actor_rollout_ref.actor.optim.weight_decay": 0.0,
+    "actor_rollout_ref.actor.grad_clip": 1e9,
+}
+CORRECTED = {
+    "trainer.total_training_steps": 4,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
+    "actor_rollout_ref.actor.use_kl_loss": True,
+    "actor_rollout_ref.actor.kl_loss_coef": 0.01,
+    "actor_rollout_ref.actor.entropy_coeff": 0.01,
+    "actor_rollout_ref.actor.optim.lr": 2e-2,
+    "algorithm.filter_groups.enable": True,
+    "algorithm.filter_groups.metric": "reward",
+    "algorithm.rollout_correction.rollout_is": "sequence",
+    "algorithm.rollout_correction.rollout_is_threshold": 1.5,
+    "trainer.v1.separate_async.num_warmup_batches": 2,
+    "trainer.v1.sampler.max_off_policy_threshold": 3,
+}
+LORA = {
+    "trainer.total_training_steps": 3,
+    "trainer.save_freq": 3,
+    "actor_rollout_ref.model.lora_rank": 4,
+    "actor_rollout_ref.model.lora_alpha": 8,
+    "actor_rollout_ref.model.target_modules": "all-linear",
+    "actor_rollout_ref.actor.use_kl_loss": True,
+    "actor_rollout_ref.actor.optim.lr": 2e-2,
+}
+Recorded = Mapping[str, FinishedGroup]
+
+
+class Script:
+    """The runs of this script on one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = str(folder / "model")
+
+    def engine(self, recorded: Recorded | None = None, **options: Any) -> LocalEngine:
+        return LocalEngine(self.model, seed=0, recorded=recorded, **options)
+
+    def once(self, name: str, verl: dict[str, Any], engine: LocalEngine, **options: Any) -> dict[str, Any]:
+        """One trainer from start to end."""
+        ledger = Ledger()
+        life = Life(self.folder, {"verl": verl, "checkpoints": name, **options}, engine, ledger)
+        try:
+            error = life.run()
+        finally:
+            life.close()
+        return {
+            "error": error,
+            "errors": life.errors,
+            "steps": life.steps,
+            "advantages": life.trainer.advantages,
+            "digests": {step: sorted(found) for step, found in engine.digests.items()},
+            "commits": ledger.commits,
+        }
+
+    def killed(self, recorded: Recorded) -> dict[str, Any]:
+        """Trainers killed one after the other at every point of ``KILLS``; the last one ends by itself."""
+        ledger, steps, deaths = Ledger(), [], []
+        digests: dict[int, set[str]] = {}
+        trained: list[str] = []
+        for point, step in (*KILLS, ("", 0)):
+            engine = self.engine(recorded)
+            name, _ = ledger.checkpoint
+            options = {
+                "verl": SAVING,
+                "checkpoints": "killed",
+                "resume": name,
+                "replay": ledger.release(),
+                "kill": (point, step),
+            }
+            life = Life(self.folder, options, engine, ledger)
+            try:
+                assert life.run() == ""
+            except Killed as death:
+                deaths.append(str(death))
+            finally:
+                life.close()
+            steps.append(life.steps)
+            for published, found in engine.digests.items():
+                digests.setdefault(published, set()).update(found)
+        for _, ids, _ in ledger.commits:
+            trained.extend(ids)
+        return {
+            "deaths": deaths,
+            "steps": steps,
+            "digests": {step: sorted(found) for step, found in digests.items()},
+            "committed": trained,
+            "claims": {step: len(batches) for step, batches in ledger.claims.items()},
+        }
+
+    def fidelity(self, recorded: Recorded) -> dict[str, Any]:
+        """Updates by plain descent, on one rank and on two, the first one also by verl alone: differences."""
+        engines = {ranks: self.engine(recorded) for ranks in (1, 2)}
+        for engine in engines.values():
+            engine.keeps_history = True
+        outcomes = {
+            ranks: self.once(f"sgd{ranks}", {**PLAIN_DESCENT, "trainer.n_gpus_per_node": ranks}, engine)
+            for ranks, engine in engines.items()
+        }
+        before = self.engine().weights
+        gradients = {ranks: _moved(before, engine.history[1]) for ranks, engine in engines.items()}
+        from tests.learner.verl_alone import losses, padded, single_rank, step, worker
+
+        first = {entry.group_id for entry in engines[1].batches[0].entries}
+        groups = [group for uid, group in recorded.items() if uid in first]
+        single_rank()
+        alone = step(worker(self.model, 100.0), padded(groups), "vanilla")
+        keys = [
+            f"{group.request.uid}_{number}_0" for group in groups for number in range(len(group.rollouts))
+        ]
+        theirs = dict(zip(keys, alone["advantages"].tolist(), strict=True))
+        ours = outcomes[1]["advantages"][0]
+        return {
+            "errors": [outcome["error"] for outcome in outcomes.values()],
+            "advantages": max(float(np.abs(np.subtract(ours[key], theirs[key])).max()) for key in keys),
+            "rows": [len(ours), len(keys)],
+            "losses": [
+                outcomes[1]["steps"][0]["actor/pg_loss"],
+                outcomes[2]["steps"][0]["actor/pg_loss"],
+                float(np.sum(alone["metrics"]["actor/pg_loss"])),
+            ],
+            "gradient_norms": [
+                outcomes[1]["steps"][0]["actor/grad_norm"],
+                outcomes[2]["steps"][0]["actor/grad_norm"],
+                float(np.sum(alone["metrics"]["grad_norm"])),
+            ],
+            "gradients": _difference(gradients[1], _moved(before, alone["weights"])),
+            "gradients_of_two_ranks": _difference(gradients[1], gradients[2]),
+            "policy_losses": losses(self.model, groups, POLICY_LOSSES),
+            "steps": [outcome["steps"] for outcome in outcomes.values()],
+            "last_weights_of_two_ranks": _difference(engines[1].history[3], engines[2].history[3]),
+        }
+
+    def bad(self) -> dict[str, Any]:
+        """A trainer whose worker runs out of memory in its third update, and hangs in the next."""
+        ledger, engine = Ledger(), self.engine()
+        verl = {
+            "trainer.total_training_steps": 5,
+            "actor_rollout_ref.model.external_lib": "tests.learner.bad_losses",
+            "actor_rollout_ref.actor.policy_loss.loss_mode": "bad",
+        }
+        options = {"verl": verl, "checkpoints": "bad", "deadlines": {"compute": 5}}
+        life = Life(self.folder, options, engine, ledger)
+        try:
+            errors = [life.run(), life.fit()]
+        finally:
+            life.close()
+        return {
+            "errors": errors,
+            "counted": life.errors,
+            "commits": ledger.commits,
+            "steps": [step["step"] for step in life.steps],
+        }
+
+    def adapter(self) -> dict[str, Any]:
+        """A model trained with LoRA, and its checkpoint as transformers and peft load it."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        engine = self.engine()
+        outcome = self.once("lora", LORA, engine)
+        actor = self.folder / "lora" / "global_step_3" / "actor"
+        base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        whole = AutoModelForCausalLM.from_pretrained(actor / "huggingface", dtype=torch.float32)
+        wrapped = PeftModel.from_pretrained(base, actor / "lora_adapter")
+        ids = torch.arange(2, 12)[None]
+        with torch.no_grad():
+            logits = {name: model(ids).logits for name, model in (("whole", whole), ("peft", wrapped))}
+            served = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            before = served(ids).logits
+            served.load_state_dict(engine.weights)
+            found = served(ids).logits
+        return {
+            **outcome,
+            "differences": [float((each - found).abs().max()) for each in logits.values()],
+            "learned": float((before - found).abs().max()),
+        }
+
+
+def _moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: before[name] - tensor for name, tensor in after.items() if name in before}
+
+
+def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The greatest difference of two sets of tensors, each relative to its tensor's largest value."""
+    assert set(theirs) <= set(ours)
+    return max(
+        float((ours[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-30))
+        for name, tensor in theirs.items()
+    )
+
+
+def main(folder: Path, only: list[str]) -> dict[str, Any]:
+    """All runs, or those named, in one Ray session of two nominal GPUs."""
+    make_tasks(folder)
+    script = Script(folder)
+    whole = script.engine()
+    recorded = whole.record
+    runs = {
+        "undisturbed": lambda: script.once("whole", SAVING, whole),
+        "killed": lambda: script.killed(recorded),
+        "fidelity": lambda: script.fidelity(recorded),
+        "corrected": lambda: script.once("corrected", CORRECTED, script.engine(flat_every=4)),
+        "bad": lambda: script.bad(),
+    }
+    runs["lora"] = script.adapter
+    with local_ray(device="cpu", gpus=2):
+        outcomes = {}
+        for name, run in runs.items():
+            if not only or name in only:
+                outcomes[name] = run()
+                print(f"{name}: {json.dumps(outcomes[name])}", file=sys.stderr)
+        return outcomes
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(main(Path(sys.argv[1]), sys.argv[2:])))

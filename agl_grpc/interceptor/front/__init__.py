@@ -1,8 +1,8 @@
 """The interceptor in front of engines that somebody else runs: an HTTP proxy that captures model calls.
 
 `server` holds the parts together; `handler` takes one request from its arrival to its end, with what
-`exchange` and `streams` do between engine and client; `capture` is its record, `journal` the record's way to
-the disk and the store.
+`exchange` and `streams` do between engine and client; `recording` begins and ends its record (`capture`),
+`journal` takes that to the disk and the store.
 """
 
 from __future__ import annotations

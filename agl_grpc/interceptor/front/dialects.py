@@ -7,10 +7,14 @@ from array import array
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from agl_grpc.interceptor.front.errors import Refusal
 from agl_grpc.interceptor.record import ChoiceRecord
 
 CAPTURED = frozenset({"chat.completions", "completions"})
 """Dialects whose answers can carry token ids."""
+
+
+MOST_PROMPTS = 1000
 
 
 class Asked(NamedTuple):
@@ -27,10 +31,12 @@ NOTHING_ASKED = Asked(stream=False, token_ids=False, logprobs=False, n=1, prompt
 
 
 def asked_by(api: str, body: Mapping[str, Any]) -> Asked:
-    """Read a request as it came."""
+    """Read a request as it came. Raises Refusal for more prompts than are recorded."""
     n = body.get("n")
     prompt = body.get("prompt") if api == "completions" else None
     several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+    if several and isinstance(prompt, list) and len(prompt) > MOST_PROMPTS:
+        raise Refusal(400, "too_many_prompts", f"at most {MOST_PROMPTS} prompts in one request")
     return Asked(
         stream=body.get("stream") is True,
         token_ids=body.get("return_token_ids") is True,
@@ -103,7 +109,8 @@ class Collector:
 
     def _choice(self, choice: dict[str, Any]) -> bool:
         index = choice.get("index")
-        record = self.choices.setdefault(index if isinstance(index, int) else 0, ChoiceRecord(index or 0))
+        number = index if isinstance(index, int) else 0
+        record = self.choices.setdefault(number, ChoiceRecord(number))
         changed = False
         if choice.get("prompt_token_ids") is not None:
             self._prompt(record.index // self._asked.n, choice["prompt_token_ids"])

@@ -12,57 +12,18 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
-from agl_grpc.interceptor.front.attempts import Attempts, KnownAttempt
-from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture
-from agl_grpc.interceptor.front.dialects import Collector, ask_for_ids, asked_by
+from agl_grpc.interceptor.front.attempts import KnownAttempt
+from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR
+from agl_grpc.interceptor.front.dialects import asked_by
 from agl_grpc.interceptor.front.errors import Refusal, upstream_failed
 from agl_grpc.interceptor.front.exchange import Exchange, Outgoing, answer_headers, passed_headers
-from agl_grpc.interceptor.front.external import EXTERNAL, ExternalTraffic
-from agl_grpc.interceptor.front.journal import Journal
-from agl_grpc.interceptor.front.limits import RolloutLimits
-from agl_grpc.interceptor.front.sampling import describe, impose
-from agl_grpc.interceptor.front.settings import ProxySettings
+from agl_grpc.interceptor.front.recording import EVENTS, Counters, Kept, Parts, Recorder
 from agl_grpc.interceptor.front.streams import BrokenStream, Events
 from agl_grpc.interceptor.front.turn import Turn, begin
-from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
-from agl_grpc.interceptor.front.versions import PolicyVersions
+from agl_grpc.interceptor.front.upstreams import Upstream
 from agl_grpc.interceptor.middleware import RETRY_AFTER_SECONDS
-from agl_grpc.interceptor.retries import Retries, tries_of
-from agl_grpc.interceptor.sink import CapturedCall
-from agl_grpc.v1 import model_call_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
-
-_EVENTS = "text/event-stream"
-_RAW_LIMIT = 4 * 1024 * 1024
-_LEFT = "the client went away before it had its whole answer"
-
-
-@dataclasses.dataclass
-class Counters:
-    """What became of the requests since the start."""
-
-    requests: int = 0
-    captured: int = 0
-    unattributed: int = 0
-    refused: int = 0
-    cut: int = 0
-    retries: int = 0
-    in_flight: int = 0
-
-
-@dataclasses.dataclass
-class Parts:
-    """What the handler works with."""
-
-    settings: ProxySettings
-    session: aiohttp.ClientSession
-    upstreams: Upstreams
-    journal: Journal
-    attempts: Attempts
-    versions: PolicyVersions
-    limits: RolloutLimits
-    external: ExternalTraffic | None
 
 
 class Handler:
@@ -72,8 +33,8 @@ class Handler:
         self._parts = parts
         self._settings = parts.settings
         self._exchange = Exchange(parts.session, parts.upstreams)
-        self._retries = Retries()
         self.counters = Counters()
+        self._recorder = Recorder(parts, self.counters)
         self.draining = False
         self.idle = asyncio.Event()
         """Set while no request is under way."""
@@ -114,11 +75,16 @@ class Handler:
         try:
             return await self._read_and_answer(request, turn, known)
         except Refusal as refusal:
-            self._end_failed(turn, ERROR, refusal.message)
+            await self._recorder.refused(turn, refusal)
             raise
-        except (asyncio.CancelledError, ConnectionError):
-            self._client_left(turn)
+        except (asyncio.CancelledError, ConnectionError, web.RequestPayloadError):
+            self._recorder.client_left(turn)
             raise
+        except Exception as error:  # a defect here: the call must be closed, the client told
+            logger.exception("request of %s failed", turn.path)
+            defect = Refusal(500, "internal", "a defect of the proxy; its log has the reason", retry_after=1)
+            self._recorder.failed(turn, ERROR, f"capture failed: {type(error).__name__}")
+            raise defect from error
         finally:
             if rollout and turn.recorded:
                 self._parts.limits.leave(rollout, turn.capture.tokens if turn.capture else 0)
@@ -155,13 +121,13 @@ class Handler:
             refusal = Refusal(
                 413, "request_too_large", f"the body has more than {self._settings.max_body} bytes"
             )
-            self._begin_record(turn, known)
+            self._recorder.begin(turn, known)
             raise refusal from None
         except Refusal:
-            self._begin_record(turn, known)
+            self._recorder.begin(turn, known)
             raise
         turn.asked = asked_by(turn.api, turn.request)
-        body = self._begin_record(turn, known)
+        body = self._recorder.begin(turn, known)
         if turn.method == "GET" and turn.path == "/v1/models":
             return await self._models(turn)
         engines = self._engines(turn)
@@ -169,90 +135,13 @@ class Handler:
         engine.in_flight += 1
         try:
             if turn.capture is not None and turn.collector is not None and answer.status == 200:
-                if answer.content_type == _EVENTS:
+                if answer.content_type == EVENTS:
                     return await self._captured_stream(request, turn, engine, answer)
                 return await self._captured_whole(turn, engine, answer)
             return await self._passed(request, turn, engine, answer)
         finally:
             engine.in_flight -= 1
             answer.close() if not answer.closed else None
-
-    # Before the engine -------------------------------------------------------------------------------------
-
-    def _begin_record(self, turn: Turn, known: KnownAttempt | None) -> bytes:
-        """Impose, ask for ids, announce; the body as it goes to the engine."""
-        if not turn.recorded or (turn.attribution is None and self._parts.external is None):
-            return turn.body
-        attribution = turn.attribution or EXTERNAL
-        explicit = turn.captured and self._settings.token_ids
-        imposed = {} if known is None else known.sampling(turn.model, attribution.mode)
-        if self._settings.temperature is not None and attribution.mode == "train":
-            imposed["temperature"] = self._settings.temperature
-        changed = dict(turn.request)
-        # Traffic that is only listened to is not changed in what it samples.
-        own = turn.attribution is not None and turn.captured
-        replaced = impose(changed, attribution.mode, imposed, explicit=explicit) if own else {}
-        reasons = self._reasons(turn, changed, attribution.notrain)
-        sampling, more = _sampling(changed, replaced)
-        self._start_capture(turn, sampling, [*reasons, *more])
-        return orjson.dumps(changed) if changed != turn.request else turn.body
-
-    def _reasons(self, turn: Turn, changed: dict[str, object], notrain: bool) -> list[str]:
-        reasons = ["the agent asked for /notrain"] if notrain else []
-        training = turn.attribution is not None and turn.attribution.mode == "train"
-        if training and turn.captured and changed.get("use_beam_search"):
-            raise Refusal(
-                400,
-                "beam_search",
-                "beam search cannot be trained: use n with temperature, or the /mode/val base URL",
-            )
-        if not turn.captured:
-            return [*reasons, f"no token ids: from outside {turn.api} does not give them"]
-        if not self._settings.token_ids:
-            return [*reasons, "no token ids: the proxy was told not to ask for them"]
-        obstacle = ask_for_ids(turn.api, changed, turn.asked)
-        turn.collector = Collector(turn.api, turn.asked)
-        return [*reasons, f"no token ids: {obstacle}"] if obstacle else reasons
-
-    def _start_capture(
-        self, turn: Turn, sampling: model_call_pb2.SamplingParameters, reasons: list[str]
-    ) -> None:
-        external = self._parts.external
-        session = turn.headers.get("x-agl-session", "")
-
-        def submit(call: CapturedCall) -> asyncio.Future[None]:
-            if turn.attribution is not None:
-                return self._parts.journal.submit(call)
-            if external is not None:
-                external.submit(session, call)
-            call.durable.set_result(None)
-            return call.durable
-
-        context = turn.context() if turn.attribution else turn.external_context(EXTERNAL)
-        turn.capture = Capture(
-            context,
-            turn.model,
-            sampling,
-            reasons,
-            prompts=turn.asked.prompts,
-            n=turn.asked.n,
-            submit=submit,
-            version=lambda: self._parts.versions.current(turn.model),
-        )
-        if self._settings.keep_raw:
-            turn.capture.raw_request = turn.body
-        if turn.attribution is None:
-            return
-        for number, record in enumerate(turn.capture.records):
-            self._parts.journal.announce(turn.capture.attempt, record.span_id, record.started)
-            digest = hash((turn.digest(), number))
-            retry = self._retries.note(turn.capture.attempt, digest, record.span_id, tries_of(turn.headers))
-            record.retry_of = retry.span_id
-            self.counters.retries += bool(retry.candidates)
-            if retry.candidates > 1:
-                record.untrainable(
-                    f"a retry of one of {retry.candidates} equal calls: which one is not known"
-                )
 
     def _engines(self, turn: Turn) -> list[Upstream]:
         key = turn.credential if turn.attribution is None else turn.attribution.rollout_id
@@ -288,8 +177,6 @@ class Handler:
             return self._settings.upstream_key
         return None if turn.credential.startswith("agl1.") else turn.credential or None
 
-    # After the engine --------------------------------------------------------------------------------------
-
     async def _captured_whole(
         self, turn: Turn, engine: Upstream, answer: aiohttp.ClientResponse
     ) -> web.StreamResponse:
@@ -307,7 +194,7 @@ class Handler:
         changed, _ = collector.take(content)
         if changed:
             data = orjson.dumps(content)
-        self._complete(turn, engine, data if self._settings.keep_raw else b"")
+        self._recorder.complete(turn, engine, data if self._settings.keep_raw else b"")
         await asyncio.wait(capture.durable)
         return web.Response(body=data, status=answer.status, headers=answer_headers(answer.headers))
 
@@ -319,7 +206,7 @@ class Handler:
         assert collector is not None
         response = web.StreamResponse(status=answer.status, headers=answer_headers(answer.headers))
         await response.prepare(request)
-        events, kept = Events(collector), _Kept(self._settings.keep_raw)
+        events, kept = Events(collector), Kept(self._settings.keep_raw)
         try:
             async for chunk in answer.content.iter_any():
                 out = events.feed(chunk)
@@ -330,12 +217,15 @@ class Handler:
                     await response.write(out)
                 events.check()
             events.end()
+        except aiohttp.ClientConnectionResetError:
+            raise  # it is the client's connection that was written to
         except (BrokenStream, aiohttp.ClientError, TimeoutError) as error:
             reason = str(error) if isinstance(error, BrokenStream) else "the engine's stream broke off"
-            self._end_failed(turn, CUT, reason, engine=engine, raw=kept.data)
+            self._recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
             await response.write(upstream_failed(reason).event(turn.api))
+            await asyncio.wait(capture.durable)
         else:
-            self._complete(turn, engine, kept.data, _EVENTS)
+            self._recorder.complete(turn, engine, kept.data, EVENTS)
             await asyncio.wait(capture.durable)
             if events.held:
                 await response.write(events.held)
@@ -346,9 +236,9 @@ class Handler:
         self, request: web.BaseRequest, turn: Turn, engine: Upstream, answer: aiohttp.ClientResponse
     ) -> web.StreamResponse:
         """An answer whose bytes go through as they are; its record says what can be said."""
-        kept = _Kept(self._settings.keep_raw and turn.capture is not None)
+        kept = Kept(self._settings.keep_raw and turn.capture is not None)
         headers = answer_headers(answer.headers)
-        if answer.content_type != _EVENTS:
+        if answer.content_type != EVENTS:
             data = await _whole(answer)
             kept.add(data)
             await self._end_passed(turn, engine, answer, kept.data, said=data)
@@ -359,9 +249,11 @@ class Handler:
             async for chunk in answer.content.iter_any():
                 kept.add(chunk)
                 await response.write(chunk)
+        except aiohttp.ClientConnectionResetError:
+            raise
         except (aiohttp.ClientError, TimeoutError):
             reason = "the engine's stream broke off"
-            self._end_failed(turn, CUT, reason, engine=engine, raw=kept.data)
+            self._recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
             await response.write(upstream_failed(reason).event(turn.api))
         await self._end_passed(turn, engine, answer, kept.data)
         await response.write_eof()
@@ -379,58 +271,12 @@ class Handler:
             return
         if answer.status >= 400:
             reason = f"the engine answered {answer.status}: {said[:300].decode(errors='replace')}"
-            self._end_failed(turn, ERROR, reason, engine=engine, raw=raw)
+            self._recorder.failed(turn, ERROR, reason, engine=engine, raw=raw)
         else:
             turn.capture.finish(COMPLETE, None, engine, raw_response=raw, media_type=answer.content_type)
             self.counters.captured += 1
         if turn.capture.durable:
             await asyncio.wait(turn.capture.durable)
-
-    def _complete(
-        self, turn: Turn, engine: Upstream, raw: bytes, media_type: str = "application/json"
-    ) -> None:
-        capture, collector = turn.capture, turn.collector
-        assert capture is not None
-        assert collector is not None
-        outcome = COMPLETE
-        if collector.error:
-            outcome = ERROR
-        elif any(choice.finish_reason == "abort" for choice in collector.choices.values()):
-            outcome = CUT
-        capture.finish(
-            outcome,
-            collector,
-            engine,
-            error=collector.error,
-            raw_response=raw,
-            media_type=media_type,
-            logprobs_mode=self._settings.logprobs_mode,
-        )
-        self.counters.captured += 1
-
-    def _end_failed(
-        self, turn: Turn, outcome: int, reason: str, *, engine: Upstream | None = None, raw: bytes = b""
-    ) -> None:
-        """The record of a call that came to no good end: what came of it, and why."""
-        if turn.capture is None:
-            return
-        self.counters.cut += outcome == CUT
-        turn.capture.finish(
-            outcome,
-            turn.collector,
-            engine,
-            error=reason,
-            raw_response=raw,
-            media_type=_EVENTS if turn.asked.stream else "application/json",
-            logprobs_mode=self._settings.logprobs_mode,
-        )
-
-    def _client_left(self, turn: Turn) -> None:
-        if turn.capture is None:
-            return
-        for record in turn.capture.records:
-            self._retries.lost(turn.capture.attempt, record.span_id)
-        self._end_failed(turn, CUT, _LEFT)
 
     async def _models(self, turn: Turn) -> web.StreamResponse:
         """All engines' models in one list."""
@@ -450,26 +296,6 @@ class Handler:
         return web.Response(body=body, content_type="application/json")
 
 
-class _Kept:
-    """A stream's bytes for its record, as far as they are wanted and not too many."""
-
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._chunks: list[bytes] = []
-        self._size = 0
-
-    def add(self, chunk: bytes) -> None:
-        """Keep a chunk."""
-        self._size += len(chunk)
-        if self._wanted and self._size <= _RAW_LIMIT:
-            self._chunks.append(chunk)
-
-    @property
-    def data(self) -> bytes:
-        """All of it; nothing when it was too much."""
-        return b"".join(self._chunks) if self._size <= _RAW_LIMIT else b""
-
-
 def refused(refusal: Refusal, api: str) -> web.Response:
     """A refusal as an answer."""
     headers = {**refusal.headers(), "content-type": "application/json"}
@@ -487,13 +313,3 @@ async def _whole(answer: aiohttp.ClientResponse) -> bytes:
         raise upstream_failed("the engine's answer broke off") from error
     except TimeoutError:
         raise Refusal(504, "upstream_timeout", "the engine's answer did not come in time") from None
-
-
-def _sampling(
-    request: dict[str, object], replaced: dict[str, object]
-) -> tuple[model_call_pb2.SamplingParameters, list[str]]:
-    try:
-        return describe(request, replaced)
-    except (TypeError, ValueError):
-        # The engine will say what is wrong with them.
-        return model_call_pb2.SamplingParameters(), ["sampling parameters of a wrong type"]

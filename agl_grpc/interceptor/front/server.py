@@ -21,9 +21,10 @@ from aiohttp.web_protocol import RequestHandler
 
 from agl_grpc.interceptor.front.attempts import Attempts
 from agl_grpc.interceptor.front.external import ExternalTraffic
-from agl_grpc.interceptor.front.handler import Handler, Parts
+from agl_grpc.interceptor.front.handler import Handler
 from agl_grpc.interceptor.front.journal import Journal
 from agl_grpc.interceptor.front.limits import RolloutLimits
+from agl_grpc.interceptor.front.recording import Parts
 from agl_grpc.interceptor.front.settings import ProxySettings, UpstreamSpec
 from agl_grpc.interceptor.front.upstreams import Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions

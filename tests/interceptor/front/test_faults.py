@@ -44,6 +44,25 @@ async def test_bad_requests_are_refused_in_the_dialects_shape_and_recorded(
     assert "more than 1000 bytes" in reasons[2]
 
 
+async def test_more_prompts_than_are_recorded_and_defects_are_refused(
+    scripted: ScriptedStore, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with proxy_before(scripted.address, tmp_path, engine) as rig:
+        body = {"model": "tiny", "prompt": ["x"] * 1001}
+        many = await rig.http.post(rig.base() + "/v1/completions", json=body)
+        assert (many.status_code, many.json()["error"]["code"]) == (400, "too_many_prompts")
+
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("agl_grpc.interceptor.front.dialects.Collector.take", broken)
+        defect = await rig.chat()
+        assert (defect.status_code, defect.json()["error"]["code"]) == (500, "internal")
+        ((call, _),) = await recorded(scripted)
+        await eventually(lambda: not scripted.open_calls, what="the call is closed")
+    assert call.outcome == ERROR
+
+
 async def garbage(request: web.BaseRequest, body: dict[str, Any]) -> web.StreamResponse:
     return web.Response(body=b"<html>", content_type="application/json")
 

@@ -117,7 +117,7 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 
 .PHONY: test
 test: check-proto check-protoc lint test-fast engines peers ## Everything: lint, the fast suite, real vLLM and real verl
-	.venv/bin/python -m pytest -m e2e
+	.venv/bin/python -m pytest -m e2e -n 2 --dist loadfile
 
 .PHONY: conformance
 conformance: .venv/dev-ready .venv-go/ready ## Replay the shared vectors in every language; prints a matrix

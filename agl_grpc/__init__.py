@@ -39,7 +39,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "prompt_rollout",
         "rollout",
     ),
-    "agl_grpc.algorithm": ("VERL", "Algorithm", "algo"),
+    "agl_grpc.algorithm": ("APO", "GEPA", "VERL", "Algorithm", "Baseline", "algo"),
     "agl_grpc.client": (
         "LeaseStream",
         "SpanGroup",
@@ -75,7 +75,24 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "register_resource",
     ),
     "agl_grpc.runner": ("Hook", "LitAgentRunner"),
+    "agl_grpc.sample.adapter": (
+        "Adapter",
+        "LlmProxyTraceToTriplet",
+        "OtelTraceAdapter",
+        "RewardMatchPolicy",
+        "TraceAdapter",
+        "TraceToMessages",
+        "TracerTraceToTriplet",
+        "Triplet",
+    ),
     "agl_grpc.tracer": ("AgentOpsTracer", "OtelTracer", "Tracer"),
+    "agl_grpc.trainer.legacy": (
+        "AgentLightningClient",
+        "AgentLightningServer",
+        "DevTaskLoader",
+        "RolloutLegacy",
+        "Task",
+    ),
     "agl_grpc.trainer": ("Trainer", "TrainerError"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -104,8 +121,11 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.agent import operation as operation
     from agl_grpc.agent import prompt_rollout as prompt_rollout
     from agl_grpc.agent import rollout as rollout
+    from agl_grpc.algorithm import APO as APO
+    from agl_grpc.algorithm import GEPA as GEPA
     from agl_grpc.algorithm import VERL as VERL
     from agl_grpc.algorithm import Algorithm as Algorithm
+    from agl_grpc.algorithm import Baseline as Baseline
     from agl_grpc.algorithm import algo as algo
     from agl_grpc.client import LeaseStream as LeaseStream
     from agl_grpc.client import SpanGroup as SpanGroup
@@ -139,11 +159,24 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.model import register_resource as register_resource
     from agl_grpc.runner import Hook as Hook
     from agl_grpc.runner import LitAgentRunner as LitAgentRunner
+    from agl_grpc.sample.adapter import Adapter as Adapter
+    from agl_grpc.sample.adapter import LlmProxyTraceToTriplet as LlmProxyTraceToTriplet
+    from agl_grpc.sample.adapter import OtelTraceAdapter as OtelTraceAdapter
+    from agl_grpc.sample.adapter import RewardMatchPolicy as RewardMatchPolicy
+    from agl_grpc.sample.adapter import TraceAdapter as TraceAdapter
+    from agl_grpc.sample.adapter import TracerTraceToTriplet as TracerTraceToTriplet
+    from agl_grpc.sample.adapter import TraceToMessages as TraceToMessages
+    from agl_grpc.sample.adapter import Triplet as Triplet
     from agl_grpc.tracer import AgentOpsTracer as AgentOpsTracer
     from agl_grpc.tracer import OtelTracer as OtelTracer
     from agl_grpc.tracer import Tracer as Tracer
     from agl_grpc.trainer import Trainer as Trainer
     from agl_grpc.trainer import TrainerError as TrainerError
+    from agl_grpc.trainer.legacy import AgentLightningClient as AgentLightningClient
+    from agl_grpc.trainer.legacy import AgentLightningServer as AgentLightningServer
+    from agl_grpc.trainer.legacy import DevTaskLoader as DevTaskLoader
+    from agl_grpc.trainer.legacy import RolloutLegacy as RolloutLegacy
+    from agl_grpc.trainer.legacy import Task as Task
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from agl_grpc.algorithm.base import Algorithm, Dataset
+from agl_grpc.algorithm.concurrency import together
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.rollouts import primary_rewards, run_rollouts
 from agl_grpc.model import EnqueueRolloutRequest, Rollout, RolloutMode, Span
@@ -76,9 +77,7 @@ class Baseline(FastAlgorithm):
                 async for rollout in run_rollouts(self.get_store(), [request]):
                     await self._ended(rollout, result, len(tasks))
 
-        async with asyncio.TaskGroup() as group:
-            for task, mode in tasks:
-                group.create_task(one(task, mode))
+        await together(one(task, mode) for task, mode in tasks)
         self.get_reporter().say(f"{len(tasks)} rollouts, mean reward {result.mean:.3f}")
         return result
 

@@ -174,14 +174,20 @@ class SpanCalls(Connection):
         sealed_only: bool = False,
         cursor: str = "",
         run_id: str | None = None,
+        delta_prompts: bool = False,
     ) -> AsyncIterator[span_pb2.StoredSpan]:
-        """All spans of a run or of some rollouts in the contract's own form, resumed after disconnects."""
+        """All spans of a run or of some rollouts in the contract's own form, resumed after disconnects.
+
+        With ``delta_prompts`` prompts stay differences to earlier calls, as they are stored:
+        `agl_grpc.sample` reads them so, and a conversation travels once instead of once a turn.
+        """
         request = pb.ExportSpansRequest(
             run_id=self.run_or_default(run_id),
             rollout_ids=rollout_ids,
             model_calls_only=model_calls_only,
             sealed_only=sealed_only,
             cursor=cursor,
+            delta_prompts=delta_prompts,
         )
         return self._exported(request)
 

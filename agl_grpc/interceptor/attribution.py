@@ -45,12 +45,17 @@ class Attribution:
 
 @dataclass
 class CallContext:
-    """One HTTP request of an attempt while it is served: `durable` resolve when its calls are on disk."""
+    """One HTTP request of an attempt while it is served: `durable` resolve when its calls are on disk.
+
+    `external` is set where the request names no attempt but is recorded all the same: its session, which may
+    be empty.
+    """
 
     attribution: Attribution
     api: str
     trace_id: bytes = b""
     parent_span_id: bytes = b""
+    external: str | None = None
     durable: list[asyncio.Future[None]] = field(default_factory=list)
 
 

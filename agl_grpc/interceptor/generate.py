@@ -13,6 +13,7 @@ from agl_grpc.interceptor.attribution import CURRENT, CallContext
 from agl_grpc.interceptor.record import CallRecord, EngineIdentity, to_span
 from agl_grpc.interceptor.resume import AbortResumer
 from agl_grpc.interceptor.sampling import capture_params, sampling_message, untrainable_reasons
+from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.interceptor.versions import runs_from_starts
 from agl_grpc.v1 import model_call_pb2, span_pb2
 
@@ -55,7 +56,8 @@ class GenerateWrapper:
     """Replaces `generate` of an engine client by a capturing one that behaves the same.
 
     `refuse` builds the exception by which vLLM answers 400, `fail` the one for an answer that the engine
-    aborted for good; `resume_timeout` seconds is how long such an abort may last.
+    aborted for good; `resume_timeout` seconds is how long such an abort may last. `record_external` takes
+    ended calls that name no attempt, with their session.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class GenerateWrapper:
         refuse: Callable[[str], Exception],
         fail: Callable[[str], Exception],
         resume_timeout: float,
+        record_external: Callable[[str, CapturedCall], None] | None = None,
     ) -> None:
+        self._record_external = record_external
         self._client = engine_client
         self._sink = sink
         self._identity = identity
@@ -132,13 +136,14 @@ class GenerateWrapper:
             self.unattributed += 1
             return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
         if "-beam-" in request_id:
-            if context.attribution.mode == "train":
+            if context.attribution.mode == "train" and context.external is None:
                 raise self._refuse(
                     "beam search cannot be trained: use n with temperature, or the /mode/val base URL"
                 )
             self.unattributed += 1
             return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
-        override = self._temperature if context.attribution.mode == "train" else None
+        imposed = context.attribution.mode == "train" and context.external is None
+        override = self._temperature if imposed else None
         params = capture_params(sampling_params, override)
         call = self._begin(context, prompt, params, sampling_params, request_id, kwargs.get("lora_request"))
         return self._capture(call, self._generate(prompt, params, request_id, *args, **kwargs))
@@ -158,7 +163,9 @@ class GenerateWrapper:
             if prompt.get("mm_kwargs"):
                 record.untrainable("multimodal prompt: only its token ids are captured")
         call = self._open[request_id] = _OpenCall(record, asked.logprobs is not None)
-        self._sink.announce((attribution.rollout_id, attribution.attempt_id), record.span_id, record.started)
+        if context.external is None:
+            attempt = (attribution.rollout_id, attribution.attempt_id)
+            self._sink.announce(attempt, record.span_id, record.started)
         return call
 
     def _on_sequence(self, request_id: str, state: Any, request: Any) -> None:
@@ -234,11 +241,11 @@ class GenerateWrapper:
         record = call.record
         record.end()
         self._open.pop(record.request_id, None)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
         if not call.states:
             # Refused before it reached the engine: there are no tokens to keep.
             self._sink.abandon(record.span_id)
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            done.set_result(None)
             return done
         for index, state in call.states.items():
             self._resumer.forget(state)
@@ -249,12 +256,12 @@ class GenerateWrapper:
         ):
             record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_CUT
         self.captured += 1
-        attribution = record.context.attribution
-        durable = self._sink.submit(
-            (attribution.rollout_id, attribution.attempt_id),
-            to_span(record, self._identity),
-            record.prompt_ids,
-        )
+        attribution, session = record.context.attribution, record.context.external
+        attempt, span = (attribution.rollout_id, attribution.attempt_id), to_span(record, self._identity)
+        if session is not None and self._record_external is not None:
+            self._record_external(session, CapturedCall(attempt, span, record.prompt_ids))
+            return done
+        durable = self._sink.submit(attempt, span, record.prompt_ids)
         record.context.durable.append(durable)
         return durable
 

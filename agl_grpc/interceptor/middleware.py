@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -15,9 +16,12 @@ from agl_grpc.interceptor.attribution import (
     CallContext,
     api_of,
     attribution_of_credential,
+    attribution_of_headers,
     parse_path,
     parse_traceparent,
 )
+from agl_grpc.interceptor.external import EXTERNAL
+from agl_grpc.interceptor.refusals import Refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -29,6 +33,10 @@ RETRY_AFTER_SECONDS = 5
 STATUS_PATH = "/agl/interceptor"
 _CLOSED = "no such path here: under an attempt's base URL only inference paths exist"
 _FULL = "the capture spool is full because the store has been away for too long: try later"
+_UNATTRIBUTED = (
+    "calls that name no attempt are refused here: use the attempt's base URL, its credential as API key, or "
+    "the headers x-rollout-id and x-attempt-id"
+)
 
 
 class Running(Protocol):
@@ -36,6 +44,15 @@ class Running(Protocol):
 
     def accepting(self) -> bool:
         """False when new attributed calls cannot be made durable: the spool is full."""
+        ...
+
+    @property
+    def unattributed(self) -> str:
+        """What becomes of calls that name no attempt: ``serve``, ``record`` or ``refuse``."""
+        ...
+
+    def admit(self, attribution: Attribution) -> None:
+        """Raises Refusal for an attempt that is known to be over, unknown, or not the credential's."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -50,9 +67,10 @@ class Running(Protocol):
 class AttributionMiddleware:
     """vLLM's ``--middleware``: rewrites ``/rollout/ID/attempt/ID/v1/…`` to ``/v1/…``, noting whose it is.
 
-    An attempt credential as API key attributes plain ``/v1/…`` paths. Other requests pass untouched. The
-    final body message of an attributed answer waits until its calls are durable. ``GET /agl/interceptor``
-    answers what was captured and where it is; the interceptor is stopped with the server.
+    An attempt credential as API key and the headers ``x-rollout-id`` and ``x-attempt-id`` attribute plain
+    ``/v1/…`` paths. Other requests pass untouched, unless they are to be recorded or refused. The final body
+    message of an attributed answer waits until its calls are durable. ``GET /agl/interceptor`` answers what
+    was captured and where it is; the interceptor is stopped with the server.
     """
 
     interceptor: Running | None = None
@@ -70,28 +88,55 @@ class AttributionMiddleware:
             await self._app(scope, self._stopping_first(receive), send)
             return
         if scope["path"] == STATUS_PATH:
-            await _answer(
-                send, 200, {"enabled": False} if self.interceptor is None else self.interceptor.describe()
-            )
+            state = {"enabled": False} if self.interceptor is None else self.interceptor.describe()
+            await _answer(send, 200, json.dumps(state).encode())
             return
-        credential = _credential(dict(scope["headers"]))
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         # The raw path: in the decoded one a slash inside an id cannot be told from a separator.
         raw_path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
-        parsed = _attributed(raw_path, credential)
-        if parsed is None:
-            if scope["path"].startswith("/rollout/"):
-                await _refuse(send, scope["type"], 404, _CLOSED)
-            else:
-                await self._app(scope, receive, send)
+        parsed = _attributed(raw_path, headers)
+        api = api_of(raw_path if parsed is None else parsed[1])
+        try:
+            if parsed is None:
+                await self._pass(scope, receive, send, headers, api)
+                return
+            if scope["type"] != "http" or api is None:
+                raise Refusal(404, "no_such_path", _CLOSED)
+            attribution, path = parsed
+            self._admit(attribution)
+        except Refusal as refusal:
+            await _refuse(send, scope["type"], refusal, api or "")
             return
-        attribution, path = parsed
-        api = api_of(path)
-        if scope["type"] != "http" or api is None:
-            await _refuse(send, scope["type"], 404, _CLOSED)
-        elif self.interceptor is not None and not self.interceptor.accepting():
-            await _refuse(send, "http", 503, _FULL)
-        else:
-            await self._serve(scope, receive, send, attribution, path, api)
+        traceparent = parse_traceparent(headers.get("traceparent", ""))
+        await self._serve(
+            self._rewrite(scope, path), receive, send, CallContext(attribution, api, *traceparent)
+        )
+
+    def _admit(self, attribution: Attribution) -> None:
+        if self.interceptor is None:
+            return
+        if not self.interceptor.accepting():
+            raise Refusal(503, "spool_full", _FULL, retry_after=RETRY_AFTER_SECONDS)
+        self.interceptor.admit(attribution)
+
+    async def _pass(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], api: str | None
+    ) -> None:
+        """A request without attribution: as the operator wants it."""
+        if scope["path"].startswith("/rollout/"):
+            raise Refusal(404, "no_such_path", _CLOSED)
+        policy = (
+            "serve" if self.interceptor is None or api in (None, "models") else self.interceptor.unattributed
+        )
+        if policy == "refuse":
+            raise Refusal(403, "unattributed", _UNATTRIBUTED)
+        if policy == "serve" or api is None or scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        session = headers.get("x-agl-session", "")
+        attribution = dataclasses.replace(EXTERNAL, rollout_id=session or uuid.uuid4().hex)
+        traceparent = parse_traceparent(headers.get("traceparent", ""))
+        await self._serve(scope, receive, send, CallContext(attribution, api, *traceparent, external=session))
 
     def _stopping_first(self, receive: Receive) -> Receive:
         """The interceptor ends before the application: vLLM's own end takes the engine's state away."""
@@ -104,14 +149,10 @@ class AttributionMiddleware:
 
         return received
 
-    async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, attribution: Attribution, path: str, api: str
-    ) -> None:
-        traceparent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
-        context = CallContext(attribution, api, *parse_traceparent(traceparent))
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, context: CallContext) -> None:
         token = CURRENT.set(context)
         try:
-            await self._app(self._rewrite(scope, path), receive, _holding_last_byte(send, context))
+            await self._app(scope, receive, _holding_last_byte(send, context))
         finally:
             CURRENT.reset(token)
 
@@ -125,19 +166,23 @@ class AttributionMiddleware:
         return rewritten
 
 
-def _attributed(path: str, credential: str) -> tuple[Attribution, str] | None:
+def _attributed(path: str, headers: dict[str, str]) -> tuple[Attribution, str] | None:
+    """Whose request it is, by URL, else by API key, else by headers; and the engine's own path."""
+    credential = _credential(headers)
     parsed = parse_path(path)
     if parsed is not None:
         return dataclasses.replace(parsed[0], credential=credential), parsed[1]
-    whose = None if path.startswith("/rollout/") else attribution_of_credential(credential)
+    if path.startswith("/rollout/"):
+        return None
+    whose = attribution_of_credential(credential) or attribution_of_headers(headers)
     return None if whose is None else (whose, path)
 
 
-def _credential(headers: dict[bytes, bytes]) -> str:
-    bearer = headers.get(b"authorization", b"").decode("latin-1")
+def _credential(headers: dict[str, str]) -> str:
+    bearer = headers.get("authorization", "")
     if bearer[:7].lower() == "bearer ":
         return bearer[7:].strip()
-    return headers.get(b"x-api-key", b"").decode("latin-1").strip()
+    return headers.get("x-api-key", "").strip()
 
 
 def _holding_last_byte(send: Send, context: CallContext) -> Send:
@@ -150,19 +195,15 @@ def _holding_last_byte(send: Send, context: CallContext) -> Send:
     return held
 
 
-async def _refuse(send: Send, kind: str, status: int, reason: str) -> None:
+async def _refuse(send: Send, kind: str, refusal: Refusal, api: str) -> None:
     if kind == "websocket":
-        await send({"type": "websocket.close", "code": 1008, "reason": reason})
+        await send({"type": "websocket.close", "code": 1008, "reason": refusal.message})
         return
-    body = {"error": {"message": reason, "type": "agl_grpc", "code": status}}
-    retry = [(b"retry-after", str(RETRY_AFTER_SECONDS).encode())] if status == 503 else []
-    await _answer(send, status, body, retry)
+    await _answer(send, refusal.status, refusal.body(api), refusal.headers())
 
 
-async def _answer(
-    send: Send, status: int, content: dict[str, Any], more: Sequence[tuple[bytes, bytes]] = ()
-) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
+async def _answer(send: Send, status: int, body: bytes, more: Mapping[str, str] | None = None) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in (more or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

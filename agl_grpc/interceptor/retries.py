@@ -64,10 +64,14 @@ class Retries:
 
     @staticmethod
     def _repeats(calls: list[_Seen], digest: int, tries: int) -> Retry:
-        equal = [call for call in calls if call.digest == digest and not call.repeated]
-        if tries:
-            # The try before; it may not have come this far.
-            equal = [call for call in equal if call.tries == tries - 1]
+        # The try before, which may not have come this far; without a word from the client what it has lost.
+        equal = [
+            call
+            for call in calls
+            if (call.tries == tries - 1 if tries else call.lost)
+            and call.digest == digest
+            and not call.repeated
+        ]
         lost = [call for call in equal if call.lost]
         chosen = lost[:1] or (equal if tries else [])
         if len(chosen) > 1:

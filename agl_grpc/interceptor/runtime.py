@@ -11,12 +11,15 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from agl_grpc.interceptor.attempts import Attempts
+from agl_grpc.interceptor.attribution import Attribution
 from agl_grpc.interceptor.control import EngineControl
+from agl_grpc.interceptor.external import ExternalTraffic
 from agl_grpc.interceptor.generate import GenerateWrapper
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.record import EngineIdentity
 from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
-from agl_grpc.interceptor.sink import CaptureSink
+from agl_grpc.interceptor.sink import CapturedCall, CaptureSink
 from agl_grpc.interceptor.spool import Spool
 from agl_grpc.interceptor.swap import EngineBroken, WeightSwapper
 from agl_grpc.interceptor.transport import AppendTransport, open_channel
@@ -40,8 +43,11 @@ class Interceptor:
         wrapper: GenerateWrapper,
         control: EngineControl,
         swapper: WeightSwapper,
+        external: ExternalTraffic | None,
     ) -> None:
         self._settings = settings
+        self._attempts = Attempts(channel)
+        self._external = external
         self._channel = channel
         self._spool = spool
         self._sink = sink
@@ -62,6 +68,9 @@ class Interceptor:
         spool = Spool(settings.spool_path(), settings.spool_bytes)
         channel = open_channel(settings.store)
         sink = CaptureSink(AppendTransport(channel), spool, settings.ack_timeout)
+        external = None
+        if settings.unattributed == "record":
+            external = ExternalTraffic(channel, _SinkJournal(sink), settings.external_run)
         model = served_model(engine_client)
         version = f"vllm {vllm_version()}"
         processed = getattr(engine_client.model_config, "logprobs_mode", "") == "processed_logprobs"
@@ -74,6 +83,7 @@ class Interceptor:
             refuse=_bad_request,
             fail=_unavailable,
             resume_timeout=settings.resume_timeout,
+            record_external=external.submit if external else None,
         )
         wrapper.install()
         engine = policy_pb2.Engine(
@@ -90,7 +100,7 @@ class Interceptor:
         logger.info(
             "capture on: store %s, run %s, engine %s", settings.store, settings.run_id, settings.engine_id
         )
-        running = cls(settings, channel, spool, sink, wrapper, control, swapper)
+        running = cls(settings, channel, spool, sink, wrapper, control, swapper, external)
         AttributionMiddleware.interceptor = running
         AttributionMiddleware.engine_key = api_key or os.environ.get("VLLM_API_KEY") or None
         return running
@@ -98,6 +108,18 @@ class Interceptor:
     def accepting(self) -> bool:
         """Whether new attributed calls can be made durable."""
         return self._sink.accepting()
+
+    @property
+    def unattributed(self) -> str:
+        """What becomes of calls that name no attempt."""
+        return self._settings.unattributed
+
+    def admit(self, attribution: Attribution) -> None:
+        """Raises Refusal for an attempt that is known to be over, unknown, or not the credential's.
+
+        It does not wait for the store: what is not known is asked for meanwhile.
+        """
+        self._attempts.admit_at_once(attribution)
 
     def describe(self) -> dict[str, Any]:
         """Counters for people and tests."""
@@ -108,6 +130,7 @@ class Interceptor:
             "policy_version": self._wrapper.policy_version,
             "captured": self._wrapper.captured,
             "unattributed": self._wrapper.unattributed,
+            "external": self._external.recorded if self._external else 0,
             "resumed": self._wrapper.resumed,
             "store_away": self._sink.away,
             "spool_bytes": self._spool.size,
@@ -129,6 +152,9 @@ class Interceptor:
         """Deliver or spool what was captured and let go of the store."""
         self._task.cancel()
         await asyncio.wait([self._task])
+        await self._attempts.close()
+        if self._external is not None:
+            await self._external.close()
         await self._sink.close()
         await self._channel.close()
 
@@ -142,6 +168,18 @@ class Interceptor:
             os.kill(os.getpid(), signal.SIGTERM)
         except Exception:  # a defect here must be seen: without the watch this engine takes no new weights
             logger.exception("the watch of policy versions ended for good; restart the engine")
+
+
+class _SinkJournal:
+    """The sink, as recorded external traffic wants it."""
+
+    def __init__(self, sink: CaptureSink) -> None:
+        self.announce = sink.announce
+        self._sink = sink
+
+    def submit(self, call: CapturedCall) -> asyncio.Future[None]:
+        """As `CaptureSink.submit`."""
+        return self._sink.submit(call.attempt, call.span, call.prompt)
 
 
 def served_model(engine_client: Any) -> str:

@@ -9,6 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 PREFIX = "AGL_INTERCEPTOR_"
+
+UNATTRIBUTED = ("serve", "record", "refuse")
+"""What may become of calls that name no attempt."""
+
 DEFAULT_SPOOL_BYTES = 10 * 1000**3
 
 FAILURE_FILE = "AGL_INTERCEPTOR_FAILURE_FILE"
@@ -26,7 +30,9 @@ class Settings:
     own temperature in train mode (None: theirs); `endpoint` is the base URL told to the store (empty: from
     vLLM's host, port); `resume_timeout` how long (seconds) answers wait for an engine that aborted them
     itself; `keep_weights` whether the weights that serve are also kept beside the spool, for a restart;
-    `loader` how vLLM is entered: ``auto``, or ``class`` also where it has endpoint plugins.
+    `loader` how vLLM is entered: ``auto``, or ``class`` also where it has endpoint plugins; `unattributed`
+    what becomes of calls that name no attempt: ``serve`` them, ``record`` them too, as rollouts of the run
+    `external_run`, or ``refuse`` them.
     """
 
     store: str
@@ -41,6 +47,8 @@ class Settings:
     resume_timeout: float = 600.0
     keep_weights: bool = True
     loader: str = "auto"
+    unattributed: str = "serve"
+    external_run: str = "external"
 
     def environment(self) -> dict[str, str]:
         """As environment variables, for `from_environment` in another process."""
@@ -71,6 +79,8 @@ class Settings:
             resume_timeout=float(given.get("resume_timeout", "600")),
             keep_weights=given.get("keep_weights", "True") == "True",
             loader=given.get("loader", "auto"),
+            unattributed=given.get("unattributed", "serve"),
+            external_run=given.get("external_run", "external"),
         )
 
     def spool_path(self) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import struct
@@ -83,6 +82,7 @@ class Spool:
         self._reader: tuple[int, int] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._disk_full = False
+        self._unlinks: set[asyncio.Future[None]] = set()
         self.damaged = 0
         """Records lost to torn or damaged files, found at start."""
         for path in sorted(folder.glob(f"*{_SUFFIX}")):
@@ -152,6 +152,8 @@ class Spool:
             await asyncio.wait([self._writer])
         self._close_current()
         self._close_reader()
+        if self._unlinks:
+            await asyncio.wait(self._unlinks)
         os.close(self._lock)
 
     async def _write_pending(self) -> None:
@@ -222,9 +224,19 @@ class Spool:
                 self._file = None
         if self._reader is not None and self._reader[0] == segment.number:
             self._close_reader()
-        with contextlib.suppress(FileNotFoundError):
-            segment.path.unlink()
+        self._unlink(segment.path)
         self._segments.pop(segment.number, None)
+
+    def _unlink(self, path: Path) -> None:
+        """Delete a file beside the event loop: a large one takes milliseconds."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            path.unlink(missing_ok=True)
+            return
+        deleted = loop.run_in_executor(None, path.unlink, True)
+        self._unlinks.add(deleted)
+        deleted.add_done_callback(self._unlinks.discard)
 
     def _read_segment(self, path: Path) -> None:
         segment = _Segment(int(path.stem), path, path.stat().st_size, 0)

@@ -40,7 +40,7 @@ async def read_attempts(
 
 
 async def _spans(client: StoreClient, ids: list[str]) -> list[span_pb2.StoredSpan]:
-    spans = client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=True)
+    spans = client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=True, delta_prompts=True)
     return [span async for span in spans]
 
 

@@ -25,7 +25,6 @@ from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.model.enums import TrainingRunStatus
-from agl_grpc.sample import SampleRules
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -197,7 +196,7 @@ def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, trainin
         output / f"learner-{training.identity.trainer_epoch}.json",
         {"config": verl, "device": device, "seed": config.seed, "sft": asdict(config.sft)},
     )
-    found = sft.collect(link, config.run_id, _sample_rules(config), config.sft)
+    found = sft.collect(link, config.run_id, config.samples.rules(config.model.name), config.sft)
     say(f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
     os.environ.update(worker_environment(device))
 
@@ -209,15 +208,6 @@ def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, trainin
     worker, step = sft.train(verl, config.sft, found, config.seed, on_step)
     saved = sft.save(worker, output / "checkpoints", step, training.identity.origin)
     training.commit(saved.name, [], step)
-
-
-def _sample_rules(config: RunConfig) -> SampleRules:
-    return SampleRules(
-        model=config.model.name,
-        agents=frozenset(config.samples.agents),
-        train_truncated=config.samples.train_truncated,
-        reward_name=config.samples.reward_name,
-    )
 
 
 def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[dict[str, Any], int]:
@@ -276,7 +266,7 @@ def _assemble(
         link,
         identity,
         rules=config.rollouts,
-        samples=_sample_rules(config),
+        samples=config.samples.rules(config.model.name),
         lineage=lineage,
         rewards=frozen_rewards(replay),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -90,6 +92,7 @@ def local_ray(*, device: str, gpus: int, address: str = "") -> Iterator[None]:
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
     }
+    handler = signal.getsignal(signal.SIGTERM)
     _start(
         address=address or "local",
         **({} if address else started_here),
@@ -97,6 +100,9 @@ def local_ray(*, device: str, gpus: int, address: str = "") -> Iterator[None]:
         log_to_driver=bool(os.environ.get("AGL_LEARNER_WORKER_LOGS")),
         runtime_env={"env_vars": environment},
     )
+    if threading.current_thread() is threading.main_thread():
+        # Ray's start takes SIGTERM for itself, and answers it with a stack trace and the process's end.
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import orjson
 
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.model.rollout import RolloutConfig
+from agl_grpc.sample import OverLong, SampleRules, Truncated
 
 S = TypeVar("S")
 
@@ -43,13 +44,36 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """Which calls are trained: of these agents (empty = all); answers cut by the length limit or not; which
-    reward.
+    """Which calls are trained, and how rewards count; see ``agl_grpc.sample.SampleRules``.
+
+    ``agents`` empty = all. ``truncated`` says of answers cut by the length limit: ``mask``, ``train`` or
+    ``drop``. ``reward_weights`` name several rewards that count as their weighted sum, in place of
+    ``reward_name``. ``over_long`` says of rows above ``max_row_tokens`` (0 = no limit): ``drop`` or ``cut``.
     """
 
     agents: tuple[str, ...] = ()
-    train_truncated: bool = False
+    truncated: str = "mask"
     reward_name: str = "primary"
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    max_row_tokens: int = 0
+    over_long: str = "drop"
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.rules("")
+
+    def rules(self, model: str) -> SampleRules:
+        """The rules for a model. Raises ValueError for what is none of the above."""
+        return SampleRules(
+            model=model,
+            agents=frozenset(self.agents),
+            truncated=Truncated(self.truncated),
+            reward_name=self.reward_name,
+            reward_weights=tuple(sorted(self.reward_weights.items())),
+            max_row_tokens=self.max_row_tokens,
+            over_long=OverLong(self.over_long),
+            discount=self.discount,
+        )
 
 
 @dataclass(frozen=True)

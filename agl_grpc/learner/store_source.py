@@ -26,6 +26,7 @@ from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from agl_grpc.sample import AttemptSamples, Sample, SampleRules
+from agl_grpc.sample.wire import rules_to_proto
 
 
 class StoreSource:
@@ -182,7 +183,13 @@ class StoreSource:
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
         mine = self._identity
-        work = self._client.claim_batch(mine.training_run_id, mine.trainer_epoch, step, rollout_ids)
+        work = self._client.claim_batch(
+            mine.training_run_id,
+            mine.trainer_epoch,
+            step,
+            rollout_ids,
+            rules=rules_to_proto(self._samples),
+        )
         batch = self._link.run(work)
         entries = []
         for entry in batch.entries:

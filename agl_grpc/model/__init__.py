@@ -43,7 +43,7 @@ from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from agl_grpc.model.run import Group, Run
 from agl_grpc.model.span import Event, Link, Span, SpanCoreFields, TraceStatus
-from agl_grpc.model.training import Batch, ManifestEntry, StepMetrics, TrainingRun
+from agl_grpc.model.training import Batch, LogLine, ManifestEntry, StepMetrics, TrainingRun
 from agl_grpc.model.value import BlobReference, RawPayload
 from agl_grpc.model.worker import LeaseInfo, Worker, WorkerCommand
 
@@ -71,6 +71,7 @@ __all__ = [
     "Lease",
     "LeaseInfo",
     "Link",
+    "LogLine",
     "LogprobSemantics",
     "ManifestEntry",
     "ModelCall",

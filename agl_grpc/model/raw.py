@@ -20,7 +20,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import Descriptor
 
-from agl_grpc.v1 import model_call_pb2, span_pb2, store_service_pb2
+from agl_grpc.v1 import batch_pb2, model_call_pb2, span_pb2, store_service_pb2, trainer_service_pb2
 
 _PACKAGE = "agl_grpc.raw"
 _FILE_NAME = "agl_grpc/model/raw.proto"
@@ -50,6 +50,21 @@ _VIEWS: Mapping[str, tuple[Descriptor, Mapping[str, str]]] = {
     ),
     "RawListSpansResponse": (store_service_pb2.ListSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
     "RawExportSpansResponse": (store_service_pb2.ExportSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
+    "RawSampleColumns": (
+        batch_pb2.SampleColumns.DESCRIPTOR,
+        dict.fromkeys(
+            (
+                *("row_offsets", "prompt_lengths", "input_ids", "logprobs", "policy_versions", "rewards"),
+                *("temperatures", "turn_offsets", "turn_choices", "turn_starts", "turn_ends"),
+                *("turn_rewards", "turn_returns", "reward_values"),
+            ),
+            BYTES,
+        ),
+    ),
+    "RawStreamBatchResponse": (
+        trainer_service_pb2.StreamBatchResponse.DESCRIPTOR,
+        {"samples": "RawSampleColumns"},
+    ),
     "RawWatchSpansResponse": (store_service_pb2.WatchSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
 }
 
@@ -169,3 +184,9 @@ RawExportSpansResponse = _message("RawExportSpansResponse")
 
 RawWatchSpansResponse = _message("RawWatchSpansResponse")
 """WatchSpansResponse with raw stored spans."""
+
+RawSampleColumns = _message("RawSampleColumns")
+"""SampleColumns with its packed columns as little-endian bytes."""
+
+RawStreamBatchResponse = _message("RawStreamBatchResponse")
+"""StreamBatchResponse, and with the same fields ReplayBatchResponse, with raw columns."""

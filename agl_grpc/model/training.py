@@ -14,7 +14,10 @@ from agl_grpc.v1 import batch_pb2, training_pb2
 
 @dataclass(slots=True, kw_only=True)
 class TrainingRun:
-    """An execution of an algorithm over a run. ``training_run_id`` empty = the store mints one."""
+    """An execution of an algorithm over a run. ``training_run_id`` empty = the store mints one.
+
+    ``result`` is what came of it, for example the best prompts; None until its end.
+    """
 
     training_run_id: str = ""
     run_id: str = "default"
@@ -29,6 +32,7 @@ class TrainingRun:
     failure: Failure | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     trainer_id: str | None = None
+    result: Any = None
 
     @classmethod
     def from_proto(cls, message: training_pb2.TrainingRun) -> Self:
@@ -47,6 +51,7 @@ class TrainingRun:
             failure=Failure.from_proto(message.failure) if message.HasField("failure") else None,
             metadata=from_key_values(message.metadata),
             trainer_id=message.trainer_id or None,
+            result=from_payload(message.result) if message.HasField("result") else None,
         )
 
     def to_proto(self) -> training_pb2.TrainingRun:
@@ -83,6 +88,26 @@ class StepMetrics:
         """Write the stored form."""
         metrics = [training_pb2.Metric(name=name, value=value) for name, value in self.metrics.items()]
         return training_pb2.StepMetrics(step=self.step, metrics=metrics)
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class LogLine:
+    """A line that a trainer wrote for people; ``time`` is seconds since the epoch."""
+
+    number: int
+    text: str
+    time: float | None = None
+    trainer_epoch: int = 0
+
+    @classmethod
+    def from_proto(cls, message: training_pb2.LogLine) -> Self:
+        """Read the stored form."""
+        return cls(
+            number=message.number,
+            text=message.text,
+            time=read_time(message, "time"),
+            trainer_epoch=message.trainer_epoch,
+        )
 
 
 @dataclass(slots=True, kw_only=True)

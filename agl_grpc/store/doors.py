@@ -13,6 +13,7 @@ from agl_grpc.store.door.service import Parser
 from agl_grpc.store.door.tls import TlsFiles
 from agl_grpc.store.http.app import HttpApp
 from agl_grpc.store.http.door import HttpDoor
+from agl_grpc.store.http.legacy import legacy_routes
 from agl_grpc.store.http.otlp import otlp_routes
 from agl_grpc.store.http.rest.api import rest_routes
 
@@ -49,8 +50,8 @@ class Doors:
         self.draining = self._grpc.draining
         """Set as soon as the server is on its way out."""
         methods = Methods(services, authenticator, parsers, self.draining)
-        app = HttpApp([rest_routes(methods), otlp_routes(methods)], cors_origins)
-        self._http = HttpDoor(app, grace, http_tls)
+        routes = (rest_routes(methods), otlp_routes(methods), legacy_routes(methods))
+        self._http = HttpDoor(HttpApp(routes, cors_origins), grace, http_tls)
 
     async def open(self, host: str, port: int, http_port: int | None, *, otlp: bool = False) -> None:
         """Binds every port, then serves.

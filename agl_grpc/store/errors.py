@@ -213,6 +213,28 @@ def tokens_malformed(path: str, span_id: bytes, rule: str) -> StoreError:
     )
 
 
+def samples_broken(attempt_id: str, why: str) -> StoreError:
+    """Stored model calls of an attempt do not fit together, so that no samples can be made of it."""
+    return StoreError(
+        code_pb2.DATA_LOSS,
+        error_reason_pb2.ERROR_REASON_TOKENS_MALFORMED,
+        f"attempt {attempt_id!r}: {why}",
+        {"attempt_id": attempt_id},
+    )
+
+
+def replay_expired(batch_id: str, attempt_id: str) -> StoreError:
+    """Spans that a batch names are gone."""
+    return StoreError(
+        code_pb2.FAILED_PRECONDITION,
+        error_reason_pb2.ERROR_REASON_REPLAY_EXPIRED,
+        f"batch {batch_id!r} cannot be replayed: spans of attempt {attempt_id!r} are no longer stored; "
+        "the run's replay_retention says how long they are kept",
+        {"batch_id": batch_id, "attempt_id": attempt_id},
+        precondition=f"batches/{batch_id}",
+    )
+
+
 def storage_full(retry_after: float = 5.0) -> StoreError:
     """The disk is full: writes wait, reads go on."""
     return StoreError(

@@ -35,18 +35,6 @@ _AT_ONCE = 256
 _ROWS_AT_ONCE = 64
 
 
-class FinalReward(NamedTuple):
-    """The reward of an attempt that counts: the newest revision of the last judgement of the whole attempt.
-
-    Attributes:
-        value: The reward.
-        revision: Its revision.
-    """
-
-    value: float
-    revision: int
-
-
 class _Name(NamedTuple):
     """What revisions of one reward have in common."""
 
@@ -200,14 +188,17 @@ def _message(
     return reward
 
 
-def final_reward(db: Connection, attempt_key: int) -> FinalReward | None:
-    """The reward that counts for an attempt now; None = it has none."""
-    row = db.execute(
-        "SELECT value, revision FROM rewards WHERE attempt_key = ? AND name = ? AND target_ref = ? "
-        "AND step = ? ORDER BY revision DESC, reward_key DESC LIMIT 1",
-        (attempt_key, PRIMARY, NO_TARGET, NO_STEP),
-    ).fetchone()
-    return None if row is None else FinalReward(row[0], row[1])
+def newest_rewards(db: Connection, attempt_key: int) -> list[reward_pb2.Reward]:
+    """The rewards of an attempt in the order in which they were written, of each only the newest revision."""
+    rows = db.execute(f"{_SELECT}WHERE w.attempt_key = ? ORDER BY w.reward_key", (attempt_key,)).fetchall()
+    newest: dict[tuple[str, int, int, str], reward_pb2.Reward] = {}
+    for row in rows:
+        name = row[3:7]
+        reward = _message(*row[1:])
+        if name not in newest or reward.revision > newest[name].revision:
+            newest.pop(name, None)  # what is written last stands last
+            newest[name] = reward
+    return list(newest.values())
 
 
 def forget_rewards(tx: Tx, _rollout_key: int, attempt_keys: Iterable[int]) -> None:

@@ -44,8 +44,12 @@ def check_configuration(data: dict[str, Any], source: str = "") -> Configuration
         raise TrainerError(f"{source}: {error}" if source else str(error)) from error
 
 
-def fit_configuration(configuration: Configuration, **more: Any) -> FitResult:
-    """Trains as a configuration says; ``more`` goes to `Trainer` and before the configuration's own.
+def fit_configuration(
+    configuration: Configuration, *, training_run: tuple[str, str] | None = None
+) -> FitResult:
+    """Trains as a configuration says.
+
+    ``training_run`` names the training run of the store that this is, and who takes it up.
 
     Raises:
         TrainerError: something does not start, ends too early, or an algorithm cannot go on.
@@ -56,7 +60,8 @@ def fit_configuration(configuration: Configuration, **more: Any) -> FitResult:
         raise TrainerError(str(error)) from error
     train = read_dataset("train_dataset", configuration.train_dataset)
     val = read_dataset("val_dataset", configuration.val_dataset)
-    trainer = configuration.make_trainer(**more)
+    trainer = configuration.make_trainer()
+    trainer.training_run = training_run
     try:
         return trainer.fit(agent, train, val_dataset=val)
     except (AlgorithmError, LearnerError) as error:

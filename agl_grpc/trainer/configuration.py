@@ -47,12 +47,14 @@ class Configuration:
     agent: str
     train_dataset: Any
     val_dataset: Any
+    data: dict[str, Any]
+    """The keys that were given, as plain values."""
     text: str
     """All keys with their values, defaults included, as YAML."""
 
-    def make_trainer(self, **more: Any) -> Trainer:
-        """The trainer; ``more`` goes before what was configured."""
-        return Trainer(**{**self.trainer, **more})
+    def make_trainer(self) -> Trainer:
+        """The trainer."""
+        return Trainer(**self.trainer)
 
 
 def read_configuration(data: Mapping[str, Any], *, need_agent: bool = True) -> Configuration:
@@ -63,6 +65,7 @@ def read_configuration(data: Mapping[str, Any], *, need_agent: bool = True) -> C
             does not exist, or the agent is missing.
     """
     given: dict[str, Any] = numbers(data)
+    plain = dict(given)
     own = {key: given.pop(key, None) for key in OWN_KEYS}
     if need_agent and not isinstance(own["agent"], str):
         raise TrainerError("no agent is named: agent: module:name")
@@ -86,7 +89,7 @@ def read_configuration(data: Mapping[str, Any], *, need_agent: bool = True) -> C
         arguments["initial_resources"] = read_resources(untyped["initial_resources"])
     shown = {**own, **_plain(parser, parsed, types), **untyped}
     text = yaml.safe_dump({k: v for k, v in shown.items() if v is not None}, sort_keys=False)
-    return Configuration(arguments, own["agent"] or "", own["train_dataset"], own["val_dataset"], text)
+    return Configuration(arguments, own["agent"] or "", own["train_dataset"], own["val_dataset"], plain, text)
 
 
 def _add_groups(parser: ArgumentParser, given: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class LocalSession(Session):
     async def _recorded(self, algorithm: Algorithm) -> FitResult:
         """Runs the algorithm as a training run of the store, which hears of its end whatever that is."""
         record = TrainingRecord(self.client, self.plan.folder, self.progress, self.stack.fail)
-        await record.begin(algorithm.name, self.plan.training_run_id)
+        await record.begin(algorithm.name, self.plan.training_run_id, self.plan.trainer_id)
         algorithm.set_reporter(record)
         value = None
         try:
@@ -94,7 +94,7 @@ class LocalSession(Session):
             )
             raise
         else:
-            await record.end(TrainingRunStatus.SUCCEEDED)
+            await record.end(TrainingRunStatus.SUCCEEDED, value=value)
         fields = result_fields(record)
         draw_history(self.plan.folder, fields["history"], self.progress)
         return FitResult(folder=self.plan.folder, restarts=self.stack.restarts, value=value, **fields)

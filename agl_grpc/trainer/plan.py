@@ -24,7 +24,7 @@ class Plan:
 
     ``store`` is the address of a store that runs already, empty = start one on ``store_host``; ``llm`` an
     endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be;
-    ``training_run_id`` the training run to take up, empty = one is made.
+    ``training_run_id`` the training run to take up, empty = one is made, and ``trainer_id`` who takes it.
     """
 
     folder: RunFolder
@@ -48,6 +48,7 @@ class Plan:
     tracer: Any = None
     start_method: str = "spawn"
     training_run_id: str = ""
+    trainer_id: str = ""
 
     @property
     def run_id(self) -> str:

@@ -100,11 +100,18 @@ class RunFolder:
 
 
 def dataset_digest(tasks: Sequence[Any] | None) -> dict[str, Any] | None:
-    """Number of tasks and SHA-256 over their JSON; TrainerError when a task is no JSON value."""
+    """Number of tasks and SHA-256 over their JSON; TrainerError when a task raises or is no JSON value."""
     if tasks is None:
         return None
     digest = hashlib.sha256()
-    for number, task in enumerate(tasks):
+    for number in range(len(tasks)):
+        try:
+            task = tasks[number]
+        except Exception as error:  # a dataset is the user's code
+            raise TrainerError(
+                f"task {number} of {len(tasks)} cannot be read from the dataset: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         try:
             digest.update(orjson.dumps(task, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE))
         except TypeError as error:

@@ -16,6 +16,7 @@ from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
+from agl_grpc.sample.adapter import Adapter
 from agl_grpc.tracer import OtelTracer, Tracer
 from agl_grpc.trainer.components import build
 from agl_grpc.trainer.dev import dev_run
@@ -99,7 +100,7 @@ class Trainer:
         )
         self.tracer = build("tracer", tracer, Tracer, registry=TRACERS)  # type: ignore[type-abstract]  # only looked at
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
-        self.adapter = adapter
+        self.adapter = build("adapter", adapter, Adapter)
         self.hooks = (
             list(hooks) if isinstance(hooks, Sequence) and not isinstance(hooks, str) else _one(hooks)
         )
@@ -115,6 +116,8 @@ class Trainer:
         self.engine_python = engine_python
         self.learner_python = learner_python
         self.port = port
+        self.training_run: tuple[str, str] | None = None
+        """The training run of the store to take up, and who takes it; None = `fit` makes one."""
         if resume and run_name is None:
             raise TrainerError("resume needs run_name: which run goes on?")
 
@@ -138,6 +141,9 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once everything has stopped.
         """
         plan = self._plan(_agent(agent), train_dataset or (), val_dataset)
+        if self.training_run is not None:
+            training_run_id, trainer_id = self.training_run
+            plan = dataclasses.replace(plan, training_run_id=training_run_id, trainer_id=trainer_id)
         with Progress(plan.run_id) as progress:
             return run_to_end(self._session(plan, progress))
 

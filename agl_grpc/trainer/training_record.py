@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.client import StoreClient, StoreError
-from agl_grpc.model import Failure, StepMetrics, TrainingRun, TrainingRunStatus
+from agl_grpc.model import Failure, PromptTemplate, StepMetrics, TrainingRun, TrainingRunStatus
+from agl_grpc.model.value import to_payload
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.metric_sinks import MetricSinks
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.run_folder import RunFolder
 
 _END_SECONDS = 5.0
+_AT_ONCE = 100
+# A character has up to four bytes; a line of the contract has up to 16 KiB.
+_LINE_CHARACTERS = 4000
 
 
 class RunStopped(Exception):  # nothing went wrong
@@ -47,7 +51,7 @@ class TrainingRecord:
         self._progress = progress
         self._on_stop = on_stop
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[StepMetrics | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[StepMetrics | str | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._sinks: MetricSinks | None = None
         self.training = TrainingRun()
@@ -58,10 +62,10 @@ class TrainingRecord:
         """Where the algorithm may leave files."""
         return self._files.path
 
-    async def begin(self, algorithm: str, training_run_id: str = "") -> None:
-        """Makes the training run, or takes it up again."""
+    async def begin(self, algorithm: str, training_run_id: str = "", trainer_id: str = "") -> None:
+        """Makes the training run, or takes the one that is named."""
         name = training_run_id or await self._free_name(algorithm)
-        trainer_id = f"{socket.gethostname()}-{os.getpid()}"
+        trainer_id = trainer_id or f"{socket.gethostname()}-{os.getpid()}"
         self.training = await self._client.acquire_training_run(name, trainer_id)
         self._sinks = MetricSinks(self._files, {"algorithm": algorithm, "run": self._files.name})
         self._tasks = [asyncio.create_task(self._deliver()), asyncio.create_task(self._watch())]
@@ -93,10 +97,13 @@ class TrainingRecord:
         self._loop.call_soon_threadsafe(on_loop)
 
     def say(self, text: str) -> None:
-        """A line for people; from any thread."""
+        """A line for people, on the terminal and in the training run's log; from any thread."""
         self._progress.say(text)
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, text)
 
-    async def end(self, status: TrainingRunStatus, error: BaseException | None = None) -> None:
+    async def end(
+        self, status: TrainingRunStatus, error: BaseException | None = None, value: Any = None
+    ) -> None:
         """Delivers what was reported and closes the training run; waits for no store."""
         deliver, watch = self._tasks
         watch.cancel()
@@ -107,7 +114,11 @@ class TrainingRecord:
                 self._queue.put_nowait(None)
                 await deliver
                 self.training = await self._client.finish_training_run(
-                    self.training.training_run_id, self.training.trainer_epoch, status, failure
+                    self.training.training_run_id,
+                    self.training.trainer_epoch,
+                    status,
+                    failure,
+                    plain_result(value),
                 )
         deliver.cancel()
         await asyncio.wait({deliver, watch})
@@ -115,15 +126,27 @@ class TrainingRecord:
             self._sinks.close()
 
     async def _deliver(self) -> None:
-        while (item := await self._queue.get()) is not None:
+        """Sends what waits, as one call; until the None that `end` puts behind everything."""
+        more = True
+        while more:
+            waiting = [await self._queue.get()]
+            while not self._queue.empty() and len(waiting) < _AT_ONCE:
+                waiting.append(self._queue.get_nowait())
+            more = None not in waiting
+            steps = [item for item in waiting if isinstance(item, StepMetrics)]
+            lines = [item[:_LINE_CHARACTERS] for item in waiting if isinstance(item, str)]
             assert self._sinks is not None
-            await asyncio.to_thread(self._sinks.write, item.step, item.metrics)
+            for item in steps:
+                await asyncio.to_thread(self._sinks.write, item.step, item.metrics)
+            if not steps and not lines:
+                continue
+            training = self.training
             try:
                 await self._client.report_metrics(
-                    self.training.training_run_id, self.training.trainer_epoch, [item]
+                    training.training_run_id, training.trainer_epoch, steps, log=lines
                 )
             except StoreError as error:
-                self._on_stop(TrainerError(f"metrics of step {item.step} were refused: {error}"))
+                self._on_stop(TrainerError(f"metrics were refused: {error}"))
                 return
 
     async def _watch(self) -> None:
@@ -145,3 +168,14 @@ def result_fields(record: TrainingRecord) -> dict[str, Any]:
     """What a `FitResult` says of the training run."""
     history = [record.history[step] for step in sorted(record.history)]
     return {"training_run": record.training, "history": history}
+
+
+def plain_result(value: Any) -> Any:
+    """What an algorithm answered, as a value that the store can hold; None = nothing that it can."""
+    if isinstance(value, Mapping) and value and all(isinstance(v, PromptTemplate) for v in value.values()):
+        return {"prompts": {name: {"template": v.template, "engine": v.engine} for name, v in value.items()}}
+    try:
+        to_payload(value, "result")
+    except (TypeError, ValueError):
+        return None
+    return value

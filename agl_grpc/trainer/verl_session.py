@@ -124,7 +124,7 @@ class VerlSession(Session):
         }
         self._manifest = {
             "run": plan.run_id,
-            "training_run_id": f"{plan.run_id}-training",
+            "training_run_id": plan.training_run_id or f"{plan.run_id}-training",
             "datasets": datasets,
             "validation": {},
             **old,
@@ -136,7 +136,7 @@ class VerlSession(Session):
         """The training run, made or found."""
         name = str(self._manifest["training_run_id"])
         found = await self.client.get_training_run_by_id(name)
-        if found is not None and not self.plan.resume:
+        if found is not None and not self.plan.resume and name != self.plan.training_run_id:
             raise TrainerError(
                 f"the store at {self.address} has a training run {name!r} already: choose another run name"
             )

@@ -23,26 +23,35 @@ _sym_db = _symbol_database.Default()
 
 
 from agl_grpc.v1 import common_pb2 as agl__grpc_dot_v1_dot_common__pb2
+from agl_grpc.v1 import reward_pb2 as agl__grpc_dot_v1_dot_reward__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61gl_grpc/v1/batch.proto\x12\x0b\x61gl_grpc.v1\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x94\x01\n\rManifestEntry\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x10\n\x08group_id\x18\x03 \x01(\t\x12\x13\n\x06reward\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0freward_revision\x18\x05 \x01(\x03\x12\x10\n\x08span_ids\x18\x06 \x03(\x0c\x42\t\n\x07_reward\"\xcd\x02\n\x05\x42\x61tch\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x17\n\x0ftraining_run_id\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12(\n\x06status\x18\x04 \x01(\x0e\x32\x18.agl_grpc.v1.BatchStatus\x12\x14\n\x0c\x63ontent_hash\x18\x05 \x01(\t\x12+\n\x07\x65ntries\x18\x06 \x03(\x0b\x32\x1a.agl_grpc.v1.ManifestEntry\x12\x15\n\rtrainer_epoch\x18\x07 \x01(\x03\x12\x0c\n\x04step\x18\x08 \x01(\x03\x12\x15\n\rcheckpoint_id\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"n\n\x0cTokenAccount\x12\x10\n\x08\x63\x61ptured\x18\x01 \x01(\x03\x12\x0f\n\x07trained\x18\x02 \x01(\x03\x12\x13\n\x0bobservation\x18\x03 \x01(\x03\x12&\n\x07\x64ropped\x18\x04 \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\"\xc6\x01\n\rSampleColumns\x12\x13\n\x0brow_offsets\x18\x01 \x03(\x07\x12\x16\n\x0eprompt_lengths\x18\x02 \x03(\x07\x12\x11\n\tinput_ids\x18\x03 \x03(\x07\x12\x11\n\tloss_mask\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12\x17\n\x0fpolicy_versions\x18\x06 \x03(\x0f\x12\x0f\n\x07rewards\x18\x07 \x03(\x01\x12\x13\n\x0brollout_ids\x18\x08 \x03(\t\x12\x11\n\tgroup_ids\x18\t \x03(\t*|\n\x0b\x42\x61tchStatus\x12\x1c\n\x18\x42\x41TCH_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42\x41TCH_STATUS_CLAIMED\x10\x01\x12\x1a\n\x16\x42\x41TCH_STATUS_COMMITTED\x10\x02\x12\x19\n\x15\x42\x41TCH_STATUS_RELEASED\x10\x03*s\n\tTokenFate\x12\x1a\n\x16TOKEN_FATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TOKEN_FATE_TRAINED\x10\x01\x12\x1a\n\x16TOKEN_FATE_OBSERVATION\x10\x02\x12\x16\n\x12TOKEN_FATE_DROPPED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61gl_grpc/v1/batch.proto\x12\x0b\x61gl_grpc.v1\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x18\x61gl_grpc/v1/reward.proto\x1a\x1fgoogle/protobuf/timestamp.proto\",\n\x0cRewardWeight\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"\x91\x02\n\x0bSampleRules\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x61gents\x18\x02 \x03(\t\x12\x13\n\x0breward_name\x18\x03 \x01(\t\x12\x31\n\x0ereward_weights\x18\x04 \x03(\x0b\x32\x19.agl_grpc.v1.RewardWeight\x12/\n\ttruncated\x18\x05 \x01(\x0e\x32\x1c.agl_grpc.v1.TruncatedPolicy\x12\x16\n\x0emax_row_tokens\x18\x06 \x01(\x05\x12.\n\tover_long\x18\x07 \x01(\x0e\x32\x1b.agl_grpc.v1.OverLongPolicy\x12\x15\n\x08\x64iscount\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_discount\"\xba\x01\n\rManifestEntry\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x10\n\x08group_id\x18\x03 \x01(\t\x12\x13\n\x06reward\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0freward_revision\x18\x05 \x01(\x03\x12\x10\n\x08span_ids\x18\x06 \x03(\x0c\x12$\n\x07rewards\x18\x07 \x03(\x0b\x32\x13.agl_grpc.v1.RewardB\t\n\x07_reward\"\xf6\x02\n\x05\x42\x61tch\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x17\n\x0ftraining_run_id\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12(\n\x06status\x18\x04 \x01(\x0e\x32\x18.agl_grpc.v1.BatchStatus\x12\x14\n\x0c\x63ontent_hash\x18\x05 \x01(\t\x12+\n\x07\x65ntries\x18\x06 \x03(\x0b\x32\x1a.agl_grpc.v1.ManifestEntry\x12\x15\n\rtrainer_epoch\x18\x07 \x01(\x03\x12\x0c\n\x04step\x18\x08 \x01(\x03\x12\x15\n\rcheckpoint_id\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x05rules\x18\x0c \x01(\x0b\x32\x18.agl_grpc.v1.SampleRules\"n\n\x0cTokenAccount\x12\x10\n\x08\x63\x61ptured\x18\x01 \x01(\x03\x12\x0f\n\x07trained\x18\x02 \x01(\x03\x12\x13\n\x0bobservation\x18\x03 \x01(\x03\x12&\n\x07\x64ropped\x18\x04 \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\"\xc9\x03\n\rSampleColumns\x12\x13\n\x0brow_offsets\x18\x01 \x03(\x07\x12\x16\n\x0eprompt_lengths\x18\x02 \x03(\x07\x12\x11\n\tinput_ids\x18\x03 \x03(\x07\x12\x11\n\tloss_mask\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12\x17\n\x0fpolicy_versions\x18\x06 \x03(\x0f\x12\x0f\n\x07rewards\x18\x07 \x03(\x01\x12\x13\n\x0brollout_ids\x18\x08 \x03(\t\x12\x11\n\tgroup_ids\x18\t \x03(\t\x12\x13\n\x0b\x61ttempt_ids\x18\n \x03(\t\x12\x14\n\x0ctemperatures\x18\x0b \x03(\x01\x12\x12\n\nrow_starts\x18\x0c \x03(\t\x12\x14\n\x0cturn_offsets\x18\r \x03(\x07\x12\x15\n\rturn_span_ids\x18\x0e \x01(\x0c\x12\x14\n\x0cturn_choices\x18\x0f \x03(\x07\x12\x13\n\x0bturn_starts\x18\x10 \x03(\x07\x12\x11\n\tturn_ends\x18\x11 \x03(\x07\x12\x14\n\x0cturn_rewards\x18\x12 \x03(\x01\x12\x14\n\x0cturn_returns\x18\x13 \x03(\x01\x12\x14\n\x0creward_names\x18\x14 \x03(\t\x12\x15\n\rreward_values\x18\x15 \x03(\x01*|\n\x0b\x42\x61tchStatus\x12\x1c\n\x18\x42\x41TCH_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42\x41TCH_STATUS_CLAIMED\x10\x01\x12\x1a\n\x16\x42\x41TCH_STATUS_COMMITTED\x10\x02\x12\x19\n\x15\x42\x41TCH_STATUS_RELEASED\x10\x03*\x85\x01\n\x0fTruncatedPolicy\x12 \n\x1cTRUNCATED_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15TRUNCATED_POLICY_MASK\x10\x01\x12\x1a\n\x16TRUNCATED_POLICY_TRAIN\x10\x02\x12\x19\n\x15TRUNCATED_POLICY_DROP\x10\x03*g\n\x0eOverLongPolicy\x12 \n\x1cOVER_LONG_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15OVER_LONG_POLICY_DROP\x10\x01\x12\x18\n\x14OVER_LONG_POLICY_CUT\x10\x02*s\n\tTokenFate\x12\x1a\n\x16TOKEN_FATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TOKEN_FATE_TRAINED\x10\x01\x12\x1a\n\x16TOKEN_FATE_OBSERVATION\x10\x02\x12\x16\n\x12TOKEN_FATE_DROPPED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agl_grpc.v1.batch_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BATCHSTATUS']._serialized_start=899
-  _globals['_BATCHSTATUS']._serialized_end=1023
-  _globals['_TOKENFATE']._serialized_start=1025
-  _globals['_TOKENFATE']._serialized_end=1140
-  _globals['_MANIFESTENTRY']._serialized_start=100
-  _globals['_MANIFESTENTRY']._serialized_end=248
-  _globals['_BATCH']._serialized_start=251
-  _globals['_BATCH']._serialized_end=584
-  _globals['_TOKENACCOUNT']._serialized_start=586
-  _globals['_TOKENACCOUNT']._serialized_end=696
-  _globals['_SAMPLECOLUMNS']._serialized_start=699
-  _globals['_SAMPLECOLUMNS']._serialized_end=897
+  _globals['_BATCHSTATUS']._serialized_start=1585
+  _globals['_BATCHSTATUS']._serialized_end=1709
+  _globals['_TRUNCATEDPOLICY']._serialized_start=1712
+  _globals['_TRUNCATEDPOLICY']._serialized_end=1845
+  _globals['_OVERLONGPOLICY']._serialized_start=1847
+  _globals['_OVERLONGPOLICY']._serialized_end=1950
+  _globals['_TOKENFATE']._serialized_start=1952
+  _globals['_TOKENFATE']._serialized_end=2067
+  _globals['_REWARDWEIGHT']._serialized_start=125
+  _globals['_REWARDWEIGHT']._serialized_end=169
+  _globals['_SAMPLERULES']._serialized_start=172
+  _globals['_SAMPLERULES']._serialized_end=445
+  _globals['_MANIFESTENTRY']._serialized_start=448
+  _globals['_MANIFESTENTRY']._serialized_end=634
+  _globals['_BATCH']._serialized_start=637
+  _globals['_BATCH']._serialized_end=1011
+  _globals['_TOKENACCOUNT']._serialized_start=1013
+  _globals['_TOKENACCOUNT']._serialized_end=1123
+  _globals['_SAMPLECOLUMNS']._serialized_start=1126
+  _globals['_SAMPLECOLUMNS']._serialized_end=1583
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from agl_grpc.v1 import common_pb2 as _common_pb2
+from agl_grpc.v1 import reward_pb2 as _reward_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -49,6 +50,58 @@ BATCH_STATUS_RELEASED: BatchStatus.ValueType  # 3
 """Given back."""
 Global___BatchStatus: _TypeAlias = BatchStatus  # noqa: Y015
 
+class _TruncatedPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TruncatedPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TruncatedPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRUNCATED_POLICY_UNSPECIFIED: _TruncatedPolicy.ValueType  # 0
+    """MASK."""
+    TRUNCATED_POLICY_MASK: _TruncatedPolicy.ValueType  # 1
+    """They stay in their row with mask 0: the rollout's reward counts in its group, they are not trained."""
+    TRUNCATED_POLICY_TRAIN: _TruncatedPolicy.ValueType  # 2
+    """They are trained as any other."""
+    TRUNCATED_POLICY_DROP: _TruncatedPolicy.ValueType  # 3
+    """The whole attempt is left out."""
+
+class TruncatedPolicy(_TruncatedPolicy, metaclass=_TruncatedPolicyEnumTypeWrapper):
+    """What becomes of answers that the length limit cut off."""
+
+TRUNCATED_POLICY_UNSPECIFIED: TruncatedPolicy.ValueType  # 0
+"""MASK."""
+TRUNCATED_POLICY_MASK: TruncatedPolicy.ValueType  # 1
+"""They stay in their row with mask 0: the rollout's reward counts in its group, they are not trained."""
+TRUNCATED_POLICY_TRAIN: TruncatedPolicy.ValueType  # 2
+"""They are trained as any other."""
+TRUNCATED_POLICY_DROP: TruncatedPolicy.ValueType  # 3
+"""The whole attempt is left out."""
+Global___TruncatedPolicy: _TypeAlias = TruncatedPolicy  # noqa: Y015
+
+class _OverLongPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OverLongPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OverLongPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OVER_LONG_POLICY_UNSPECIFIED: _OverLongPolicy.ValueType  # 0
+    """DROP."""
+    OVER_LONG_POLICY_DROP: _OverLongPolicy.ValueType  # 1
+    """The row is left out; other rows of its attempt stay."""
+    OVER_LONG_POLICY_CUT: _OverLongPolicy.ValueType  # 2
+    """The row ends with the last whole answer that fits; never is its beginning cut off."""
+
+class OverLongPolicy(_OverLongPolicy, metaclass=_OverLongPolicyEnumTypeWrapper):
+    """What becomes of rows that are longer than the learner takes."""
+
+OVER_LONG_POLICY_UNSPECIFIED: OverLongPolicy.ValueType  # 0
+"""DROP."""
+OVER_LONG_POLICY_DROP: OverLongPolicy.ValueType  # 1
+"""The row is left out; other rows of its attempt stay."""
+OVER_LONG_POLICY_CUT: OverLongPolicy.ValueType  # 2
+"""The row ends with the last whole answer that fits; never is its beginning cut off."""
+Global___OverLongPolicy: _TypeAlias = OverLongPolicy  # noqa: Y015
+
 class _TokenFate:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -78,6 +131,88 @@ TOKEN_FATE_DROPPED: TokenFate.ValueType  # 3
 Global___TokenFate: _TypeAlias = TokenFate  # noqa: Y015
 
 @_typing.final
+class RewardWeight(_message.Message):
+    """How much a named reward counts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The reward's name."""
+    weight: _builtins.float
+    """Its factor; finite."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RewardWeight: _TypeAlias = RewardWeight  # noqa: Y015
+
+@_typing.final
+class SampleRules(_message.Message):
+    """What is trained of an attempt, and how its rewards become one. Unset fields mean the defaults."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    AGENTS_FIELD_NUMBER: _builtins.int
+    REWARD_NAME_FIELD_NUMBER: _builtins.int
+    REWARD_WEIGHTS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    MAX_ROW_TOKENS_FIELD_NUMBER: _builtins.int
+    OVER_LONG_FIELD_NUMBER: _builtins.int
+    DISCOUNT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Served name of the trained model; empty = every model."""
+    reward_name: _builtins.str
+    """The reward that counts; empty = `primary`."""
+    truncated: Global___TruncatedPolicy.ValueType
+    """Answers cut off by the length limit."""
+    max_row_tokens: _builtins.int
+    """Most tokens of a row, prompt and response; 0 = no limit."""
+    over_long: Global___OverLongPolicy.ValueType
+    """Longer rows."""
+    discount: _builtins.float
+    """Factor by which a reward counts less for each answer between it and an earlier one; from 0 to 1, unset = 1."""
+    @_builtins.property
+    def agents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Agents (parts of agents) that are trained; empty = all."""
+
+    @_builtins.property
+    def reward_weights(self) -> _containers.RepeatedCompositeFieldContainer[Global___RewardWeight]:
+        """Several rewards as one weighted sum, in place of reward_name; an attempt that lacks one of them has none."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        agents: _abc.Iterable[_builtins.str] | None = ...,
+        reward_name: _builtins.str = ...,
+        reward_weights: _abc.Iterable[Global___RewardWeight] | None = ...,
+        truncated: Global___TruncatedPolicy.ValueType = ...,
+        max_row_tokens: _builtins.int = ...,
+        over_long: Global___OverLongPolicy.ValueType = ...,
+        discount: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_discount", b"_discount", "discount", b"discount"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_discount", b"_discount", "agents", b"agents", "discount", b"discount", "max_row_tokens", b"max_row_tokens", "model", b"model", "over_long", b"over_long", "reward_name", b"reward_name", "reward_weights", b"reward_weights", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__discount: _TypeAlias = _typing.Literal["discount"]  # noqa: Y015
+    _WhichOneofArgType__discount: _TypeAlias = _typing.Literal["_discount", b"_discount"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__discount) -> _WhichOneofReturnType__discount | None: ...
+
+Global___SampleRules: _TypeAlias = SampleRules  # noqa: Y015
+
+@_typing.final
 class ManifestEntry(_message.Message):
     """One attempt of a batch, frozen: what it was and how it was judged when the batch was made."""
 
@@ -89,6 +224,7 @@ class ManifestEntry(_message.Message):
     REWARD_FIELD_NUMBER: _builtins.int
     REWARD_REVISION_FIELD_NUMBER: _builtins.int
     SPAN_IDS_FIELD_NUMBER: _builtins.int
+    REWARDS_FIELD_NUMBER: _builtins.int
     rollout_id: _builtins.str
     """The rollout."""
     attempt_id: _builtins.str
@@ -103,6 +239,10 @@ class ManifestEntry(_message.Message):
     def span_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Model-call spans of the attempt when the batch was made, in order; 8 bytes each."""
 
+    @_builtins.property
+    def rewards(self) -> _containers.RepeatedCompositeFieldContainer[_reward_pb2.Reward]:
+        """All rewards of the attempt when the batch was made, newest revisions; empty when `reward` is the only one."""
+
     def __init__(
         self,
         *,
@@ -112,10 +252,11 @@ class ManifestEntry(_message.Message):
         reward: _builtins.float | None = ...,
         reward_revision: _builtins.int = ...,
         span_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        rewards: _abc.Iterable[_reward_pb2.Reward] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "reward", b"reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "attempt_id", b"attempt_id", "group_id", b"group_id", "reward", b"reward", "reward_revision", b"reward_revision", "rollout_id", b"rollout_id", "span_ids", b"span_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "attempt_id", b"attempt_id", "group_id", b"group_id", "reward", b"reward", "reward_revision", b"reward_revision", "rewards", b"rewards", "rollout_id", b"rollout_id", "span_ids", b"span_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
     _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015
@@ -140,6 +281,7 @@ class Batch(_message.Message):
     CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     COMMIT_TIME_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     batch_id: _builtins.str
     """Minted as `ba-…`."""
     training_run_id: _builtins.str
@@ -149,7 +291,7 @@ class Batch(_message.Message):
     status: Global___BatchStatus.ValueType
     """Where it stands."""
     content_hash: _builtins.str
-    """`sha256:<hex>` over the manifest."""
+    """`sha256:<hex>` over the manifest: its entries and, if any are set, its rules."""
     trainer_epoch: _builtins.int
     """The trainer epoch that claimed it."""
     step: _builtins.int
@@ -168,6 +310,10 @@ class Batch(_message.Message):
     def commit_time(self) -> _timestamp_pb2.Timestamp:
         """When it was committed."""
 
+    @_builtins.property
+    def rules(self) -> Global___SampleRules:
+        """The rules by which its samples are made."""
+
     def __init__(
         self,
         *,
@@ -182,10 +328,11 @@ class Batch(_message.Message):
         checkpoint_id: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         commit_time: _timestamp_pb2.Timestamp | None = ...,
+        rules: Global___SampleRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time", "create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "checkpoint_id", b"checkpoint_id", "commit_time", b"commit_time", "content_hash", b"content_hash", "create_time", b"create_time", "entries", b"entries", "run_id", b"run_id", "status", b"status", "step", b"step", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "checkpoint_id", b"checkpoint_id", "commit_time", b"commit_time", "content_hash", b"content_hash", "create_time", b"create_time", "entries", b"entries", "rules", b"rules", "run_id", b"run_id", "status", b"status", "step", b"step", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,8 +389,22 @@ class SampleColumns(_message.Message):
     REWARDS_FIELD_NUMBER: _builtins.int
     ROLLOUT_IDS_FIELD_NUMBER: _builtins.int
     GROUP_IDS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_IDS_FIELD_NUMBER: _builtins.int
+    TEMPERATURES_FIELD_NUMBER: _builtins.int
+    ROW_STARTS_FIELD_NUMBER: _builtins.int
+    TURN_OFFSETS_FIELD_NUMBER: _builtins.int
+    TURN_SPAN_IDS_FIELD_NUMBER: _builtins.int
+    TURN_CHOICES_FIELD_NUMBER: _builtins.int
+    TURN_STARTS_FIELD_NUMBER: _builtins.int
+    TURN_ENDS_FIELD_NUMBER: _builtins.int
+    TURN_REWARDS_FIELD_NUMBER: _builtins.int
+    TURN_RETURNS_FIELD_NUMBER: _builtins.int
+    REWARD_NAMES_FIELD_NUMBER: _builtins.int
+    REWARD_VALUES_FIELD_NUMBER: _builtins.int
     loss_mask: _builtins.bytes
     """1 where the token was sampled and is trained, else 0; as long as input_ids."""
+    turn_span_ids: _builtins.bytes
+    """Span ids of the turns' model calls, 8 bytes each."""
     @_builtins.property
     def row_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Row count + 1 offsets into input_ids."""
@@ -276,6 +437,50 @@ class SampleColumns(_message.Message):
     def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Group of each row."""
 
+    @_builtins.property
+    def attempt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Attempt of each row."""
+
+    @_builtins.property
+    def temperatures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Sampling temperature of each row."""
+
+    @_builtins.property
+    def row_starts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why each row begins where it does: `first`, `branch`, `response_changed`, …"""
+
+    @_builtins.property
+    def turn_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Row count + 1 offsets into the columns of turns: the sampled answers of which a row is made, in order."""
+
+    @_builtins.property
+    def turn_choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Index of each turn's choice."""
+
+    @_builtins.property
+    def turn_starts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where each turn begins in its row, counted from the row's first token."""
+
+    @_builtins.property
+    def turn_ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One past each turn's last token."""
+
+    @_builtins.property
+    def turn_rewards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Reward of each turn alone; 0 = none."""
+
+    @_builtins.property
+    def turn_returns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Each turn's own reward and, discounted, all later ones of its attempt and the attempt's own."""
+
+    @_builtins.property
+    def reward_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the attempt's rewards in the columns below."""
+
+    @_builtins.property
+    def reward_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Values, row by row, one for each name; NaN where a row has none of that name."""
+
     def __init__(
         self,
         *,
@@ -288,10 +493,22 @@ class SampleColumns(_message.Message):
         rewards: _abc.Iterable[_builtins.float] | None = ...,
         rollout_ids: _abc.Iterable[_builtins.str] | None = ...,
         group_ids: _abc.Iterable[_builtins.str] | None = ...,
+        attempt_ids: _abc.Iterable[_builtins.str] | None = ...,
+        temperatures: _abc.Iterable[_builtins.float] | None = ...,
+        row_starts: _abc.Iterable[_builtins.str] | None = ...,
+        turn_offsets: _abc.Iterable[_builtins.int] | None = ...,
+        turn_span_ids: _builtins.bytes = ...,
+        turn_choices: _abc.Iterable[_builtins.int] | None = ...,
+        turn_starts: _abc.Iterable[_builtins.int] | None = ...,
+        turn_ends: _abc.Iterable[_builtins.int] | None = ...,
+        turn_rewards: _abc.Iterable[_builtins.float] | None = ...,
+        turn_returns: _abc.Iterable[_builtins.float] | None = ...,
+        reward_names: _abc.Iterable[_builtins.str] | None = ...,
+        reward_values: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_ids", b"group_ids", "input_ids", b"input_ids", "logprobs", b"logprobs", "loss_mask", b"loss_mask", "policy_versions", b"policy_versions", "prompt_lengths", b"prompt_lengths", "rewards", b"rewards", "rollout_ids", b"rollout_ids", "row_offsets", b"row_offsets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_ids", b"attempt_ids", "group_ids", b"group_ids", "input_ids", b"input_ids", "logprobs", b"logprobs", "loss_mask", b"loss_mask", "policy_versions", b"policy_versions", "prompt_lengths", b"prompt_lengths", "reward_names", b"reward_names", "reward_values", b"reward_values", "rewards", b"rewards", "rollout_ids", b"rollout_ids", "row_offsets", b"row_offsets", "row_starts", b"row_starts", "temperatures", b"temperatures", "turn_choices", b"turn_choices", "turn_ends", b"turn_ends", "turn_offsets", b"turn_offsets", "turn_returns", b"turn_returns", "turn_rewards", b"turn_rewards", "turn_span_ids", b"turn_span_ids", "turn_starts", b"turn_starts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2199,6 +2199,7 @@ class ExportSpansRequest(_message.Message):
     MODEL_CALLS_ONLY_FIELD_NUMBER: _builtins.int
     SEALED_ONLY_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    DELTA_PROMPTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run; empty = `default`."""
     model_calls_only: _builtins.bool
@@ -2207,6 +2208,10 @@ class ExportSpansRequest(_message.Message):
     """Only of sealed attempts."""
     cursor: _builtins.str
     """Continue after this."""
+    delta_prompts: _builtins.bool
+    """Prompts as they are stored, differences included, for readers that put them together themselves. A base
+    comes before the spans that build on it unless a cursor skips it. Default: whole prompts.
+    """
     @_builtins.property
     def rollout_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only of these; empty = all."""
@@ -2219,10 +2224,11 @@ class ExportSpansRequest(_message.Message):
         model_calls_only: _builtins.bool = ...,
         sealed_only: _builtins.bool = ...,
         cursor: _builtins.str = ...,
+        delta_prompts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "model_calls_only", b"model_calls_only", "rollout_ids", b"rollout_ids", "run_id", b"run_id", "sealed_only", b"sealed_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "delta_prompts", b"delta_prompts", "model_calls_only", b"model_calls_only", "rollout_ids", b"rollout_ids", "run_id", b"run_id", "sealed_only", b"sealed_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

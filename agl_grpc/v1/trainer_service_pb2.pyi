@@ -5,6 +5,7 @@ isort:skip_file
 
 from agl_grpc.v1 import attempt_pb2 as _attempt_pb2
 from agl_grpc.v1 import batch_pb2 as _batch_pb2
+from agl_grpc.v1 import common_pb2 as _common_pb2
 from agl_grpc.v1 import policy_pb2 as _policy_pb2
 from agl_grpc.v1 import training_pb2 as _training_pb2
 from collections import abc as _abc
@@ -130,22 +131,28 @@ class AcquireTrainingRunRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TRAINING_RUN_ID_FIELD_NUMBER: _builtins.int
     TRAINER_ID_FIELD_NUMBER: _builtins.int
+    ONLY_PENDING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key."""
     training_run_id: _builtins.str
     """The training run."""
     trainer_id: _builtins.str
     """Who takes it."""
+    only_pending: _builtins.bool
+    """Take it only while it is PENDING, so that of several trainers one gets it; otherwise
+    FAILED_PRECONDITION ILLEGAL_TRANSITION. Default false: take it over from whoever has it.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         training_run_id: _builtins.str = ...,
         trainer_id: _builtins.str = ...,
+        only_pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "trainer_id", b"trainer_id", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["only_pending", b"only_pending", "request_id", b"request_id", "trainer_id", b"trainer_id", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,6 +193,7 @@ class FinishTrainingRunRequest(_message.Message):
     TRAINER_EPOCH_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key."""
     training_run_id: _builtins.str
@@ -198,6 +206,10 @@ class FinishTrainingRunRequest(_message.Message):
     def failure(self) -> _attempt_pb2.Failure:
         """Why it failed."""
 
+    @_builtins.property
+    def result(self) -> _common_pb2.Payload:
+        """What came of it; at most 1 MiB."""
+
     def __init__(
         self,
         *,
@@ -206,10 +218,11 @@ class FinishTrainingRunRequest(_message.Message):
         trainer_epoch: _builtins.int = ...,
         status: _training_pb2.TrainingRunStatus.ValueType = ...,
         failure: _attempt_pb2.Failure | None = ...,
+        result: _common_pb2.Payload | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "request_id", b"request_id", "status", b"status", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "request_id", b"request_id", "result", b"result", "status", b"status", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -367,6 +380,7 @@ class ReportMetricsRequest(_message.Message):
     TRAINING_RUN_ID_FIELD_NUMBER: _builtins.int
     TRAINER_EPOCH_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key."""
     training_run_id: _builtins.str
@@ -377,6 +391,10 @@ class ReportMetricsRequest(_message.Message):
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.StepMetrics]:
         """The steps."""
 
+    @_builtins.property
+    def log(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.LogLine]:
+        """Lines for people; `text` is all that is read of them."""
+
     def __init__(
         self,
         *,
@@ -384,10 +402,11 @@ class ReportMetricsRequest(_message.Message):
         training_run_id: _builtins.str = ...,
         trainer_epoch: _builtins.int = ...,
         steps: _abc.Iterable[_training_pb2.StepMetrics] | None = ...,
+        log: _abc.Iterable[_training_pb2.LogLine] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "steps", b"steps", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log", b"log", "request_id", b"request_id", "steps", b"steps", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -425,19 +444,27 @@ class WatchTrainingRunRequest(_message.Message):
 
     TRAINING_RUN_ID_FIELD_NUMBER: _builtins.int
     FROM_STEP_FIELD_NUMBER: _builtins.int
+    INCLUDE_LOG_FIELD_NUMBER: _builtins.int
+    AFTER_LOG_FIELD_NUMBER: _builtins.int
     training_run_id: _builtins.str
     """The training run."""
     from_step: _builtins.int
     """Metrics of steps from this one on are sent first."""
+    include_log: _builtins.bool
+    """Whether log lines are sent too."""
+    after_log: _builtins.int
+    """Only lines with a number above this one; 0 = all."""
     def __init__(
         self,
         *,
         training_run_id: _builtins.str = ...,
         from_step: _builtins.int = ...,
+        include_log: _builtins.bool = ...,
+        after_log: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_step", b"from_step", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_log", b"after_log", "from_step", b"from_step", "include_log", b"include_log", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -451,6 +478,7 @@ class WatchTrainingRunResponse(_message.Message):
 
     TRAINING_RUN_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def training_run(self) -> _training_pb2.TrainingRun:
         """State; unset = unchanged."""
@@ -459,19 +487,86 @@ class WatchTrainingRunResponse(_message.Message):
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.StepMetrics]:
         """Metrics."""
 
+    @_builtins.property
+    def log(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.LogLine]:
+        """Log lines."""
+
     def __init__(
         self,
         *,
         training_run: _training_pb2.TrainingRun | None = ...,
         steps: _abc.Iterable[_training_pb2.StepMetrics] | None = ...,
+        log: _abc.Iterable[_training_pb2.LogLine] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training_run", b"training_run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps", "training_run", b"training_run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log", b"log", "steps", b"steps", "training_run", b"training_run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchTrainingRunResponse: _TypeAlias = WatchTrainingRunResponse  # noqa: Y015
+
+@_typing.final
+class WatchTrainingRunsRequest(_message.Message):
+    """Watches training runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    INCLUDE_EXISTING_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run; empty or `*` = all."""
+    cursor: _builtins.int
+    """Events after this position; 0 = from now on."""
+    include_existing: _builtins.bool
+    """Send those that have not ended first (cursor must be 0)."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        cursor: _builtins.int = ...,
+        include_existing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "include_existing", b"include_existing", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTrainingRunsRequest: _TypeAlias = WatchTrainingRunsRequest  # noqa: Y015
+
+@_typing.final
+class WatchTrainingRunsResponse(_message.Message):
+    """Training runs that are new or have changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_RUNS_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.int
+    """Resume from here."""
+    checkpoint: _builtins.bool
+    """No change, only a new cursor."""
+    @_builtins.property
+    def training_runs(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TrainingRun]:
+        """As they now are."""
+
+    def __init__(
+        self,
+        *,
+        training_runs: _abc.Iterable[_training_pb2.TrainingRun] | None = ...,
+        cursor: _builtins.int = ...,
+        checkpoint: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cursor", b"cursor", "training_runs", b"training_runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTrainingRunsResponse: _TypeAlias = WatchTrainingRunsResponse  # noqa: Y015
 
 @_typing.final
 class ClaimBatchRequest(_message.Message):
@@ -484,6 +579,7 @@ class ClaimBatchRequest(_message.Message):
     TRAINER_EPOCH_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     ROLLOUT_IDS_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key."""
     training_run_id: _builtins.str
@@ -496,6 +592,10 @@ class ClaimBatchRequest(_message.Message):
     def rollout_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The rollouts, in the order in which they are trained; all sealed."""
 
+    @_builtins.property
+    def rules(self) -> _batch_pb2.SampleRules:
+        """How samples are made of them; part of the content hash."""
+
     def __init__(
         self,
         *,
@@ -504,10 +604,11 @@ class ClaimBatchRequest(_message.Message):
         trainer_epoch: _builtins.int = ...,
         step: _builtins.int = ...,
         rollout_ids: _abc.Iterable[_builtins.str] | None = ...,
+        rules: _batch_pb2.SampleRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "rollout_ids", b"rollout_ids", "step", b"step", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "rollout_ids", b"rollout_ids", "rules", b"rules", "step", b"step", "trainer_epoch", b"trainer_epoch", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -608,22 +709,76 @@ class ListBatchesResponse(_message.Message):
 Global___ListBatchesResponse: _TypeAlias = ListBatchesResponse  # noqa: Y015
 
 @_typing.final
+class GetBatchRequest(_message.Message):
+    """Asks for one batch; by id, or by content hash (then the newest of that hash)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.str
+    """The batch."""
+    content_hash: _builtins.str
+    """Its content hash, when batch_id is empty."""
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.str = ...,
+        content_hash: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "content_hash", b"content_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBatchRequest: _TypeAlias = GetBatchRequest  # noqa: Y015
+
+@_typing.final
+class GetBatchResponse(_message.Message):
+    """The batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def batch(self) -> _batch_pb2.Batch:
+        """With its manifest."""
+
+    def __init__(
+        self,
+        *,
+        batch: _batch_pb2.Batch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBatchResponse: _TypeAlias = GetBatchResponse  # noqa: Y015
+
+@_typing.final
 class StreamBatchRequest(_message.Message):
     """Asks for a batch's samples."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BATCH_ID_FIELD_NUMBER: _builtins.int
+    FIRST_ENTRY_FIELD_NUMBER: _builtins.int
     batch_id: _builtins.str
     """The batch."""
+    first_entry: _builtins.int
+    """Entries of the manifest to leave out at the beginning: `next_entry` of the last answer that was read."""
     def __init__(
         self,
         *,
         batch_id: _builtins.str = ...,
+        first_entry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "first_entry", b"first_entry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,23 +792,27 @@ class StreamBatchResponse(_message.Message):
 
     SAMPLES_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
+    NEXT_ENTRY_FIELD_NUMBER: _builtins.int
+    next_entry: _builtins.int
+    """Entries of the manifest whose rows have been sent; a stream that broke goes on from here."""
     @_builtins.property
     def samples(self) -> _batch_pb2.SampleColumns:
         """The next rows."""
 
     @_builtins.property
     def account(self) -> _batch_pb2.TokenAccount:
-        """Where the tokens went; in the last message."""
+        """Where the tokens of this answer's entries went; the sum over all answers is the batch's account."""
 
     def __init__(
         self,
         *,
         samples: _batch_pb2.SampleColumns | None = ...,
         account: _batch_pb2.TokenAccount | None = ...,
+        next_entry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "samples", b"samples"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "next_entry", b"next_entry", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -791,16 +950,20 @@ class ReplayBatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    FIRST_ENTRY_FIELD_NUMBER: _builtins.int
     content_hash: _builtins.str
     """`sha256:<hex>` of the manifest."""
+    first_entry: _builtins.int
+    """Entries of the manifest to leave out at the beginning: `next_entry` of the last answer that was read."""
     def __init__(
         self,
         *,
         content_hash: _builtins.str = ...,
+        first_entry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "first_entry", b"first_entry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -814,23 +977,27 @@ class ReplayBatchResponse(_message.Message):
 
     SAMPLES_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
+    NEXT_ENTRY_FIELD_NUMBER: _builtins.int
+    next_entry: _builtins.int
+    """Entries of the manifest whose rows have been sent; a stream that broke goes on from here."""
     @_builtins.property
     def samples(self) -> _batch_pb2.SampleColumns:
         """The next rows."""
 
     @_builtins.property
     def account(self) -> _batch_pb2.TokenAccount:
-        """Where the tokens went; in the last message."""
+        """Where the tokens of this answer's entries went; the sum over all answers is the batch's account."""
 
     def __init__(
         self,
         *,
         samples: _batch_pb2.SampleColumns | None = ...,
         account: _batch_pb2.TokenAccount | None = ...,
+        next_entry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "samples", b"samples"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "next_entry", b"next_entry", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -849,7 +1016,7 @@ class ExplainTokensRequest(_message.Message):
     rollout_id: _builtins.str
     """The rollout."""
     attempt_id: _builtins.str
-    """The attempt."""
+    """The attempt; empty or `latest` = the newest."""
     span_id: _builtins.bytes
     """The model call; 8 bytes."""
     choice: _builtins.int
@@ -882,13 +1049,13 @@ class TokenExplanation(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     BATCH_IDS_FIELD_NUMBER: _builtins.int
     start: _builtins.int
-    """First token."""
+    """First token, counted from the first of the call's prompt."""
     end: _builtins.int
-    """One past the last."""
+    """One past the last; the choice's sampled tokens follow those of the prompt."""
     fate: _batch_pb2.TokenFate.ValueType
     """What became of them."""
     reason: _builtins.str
-    """Why."""
+    """Why: a word as in TokenAccount.dropped, a colon, a sentence."""
     @_builtins.property
     def batch_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Batches that contain them."""
@@ -917,6 +1084,12 @@ class ExplainTokensResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXPLANATIONS_FIELD_NUMBER: _builtins.int
+    PROMPT_LENGTH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    prompt_length: _builtins.int
+    """Number of the call's prompt tokens: sampled ones have positions from here on."""
+    attempt_id: _builtins.str
+    """The attempt that was meant."""
     @_builtins.property
     def explanations(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenExplanation]:
         """In order, without gaps."""
@@ -925,10 +1098,12 @@ class ExplainTokensResponse(_message.Message):
         self,
         *,
         explanations: _abc.Iterable[Global___TokenExplanation] | None = ...,
+        prompt_length: _builtins.int = ...,
+        attempt_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanations", b"explanations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "explanations", b"explanations", "prompt_length", b"prompt_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

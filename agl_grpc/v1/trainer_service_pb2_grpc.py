@@ -75,6 +75,11 @@ class TrainerServiceStub(object):
                 request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunRequest.SerializeToString,
                 response_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunResponse.FromString,
                 _registered_method=True)
+        self.WatchTrainingRuns = channel.unary_stream(
+                '/agl_grpc.v1.TrainerService/WatchTrainingRuns',
+                request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsRequest.SerializeToString,
+                response_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsResponse.FromString,
+                _registered_method=True)
         self.ClaimBatch = channel.unary_unary(
                 '/agl_grpc.v1.TrainerService/ClaimBatch',
                 request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ClaimBatchRequest.SerializeToString,
@@ -84,6 +89,11 @@ class TrainerServiceStub(object):
                 '/agl_grpc.v1.TrainerService/ListBatches',
                 request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesRequest.SerializeToString,
                 response_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesResponse.FromString,
+                _registered_method=True)
+        self.GetBatch = channel.unary_unary(
+                '/agl_grpc.v1.TrainerService/GetBatch',
+                request_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchRequest.SerializeToString,
+                response_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchResponse.FromString,
                 _registered_method=True)
         self.StreamBatch = channel.unary_stream(
                 '/agl_grpc.v1.TrainerService/StreamBatch',
@@ -206,7 +216,14 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchTrainingRun(self, request, context):
-        """State and metrics as they come.
+        """State, metrics and log as they come.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTrainingRuns(self, request, context):
+        """Training runs as they change; trainers wait here for runs to take up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,8 +243,16 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBatch(self, request, context):
+        """One batch with its manifest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamBatch(self, request, context):
-        """Samples of a batch as packed arrays.
+        """Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+        ILLEGAL_TRANSITION for a released one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -248,14 +273,14 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReplayBatch(self, request, context):
-        """Samples of a batch again, by content hash, bit for bit.
+        """Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainTokens(self, request, context):
-        """Why a token was trained, masked or dropped.
+        """Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -360,6 +385,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunRequest.FromString,
                     response_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunResponse.SerializeToString,
             ),
+            'WatchTrainingRuns': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTrainingRuns,
+                    request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsRequest.FromString,
+                    response_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsResponse.SerializeToString,
+            ),
             'ClaimBatch': grpc.unary_unary_rpc_method_handler(
                     servicer.ClaimBatch,
                     request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ClaimBatchRequest.FromString,
@@ -369,6 +399,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.ListBatches,
                     request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesRequest.FromString,
                     response_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesResponse.SerializeToString,
+            ),
+            'GetBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBatch,
+                    request_deserializer=agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchRequest.FromString,
+                    response_serializer=agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchResponse.SerializeToString,
             ),
             'StreamBatch': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamBatch,
@@ -664,6 +699,33 @@ class TrainerService(object):
             _registered_method=True)
 
     @staticmethod
+    def WatchTrainingRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agl_grpc.v1.TrainerService/WatchTrainingRuns',
+            agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsRequest.SerializeToString,
+            agl__grpc_dot_v1_dot_trainer__service__pb2.WatchTrainingRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ClaimBatch(request,
             target,
             options=(),
@@ -707,6 +769,33 @@ class TrainerService(object):
             '/agl_grpc.v1.TrainerService/ListBatches',
             agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesRequest.SerializeToString,
             agl__grpc_dot_v1_dot_trainer__service__pb2.ListBatchesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agl_grpc.v1.TrainerService/GetBatch',
+            agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchRequest.SerializeToString,
+            agl__grpc_dot_v1_dot_trainer__service__pb2.GetBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,21 +48,27 @@ class TrainerServiceStub:
     ReportMetrics: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ReportMetricsRequest, _trainer_service_pb2.ReportMetricsResponse]
     """Reports a step's metrics."""
     WatchTrainingRun: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunRequest, _trainer_service_pb2.WatchTrainingRunResponse]
-    """State and metrics as they come."""
+    """State, metrics and log as they come."""
+    WatchTrainingRuns: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunsRequest, _trainer_service_pb2.WatchTrainingRunsResponse]
+    """Training runs as they change; trainers wait here for runs to take up."""
     ClaimBatch: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ClaimBatchRequest, _trainer_service_pb2.ClaimBatchResponse]
     """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
     ListBatches: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ListBatchesRequest, _trainer_service_pb2.ListBatchesResponse]
     """Batches of a training run."""
+    GetBatch: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.GetBatchRequest, _trainer_service_pb2.GetBatchResponse]
+    """One batch with its manifest."""
     StreamBatch: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.StreamBatchRequest, _trainer_service_pb2.StreamBatchResponse]
-    """Samples of a batch as packed arrays."""
+    """Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+    ILLEGAL_TRANSITION for a released one.
+    """
     CommitBatches: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.CommitBatchesRequest, _trainer_service_pb2.CommitBatchesResponse]
     """Marks batches as trained, after the checkpoint that contains them was saved."""
     ReleaseBatches: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ReleaseBatchesRequest, _trainer_service_pb2.ReleaseBatchesResponse]
     """Gives claimed batches back."""
     ReplayBatch: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.ReplayBatchRequest, _trainer_service_pb2.ReplayBatchResponse]
-    """Samples of a batch again, by content hash, bit for bit."""
+    """Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone."""
     ExplainTokens: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ExplainTokensRequest, _trainer_service_pb2.ExplainTokensResponse]
-    """Why a token was trained, masked or dropped."""
+    """Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice."""
     PreparePolicyVersion: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.PreparePolicyVersionRequest, _trainer_service_pb2.PreparePolicyVersionResponse]
     """Offers new weights to a run's engines; they stage them while serving the old ones."""
     CommitPolicyVersion: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.CommitPolicyVersionRequest, _trainer_service_pb2.CommitPolicyVersionResponse]
@@ -100,21 +106,27 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     ReportMetrics: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ReportMetricsRequest, _trainer_service_pb2.ReportMetricsResponse]  # type: ignore[assignment]
     """Reports a step's metrics."""
     WatchTrainingRun: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunRequest, _trainer_service_pb2.WatchTrainingRunResponse]  # type: ignore[assignment]
-    """State and metrics as they come."""
+    """State, metrics and log as they come."""
+    WatchTrainingRuns: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunsRequest, _trainer_service_pb2.WatchTrainingRunsResponse]  # type: ignore[assignment]
+    """Training runs as they change; trainers wait here for runs to take up."""
     ClaimBatch: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ClaimBatchRequest, _trainer_service_pb2.ClaimBatchResponse]  # type: ignore[assignment]
     """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
     ListBatches: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ListBatchesRequest, _trainer_service_pb2.ListBatchesResponse]  # type: ignore[assignment]
     """Batches of a training run."""
+    GetBatch: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.GetBatchRequest, _trainer_service_pb2.GetBatchResponse]  # type: ignore[assignment]
+    """One batch with its manifest."""
     StreamBatch: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.StreamBatchRequest, _trainer_service_pb2.StreamBatchResponse]  # type: ignore[assignment]
-    """Samples of a batch as packed arrays."""
+    """Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+    ILLEGAL_TRANSITION for a released one.
+    """
     CommitBatches: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.CommitBatchesRequest, _trainer_service_pb2.CommitBatchesResponse]  # type: ignore[assignment]
     """Marks batches as trained, after the checkpoint that contains them was saved."""
     ReleaseBatches: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ReleaseBatchesRequest, _trainer_service_pb2.ReleaseBatchesResponse]  # type: ignore[assignment]
     """Gives claimed batches back."""
     ReplayBatch: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.ReplayBatchRequest, _trainer_service_pb2.ReplayBatchResponse]  # type: ignore[assignment]
-    """Samples of a batch again, by content hash, bit for bit."""
+    """Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone."""
     ExplainTokens: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ExplainTokensRequest, _trainer_service_pb2.ExplainTokensResponse]  # type: ignore[assignment]
-    """Why a token was trained, masked or dropped."""
+    """Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice."""
     PreparePolicyVersion: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.PreparePolicyVersionRequest, _trainer_service_pb2.PreparePolicyVersionResponse]  # type: ignore[assignment]
     """Offers new weights to a run's engines; they stage them while serving the old ones."""
     CommitPolicyVersion: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.CommitPolicyVersionRequest, _trainer_service_pb2.CommitPolicyVersionResponse]  # type: ignore[assignment]
@@ -197,7 +209,15 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.WatchTrainingRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trainer_service_pb2.WatchTrainingRunResponse], _abc.AsyncIterator[_trainer_service_pb2.WatchTrainingRunResponse]]:
-        """State and metrics as they come."""
+        """State, metrics and log as they come."""
+
+    @_abc_1.abstractmethod
+    def WatchTrainingRuns(
+        self,
+        request: _trainer_service_pb2.WatchTrainingRunsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_trainer_service_pb2.WatchTrainingRunsResponse], _abc.AsyncIterator[_trainer_service_pb2.WatchTrainingRunsResponse]]:
+        """Training runs as they change; trainers wait here for runs to take up."""
 
     @_abc_1.abstractmethod
     def ClaimBatch(
@@ -216,12 +236,22 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Batches of a training run."""
 
     @_abc_1.abstractmethod
+    def GetBatch(
+        self,
+        request: _trainer_service_pb2.GetBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_service_pb2.GetBatchResponse, _abc.Awaitable[_trainer_service_pb2.GetBatchResponse]]:
+        """One batch with its manifest."""
+
+    @_abc_1.abstractmethod
     def StreamBatch(
         self,
         request: _trainer_service_pb2.StreamBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trainer_service_pb2.StreamBatchResponse], _abc.AsyncIterator[_trainer_service_pb2.StreamBatchResponse]]:
-        """Samples of a batch as packed arrays."""
+        """Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+        ILLEGAL_TRANSITION for a released one.
+        """
 
     @_abc_1.abstractmethod
     def CommitBatches(
@@ -245,7 +275,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.ReplayBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trainer_service_pb2.ReplayBatchResponse], _abc.AsyncIterator[_trainer_service_pb2.ReplayBatchResponse]]:
-        """Samples of a batch again, by content hash, bit for bit."""
+        """Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone."""
 
     @_abc_1.abstractmethod
     def ExplainTokens(
@@ -253,7 +283,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.ExplainTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.ExplainTokensResponse, _abc.Awaitable[_trainer_service_pb2.ExplainTokensResponse]]:
-        """Why a token was trained, masked or dropped."""
+        """Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice."""
 
     @_abc_1.abstractmethod
     def PreparePolicyVersion(

@@ -27,19 +27,21 @@ from agl_grpc.v1 import common_pb2 as agl__grpc_dot_v1_dot_common__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61gl_grpc/v1/training.proto\x12\x0b\x61gl_grpc.v1\x1a\x19\x61gl_grpc/v1/attempt.proto\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9e\x03\n\x0bTrainingRun\x12\x17\n\x0ftraining_run_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x11\n\talgorithm\x18\x03 \x01(\t\x12$\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x14.agl_grpc.v1.Payload\x12.\n\x06status\x18\x05 \x01(\x0e\x32\x1e.agl_grpc.v1.TrainingRunStatus\x12\x15\n\rtrainer_epoch\x18\x06 \x01(\x03\x12\x0c\n\x04step\x18\x07 \x01(\x03\x12\x15\n\rcheckpoint_id\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x07\x66\x61ilure\x18\x0b \x01(\x0b\x32\x14.agl_grpc.v1.Failure\x12\'\n\x08metadata\x18\x0c \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\x12\x12\n\ntrainer_id\x18\r \x01(\t\"%\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x82\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12$\n\x07metrics\x18\x02 \x03(\x0b\x32\x13.agl_grpc.v1.Metric\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rtrainer_epoch\x18\x04 \x01(\x03*\x80\x02\n\x11TrainingRunStatus\x12#\n\x1fTRAINING_RUN_STATUS_UNSPECIFIED\x10\x00\x12\x1f\n\x1bTRAINING_RUN_STATUS_PENDING\x10\x01\x12\x1f\n\x1bTRAINING_RUN_STATUS_RUNNING\x10\x02\x12 \n\x1cTRAINING_RUN_STATUS_STOPPING\x10\x03\x12!\n\x1dTRAINING_RUN_STATUS_SUCCEEDED\x10\x04\x12\x1e\n\x1aTRAINING_RUN_STATUS_FAILED\x10\x05\x12\x1f\n\x1bTRAINING_RUN_STATUS_STOPPED\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61gl_grpc/v1/training.proto\x12\x0b\x61gl_grpc.v1\x1a\x19\x61gl_grpc/v1/attempt.proto\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x03\n\x0bTrainingRun\x12\x17\n\x0ftraining_run_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x11\n\talgorithm\x18\x03 \x01(\t\x12$\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x14.agl_grpc.v1.Payload\x12.\n\x06status\x18\x05 \x01(\x0e\x32\x1e.agl_grpc.v1.TrainingRunStatus\x12\x15\n\rtrainer_epoch\x18\x06 \x01(\x03\x12\x0c\n\x04step\x18\x07 \x01(\x03\x12\x15\n\rcheckpoint_id\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x07\x66\x61ilure\x18\x0b \x01(\x0b\x32\x14.agl_grpc.v1.Failure\x12\'\n\x08metadata\x18\x0c \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\x12\x12\n\ntrainer_id\x18\r \x01(\t\x12$\n\x06result\x18\x0e \x01(\x0b\x32\x14.agl_grpc.v1.Payload\"h\n\x07LogLine\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rtrainer_epoch\x18\x04 \x01(\x03\"%\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x82\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12$\n\x07metrics\x18\x02 \x03(\x0b\x32\x13.agl_grpc.v1.Metric\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rtrainer_epoch\x18\x04 \x01(\x03*\x80\x02\n\x11TrainingRunStatus\x12#\n\x1fTRAINING_RUN_STATUS_UNSPECIFIED\x10\x00\x12\x1f\n\x1bTRAINING_RUN_STATUS_PENDING\x10\x01\x12\x1f\n\x1bTRAINING_RUN_STATUS_RUNNING\x10\x02\x12 \n\x1cTRAINING_RUN_STATUS_STOPPING\x10\x03\x12!\n\x1dTRAINING_RUN_STATUS_SUCCEEDED\x10\x04\x12\x1e\n\x1aTRAINING_RUN_STATUS_FAILED\x10\x05\x12\x1f\n\x1bTRAINING_RUN_STATUS_STOPPED\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agl_grpc.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRAININGRUNSTATUS']._serialized_start=719
-  _globals['_TRAININGRUNSTATUS']._serialized_end=975
+  _globals['_TRAININGRUNSTATUS']._serialized_start=863
+  _globals['_TRAININGRUNSTATUS']._serialized_end=1119
   _globals['_TRAININGRUN']._serialized_start=130
-  _globals['_TRAININGRUN']._serialized_end=544
-  _globals['_METRIC']._serialized_start=546
-  _globals['_METRIC']._serialized_end=583
-  _globals['_STEPMETRICS']._serialized_start=586
-  _globals['_STEPMETRICS']._serialized_end=716
+  _globals['_TRAININGRUN']._serialized_end=582
+  _globals['_LOGLINE']._serialized_start=584
+  _globals['_LOGLINE']._serialized_end=688
+  _globals['_METRIC']._serialized_start=690
+  _globals['_METRIC']._serialized_end=727
+  _globals['_STEPMETRICS']._serialized_start=730
+  _globals['_STEPMETRICS']._serialized_end=860
 # @@protoc_insertion_point(module_scope)

@@ -81,6 +81,7 @@ class TrainingRun(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     TRAINER_ID_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
     training_run_id: _builtins.str
     """Chosen by the caller or minted as `tr-…`."""
     run_id: _builtins.str
@@ -117,6 +118,10 @@ class TrainingRun(_message.Message):
     def metadata(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.KeyValue]:
         """Free notes, for example seeds and versions."""
 
+    @_builtins.property
+    def result(self) -> _common_pb2.Payload:
+        """What came of it, as its trainer said at the end; unset until then. For `apo` and `gepa` the best prompts."""
+
     def __init__(
         self,
         *,
@@ -133,14 +138,51 @@ class TrainingRun(_message.Message):
         failure: _attempt_pb2.Failure | None = ...,
         metadata: _abc.Iterable[_common_pb2.KeyValue] | None = ...,
         trainer_id: _builtins.str = ...,
+        result: _common_pb2.Payload | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "checkpoint_id", b"checkpoint_id", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "metadata", b"metadata", "run_id", b"run_id", "status", b"status", "step", b"step", "trainer_epoch", b"trainer_epoch", "trainer_id", b"trainer_id", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "checkpoint_id", b"checkpoint_id", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "metadata", b"metadata", "result", b"result", "run_id", b"run_id", "status", b"status", "step", b"step", "trainer_epoch", b"trainer_epoch", "trainer_id", b"trainer_id", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainingRun: _TypeAlias = TrainingRun  # noqa: Y015
+
+@_typing.final
+class LogLine(_message.Message):
+    """A line that a trainer wrote for people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    TRAINER_EPOCH_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Rises by at least one with each line of a training run, from 1; set by the store."""
+    text: _builtins.str
+    """The line, without its end; at most 16 KiB."""
+    trainer_epoch: _builtins.int
+    """The epoch of the trainer that wrote it; set by the store."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When the store got it."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        text: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        trainer_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "text", b"text", "time", b"time", "trainer_epoch", b"trainer_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogLine: _TypeAlias = LogLine  # noqa: Y015
 
 @_typing.final
 class Metric(_message.Message):

@@ -41,6 +41,8 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),
     "rollouts": CommandEntry("agl_grpc_cli.rollouts", "List, show, cancel, retry and delete rollouts."),
     "spans": CommandEntry("agl_grpc_cli.spans", "List the spans of a rollout."),
+    "batch": CommandEntry("agl_grpc_cli.batch", "List, show and replay training batches."),
+    "sample": CommandEntry("agl_grpc_cli.sample", "Explain tokens; export samples."),
     "workers": CommandEntry("agl_grpc_cli.workers", "List workers, and order them to leave."),
     "leases": CommandEntry("agl_grpc_cli.leases", "List and expire leases."),
     "runs": CommandEntry("agl_grpc_cli.runs", "List, make, change, pause and resume runs."),

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from agl_grpc_cli import training_runs
 from agl_grpc_cli.errors import EXIT_INTERRUPTED, CliError
+from agl_grpc_cli.training_runs import PASS_ON, split
 
 app = typer.Typer(help="Train an agent.", no_args_is_help=True)
-
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.callback()
@@ -48,7 +48,7 @@ def fit(
     from agl_grpc.trainer.config_file import fit_configuration, load_configuration
     from agl_grpc.trainer.errors import TrainerError
 
-    given, arguments = _split(config, context.args)
+    given, arguments = split(config, context.args)
     try:
         configuration = load_configuration(given, arguments)
         if print_config:
@@ -64,8 +64,4 @@ def fit(
         typer.echo(f"model:      {result.model}")
 
 
-def _split(config: Path | None, arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Without a file the first option may have been taken for one."""
-    if config is not None and str(config).startswith("--"):
-        return None, [str(config), *arguments]
-    return config, arguments
+training_runs.add_commands(app)

@@ -68,6 +68,16 @@ def serve(
             help="Keep the newest weights beside the spool, so that a restarted engine goes on with them.",
         ),
     ] = True,
+    unattributed: Annotated[
+        str,
+        typer.Option(
+            metavar="serve|record|refuse",
+            help="Calls that name no attempt: record makes them rollouts of --external-run.",
+        ),
+    ] = "serve",
+    external_run: Annotated[
+        str, typer.Option(metavar="RUN", help="The run of recorded calls that name no attempt.")
+    ] = "external",
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
@@ -83,12 +93,14 @@ def serve(
     """
     from agl_grpc.interceptor.serve import ServeError, run_vllm
     from agl_grpc.interceptor.serve import serve as serve_vllm
-    from agl_grpc.interceptor.settings import Settings, default_engine_id
+    from agl_grpc.interceptor.settings import UNATTRIBUTED, Settings, default_engine_id
 
     if show_help:
         _help(context, run_vllm)
     if not model:
         raise typer.BadParameter("name the model to serve", param_hint="MODEL")
+    if unattributed not in UNATTRIBUTED:
+        raise typer.BadParameter("write serve, record or refuse", param_hint="--unattributed")
     settings = Settings(
         store=store,
         run_id=run,
@@ -101,6 +113,8 @@ def serve(
         endpoint=endpoint,
         resume_timeout=resume_timeout,
         keep_weights=keep_weights,
+        unattributed=unattributed,
+        external_run=external_run,
         loader=os.environ.get("AGL_INTERCEPTOR_LOADER", "auto"),
     )
     try:

@@ -26,9 +26,11 @@ EXIT_INTERRUPTED = 130
 QUESTIONS = "held_out.jsonl"
 
 
-def configuration(model: Path, steps: int, seed: int, save_every: int) -> dict[str, Any]:
-    """verl's keys: GRPO over 16 prompts with 8 rollouts each."""
+def configuration(model: Path, steps: int, seed: int, save_every: int, ahead: int = 0) -> dict[str, Any]:
+    """verl's keys: GRPO over 16 prompts with 8 rollouts each; ``ahead`` batches are sampled in advance."""
     return {
+        "trainer.v1.separate_async.num_warmup_batches": ahead,
+        "trainer.v1.sampler.max_off_policy_threshold": ahead + 1,
         "actor_rollout_ref.model.path": str(model),
         "actor_rollout_ref.actor.optim.lr": 6e-4,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": 10,
@@ -58,6 +60,7 @@ def main() -> int:
             save_every=arguments.save_every,
             resume=arguments.resume,
             quick=arguments.quick,
+            ahead=arguments.ahead,
         )
         report(result)
         check_checkpoint(result, folder / "model")
@@ -78,8 +81,11 @@ def train(
     save_every: int = 20,
     resume: bool = False,
     quick: bool = False,
+    ahead: int = 0,
 ) -> FitResult:
-    """Builds the model if need be and trains it; ``quick`` validates on 40 questions, once each."""
+    """Builds the model if need be and trains it; ``quick`` validates on 40 questions, once each; ``ahead``
+    batches are sampled in advance of the one that is trained.
+    """
     held_out = validation_tasks()
     questions = folder / QUESTIONS
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +95,9 @@ def train(
         build_model(model, questions, seed)
     tasks = training_tasks(PROMPTS * steps * 2, seed, frozenset(task["question"] for task in held_out))
     trainer = Trainer(
-        algorithm=VERL(configuration(model, steps, seed, save_every), model_name="calculator", seed=seed),
+        algorithm=VERL(
+            configuration(model, steps, seed, save_every, ahead), model_name="calculator", seed=seed
+        ),
         n_runners=1,
         runner={"concurrency": 64},
         llm_proxy={
@@ -168,6 +176,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue --run from its last checkpoint")
     parser.add_argument("--save-every", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--quick", action="store_true", help="validate on fewer questions")
+    parser.add_argument("--ahead", type=int, default=0, help="batches sampled in advance (asynchronous)")
     return parser.parse_args()
 
 

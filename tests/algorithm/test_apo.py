@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agl_grpc_cli.apo import app
+from typer.testing import CliRunner
 
 from agl_grpc import PromptTemplate, StoreClient
 from agl_grpc.algorithm import APO, AlgorithmError
@@ -18,7 +20,6 @@ from agl_grpc.algorithm.apo.beam import best, parents
 from agl_grpc.algorithm.prompt.candidate import problem_of
 from agl_grpc.algorithm.prompt.choices import batch, seeded
 from agl_grpc.algorithm.prompt.journal import journal_id, read_records
-from tests.algorithm.apo_script import main
 from tests.algorithm.conftest import Bench
 from tests.algorithm.words import FIRST, WORDS, helpful, two_prompts, wordy
 from tests.support.scripted_model import ScriptedModel
@@ -115,6 +116,17 @@ async def test_an_edit_that_breaks_the_template_is_asked_for_again(bench: Bench)
     assert apo.get_best_prompt().template == "{question} brief"
 
 
+async def test_characters_that_no_store_takes_are_replaced(bench: Bench) -> None:
+    def script(model: str, message: str) -> str:
+        return "odd \0 and \ud800" if model == "critic" else "```\n{question} brief \0\n```"
+
+    with ScriptedModel(script) as critic:
+        apo = APO(endpoint=critic.endpoint, beam_rounds=1, **SMALL)
+        async with bench.ready(apo, wordy, {"prompt": FIRST}):
+            await apo.run(TRAIN, VAL)
+    assert apo.get_best_prompt().template == "{question} brief \ufffd"
+
+
 async def test_what_is_missing_is_named_before_anything_runs(bench: Bench) -> None:
     apo = APO(endpoint="http://127.0.0.1:9/v1", **SMALL)
     async with bench.ready(apo, wordy, {}):
@@ -153,6 +165,7 @@ async def test_a_run_that_was_killed_goes_on_and_repeats_nothing(bench: Bench, t
     # Of 16 calls only those that were under way when it died may be made twice: at most four at once.
     assert before < 16
     assert 16 <= len(critic.calls) <= 16 + 4
+    await asyncio.to_thread(_check_history, tmp_path / "words")
 
 
 def test_batches_cover_the_dataset_in_a_new_order_each_time() -> None:
@@ -185,20 +198,19 @@ def test_rewritten_templates_keep_their_places(engine: str, old: str, good: str,
     assert problem_of(" ", template) == "it is empty"
 
 
-def test_the_history_is_read_from_a_finished_run(tmp_path: Path) -> None:
-    with ScriptedModel(helpful) as critic:
-        main(str(tmp_path), critic.endpoint)
-    shown = _command("history", str(tmp_path / "words"), "--prompts")
+def _check_history(folder: Path) -> None:
+    """Versions, critiques and the best prompt are read from the run's folder."""
+    shown = _command("history", str(folder), "--prompts")
     lines = shown.splitlines()
     assert lines[0].split()[:5] == ["VERSION", "PARENT", "CHANGED", "SCORE", "FULL"]
     assert lines[1].split()[:5] == ["v0", "-", "-", "0.000", "0.000"]
     assert "It should be polite." in shown
     assert lines[-1].startswith("best: v")
-    assert _command("best", str(tmp_path / "words")).endswith("Answer {question}. Be brief. Be polite.\n")
-    assert '"kind": "critique"' in _command("history", str(tmp_path / "words"), "--json")
+    assert _command("best", str(folder)).endswith("Answer {question}. Be brief. Be polite.\n")
+    assert '"kind": "critique"' in _command("history", str(folder), "--json")
 
 
 def _command(*arguments: str) -> str:
-    command = [sys.executable, "-m", "agl_grpc_cli", "apo", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "AGL_GRPC_STORE"}
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    done = CliRunner().invoke(app, arguments, env={"AGL_GRPC_STORE": None})
+    assert done.exit_code == 0, done.exception
+    return done.stdout

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from agl_grpc.client import NotFound, RolloutsUnsealed, StoreClient, TrainerFenced
+from agl_grpc.client import IllegalTransition, NotFound, RolloutsUnsealed, StoreClient, TrainerFenced
 from agl_grpc.model import (
     BatchStatus,
     Engine,
@@ -157,3 +157,39 @@ async def test_policy_versions_reach_engines(client: StoreClient) -> None:
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_run_is_taken_up_by_one_trainer_and_tells_log_and_result(client: StoreClient) -> None:
+    changes = client.watch_training_runs(include_existing=True)
+    states: list[str] = []
+
+    async def watch() -> None:
+        async for change in changes:
+            states.extend(run.status.value for run in change.items)
+            if states and states[-1] == "succeeded":
+                return
+
+    watching = asyncio.create_task(watch())
+    made = await client.create_training_run(TrainingRun(algorithm="apo"))
+    name = made.training_run_id
+    taken = await client.acquire_training_run(name, "one", only_pending=True)
+    with pytest.raises(IllegalTransition):
+        await client.acquire_training_run(name, "two", only_pending=True)
+    await client.report_metrics(name, taken.trainer_epoch, [], log=["first", "second"])
+    lines = client.watch_training_log(name)
+    assert (await anext(lines)).text == "first"
+    second = await anext(lines)
+    await client.report_metrics(
+        name, taken.trainer_epoch, [StepMetrics(step=1, metrics={"a": 1.0})], log=["third"]
+    )
+    ended = await client.finish_training_run(
+        name, taken.trainer_epoch, "succeeded", result={"prompts": {"p": "text"}}
+    )
+    assert ended.result == {"prompts": {"p": "text"}}
+    assert [line.text async for line in lines] == ["third"]
+    # From a number on, as after a reconnect; who watches metrics gets no lines.
+    assert [line.text async for line in client.watch_training_log(name, after=second.number)] == ["third"]
+    assert [len(steps) async for _, steps in client.watch_training_run(name)] == [1]
+    await asyncio.wait_for(watching, 10)
+    assert states[-1] == "succeeded"
+    assert "running" in states

@@ -24,21 +24,13 @@ def run_peer(script: str, *arguments: str, within: float = 120) -> str:
 
 
 def test_everything_that_its_client_can_say(tmp_path: Path) -> None:
+    """By name, as an unchanged program finds a store at its default address."""
     port = free_port()
     with StoreProcess(tmp_path / "store.db", "--http-port", str(port)):
-        assert json.loads(run_peer("peer_client.py", f"http://127.0.0.1:{port}")) == {"passed": 4}
+        assert json.loads(run_peer("peer_client.py", f"http://localhost:{port}")) == {"passed": 4}
 
 
 def test_its_trainer_and_its_runners_work_on_our_store(tmp_path: Path) -> None:
     port = free_port()
     with StoreProcess(tmp_path / "store.db", "--http-port", str(port)):
         assert json.loads(run_peer("peer_trainer.py", f"http://127.0.0.1:{port}")) == {"trained": 6}
-
-
-def test_an_unchanged_client_finds_us_at_its_default_port(tmp_path: Path) -> None:
-    """R31: `--port 4748 --http-port 4747`, here with two ports that are free."""
-    http_port, port = free_port(), free_port()
-    store = StoreProcess(tmp_path / "store.db", "--http-port", str(http_port))
-    store.port, store.address = port, f"127.0.0.1:{port}"
-    with store:
-        assert json.loads(run_peer("peer_client.py", f"http://localhost:{http_port}")) == {"passed": 4}

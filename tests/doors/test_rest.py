@@ -49,6 +49,16 @@ async def start(http: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
     return started
 
 
+async def test_long_numbers_keep_their_value(http: httpx.AsyncClient) -> None:
+    rollout = await start(http)
+    path = f"/agl/v1/rollouts/{rollout['rollout_id']}"
+    changed = await http.post(path, json={"input": [2**70, 1.5], "metadata": {"n": 2**62}})
+    assert changed.json()["input"] == [2**70, 1.5]
+    assert (await http.get(path)).json()["metadata"] == {"n": 2**62}
+    refused = await http.post(path, json={"metadata": {"n": 2**70}})
+    assert (refused.status_code, refused.json()["field"]) == (422, "metadata")
+
+
 async def test_both_prefixes_show_one_store(server: StoreServer) -> None:
     async with httpx.AsyncClient(base_url=server.url) as http:
         assert (await http.get("/agl/v1/health")).json() == {"status": "ok"}
@@ -282,5 +292,27 @@ async def test_a_token_guards_every_route() -> None:
             assert (refused.status_code, refused.json()["reason"]) == (401, "UNAUTHENTICATED")
             allowed = await http.get("/agl/v1/rollouts", headers={"Authorization": "Bearer secret"})
             assert allowed.status_code == 200
+    finally:
+        await server.stop()
+
+
+async def test_pages_of_other_sites_are_kept_out() -> None:
+    config = ServeConfig(port=0, http_port=0, database=None, grace=1.0, cors_origins=("http://mine",))
+    server = await StoreServer.start(config)
+    try:
+        async with httpx.AsyncClient(base_url=server.url) as http:
+            for headers, status in (
+                ({"Sec-Fetch-Site": "cross-site", "Origin": "http://other"}, 403),
+                ({"Sec-Fetch-Site": "cross-site"}, 403),
+                ({"Sec-Fetch-Site": "cross-site", "Origin": "http://mine"}, 200),
+                ({"Sec-Fetch-Site": "same-origin"}, 200),
+                ({}, 200),
+            ):
+                assert (await http.get("/task", headers=headers)).status_code == status, headers
+            asked = await http.options("/agl/v1/rollouts", headers={"Origin": "http://mine"})
+            assert asked.status_code == 204
+            assert asked.headers["access-control-allow-origin"] == "http://mine"
+            other = await http.options("/agl/v1/rollouts", headers={"Origin": "http://other"})
+            assert "access-control-allow-origin" not in other.headers
     finally:
         await server.stop()

@@ -54,7 +54,7 @@ def test_a_typescript_agent_is_trained(tmp_path: Path) -> None:
     assert found is not None, done.stdout[-6000:]
     before, after = float(found[1]), float(found[2])
     assert after > before + 15, done.stdout[-6000:]
-    with StoreProcess(tmp_path / "ts" / "store.db") as store:
+    with StoreProcess(tmp_path / "ts" / "agl.db") as store:
         workers = asyncio.run(_workers(store.address))
     assert workers == {"typescript"}
 

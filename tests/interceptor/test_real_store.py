@@ -13,6 +13,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from agl_grpc.v1 import (
+    attempt_pb2,
     policy_pb2,
     run_pb2,
     span_pb2,
@@ -98,7 +99,7 @@ def together(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("together")
     with (
         StoreProcess(folder / "store.db") as server,
-        engine(tiny_model, server.address, folder) as running,
+        engine(tiny_model, server.address, folder, "--unattributed", "record") as running,
         grpc.insecure_channel(server.address) as channel,
     ):
         made = Together(server, running, channel)
@@ -129,6 +130,78 @@ def test_an_attempt_credential_as_api_key_attributes_the_call(together: Together
     url = f"{together.running.url}/v1/chat/completions"
     assert httpx.post(url, json=body, headers=headers, timeout=60).status_code == 200
     assert len(together.calls(rollout, 1)) == 1
+
+
+def test_headers_attribute_the_call(together: Together) -> None:
+    rollout, attempt = together.start_rollout()
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
+    headers = {
+        "x-rollout-id": rollout,
+        "x-attempt-id": attempt,
+        "x-agl-agent": "planner",
+        "x-agl-mode": "val",
+    }
+    url = f"{together.running.url}/v1/chat/completions"
+    assert httpx.post(url, json=body, headers=headers, timeout=60).status_code == 200
+    (stored,) = together.calls(rollout, 1)
+    assert (stored.span.model_call.agent_name, stored.span.model_call.mode) == ("planner", "val")
+
+
+def test_the_agent_of_an_attempt_that_is_over_is_told_to_stop(together: Together) -> None:
+    rollout, attempt = together.start_rollout()
+    together.ask(rollout, attempt)
+    request = store_service_pb2.UpdateAttemptRequest(
+        attempt=attempt_pb2.Attempt(
+            rollout_id=rollout, attempt_id=attempt, status=attempt_pb2.ATTEMPT_STATUS_FAILED
+        )
+    )
+    request.update_mask.paths.append("status")
+    together.store.UpdateAttempt(request)
+    base = together.running.base(rollout, attempt)
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
+    until = time.monotonic() + 30
+    while (answer := httpx.post(f"{base}/v1/chat/completions", json=body, timeout=60)).status_code == 200:
+        assert time.monotonic() < until, "the attempt's end has to reach the engine"
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "attempt_ended"
+    assert "failed" in answer.json()["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
+    anthropic = httpx.post(f"{base}/v1/messages", json=body, timeout=60)
+    assert (anthropic.status_code, anthropic.json()["type"]) == (409, "error")
+
+
+def test_a_forged_credential_is_refused(together: Together) -> None:
+    together.start_rollout()
+    forged = together.credential.rpartition(".")[0] + ".Zm9yZ2Vk"
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
+    headers = {"Authorization": f"Bearer {forged}"}
+    url = f"{together.running.url}/v1/chat/completions"
+    until = time.monotonic() + 30
+    # The first byte never waits for the store: the first answers may come before its word.
+    while (answer := httpx.post(url, json=body, headers=headers, timeout=60)).status_code == 200:
+        assert time.monotonic() < until, "the store's word has to reach the engine"
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_calls_that_name_no_attempt_become_rollouts_of_their_own(together: Together) -> None:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
+    url = f"{together.running.url}/v1/chat/completions"
+    for session in ("s1", "s1", ""):
+        headers = {"x-agl-session": session} if session else {}
+        assert httpx.post(url, json=body, headers=headers, timeout=60).status_code == 200
+    request = store_service_pb2.ListRolloutsRequest()
+    request.filter.run_id = "external"
+    until = time.monotonic() + 30
+    while True:
+        runs = [run.run_id for run in together.store.ListRuns(store_service_pb2.ListRunsRequest()).runs]
+        found = together.store.ListRollouts(request).rollouts if "external" in runs else []
+        counts = sorted(len(together.calls(each.rollout.rollout_id, 1)) for each in found)
+        if counts == [1, 2]:
+            break
+        assert time.monotonic() < until, counts
+        time.sleep(0.05)
+    labels = {(label.key, label.value) for each in found for label in each.rollout.labels}
+    assert labels == {("source", "external")}
 
 
 def test_a_killed_store_loses_nothing_and_stores_nothing_twice(together: Together) -> None:

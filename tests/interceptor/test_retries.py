@@ -9,6 +9,7 @@ from agl_grpc.interceptor.raw import raw_payload
 from agl_grpc.interceptor.retries import Retries, tries_of
 from agl_grpc.model.value import RawPayload, from_payload
 from agl_grpc.sample.calls import read_answers
+from agl_grpc.sample.tree import TokenTree
 from agl_grpc.sample.types import DropReason, SampleRules
 from agl_grpc.v1 import common_pb2, model_call_pb2, span_pb2
 
@@ -66,7 +67,7 @@ def test_an_orphan_is_not_trained() -> None:
         choice = call.choices.add(token_ids=[1], logprobs=[-1.0])
         choice.policy_runs.add(start=0, end=1)
         spans.append(span_pb2.StoredSpan(span=span_pb2.Span(span_id=span_id, model_call=call)))
-    found = {answer.span_id: answer.excluded for answer in read_answers(spans, SampleRules())}
+    found = {answer.span_id: answer.excluded for answer in read_answers(spans, SampleRules(), TokenTree())}
     assert found == {b"orphaned": DropReason.ORPHAN, b"consumed": None}
 
 

@@ -223,19 +223,31 @@ async def test_a_killed_learner_trains_the_same_batches_again_and_makes_no_rollo
 
     first = Learner(config, store.address, on_line=kill)
     assert first.finish() != 0
-    second = Learner(config, store.address, "--resume")
-    assert second.finish() == 0, "\n".join(second.lines[-40:])
-    steps = [line for line in second.lines if line.startswith("learner: step ")]
-    assert steps[0].startswith(f"learner: step {SAVE + 1}/")
+
+    def stop(line: str) -> None:
+        if line.startswith(f"learner: step {SAVE + 3}/"):
+            second.process.terminate()
+
+    # The next one is asked to end, by SIGTERM, between two checkpoints.
+    second = Learner(config, store.address, "--resume", on_line=stop)
+    assert second.finish() == 130, "\n".join(second.lines[-40:])
+    assert second.lines[-1] == "error: stopped by SIGTERM"
+    assert (await _state(store))[0].status is TrainingRunStatus.STOPPED
+    third = Learner(config, store.address, "--resume")
+    assert third.finish() == 0, "\n".join(third.lines[-40:])
+    for learner in (second, third):
+        steps = [line for line in learner.lines if line.startswith("learner: step ")]
+        assert steps[0].startswith(f"learner: step {SAVE + 1}/")
     record, batches, versions, _ = await _state(store)
     assert record.status is TrainingRunStatus.SUCCEEDED
-    assert record.trainer_epoch == 2
+    assert record.trainer_epoch == 3
     committed = [batch for batch in batches if batch.status is BatchStatus.COMMITTED]
     assert [batch.step for batch in committed] == list(range(1, MORE_STEPS + 1))
-    assert [batch.trainer_epoch for batch in committed] == [1] * SAVE + [2] * (MORE_STEPS - SAVE)
+    assert [batch.trainer_epoch for batch in committed] == [1] * SAVE + [3] * (MORE_STEPS - SAVE)
     trained = [entry.rollout_id for batch in committed for entry in batch.entries]
     assert len(trained) == len(set(trained)) == MORE_STEPS * 4 * 8
-    # What the killed learner had trained after its checkpoint was given back, and is the same again, ...
+    # What the killed and the stopped one had trained after the checkpoint was given back, and is the same
+    # again, ...
     released = [batch for batch in batches if batch.status is BatchStatus.RELEASED]
     assert [batch.step for batch in released][:2] == [SAVE + 1, SAVE + 2]
     hashes = {batch.step: batch.content_hash for batch in committed}

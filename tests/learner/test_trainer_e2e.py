@@ -219,3 +219,29 @@ def test_estimators_judge_rollouts_not_rows() -> None:
     for name, found in differences.items():
         assert found["size"] > 0.1, name
         assert max(found["whole"], found["split"], found["interrupted"], found["masked"]) < 1e-5, name
+
+
+def test_importance_weights_and_rejection_judge_rollouts_not_rows() -> None:
+    """The weight of a sequence is a rollout's, also where the rollout is two rows; whole ones are verl's."""
+    repository = Path(__file__).parents[2]
+    done = subprocess.run(
+        [learner_python(), "-m", "tests.learner.correction_script"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(found) == ["rejection", "sequence", "token"]
+    for name, each in found.items():
+        assert each["to_verl"] == 0.0, name
+        assert each["split"] < 1e-6, name
+        assert each["rejected"] == each["rejected_split"], name
+        assert each["smallest"] < each["largest"] - 0.1, name
+    assert found["token"]["largest"] == pytest.approx(1.2)
+    assert found["sequence"]["largest"] == pytest.approx(1.5)
+    # Whole rollouts are rejected, not parts of them.
+    assert found["rejection"]["rejected"] > 0
+    assert found["rejection"]["rejected"] % 8 == 0

@@ -10,6 +10,7 @@ from agl_grpc.sample import (
     RowStart,
     SampleError,
     SampleRules,
+    Truncated,
     build_attempt,
     prune_groups,
     total_account,
@@ -83,7 +84,7 @@ def test_a_cut_call_is_context_only() -> None:
     cut = call([1], [2, 3], at=1, outcome=MODEL_CALL_OUTCOME_CUT)
     out = build_attempt(record(cut, call([1, 2, 3, 4], [5], at=2)))
     (row,) = out.rows
-    assert row.start is RowStart.BASE_UNTRAINABLE
+    assert row.start is RowStart.CUT
     assert row.prompt_ids.tolist() == [1, 2, 3, 4]
     assert out.account.dropped == {DropReason.NOT_COMPLETE: 3}
 
@@ -131,7 +132,7 @@ def test_a_truncated_answer_keeps_its_row_without_loss() -> None:
     (row,) = build_attempt(attempt).rows
     assert row.response_mask.tolist() == [0, 0, 0, 1]
     assert build_attempt(attempt).account.dropped[DropReason.LENGTH] == 2
-    (row,) = build_attempt(attempt, SampleRules(train_truncated=True)).rows
+    (row,) = build_attempt(attempt, SampleRules(truncated=Truncated.TRAIN)).rows
     assert row.response_mask.tolist() == [1, 1, 0, 1]
 
 

@@ -7,7 +7,16 @@ from collections import Counter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agl_grpc.sample import Sample, build_attempt, sample_digest, token_digest
+from agl_grpc.sample import (
+    Sample,
+    build_attempt,
+    explain_attempt,
+    pack,
+    read_columns,
+    sample_digest,
+    token_digest,
+    unpack,
+)
 from agl_grpc.v1.model_call_pb2 import ModelCall
 from agl_grpc.v1.span_pb2 import StoredSpan
 from tests.sample.calls import call, choice, record
@@ -127,3 +136,62 @@ def test_digests_see_every_swap(spans: list[StoredSpan], data: st.DataObject) ->
     swapped[i], swapped[len(one) + i] = rows[len(one) + i], rows[i]
     assert sample_digest(swapped) != sample_digest(rows)
     assert token_digest(rows) == token_digest(list(rows))
+
+
+def as_deltas(spans: list[StoredSpan]) -> list[StoredSpan]:
+    """The same calls, each prompt a difference to the earlier sequence that it shares most tokens with."""
+    result: list[StoredSpan] = []
+    sequences: list[tuple[bytes, int, list[int]]] = []
+    for stored in spans:
+        copy = StoredSpan.FromString(stored.SerializeToString())
+        prompt = list(copy.span.model_call.prompt.token_ids)
+        best, shared = None, 0
+        for span_id, place, tokens in sequences:
+            common = next((i for i, (a, b) in enumerate(zip(tokens, prompt, strict=False)) if a != b), None)
+            common = min(len(tokens), len(prompt)) if common is None else common
+            if common > shared:
+                best, shared = (span_id, place), common
+        if best is not None:
+            del copy.span.model_call.prompt.token_ids[:shared]
+            copy.span.model_call.prompt.base_span_id, copy.span.model_call.prompt.base_choice = best
+            copy.span.model_call.prompt.base_length = shared
+        for place, answer in enumerate(copy.span.model_call.choices):
+            sequences.append((copy.span.span_id, place, prompt + list(answer.token_ids)))
+        result.append(copy)
+    return result
+
+
+@patient
+@given(attempts())
+def test_differences_make_the_same_samples_as_whole_prompts(spans: list[StoredSpan]) -> None:
+    whole, deltas = build_attempt(record(*spans)), build_attempt(record(*as_deltas(spans)))
+    assert token_digest(whole.rows) == token_digest(deltas.rows)
+    assert (whole.account, whole.row_starts) == (deltas.account, deltas.row_starts)
+
+
+@patient
+@given(attempts())
+def test_explanations_add_up_to_the_account(spans: list[StoredSpan]) -> None:
+    account = build_attempt(record(*spans)).account
+    found: Counter[str] = Counter()
+    for answer in explain_attempt(record(*spans)):
+        end = 0
+        for stretch in answer.stretches:
+            assert stretch.start == end < stretch.end
+            end = stretch.end
+            word = stretch.reason.partition(":")[0] if stretch.fate == "dropped" else stretch.fate
+            found[word] += stretch.end - stretch.start
+    assert found.pop("trained", 0) == account.trained
+    assert found.pop("observation", 0) == account.observation
+    assert found == account.dropped
+
+
+@patient
+@given(attempts())
+def test_packed_columns_come_back(spans: list[StoredSpan]) -> None:
+    rows = build_attempt(record(*spans)).rows
+    again = list(unpack(read_columns(pack(rows))))
+    assert token_digest(again) == token_digest(rows)
+    assert [(row.turns, row.start, row.rewards) for row in again] == [
+        (row.turns, row.start, row.rewards) for row in rows
+    ]

@@ -16,7 +16,8 @@ class Refused(Exception):
     """The store must refuse this."""
 
 
-@dataclass
+# By identity: attempts and rollouts refer to each other.
+@dataclass(eq=False)
 class Attempt:
     """One try."""
 
@@ -50,7 +51,7 @@ class Attempt:
         return silent and not self.sealed and self.rollout.status not in OVER
 
 
-@dataclass
+@dataclass(eq=False)
 class Rollout:
     """One unit of work."""
 

@@ -6,6 +6,7 @@ import os
 import random
 
 import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
 from agl_grpc.v1 import runner_service_pb2, store_service_pb2, trainer_service_pb2
 from tests.chaos.fuzz import fuzzer, garbage
@@ -13,7 +14,7 @@ from tests.store.rig import running
 
 SERVICES = [
     service
-    for module in (store_service_pb2, runner_service_pb2, trainer_service_pb2)
+    for module in (store_service_pb2, runner_service_pb2, trainer_service_pb2, trace_service_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 ]
 METHODS = {method.name for service in SERVICES for method in service.methods}

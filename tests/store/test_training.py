@@ -385,15 +385,3 @@ async def test_resources_rise_in_version_and_are_pushed(served: Served) -> None:
     twice.resources.append(twice.resources[0])
     error = await refused(store.PublishResources(twice), "INVALID_FIELD")
     assert "resources[1].name" in str(error.details())
-
-
-async def test_what_later_versions_serve_says_so(served: Served) -> None:
-    error = await refused(
-        served.trainer.ExplainTokens(trainer_service_pb2.ExplainTokensRequest()), "METHOD_UNIMPLEMENTED"
-    )
-    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
-    for stream in (
-        served.trainer.StreamBatch(trainer_service_pb2.StreamBatchRequest()),
-        served.trainer.ReplayBatch(trainer_service_pb2.ReplayBatchRequest()),
-    ):
-        await refused(stream.read(), "METHOD_UNIMPLEMENTED")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from agl_grpc import Hook, NamedResources, PromptTemplate, StoreClient, rollout
-from agl_grpc.algorithm import algo
+from agl_grpc.algorithm import Reporter, algo
 from agl_grpc.model import RolloutMode
 
 
@@ -29,6 +29,18 @@ async def summing(store: StoreClient, train_dataset: Any) -> float:
     ids = [(await store.enqueue_rollout(task, RolloutMode.TRAIN)).rollout_id for task in train_dataset]
     await store.wait_for_rollouts(rollout_ids=ids, timeout=60)
     return sum(reward.value for reward in await store.query_rewards(ids))
+
+
+TASKS = [{"number": number} for number in (2, 4, 6)]
+
+
+@algo
+async def telling(store: StoreClient, train_dataset: Any, reporter: Reporter) -> dict[str, float]:
+    """As `summing`, with a line and a metric."""
+    reporter.say("three tasks" if len(train_dataset) == 3 else "other tasks")
+    total = await summing(store, train_dataset)
+    reporter.step(1, {"reward/mean": total / len(train_dataset)}, 1)
+    return {"sum": total}
 
 
 @algo

@@ -77,11 +77,25 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
         ({"resume": True}, "resume needs run_name"),
         ({"algorithm": "no.such:thing"}, "there is no module 'no'"),
         ({"llm_proxy": {"prot": 1}}, "llm_proxy"),
+        ({"adapter": 5}, "neither a class nor a factory"),
+        ({"adapter": dict}, "adapter must be a Adapter"),
+        ({"adapter": "no.such:adapter"}, "there is no module 'no'"),
     ],
 )
 def test_wrong_arguments_are_named_at_once(arguments: dict[str, Any], part: str) -> None:
     with pytest.raises(TrainerError, match=part):
         Trainer(**arguments)
+
+
+def test_a_dataset_that_raises_is_named_with_its_place(tmp_path: Path) -> None:
+    class Broken(list[Any]):
+        def __getitem__(self, place: Any) -> Any:
+            raise OSError("the disk is gone")
+
+    trainer = Trainer(algorithm=agents.summing, run_name="dataset", run_dir=tmp_path)
+    with pytest.raises(TrainerError, match=r"task 0 of 3 cannot be read.*OSError: the disk is gone"):
+        trainer.fit(agents.halver, Broken(TASKS))
+    assert not _processes_of(tmp_path)
 
 
 def test_missing_environments_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:

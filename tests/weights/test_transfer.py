@@ -15,6 +15,7 @@ CASES = [
     "a_changed_set_of_receivers_gets_a_new_group",
     "a_flipped_byte_is_named_and_nothing_is_staged",
     "a_missing_receiver_ends_at_the_deadline_on_both_sides",
+    "adapters_are_added_to_their_base_and_others_refused",
     "abort_frees_the_staging_memory_and_cancel_ends_the_sender",
     "a_sender_that_is_not_there_is_one_line",
     "kept_weights_come_back_and_damaged_ones_do_not",

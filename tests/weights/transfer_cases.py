@@ -20,6 +20,7 @@ import torch
 
 from agl_grpc.weights import ReceiverState, ReceiverStatus, TransferError, TransferReport
 from agl_grpc.weights import group as groups
+from agl_grpc.weights.adapters import adapter_set, is_adapter, merged
 from agl_grpc.weights.digest import combined_digest, digest_tensors, segment_digests
 from agl_grpc.weights.kept import kept_path
 from agl_grpc.weights.receiver import WeightReceiver
@@ -230,6 +231,40 @@ def case_kept_weights_come_back_and_damaged_ones_do_not(sender: WeightSender) ->
         path.write_bytes(whole[:-1])
         with refused("end in the middle of int"):
             again.restore("short", folder, digests[0])
+
+
+def case_adapters_are_added_to_their_base_and_others_refused(_: WeightSender) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        name: torch.randn(6, 4, generator=generator, dtype=torch.bfloat16)
+        for name in ("layers.0.q.weight", "layers.0.norm.weight", "head.weight")
+    }
+    a, b = torch.randn(2, 4, generator=generator), torch.randn(6, 2, generator=generator)
+    stem = "base_model.model.layers.0.q"
+    adapter = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    head = {"base_model.model.head.weight": torch.ones(6, 4)}
+
+    def served(parts: dict[str, torch.Tensor], **config: object) -> dict[str, torch.Tensor]:
+        settings = {"r": 2, "lora_alpha": 8, **config}
+        return dict(merged(base.items(), adapter_set(parts.items(), settings)))
+
+    for settings, scaling in (({}, 4.0), ({"use_rslora": True}, 8 / 2**0.5)):
+        found = served(adapter | head, **settings)
+        expected = (base["layers.0.q.weight"].float() + scaling * b @ a).bfloat16()
+        assert torch.equal(found["layers.0.q.weight"], expected)
+        assert torch.equal(found["layers.0.norm.weight"], base["layers.0.norm.weight"])
+        assert torch.equal(found["head.weight"], torch.ones(6, 4))
+        assert list(found) == list(base)
+    assert is_adapter(adapter_set(adapter.items(), {"r": 2, "lora_alpha": 8}))
+    assert not is_adapter(base.items())
+    with refused("use_dora cannot be sent alone"):
+        served(adapter, use_dora=True)
+    with refused("1 modules that the model lacks, first layers.1.q.weight"):
+        served({name.replace("layers.0", "layers.1"): tensor for name, tensor in adapter.items()})
+    with refused("one half of layers.0.q.weight only"):
+        served({f"{stem}.lora_A.weight": a})
+    with refused("makes (6, 3), the model has (6, 4)"):
+        served({f"{stem}.lora_A.weight": a[:, :3], f"{stem}.lora_B.weight": b})
 
 
 def wait_for(condition: Callable[[], bool], limit: float = 20.0) -> None:

@@ -7,7 +7,6 @@ rewrites the prompt accordingly, and the best of all versions are kept as the be
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from agl_grpc.algorithm.apo.beam import best, parents
 from agl_grpc.algorithm.apo.branches import Branches
 from agl_grpc.algorithm.apo.instructions import CRITIQUES, EDITS
 from agl_grpc.algorithm.base import Algorithm, Dataset
+from agl_grpc.algorithm.concurrency import together
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.prompt.candidate import Candidate
 from agl_grpc.algorithm.prompt.choices import batch, seeded
@@ -175,8 +175,8 @@ class APO(Algorithm):
         beam, known = [first.version], {first.version: first}
         for number in range(self._beam_rounds):
             chosen = parents(beam, self._beam_width, seeded(self._seed, "parents", number))
-            made = await asyncio.gather(
-                *(
+            made = await together(
+                (
                     branches.grow(known[parent], place, self._train_batch(train, place))
                     for place, parent in self._places(number, chosen)
                 )
@@ -219,10 +219,8 @@ class APO(Algorithm):
     async def _compare(
         self, search: PromptSearch, candidates: Sequence[Candidate], tasks: dict[int, Any], number: int
     ) -> dict[str, float]:
-        scores = await asyncio.gather(
-            *(
-                search.score(candidate, tasks, f"r{number + 1}.{candidate.version}", "score")
-                for candidate in candidates
-            )
+        scores = await together(
+            search.score(candidate, tasks, f"r{number + 1}.{candidate.version}", "score")
+            for candidate in candidates
         )
         return {candidate.version: score for candidate, score in zip(candidates, scores, strict=True)}

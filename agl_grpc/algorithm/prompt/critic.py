@@ -153,7 +153,7 @@ class Critic:
                 f"the critic at {client.base_url} does not answer: {error.message} "
                 "(the run can be resumed once it does)"
             ) from error
-        text = (reply.choices[0].message.content or "").strip() if reply.choices else ""
+        text = _storable(reply.choices[0].message.content or "").strip() if reply.choices else ""
         given = reply.usage
         prompt_tokens, completion_tokens = (given.prompt_tokens, given.completion_tokens) if given else (0, 0)
         price = self._prices.get(model)
@@ -161,6 +161,11 @@ class Critic:
             None if price is None else (prompt_tokens * price[0] + completion_tokens * price[1]) / 1_000_000
         )
         return text, Usage(1, prompt_tokens, completion_tokens, cost)
+
+
+def _storable(text: str) -> str:
+    """The text without what no store takes: NUL characters and halves of characters."""
+    return text.encode(errors="replace").decode().replace("\0", "\ufffd")
 
 
 def fenced(text: str) -> str:

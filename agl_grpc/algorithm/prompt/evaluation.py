@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agl_grpc.algorithm.concurrency import together
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.prompt.candidate import Candidate
 from agl_grpc.algorithm.prompt.traces import describe
@@ -139,7 +140,7 @@ class Evaluator:
             spans = await self._store.query_spans(result.rollout.rollout_id, "latest", omit_tokens=True)
             return describe(result.rollout, spans, result.reward)
 
-        return [*await asyncio.gather(*(one(result) for result in results))]
+        return await together(one(result) for result in results)
 
 
 def _refuse_unfit(candidate: Candidate, ended: Sequence[Rollout]) -> None:

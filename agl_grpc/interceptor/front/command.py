@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,10 @@ def run_proxy(
 
     Raises BadUpstream, SpoolInUse and OSError for what is wrong at the start.
     """
+    # Two connections for each request under way: the usual limit of 1,024 files would be the first to be hit.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     uvloop.run(_serve(settings, upstreams, host, port, upstreams_file))
 
 

@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from agl_grpc.interceptor.front.errors import Refusal
 from agl_grpc.interceptor.record import ChoiceRecord
+from agl_grpc.interceptor.refusals import Refusal
 
 CAPTURED = frozenset({"chat.completions", "completions"})
 """Dialects whose answers can carry token ids."""

@@ -9,8 +9,8 @@ import aiohttp
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from agl_grpc.interceptor.front.errors import Refusal, upstream_away, upstream_failed
 from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
+from agl_grpc.interceptor.refusals import Refusal, upstream_away, upstream_failed
 
 _TRIES = 3
 _BUSY = frozenset({502, 503, 504})

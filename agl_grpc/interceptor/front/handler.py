@@ -12,16 +12,16 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
-from agl_grpc.interceptor.front.attempts import KnownAttempt
+from agl_grpc.interceptor.attempts import KnownAttempt
 from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR
 from agl_grpc.interceptor.front.dialects import asked_by
-from agl_grpc.interceptor.front.errors import Refusal, upstream_failed
 from agl_grpc.interceptor.front.exchange import Exchange, Outgoing, answer_headers, passed_headers
 from agl_grpc.interceptor.front.recording import EVENTS, Counters, Kept, Parts, Recorder
 from agl_grpc.interceptor.front.streams import BrokenStream, Events
 from agl_grpc.interceptor.front.turn import Turn, begin
 from agl_grpc.interceptor.front.upstreams import Upstream
 from agl_grpc.interceptor.middleware import RETRY_AFTER_SECONDS
+from agl_grpc.interceptor.refusals import Refusal, upstream_failed
 
 logger = logging.getLogger("agl_grpc.interceptor")
 

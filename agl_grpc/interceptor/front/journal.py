@@ -23,10 +23,12 @@ from agl_grpc.v1 import span_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
-_ANNOUNCE_SECONDS = 0.010
-_RECORD_SECONDS = 0.025
+_GATHER_SECONDS = 0.025
 """How long announcements and records wait for company: a request to the store costs far more than what is in
 it. A call that has ended before its announcement went waits no longer."""
+
+_CROWD = 100
+"""So many records wait for no more."""
 
 _BATCH_ITEMS = 500
 _BATCH_BYTES = 2 * 1024 * 1024
@@ -171,12 +173,10 @@ class Journal:
 
     async def _gather(self) -> None:
         """Let a batch grow a little where nobody waits for it."""
+        if not self._closing.is_set() and self._spool.waiting < _CROWD:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._urgent.wait(), _GATHER_SECONDS)
         self._urgent.clear()
-        if self._closing.is_set() or self._spool.size > _BATCH_BYTES:
-            return
-        seconds = _ANNOUNCE_SECONDS if self._announce else _RECORD_SECONDS
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._urgent.wait(), seconds)
 
     def _leave(self, reason: str) -> None:
         """The store is away: nobody waits for it, and it is told of all open calls when it is back."""

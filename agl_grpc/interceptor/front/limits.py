@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from agl_grpc.interceptor.front.errors import Refusal
+from agl_grpc.interceptor.refusals import Refusal
 
 _REMEMBERED = 100_000
 

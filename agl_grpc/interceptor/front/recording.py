@@ -8,11 +8,10 @@ import dataclasses
 import aiohttp
 import orjson
 
-from agl_grpc.interceptor.front.attempts import Attempts, KnownAttempt
+from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
+from agl_grpc.interceptor.external import EXTERNAL, ExternalTraffic
 from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture
 from agl_grpc.interceptor.front.dialects import Collector, ask_for_ids
-from agl_grpc.interceptor.front.errors import Refusal
-from agl_grpc.interceptor.front.external import EXTERNAL, ExternalTraffic
 from agl_grpc.interceptor.front.journal import Journal
 from agl_grpc.interceptor.front.limits import RolloutLimits
 from agl_grpc.interceptor.front.sampling import describe, impose
@@ -20,6 +19,7 @@ from agl_grpc.interceptor.front.settings import ProxySettings
 from agl_grpc.interceptor.front.turn import Turn
 from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions
+from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.interceptor.retries import Retries, tries_of
 from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.v1 import model_call_pb2

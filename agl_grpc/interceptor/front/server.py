@@ -19,8 +19,8 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
-from agl_grpc.interceptor.front.attempts import Attempts
-from agl_grpc.interceptor.front.external import ExternalTraffic
+from agl_grpc.interceptor.attempts import Attempts
+from agl_grpc.interceptor.external import ExternalTraffic
 from agl_grpc.interceptor.front.handler import Handler
 from agl_grpc.interceptor.front.journal import Journal
 from agl_grpc.interceptor.front.limits import RolloutLimits

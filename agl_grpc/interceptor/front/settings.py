@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from agl_grpc.interceptor.settings import DEFAULT_SPOOL_BYTES
 
-UNATTRIBUTED = ("serve", "record", "refuse")
 LOGPROBS_MODES = ("unknown", "raw", "processed")
 
 

@@ -21,7 +21,7 @@ from agl_grpc.interceptor.attribution import (
 )
 from agl_grpc.interceptor.front.capture import Capture
 from agl_grpc.interceptor.front.dialects import CAPTURED, NOTHING_ASKED, Asked, Collector
-from agl_grpc.interceptor.front.errors import Refusal
+from agl_grpc.interceptor.refusals import Refusal
 
 _CLOSED = "no such path here: only inference paths exist"
 _PASSED_ONLY = {"/v1/embeddings": "embeddings", "/v1/rerank": "rerank", "/v1/score": "score"}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from agl_grpc.interceptor.front.errors import Refusal
 from agl_grpc.interceptor.front.settings import UpstreamSpec
+from agl_grpc.interceptor.refusals import Refusal
 
 logger = logging.getLogger("agl_grpc.interceptor")
 

@@ -21,6 +21,7 @@ from agl_grpc.store.handlers.rewards import RewardHandlers
 from agl_grpc.store.handlers.rollouts import RolloutHandlers
 from agl_grpc.store.handlers.runner import RunnerHandlers
 from agl_grpc.store.handlers.runs import RunHandlers
+from agl_grpc.store.handlers.samples import SampleHandlers
 from agl_grpc.store.handlers.span_reads import SpanReadHandlers
 from agl_grpc.store.handlers.span_writes import SpanWriteHandlers
 from agl_grpc.store.handlers.training import TrainingHandlers
@@ -71,7 +72,12 @@ def handlers(
             BlobHandlers(side.store),
         ],
         _RUNNER: [RunnerHandlers(side), LeaseStreamHandlers(side)],
-        _TRAINER: [TrainingHandlers(side), BatchHandlers(side), PolicyHandlers(side)],
+        _TRAINER: [
+            TrainingHandlers(side),
+            BatchHandlers(side),
+            SampleHandlers(side.store),
+            PolicyHandlers(side),
+        ],
         **otlp_services(span_writes.append_spans),
     }
     parsers: dict[str, Parser] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from agl_grpc.store import limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
+from agl_grpc.store.errors import invalid_field
 from agl_grpc.store.handlers.common import at_most, change
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.engine import Connection
@@ -12,6 +13,7 @@ from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.training import batches
 from agl_grpc.store.training.batches import load_batch
 from agl_grpc.store.training.runs import held_training, load_training, training_by_id
+from agl_grpc.store.training.samples import find_batch
 from agl_grpc.v1 import trainer_service_pb2 as pb
 
 _DEFAULT_PAGE = 20
@@ -28,14 +30,27 @@ class BatchHandlers:
         """Sealed rollouts, frozen; nothing is claimed when some are not sealed."""
         at_most(len(request.rollout_ids), limits.BATCH_ITEMS, "rollout_ids")
 
+        rules = request.rules if request.HasField("rules") else None
+
         def run(tx: Tx) -> pb.ClaimBatchResponse:
             training = held_training(tx, request.training_run_id, request.trainer_epoch)
-            claim = batches.claim(tx, training, request.step, request.rollout_ids)
+            claim = batches.claim(tx, training, request.step, request.rollout_ids, rules)
             if claim.key is None:
                 return pb.ClaimBatchResponse(unsealed_rollout_ids=claim.unsealed)
             return pb.ClaimBatchResponse(batch=load_batch(tx.connection, claim.key))
 
         return await change(self._store, call, request, run, len(request.rollout_ids))
+
+    async def get_batch(self, request: pb.GetBatchRequest, _call: Call) -> pb.GetBatchResponse:
+        """One batch."""
+        if not (request.batch_id or request.content_hash):
+            raise invalid_field("batch_id", "or content_hash is required")
+
+        def read(db: Connection) -> pb.GetBatchResponse:
+            key = find_batch(db, request.batch_id, request.content_hash).key
+            return pb.GetBatchResponse(batch=load_batch(db, key))
+
+        return await self._store.read(read)
 
     async def list_batches(self, request: pb.ListBatchesRequest, _call: Call) -> pb.ListBatchesResponse:
         """Batches of a training run in order of their claim."""

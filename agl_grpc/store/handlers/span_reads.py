@@ -192,7 +192,7 @@ def _export_page(
     rows = rows_where(db, f"WHERE {' AND '.join(where)} ORDER BY s.span_key LIMIT {_EXPORT_PAGE}", values)
     if not rows:
         return None, last
-    reader = SpanReader(db)
+    reader = SpanReader(db, whole=not request.delta_prompts)
     answer = raw.RawExportSpansResponse()
     size = 0
     for row in rows:

@@ -65,6 +65,7 @@ class HttpApp:
         found = self._router.find(method, raw_path.decode("latin-1"))
         request.names = found.names
         try:
+            self._check_origin(request)
             if found.handler is not None:
                 return await found.handler(request)
             if method == "OPTIONS" and self._origins and found.allowed:
@@ -77,6 +78,14 @@ class HttpApp:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return refusal(errors.internal())
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuses what somebody else's web page has a browser send; browsers say so, programs never do."""
+        foreign = request.header(b"sec-fetch-site") == "cross-site"
+        if foreign and "*" not in self._origins and request.header(b"origin") not in self._origins:
+            raise HttpProblem(
+                403, "NOT_PERMITTED", "pages of other sites may not call; allow theirs with --cors-origin"
+            )
 
     def _cors(self, request: Request) -> list[tuple[bytes, bytes]]:
         origin = request.header(b"origin")

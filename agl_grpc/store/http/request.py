@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
@@ -17,6 +19,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 BODY_BYTES = limits.MESSAGE_BYTES
 """Largest body, before and after decompression."""
+
+_LONG_INTEGER = re.compile(rb"[0-9]{19}")
 
 
 class Request:
@@ -103,10 +107,13 @@ class Request:
                 "MEDIA_TYPE_UNSUPPORTED",
                 f"Content-Type {kind or '(none)'!r} is not JSON; send application/json",
             )
+        if _LONG_INTEGER.search(body):
+            # Of which orjson would make floats.
+            return _lenient(body)
         try:
             return orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            return _lenient(body, error)
+        except orjson.JSONDecodeError:
+            return _lenient(body)
 
     async def gone(self) -> None:
         """Returns when the client has left; only after `body` or `json`."""
@@ -118,15 +125,13 @@ class ClientGone(Exception):
     """The client has left: nobody is there to be answered."""
 
 
-def _lenient(body: bytes, error: orjson.JSONDecodeError) -> Any:
+def _lenient(body: bytes) -> Any:
     """Python's own reader takes what Python's own writer makes: NaN and infinities."""
-    import json
-
     try:
         value = json.loads(body)
         # Half characters are JSON by the letter; nothing can be done with them.
         json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
         raise HttpProblem(422, "BODY_MALFORMED", f"the body is not JSON in UTF-8: {error}") from None
     return value
 

@@ -71,11 +71,13 @@ class SpanReader:
     Args:
         db: A read transaction.
         omit_tokens: Whether to leave token arrays out.
+        whole: Whether to put prompts together; else they stay as they are stored.
     """
 
-    def __init__(self, db: Connection, *, omit_tokens: bool = False) -> None:
+    def __init__(self, db: Connection, *, omit_tokens: bool = False, whole: bool = True) -> None:
         self._db = db
         self._omit = omit_tokens
+        self._whole = whole
         self._sequences: dict[tuple[int, int], tuple[bytes, Any]] = {}
 
     def message(self, row: SpanRow) -> Any:
@@ -96,7 +98,7 @@ class SpanReader:
             return row.data
         if self._omit:
             return _without_tokens(row.data)
-        if not row.flags & DELTA:
+        if not (row.flags & DELTA and self._whole):
             return row.data
         span = raw.RawSpan.FromString(row.data)
         prompt = self._prompt(row.attempt_key, row.span_ref, span.model_call)

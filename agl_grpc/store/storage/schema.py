@@ -41,11 +41,12 @@ def families() -> tuple[Family, ...]:
         schema_rewards,
         schema_spans,
         schema_training,
+        schema_training_log,
     )
 
     modules = (
         *(schema_core, schema_resources, schema_lifecycle, schema_spans, schema_rewards, schema_training),
-        *(schema_counters, schema_blobs),
+        *(schema_counters, schema_blobs, schema_training_log),
     )
     return tuple(module.FAMILY for module in modules)
 

@@ -98,4 +98,9 @@ CREATE TABLE engine_states (
 ) STRICT, WITHOUT ROWID;
 """
 
-FAMILY = Family("training", (_V1,))
+_V2 = """
+ALTER TABLE batches ADD COLUMN rules BLOB;
+CREATE INDEX batches_hash ON batches (content_hash);
+"""
+
+FAMILY = Family("training", (_V1, _V2))

@@ -6,9 +6,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from agl_grpc.sample import SampleRules, judge
+from agl_grpc.sample.wire import rules_from_proto
 from agl_grpc.store.errors import exists, illegal_transition, invalid_field, not_found
 from agl_grpc.store.ids import mint
-from agl_grpc.store.rewards import final_reward
+from agl_grpc.store.rewards import newest_rewards
 from agl_grpc.store.rollouts.encode import set_time
 from agl_grpc.store.rollouts.rows import RolloutRow, attempt_by_key, refuse_evicted, rollout_by_id
 from agl_grpc.store.spans.check import LATE, MODEL_CALL, id_of
@@ -39,7 +41,13 @@ class Claim:
     unsealed: list[str] = field(default_factory=list)
 
 
-def claim(tx: Tx, training: TrainingRow, step: int, rollout_ids: Sequence[str]) -> Claim:
+def claim(
+    tx: Tx,
+    training: TrainingRow,
+    step: int,
+    rollout_ids: Sequence[str],
+    wanted: batch_pb2.SampleRules | None = None,
+) -> Claim:
     """Freeze the newest attempts of sealed rollouts into a batch.
 
     Args:
@@ -47,24 +55,31 @@ def claim(tx: Tx, training: TrainingRow, step: int, rollout_ids: Sequence[str]) 
         training: The training run that the caller holds.
         step: The step that the batch is for.
         rollout_ids: The rollouts in the order in which they are trained.
+        wanted: How samples are made of them; None = by the defaults.
 
     Raises:
         StoreError: INVALID_FIELD, NOT_FOUND, or ILLEGAL_TRANSITION for a rollout that is claimed already.
     """
     if not rollout_ids or len(set(rollout_ids)) != len(rollout_ids):
         raise invalid_field("rollout_ids", "must name at least one rollout, each once")
+    try:
+        rules = rules_from_proto(wanted or batch_pb2.SampleRules())
+    except ValueError as error:
+        raise invalid_field("rules", str(error)) from error
     rollouts = [rollout_by_id(tx.connection, rollout_id) for rollout_id in rollout_ids]
     unsealed = [rollout.rollout_id for rollout in rollouts if not rollout.sealed]
     if unsealed:
         return Claim(unsealed=unsealed)
-    entries = [_entry(tx, training, rollout) for rollout in rollouts]
+    entries = [_entry(tx, training, rollout, rules) for rollout in rollouts]
     raw = _frozen_before(tx, training, step, rollouts) or [
         entry.SerializeToString(deterministic=True) for entry in entries
     ]
+    how = wanted.SerializeToString(deterministic=True) if wanted else b""
+    names = (mint("ba"), training.key, CLAIMED, content_hash(raw, how))
     key = tx.insert(
         "INSERT INTO batches (batch_id, training_key, status, content_hash, trainer_epoch, step, "
-        "create_time) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING batch_key",
-        (mint("ba"), training.key, CLAIMED, content_hash(raw), training.trainer_epoch, step, tx.now),
+        "create_time, rules) VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING batch_key",
+        (*names, training.trainer_epoch, step, tx.now, how or None),
     )
     tx.executemany(
         "INSERT INTO batch_entries VALUES (?, ?, ?, ?)",
@@ -96,16 +111,16 @@ def _frozen_before(
     return None
 
 
-def content_hash(entries: Iterable[bytes]) -> str:
-    """`sha256:<hex>` over serialised manifest entries, each preceded by its length in 8 bytes."""
+def content_hash(entries: Iterable[bytes], rules: bytes = b"") -> str:
+    """`sha256:<hex>` over manifest entries and then rules (if any), each after its length in 8 bytes."""
     digest = hashlib.sha256()
-    for data in entries:
+    for data in (*entries, rules) if rules else entries:
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _entry(tx: Tx, training: TrainingRow, rollout: RolloutRow) -> batch_pb2.ManifestEntry:
+def _entry(tx: Tx, training: TrainingRow, rollout: RolloutRow, rules: SampleRules) -> batch_pb2.ManifestEntry:
     if rollout.run_key != training.run_key:
         raise invalid_field("rollout_ids", f"names {rollout.rollout_id}, which belongs to another run")
     if rollout.latest_attempt_key is None:
@@ -122,15 +137,28 @@ def _entry(tx: Tx, training: TrainingRow, rollout: RolloutRow) -> batch_pb2.Mani
     entry = batch_pb2.ManifestEntry(
         rollout_id=rollout.rollout_id, attempt_id=attempt.attempt_id, group_id=_group_id(tx, rollout.key)
     )
-    reward = final_reward(tx.connection, attempt.key)
-    if reward is not None:
-        entry.reward, entry.reward_revision = reward
+    _freeze_rewards(tx, entry, attempt.key, rules)
     refs = tx.execute(
         "SELECT span_ref FROM spans WHERE attempt_key = ? AND flags & ? = ? ORDER BY sequence_id, span_key",
         (attempt.key, MODEL_CALL | LATE, MODEL_CALL),
     )
     entry.span_ids.extend(id_of(ref) for (ref,) in refs)
     return entry
+
+
+def _freeze_rewards(tx: Tx, entry: batch_pb2.ManifestEntry, attempt_key: int, rules: SampleRules) -> None:
+    """Writes the reward that counts into an entry, and all rewards where there are several."""
+    rewards = newest_rewards(tx.connection, attempt_key)
+    value = judge(rewards, rules).value
+    if value is None:
+        entry.rewards.extend(rewards)
+        return
+    entry.reward = value
+    whole = [reward for reward in rewards if not reward.target_span_id and not reward.HasField("step")]
+    counted = [reward.revision for reward in whole if reward.name in rules.counted_rewards]
+    entry.reward_revision = max(counted, default=0)
+    if len(rewards) > 1 or not counted or rules.reward_weights:
+        entry.rewards.extend(rewards)
 
 
 def _group_id(tx: Tx, rollout_key: int) -> str:
@@ -230,7 +258,7 @@ def load_batch(db: Connection, key: int) -> batch_pb2.Batch:
     """A batch that exists, with its manifest."""
     row = db.execute(
         "SELECT b.batch_id, t.training_run_id, r.run_id, b.status, b.content_hash, b.trainer_epoch, b.step, "
-        "b.checkpoint_id, b.create_time, b.commit_time FROM batches b "
+        "b.checkpoint_id, b.create_time, b.commit_time, b.rules FROM batches b "
         "JOIN training_runs t ON t.training_key = b.training_key JOIN runs r ON r.run_key = t.run_key "
         "WHERE b.batch_key = ?",
         (key,),
@@ -247,6 +275,8 @@ def load_batch(db: Connection, key: int) -> batch_pb2.Batch:
     )
     set_time(batch.create_time, row[8])
     set_time(batch.commit_time, row[9])
+    if row[10]:
+        batch.rules.MergeFromString(row[10])
     for (data,) in db.execute("SELECT entry FROM batch_entries WHERE batch_key = ? ORDER BY place", (key,)):
         batch.entries.append(batch_pb2.ManifestEntry.FromString(data))
     return batch

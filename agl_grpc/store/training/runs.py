@@ -11,7 +11,10 @@ from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_time
 from agl_grpc.store.storage.catalog import RunRow, require_id
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.v1 import attempt_pb2, event_pb2, training_pb2
+from agl_grpc.v1 import attempt_pb2, common_pb2, event_pb2, training_pb2
+
+_RESULT_BYTES = 1024 * 1024
+_LINE_BYTES = 16 * 1024
 
 TRAINING_RUN = event_pb2.ENTITY_KIND_TRAINING_RUN
 PENDING = int(training_pb2.TRAINING_RUN_STATUS_PENDING)
@@ -98,6 +101,9 @@ def load_training(db: Connection, key: int) -> training_pb2.TrainingRun:
         found.failure.MergeFromString(row[11])
     if row[12]:
         found.metadata.extend(key_values(row[12]))
+    result = db.execute("SELECT data FROM training_results WHERE training_key = ?", (key,)).fetchone()
+    if result is not None:
+        found.result.MergeFromString(result[0])
     return found
 
 
@@ -123,16 +129,17 @@ def create(tx: Tx, run: RunRow, wanted: training_pb2.TrainingRun) -> int:
     return key
 
 
-def acquire(tx: Tx, row: TrainingRow, trainer_id: str) -> None:
+def acquire(tx: Tx, row: TrainingRow, trainer_id: str, *, only_pending: bool = False) -> None:
     """Take a training run up under the next epoch; what a failed or stopped one had, goes on.
 
     Raises:
-        StoreError: INVALID_FIELD, or ILLEGAL_TRANSITION when it has succeeded.
+        StoreError: INVALID_FIELD, or ILLEGAL_TRANSITION when it has succeeded, or has to be pending and
+            is not.
     """
     if not 1 <= len(trainer_id.encode()) <= 256:
         raise invalid_field("trainer_id", "must have 1 to 256 bytes")
-    if row.status == SUCCEEDED:
-        raise illegal_transition("training run", row.training_run_id, "succeeded", "running")
+    if row.status == SUCCEEDED or (only_pending and row.status != PENDING):
+        raise illegal_transition("training run", row.training_run_id, status_name(row.status), "running")
     status = STOPPING if row.status == STOPPING else RUNNING
     found = tx.execute(
         "SELECT step FROM checkpoints WHERE training_key = ? AND checkpoint_id = ?",
@@ -143,17 +150,29 @@ def acquire(tx: Tx, row: TrainingRow, trainer_id: str) -> None:
         "end_time = NULL, failure = NULL WHERE training_key = ?",
         (status, trainer_id, found[0] if found else 0, row.key),
     )
+    tx.execute("DELETE FROM training_results WHERE training_key = ?", (row.key,))
     tx.event(row.run_key, TRAINING_RUN, event_pb2.EVENT_KIND_UPDATED, row.key)
 
 
-def finish(tx: Tx, row: TrainingRow, status: int, failure: attempt_pb2.Failure | None) -> None:
+def finish(
+    tx: Tx,
+    row: TrainingRow,
+    status: int,
+    failure: attempt_pb2.Failure | None,
+    result: common_pb2.Payload | None = None,
+) -> None:
     """End a training run.
 
     Raises:
-        StoreError: INVALID_FIELD for a status that is not terminal.
+        StoreError: INVALID_FIELD for a status that is not terminal, or a result above 1 MiB.
     """
     if status not in TERMINAL:
         raise invalid_field("status", "must be SUCCEEDED, FAILED or STOPPED")
+    if result is not None:
+        data = result.SerializeToString()
+        if len(data) > _RESULT_BYTES:
+            raise invalid_field("result", f"has {len(data)} bytes; at most {_RESULT_BYTES} are allowed")
+        tx.execute("INSERT INTO training_results (training_key, data) VALUES (?, ?)", (row.key, data))
     tx.execute(
         "UPDATE training_runs SET status = ?, end_time = ?, failure = ? WHERE training_key = ?",
         (status, tx.now, failure.SerializeToString() if failure is not None else None, row.key),
@@ -230,3 +249,35 @@ def load_metrics(
     ).fetchall()
     steps = [training_pb2.StepMetrics.FromString(data) for _, data in rows]
     return steps, rows[-1][0] if rows else after_key
+
+
+def add_log(tx: Tx, row: TrainingRow, lines: Sequence[training_pb2.LogLine]) -> None:
+    """Store lines for people.
+
+    Raises:
+        StoreError: INVALID_FIELD for a line that is too long.
+    """
+    for index, line in enumerate(lines):
+        if len(line.text.encode()) > _LINE_BYTES:
+            raise invalid_field(f"log[{index}].text", f"must have at most {_LINE_BYTES} bytes")
+        stored = training_pb2.LogLine(text=line.text, trainer_epoch=row.trainer_epoch)
+        set_time(stored.time, tx.now)
+        tx.execute(
+            "INSERT INTO training_log (training_key, data) VALUES (?, ?)",
+            (row.key, stored.SerializeToString()),
+        )
+
+
+def load_log(db: Connection, training_key: int, after: int, limit: int) -> list[training_pb2.LogLine]:
+    """Lines with a number above ``after``, oldest first."""
+    rows = db.execute(
+        "SELECT line_key, data FROM training_log WHERE training_key = ? AND line_key > ? "
+        "ORDER BY line_key LIMIT ?",
+        (training_key, after, limit),
+    ).fetchall()
+    lines = []
+    for number, data in rows:
+        line = training_pb2.LogLine.FromString(data)
+        line.number = number
+        lines.append(line)
+    return lines

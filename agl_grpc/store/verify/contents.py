@@ -104,16 +104,16 @@ def _prompt(
 
 def _manifests(db: Connection) -> Iterable[str]:
     sql = (
-        "SELECT batch_key, batch_id, status, content_hash FROM batches WHERE batch_key > ? "
+        "SELECT batch_key, batch_id, status, content_hash, rules FROM batches WHERE batch_key > ? "
         "ORDER BY batch_key LIMIT ?"
     )
-    for key, batch_id, status, stated in _pages(db, sql):
+    for key, batch_id, status, stated, rules in _pages(db, sql):
         entries = db.execute(
             "SELECT place, rollout_key, entry FROM batch_entries WHERE batch_key = ? ORDER BY place", (key,)
         ).fetchall()
         if [place for place, _, _ in entries] != list(range(len(entries))):
             yield f"the entries of batch {batch_id} are not numbered from 0 without gaps"
-        if content_hash(entry for _, _, entry in entries) != stated:
+        if content_hash((entry for _, _, entry in entries), rules or b"") != stated:
             yield f"the entries of batch {batch_id} do not have its content hash"
         if status != RELEASED:
             for place, rollout_key, entry in entries:

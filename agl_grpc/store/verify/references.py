@@ -45,6 +45,8 @@ _REFERENCES = (
     _Reference("span_sequences", "rollout_key", "rollouts"),
     _Reference("rewards", "attempt_key", "attempts"),
     _Reference("training_metrics", "training_key", "training_runs"),
+    _Reference("training_log", "training_key", "training_runs"),
+    _Reference("training_results", "training_key", "training_runs"),
     _Reference("checkpoints", "training_key", "training_runs"),
     _Reference("batches", "training_key", "training_runs"),
     _Reference("batch_entries", "batch_key", "batches"),

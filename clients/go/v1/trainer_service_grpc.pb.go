@@ -31,21 +31,26 @@ type TrainerServiceClient interface {
 	StopTrainingRun(ctx context.Context, in *StopTrainingRunRequest, opts ...grpc.CallOption) (*StopTrainingRunResponse, error)
 	// Reports a step's metrics.
 	ReportMetrics(ctx context.Context, in *ReportMetricsRequest, opts ...grpc.CallOption) (*ReportMetricsResponse, error)
-	// State and metrics as they come.
+	// State, metrics and log as they come.
 	WatchTrainingRun(ctx context.Context, in *WatchTrainingRunRequest, opts ...grpc.CallOption) (TrainerService_WatchTrainingRunClient, error)
+	// Training runs as they change; trainers wait here for runs to take up.
+	WatchTrainingRuns(ctx context.Context, in *WatchTrainingRunsRequest, opts ...grpc.CallOption) (TrainerService_WatchTrainingRunsClient, error)
 	// Freezes sealed attempts into a batch and claims it for a trainer epoch.
 	ClaimBatch(ctx context.Context, in *ClaimBatchRequest, opts ...grpc.CallOption) (*ClaimBatchResponse, error)
 	// Batches of a training run.
 	ListBatches(ctx context.Context, in *ListBatchesRequest, opts ...grpc.CallOption) (*ListBatchesResponse, error)
-	// Samples of a batch as packed arrays.
+	// One batch with its manifest.
+	GetBatch(ctx context.Context, in *GetBatchRequest, opts ...grpc.CallOption) (*GetBatchResponse, error)
+	// Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+	// ILLEGAL_TRANSITION for a released one.
 	StreamBatch(ctx context.Context, in *StreamBatchRequest, opts ...grpc.CallOption) (TrainerService_StreamBatchClient, error)
 	// Marks batches as trained, after the checkpoint that contains them was saved.
 	CommitBatches(ctx context.Context, in *CommitBatchesRequest, opts ...grpc.CallOption) (*CommitBatchesResponse, error)
 	// Gives claimed batches back.
 	ReleaseBatches(ctx context.Context, in *ReleaseBatchesRequest, opts ...grpc.CallOption) (*ReleaseBatchesResponse, error)
-	// Samples of a batch again, by content hash, bit for bit.
+	// Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone.
 	ReplayBatch(ctx context.Context, in *ReplayBatchRequest, opts ...grpc.CallOption) (TrainerService_ReplayBatchClient, error)
-	// Why a token was trained, masked or dropped.
+	// Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice.
 	ExplainTokens(ctx context.Context, in *ExplainTokensRequest, opts ...grpc.CallOption) (*ExplainTokensResponse, error)
 	// Offers new weights to a run's engines; they stage them while serving the old ones.
 	PreparePolicyVersion(ctx context.Context, in *PreparePolicyVersionRequest, opts ...grpc.CallOption) (*PreparePolicyVersionResponse, error)
@@ -168,6 +173,38 @@ func (x *trainerServiceWatchTrainingRunClient) Recv() (*WatchTrainingRunResponse
 	return m, nil
 }
 
+func (c *trainerServiceClient) WatchTrainingRuns(ctx context.Context, in *WatchTrainingRunsRequest, opts ...grpc.CallOption) (TrainerService_WatchTrainingRunsClient, error) {
+	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[1], "/agl_grpc.v1.TrainerService/WatchTrainingRuns", opts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &trainerServiceWatchTrainingRunsClient{stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+type TrainerService_WatchTrainingRunsClient interface {
+	Recv() (*WatchTrainingRunsResponse, error)
+	grpc.ClientStream
+}
+
+type trainerServiceWatchTrainingRunsClient struct {
+	grpc.ClientStream
+}
+
+func (x *trainerServiceWatchTrainingRunsClient) Recv() (*WatchTrainingRunsResponse, error) {
+	m := new(WatchTrainingRunsResponse)
+	if err := x.ClientStream.RecvMsg(m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
 func (c *trainerServiceClient) ClaimBatch(ctx context.Context, in *ClaimBatchRequest, opts ...grpc.CallOption) (*ClaimBatchResponse, error) {
 	out := new(ClaimBatchResponse)
 	err := c.cc.Invoke(ctx, "/agl_grpc.v1.TrainerService/ClaimBatch", in, out, opts...)
@@ -186,8 +223,17 @@ func (c *trainerServiceClient) ListBatches(ctx context.Context, in *ListBatchesR
 	return out, nil
 }
 
+func (c *trainerServiceClient) GetBatch(ctx context.Context, in *GetBatchRequest, opts ...grpc.CallOption) (*GetBatchResponse, error) {
+	out := new(GetBatchResponse)
+	err := c.cc.Invoke(ctx, "/agl_grpc.v1.TrainerService/GetBatch", in, out, opts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *trainerServiceClient) StreamBatch(ctx context.Context, in *StreamBatchRequest, opts ...grpc.CallOption) (TrainerService_StreamBatchClient, error) {
-	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[1], "/agl_grpc.v1.TrainerService/StreamBatch", opts...)
+	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[2], "/agl_grpc.v1.TrainerService/StreamBatch", opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -237,7 +283,7 @@ func (c *trainerServiceClient) ReleaseBatches(ctx context.Context, in *ReleaseBa
 }
 
 func (c *trainerServiceClient) ReplayBatch(ctx context.Context, in *ReplayBatchRequest, opts ...grpc.CallOption) (TrainerService_ReplayBatchClient, error) {
-	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[2], "/agl_grpc.v1.TrainerService/ReplayBatch", opts...)
+	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[3], "/agl_grpc.v1.TrainerService/ReplayBatch", opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -323,7 +369,7 @@ func (c *trainerServiceClient) ListPolicyVersions(ctx context.Context, in *ListP
 }
 
 func (c *trainerServiceClient) WatchPolicyVersions(ctx context.Context, in *WatchPolicyVersionsRequest, opts ...grpc.CallOption) (TrainerService_WatchPolicyVersionsClient, error) {
-	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[3], "/agl_grpc.v1.TrainerService/WatchPolicyVersions", opts...)
+	stream, err := c.cc.NewStream(ctx, &_TrainerService_serviceDesc.Streams[4], "/agl_grpc.v1.TrainerService/WatchPolicyVersions", opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -390,21 +436,26 @@ type TrainerServiceServer interface {
 	StopTrainingRun(context.Context, *StopTrainingRunRequest) (*StopTrainingRunResponse, error)
 	// Reports a step's metrics.
 	ReportMetrics(context.Context, *ReportMetricsRequest) (*ReportMetricsResponse, error)
-	// State and metrics as they come.
+	// State, metrics and log as they come.
 	WatchTrainingRun(*WatchTrainingRunRequest, TrainerService_WatchTrainingRunServer) error
+	// Training runs as they change; trainers wait here for runs to take up.
+	WatchTrainingRuns(*WatchTrainingRunsRequest, TrainerService_WatchTrainingRunsServer) error
 	// Freezes sealed attempts into a batch and claims it for a trainer epoch.
 	ClaimBatch(context.Context, *ClaimBatchRequest) (*ClaimBatchResponse, error)
 	// Batches of a training run.
 	ListBatches(context.Context, *ListBatchesRequest) (*ListBatchesResponse, error)
-	// Samples of a batch as packed arrays.
+	// One batch with its manifest.
+	GetBatch(context.Context, *GetBatchRequest) (*GetBatchResponse, error)
+	// Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+	// ILLEGAL_TRANSITION for a released one.
 	StreamBatch(*StreamBatchRequest, TrainerService_StreamBatchServer) error
 	// Marks batches as trained, after the checkpoint that contains them was saved.
 	CommitBatches(context.Context, *CommitBatchesRequest) (*CommitBatchesResponse, error)
 	// Gives claimed batches back.
 	ReleaseBatches(context.Context, *ReleaseBatchesRequest) (*ReleaseBatchesResponse, error)
-	// Samples of a batch again, by content hash, bit for bit.
+	// Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone.
 	ReplayBatch(*ReplayBatchRequest, TrainerService_ReplayBatchServer) error
-	// Why a token was trained, masked or dropped.
+	// Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice.
 	ExplainTokens(context.Context, *ExplainTokensRequest) (*ExplainTokensResponse, error)
 	// Offers new weights to a run's engines; they stage them while serving the old ones.
 	PreparePolicyVersion(context.Context, *PreparePolicyVersionRequest) (*PreparePolicyVersionResponse, error)
@@ -453,11 +504,17 @@ func (UnimplementedTrainerServiceServer) ReportMetrics(context.Context, *ReportM
 func (UnimplementedTrainerServiceServer) WatchTrainingRun(*WatchTrainingRunRequest, TrainerService_WatchTrainingRunServer) error {
 	return status.Errorf(codes.Unimplemented, "method WatchTrainingRun not implemented")
 }
+func (UnimplementedTrainerServiceServer) WatchTrainingRuns(*WatchTrainingRunsRequest, TrainerService_WatchTrainingRunsServer) error {
+	return status.Errorf(codes.Unimplemented, "method WatchTrainingRuns not implemented")
+}
 func (UnimplementedTrainerServiceServer) ClaimBatch(context.Context, *ClaimBatchRequest) (*ClaimBatchResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method ClaimBatch not implemented")
 }
 func (UnimplementedTrainerServiceServer) ListBatches(context.Context, *ListBatchesRequest) (*ListBatchesResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method ListBatches not implemented")
+}
+func (UnimplementedTrainerServiceServer) GetBatch(context.Context, *GetBatchRequest) (*GetBatchResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method GetBatch not implemented")
 }
 func (UnimplementedTrainerServiceServer) StreamBatch(*StreamBatchRequest, TrainerService_StreamBatchServer) error {
 	return status.Errorf(codes.Unimplemented, "method StreamBatch not implemented")
@@ -658,6 +715,27 @@ func (x *trainerServiceWatchTrainingRunServer) Send(m *WatchTrainingRunResponse)
 	return x.ServerStream.SendMsg(m)
 }
 
+func _TrainerService_WatchTrainingRuns_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchTrainingRunsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(TrainerServiceServer).WatchTrainingRuns(m, &trainerServiceWatchTrainingRunsServer{stream})
+}
+
+type TrainerService_WatchTrainingRunsServer interface {
+	Send(*WatchTrainingRunsResponse) error
+	grpc.ServerStream
+}
+
+type trainerServiceWatchTrainingRunsServer struct {
+	grpc.ServerStream
+}
+
+func (x *trainerServiceWatchTrainingRunsServer) Send(m *WatchTrainingRunsResponse) error {
+	return x.ServerStream.SendMsg(m)
+}
+
 func _TrainerService_ClaimBatch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ClaimBatchRequest)
 	if err := dec(in); err != nil {
@@ -690,6 +768,24 @@ func _TrainerService_ListBatches_Handler(srv interface{}, ctx context.Context, d
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(TrainerServiceServer).ListBatches(ctx, req.(*ListBatchesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _TrainerService_GetBatch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetBatchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(TrainerServiceServer).GetBatch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: "/agl_grpc.v1.TrainerService/GetBatch",
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(TrainerServiceServer).GetBatch(ctx, req.(*GetBatchRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -978,6 +1074,10 @@ var _TrainerService_serviceDesc = grpc.ServiceDesc{
 			Handler:    _TrainerService_ListBatches_Handler,
 		},
 		{
+			MethodName: "GetBatch",
+			Handler:    _TrainerService_GetBatch_Handler,
+		},
+		{
 			MethodName: "CommitBatches",
 			Handler:    _TrainerService_CommitBatches_Handler,
 		},
@@ -1022,6 +1122,11 @@ var _TrainerService_serviceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "WatchTrainingRun",
 			Handler:       _TrainerService_WatchTrainingRun_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "WatchTrainingRuns",
+			Handler:       _TrainerService_WatchTrainingRuns_Handler,
 			ServerStreams: true,
 		},
 		{

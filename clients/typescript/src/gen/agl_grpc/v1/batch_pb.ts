@@ -6,6 +6,8 @@ import type { GenEnum, GenFile, GenMessage } from "@bufbuild/protobuf/codegenv2"
 import { enumDesc, fileDesc, messageDesc } from "@bufbuild/protobuf/codegenv2";
 import type { KeyValue } from "./common_pb.js";
 import { file_agl_grpc_v1_common } from "./common_pb.js";
+import type { Reward } from "./reward_pb.js";
+import { file_agl_grpc_v1_reward } from "./reward_pb.js";
 import type { Timestamp } from "@bufbuild/protobuf/wkt";
 import { file_google_protobuf_timestamp } from "@bufbuild/protobuf/wkt";
 import type { Message } from "@bufbuild/protobuf";
@@ -14,7 +16,105 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file agl_grpc/v1/batch.proto.
  */
 export const file_agl_grpc_v1_batch: GenFile = /*@__PURE__*/
-  fileDesc("ChdhZ2xfZ3JwYy92MS9iYXRjaC5wcm90bxILYWdsX2dycGMudjEilAEKDU1hbmlmZXN0RW50cnkSEgoKcm9sbG91dF9pZBgBIAEoCRISCgphdHRlbXB0X2lkGAIgASgJEhAKCGdyb3VwX2lkGAMgASgJEhMKBnJld2FyZBgEIAEoAUgAiAEBEhcKD3Jld2FyZF9yZXZpc2lvbhgFIAEoAxIQCghzcGFuX2lkcxgGIAMoDEIJCgdfcmV3YXJkIs0CCgVCYXRjaBIQCghiYXRjaF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSDgoGcnVuX2lkGAMgASgJEigKBnN0YXR1cxgEIAEoDjIYLmFnbF9ncnBjLnYxLkJhdGNoU3RhdHVzEhQKDGNvbnRlbnRfaGFzaBgFIAEoCRIrCgdlbnRyaWVzGAYgAygLMhouYWdsX2dycGMudjEuTWFuaWZlc3RFbnRyeRIVCg10cmFpbmVyX2Vwb2NoGAcgASgDEgwKBHN0ZXAYCCABKAMSFQoNY2hlY2twb2ludF9pZBgJIAEoCRIvCgtjcmVhdGVfdGltZRgKIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLwoLY29tbWl0X3RpbWUYCyABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wIm4KDFRva2VuQWNjb3VudBIQCghjYXB0dXJlZBgBIAEoAxIPCgd0cmFpbmVkGAIgASgDEhMKC29ic2VydmF0aW9uGAMgASgDEiYKB2Ryb3BwZWQYBCADKAsyFS5hZ2xfZ3JwYy52MS5LZXlWYWx1ZSLGAQoNU2FtcGxlQ29sdW1ucxITCgtyb3dfb2Zmc2V0cxgBIAMoBxIWCg5wcm9tcHRfbGVuZ3RocxgCIAMoBxIRCglpbnB1dF9pZHMYAyADKAcSEQoJbG9zc19tYXNrGAQgASgMEhAKCGxvZ3Byb2JzGAUgAygCEhcKD3BvbGljeV92ZXJzaW9ucxgGIAMoDxIPCgdyZXdhcmRzGAcgAygBEhMKC3JvbGxvdXRfaWRzGAggAygJEhEKCWdyb3VwX2lkcxgJIAMoCSp8CgtCYXRjaFN0YXR1cxIcChhCQVRDSF9TVEFUVVNfVU5TUEVDSUZJRUQQABIYChRCQVRDSF9TVEFUVVNfQ0xBSU1FRBABEhoKFkJBVENIX1NUQVRVU19DT01NSVRURUQQAhIZChVCQVRDSF9TVEFUVVNfUkVMRUFTRUQQAypzCglUb2tlbkZhdGUSGgoWVE9LRU5fRkFURV9VTlNQRUNJRklFRBAAEhYKElRPS0VOX0ZBVEVfVFJBSU5FRBABEhoKFlRPS0VOX0ZBVEVfT0JTRVJWQVRJT04QAhIWChJUT0tFTl9GQVRFX0RST1BQRUQQA2IGcHJvdG8z", [file_agl_grpc_v1_common, file_google_protobuf_timestamp]);
+  fileDesc("ChdhZ2xfZ3JwYy92MS9iYXRjaC5wcm90bxILYWdsX2dycGMudjEiLAoMUmV3YXJkV2VpZ2h0EgwKBG5hbWUYASABKAkSDgoGd2VpZ2h0GAIgASgBIpECCgtTYW1wbGVSdWxlcxINCgVtb2RlbBgBIAEoCRIOCgZhZ2VudHMYAiADKAkSEwoLcmV3YXJkX25hbWUYAyABKAkSMQoOcmV3YXJkX3dlaWdodHMYBCADKAsyGS5hZ2xfZ3JwYy52MS5SZXdhcmRXZWlnaHQSLwoJdHJ1bmNhdGVkGAUgASgOMhwuYWdsX2dycGMudjEuVHJ1bmNhdGVkUG9saWN5EhYKDm1heF9yb3dfdG9rZW5zGAYgASgFEi4KCW92ZXJfbG9uZxgHIAEoDjIbLmFnbF9ncnBjLnYxLk92ZXJMb25nUG9saWN5EhUKCGRpc2NvdW50GAggASgBSACIAQFCCwoJX2Rpc2NvdW50IroBCg1NYW5pZmVzdEVudHJ5EhIKCnJvbGxvdXRfaWQYASABKAkSEgoKYXR0ZW1wdF9pZBgCIAEoCRIQCghncm91cF9pZBgDIAEoCRITCgZyZXdhcmQYBCABKAFIAIgBARIXCg9yZXdhcmRfcmV2aXNpb24YBSABKAMSEAoIc3Bhbl9pZHMYBiADKAwSJAoHcmV3YXJkcxgHIAMoCzITLmFnbF9ncnBjLnYxLlJld2FyZEIJCgdfcmV3YXJkIvYCCgVCYXRjaBIQCghiYXRjaF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSDgoGcnVuX2lkGAMgASgJEigKBnN0YXR1cxgEIAEoDjIYLmFnbF9ncnBjLnYxLkJhdGNoU3RhdHVzEhQKDGNvbnRlbnRfaGFzaBgFIAEoCRIrCgdlbnRyaWVzGAYgAygLMhouYWdsX2dycGMudjEuTWFuaWZlc3RFbnRyeRIVCg10cmFpbmVyX2Vwb2NoGAcgASgDEgwKBHN0ZXAYCCABKAMSFQoNY2hlY2twb2ludF9pZBgJIAEoCRIvCgtjcmVhdGVfdGltZRgKIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLwoLY29tbWl0X3RpbWUYCyABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEicKBXJ1bGVzGAwgASgLMhguYWdsX2dycGMudjEuU2FtcGxlUnVsZXMibgoMVG9rZW5BY2NvdW50EhAKCGNhcHR1cmVkGAEgASgDEg8KB3RyYWluZWQYAiABKAMSEwoLb2JzZXJ2YXRpb24YAyABKAMSJgoHZHJvcHBlZBgEIAMoCzIVLmFnbF9ncnBjLnYxLktleVZhbHVlIskDCg1TYW1wbGVDb2x1bW5zEhMKC3Jvd19vZmZzZXRzGAEgAygHEhYKDnByb21wdF9sZW5ndGhzGAIgAygHEhEKCWlucHV0X2lkcxgDIAMoBxIRCglsb3NzX21hc2sYBCABKAwSEAoIbG9ncHJvYnMYBSADKAISFwoPcG9saWN5X3ZlcnNpb25zGAYgAygPEg8KB3Jld2FyZHMYByADKAESEwoLcm9sbG91dF9pZHMYCCADKAkSEQoJZ3JvdXBfaWRzGAkgAygJEhMKC2F0dGVtcHRfaWRzGAogAygJEhQKDHRlbXBlcmF0dXJlcxgLIAMoARISCgpyb3dfc3RhcnRzGAwgAygJEhQKDHR1cm5fb2Zmc2V0cxgNIAMoBxIVCg10dXJuX3NwYW5faWRzGA4gASgMEhQKDHR1cm5fY2hvaWNlcxgPIAMoBxITCgt0dXJuX3N0YXJ0cxgQIAMoBxIRCgl0dXJuX2VuZHMYESADKAcSFAoMdHVybl9yZXdhcmRzGBIgAygBEhQKDHR1cm5fcmV0dXJucxgTIAMoARIUCgxyZXdhcmRfbmFtZXMYFCADKAkSFQoNcmV3YXJkX3ZhbHVlcxgVIAMoASp8CgtCYXRjaFN0YXR1cxIcChhCQVRDSF9TVEFUVVNfVU5TUEVDSUZJRUQQABIYChRCQVRDSF9TVEFUVVNfQ0xBSU1FRBABEhoKFkJBVENIX1NUQVRVU19DT01NSVRURUQQAhIZChVCQVRDSF9TVEFUVVNfUkVMRUFTRUQQAyqFAQoPVHJ1bmNhdGVkUG9saWN5EiAKHFRSVU5DQVRFRF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIZChVUUlVOQ0FURURfUE9MSUNZX01BU0sQARIaChZUUlVOQ0FURURfUE9MSUNZX1RSQUlOEAISGQoVVFJVTkNBVEVEX1BPTElDWV9EUk9QEAMqZwoOT3ZlckxvbmdQb2xpY3kSIAocT1ZFUl9MT05HX1BPTElDWV9VTlNQRUNJRklFRBAAEhkKFU9WRVJfTE9OR19QT0xJQ1lfRFJPUBABEhgKFE9WRVJfTE9OR19QT0xJQ1lfQ1VUEAIqcwoJVG9rZW5GYXRlEhoKFlRPS0VOX0ZBVEVfVU5TUEVDSUZJRUQQABIWChJUT0tFTl9GQVRFX1RSQUlORUQQARIaChZUT0tFTl9GQVRFX09CU0VSVkFUSU9OEAISFgoSVE9LRU5fRkFURV9EUk9QUEVEEANiBnByb3RvMw", [file_agl_grpc_v1_common, file_agl_grpc_v1_reward, file_google_protobuf_timestamp]);
+
+/**
+ * How much a named reward counts.
+ *
+ * @generated from message agl_grpc.v1.RewardWeight
+ */
+export type RewardWeight = Message<"agl_grpc.v1.RewardWeight"> & {
+  /**
+   * The reward's name.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Its factor; finite.
+   *
+   * @generated from field: double weight = 2;
+   */
+  weight: number;
+};
+
+/**
+ * Describes the message agl_grpc.v1.RewardWeight.
+ * Use `create(RewardWeightSchema)` to create a new message.
+ */
+export const RewardWeightSchema: GenMessage<RewardWeight> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_batch, 0);
+
+/**
+ * What is trained of an attempt, and how its rewards become one. Unset fields mean the defaults.
+ *
+ * @generated from message agl_grpc.v1.SampleRules
+ */
+export type SampleRules = Message<"agl_grpc.v1.SampleRules"> & {
+  /**
+   * Served name of the trained model; empty = every model.
+   *
+   * @generated from field: string model = 1;
+   */
+  model: string;
+
+  /**
+   * Agents (parts of agents) that are trained; empty = all.
+   *
+   * @generated from field: repeated string agents = 2;
+   */
+  agents: string[];
+
+  /**
+   * The reward that counts; empty = `primary`.
+   *
+   * @generated from field: string reward_name = 3;
+   */
+  rewardName: string;
+
+  /**
+   * Several rewards as one weighted sum, in place of reward_name; an attempt that lacks one of them has none.
+   *
+   * @generated from field: repeated agl_grpc.v1.RewardWeight reward_weights = 4;
+   */
+  rewardWeights: RewardWeight[];
+
+  /**
+   * Answers cut off by the length limit.
+   *
+   * @generated from field: agl_grpc.v1.TruncatedPolicy truncated = 5;
+   */
+  truncated: TruncatedPolicy;
+
+  /**
+   * Most tokens of a row, prompt and response; 0 = no limit.
+   *
+   * @generated from field: int32 max_row_tokens = 6;
+   */
+  maxRowTokens: number;
+
+  /**
+   * Longer rows.
+   *
+   * @generated from field: agl_grpc.v1.OverLongPolicy over_long = 7;
+   */
+  overLong: OverLongPolicy;
+
+  /**
+   * Factor by which a reward counts less for each answer between it and an earlier one; from 0 to 1, unset = 1.
+   *
+   * @generated from field: optional double discount = 8;
+   */
+  discount?: number | undefined;
+};
+
+/**
+ * Describes the message agl_grpc.v1.SampleRules.
+ * Use `create(SampleRulesSchema)` to create a new message.
+ */
+export const SampleRulesSchema: GenMessage<SampleRules> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_batch, 1);
 
 /**
  * One attempt of a batch, frozen: what it was and how it was judged when the batch was made.
@@ -63,6 +163,13 @@ export type ManifestEntry = Message<"agl_grpc.v1.ManifestEntry"> & {
    * @generated from field: repeated bytes span_ids = 6;
    */
   spanIds: Uint8Array[];
+
+  /**
+   * All rewards of the attempt when the batch was made, newest revisions; empty when `reward` is the only one.
+   *
+   * @generated from field: repeated agl_grpc.v1.Reward rewards = 7;
+   */
+  rewards: Reward[];
 };
 
 /**
@@ -70,7 +177,7 @@ export type ManifestEntry = Message<"agl_grpc.v1.ManifestEntry"> & {
  * Use `create(ManifestEntrySchema)` to create a new message.
  */
 export const ManifestEntrySchema: GenMessage<ManifestEntry> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_batch, 0);
+  messageDesc(file_agl_grpc_v1_batch, 2);
 
 /**
  * A batch: content-hashed, never changed once made, replayable.
@@ -107,7 +214,7 @@ export type Batch = Message<"agl_grpc.v1.Batch"> & {
   status: BatchStatus;
 
   /**
-   * `sha256:<hex>` over the manifest.
+   * `sha256:<hex>` over the manifest: its entries and, if any are set, its rules.
    *
    * @generated from field: string content_hash = 5;
    */
@@ -154,6 +261,13 @@ export type Batch = Message<"agl_grpc.v1.Batch"> & {
    * @generated from field: google.protobuf.Timestamp commit_time = 11;
    */
   commitTime?: Timestamp | undefined;
+
+  /**
+   * The rules by which its samples are made.
+   *
+   * @generated from field: agl_grpc.v1.SampleRules rules = 12;
+   */
+  rules?: SampleRules | undefined;
 };
 
 /**
@@ -161,7 +275,7 @@ export type Batch = Message<"agl_grpc.v1.Batch"> & {
  * Use `create(BatchSchema)` to create a new message.
  */
 export const BatchSchema: GenMessage<Batch> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_batch, 1);
+  messageDesc(file_agl_grpc_v1_batch, 3);
 
 /**
  * Where the tokens of a batch went. captured = trained + observation + dropped.
@@ -203,7 +317,7 @@ export type TokenAccount = Message<"agl_grpc.v1.TokenAccount"> & {
  * Use `create(TokenAccountSchema)` to create a new message.
  */
 export const TokenAccountSchema: GenMessage<TokenAccount> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_batch, 2);
+  messageDesc(file_agl_grpc_v1_batch, 4);
 
 /**
  * Samples as packed columns: rows are concatenated, offsets say where each begins.
@@ -273,6 +387,90 @@ export type SampleColumns = Message<"agl_grpc.v1.SampleColumns"> & {
    * @generated from field: repeated string group_ids = 9;
    */
   groupIds: string[];
+
+  /**
+   * Attempt of each row.
+   *
+   * @generated from field: repeated string attempt_ids = 10;
+   */
+  attemptIds: string[];
+
+  /**
+   * Sampling temperature of each row.
+   *
+   * @generated from field: repeated double temperatures = 11;
+   */
+  temperatures: number[];
+
+  /**
+   * Why each row begins where it does: `first`, `branch`, `response_changed`, …
+   *
+   * @generated from field: repeated string row_starts = 12;
+   */
+  rowStarts: string[];
+
+  /**
+   * Row count + 1 offsets into the columns of turns: the sampled answers of which a row is made, in order.
+   *
+   * @generated from field: repeated fixed32 turn_offsets = 13;
+   */
+  turnOffsets: number[];
+
+  /**
+   * Span ids of the turns' model calls, 8 bytes each.
+   *
+   * @generated from field: bytes turn_span_ids = 14;
+   */
+  turnSpanIds: Uint8Array;
+
+  /**
+   * Index of each turn's choice.
+   *
+   * @generated from field: repeated fixed32 turn_choices = 15;
+   */
+  turnChoices: number[];
+
+  /**
+   * Where each turn begins in its row, counted from the row's first token.
+   *
+   * @generated from field: repeated fixed32 turn_starts = 16;
+   */
+  turnStarts: number[];
+
+  /**
+   * One past each turn's last token.
+   *
+   * @generated from field: repeated fixed32 turn_ends = 17;
+   */
+  turnEnds: number[];
+
+  /**
+   * Reward of each turn alone; 0 = none.
+   *
+   * @generated from field: repeated double turn_rewards = 18;
+   */
+  turnRewards: number[];
+
+  /**
+   * Each turn's own reward and, discounted, all later ones of its attempt and the attempt's own.
+   *
+   * @generated from field: repeated double turn_returns = 19;
+   */
+  turnReturns: number[];
+
+  /**
+   * Names of the attempt's rewards in the columns below.
+   *
+   * @generated from field: repeated string reward_names = 20;
+   */
+  rewardNames: string[];
+
+  /**
+   * Values, row by row, one for each name; NaN where a row has none of that name.
+   *
+   * @generated from field: repeated double reward_values = 21;
+   */
+  rewardValues: number[];
 };
 
 /**
@@ -280,7 +478,7 @@ export type SampleColumns = Message<"agl_grpc.v1.SampleColumns"> & {
  * Use `create(SampleColumnsSchema)` to create a new message.
  */
 export const SampleColumnsSchema: GenMessage<SampleColumns> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_batch, 3);
+  messageDesc(file_agl_grpc_v1_batch, 5);
 
 /**
  * Where a batch stands.
@@ -324,6 +522,81 @@ export const BatchStatusSchema: GenEnum<BatchStatus> = /*@__PURE__*/
   enumDesc(file_agl_grpc_v1_batch, 0);
 
 /**
+ * What becomes of answers that the length limit cut off.
+ *
+ * @generated from enum agl_grpc.v1.TruncatedPolicy
+ */
+export enum TruncatedPolicy {
+  /**
+   * MASK.
+   *
+   * @generated from enum value: TRUNCATED_POLICY_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * They stay in their row with mask 0: the rollout's reward counts in its group, they are not trained.
+   *
+   * @generated from enum value: TRUNCATED_POLICY_MASK = 1;
+   */
+  MASK = 1,
+
+  /**
+   * They are trained as any other.
+   *
+   * @generated from enum value: TRUNCATED_POLICY_TRAIN = 2;
+   */
+  TRAIN = 2,
+
+  /**
+   * The whole attempt is left out.
+   *
+   * @generated from enum value: TRUNCATED_POLICY_DROP = 3;
+   */
+  DROP = 3,
+}
+
+/**
+ * Describes the enum agl_grpc.v1.TruncatedPolicy.
+ */
+export const TruncatedPolicySchema: GenEnum<TruncatedPolicy> = /*@__PURE__*/
+  enumDesc(file_agl_grpc_v1_batch, 1);
+
+/**
+ * What becomes of rows that are longer than the learner takes.
+ *
+ * @generated from enum agl_grpc.v1.OverLongPolicy
+ */
+export enum OverLongPolicy {
+  /**
+   * DROP.
+   *
+   * @generated from enum value: OVER_LONG_POLICY_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * The row is left out; other rows of its attempt stay.
+   *
+   * @generated from enum value: OVER_LONG_POLICY_DROP = 1;
+   */
+  DROP = 1,
+
+  /**
+   * The row ends with the last whole answer that fits; never is its beginning cut off.
+   *
+   * @generated from enum value: OVER_LONG_POLICY_CUT = 2;
+   */
+  CUT = 2,
+}
+
+/**
+ * Describes the enum agl_grpc.v1.OverLongPolicy.
+ */
+export const OverLongPolicySchema: GenEnum<OverLongPolicy> = /*@__PURE__*/
+  enumDesc(file_agl_grpc_v1_batch, 2);
+
+/**
  * Why a captured token was not trained, or that it was.
  *
  * @generated from enum agl_grpc.v1.TokenFate
@@ -362,5 +635,5 @@ export enum TokenFate {
  * Describes the enum agl_grpc.v1.TokenFate.
  */
 export const TokenFateSchema: GenEnum<TokenFate> = /*@__PURE__*/
-  enumDesc(file_agl_grpc_v1_batch, 1);
+  enumDesc(file_agl_grpc_v1_batch, 3);
 

@@ -6,11 +6,13 @@ import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegen
 import { fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Failure } from "./attempt_pb.js";
 import { file_agl_grpc_v1_attempt } from "./attempt_pb.js";
-import type { Batch, BatchStatus, SampleColumns, TokenAccount, TokenFate } from "./batch_pb.js";
+import type { Batch, BatchStatus, SampleColumns, SampleRules, TokenAccount, TokenFate } from "./batch_pb.js";
 import { file_agl_grpc_v1_batch } from "./batch_pb.js";
+import type { Payload } from "./common_pb.js";
+import { file_agl_grpc_v1_common } from "./common_pb.js";
 import type { Engine, EngineState, PolicyVersion, WeightSource } from "./policy_pb.js";
 import { file_agl_grpc_v1_policy } from "./policy_pb.js";
-import type { StepMetrics, TrainingRun, TrainingRunStatus } from "./training_pb.js";
+import type { LogLine, StepMetrics, TrainingRun, TrainingRunStatus } from "./training_pb.js";
 import { file_agl_grpc_v1_training } from "./training_pb.js";
 import type { Duration } from "@bufbuild/protobuf/wkt";
 import { file_google_protobuf_duration } from "@bufbuild/protobuf/wkt";
@@ -20,7 +22,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file agl_grpc/v1/trainer_service.proto.
  */
 export const file_agl_grpc_v1_trainer_service: GenFile = /*@__PURE__*/
-  fileDesc("CiFhZ2xfZ3JwYy92MS90cmFpbmVyX3NlcnZpY2UucHJvdG8SC2FnbF9ncnBjLnYxIl4KGENyZWF0ZVRyYWluaW5nUnVuUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEi4KDHRyYWluaW5nX3J1bhgCIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuIksKGUNyZWF0ZVRyYWluaW5nUnVuUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4iMAoVR2V0VHJhaW5pbmdSdW5SZXF1ZXN0EhcKD3RyYWluaW5nX3J1bl9pZBgBIAEoCSJIChZHZXRUcmFpbmluZ1J1blJlc3BvbnNlEi4KDHRyYWluaW5nX3J1bhgBIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuIlwKGUFjcXVpcmVUcmFpbmluZ1J1blJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSEgoKdHJhaW5lcl9pZBgDIAEoCSJMChpBY3F1aXJlVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biK1AQoYRmluaXNoVHJhaW5pbmdSdW5SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEhUKDXRyYWluZXJfZXBvY2gYAyABKAMSLgoGc3RhdHVzGAQgASgOMh4uYWdsX2dycGMudjEuVHJhaW5pbmdSdW5TdGF0dXMSJQoHZmFpbHVyZRgFIAEoCzIULmFnbF9ncnBjLnYxLkZhaWx1cmUiSwoZRmluaXNoVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biJVChZTdG9wVHJhaW5pbmdSdW5SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEg4KBnJlYXNvbhgDIAEoCSJJChdTdG9wVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biKDAQoXTGlzdFRyYWluaW5nUnVuc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEjEKCXN0YXR1c19pbhgCIAMoDjIeLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuU3RhdHVzEhEKCXBhZ2Vfc2l6ZRgDIAEoBRISCgpwYWdlX3Rva2VuGAQgASgJImQKGExpc3RUcmFpbmluZ1J1bnNSZXNwb25zZRIvCg10cmFpbmluZ19ydW5zGAEgAygLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4SFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIoMBChRSZXBvcnRNZXRyaWNzUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEicKBXN0ZXBzGAQgAygLMhguYWdsX2dycGMudjEuU3RlcE1ldHJpY3MiRwoVUmVwb3J0TWV0cmljc1Jlc3BvbnNlEi4KDHRyYWluaW5nX3J1bhgBIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuIkUKF1dhdGNoVHJhaW5pbmdSdW5SZXF1ZXN0EhcKD3RyYWluaW5nX3J1bl9pZBgBIAEoCRIRCglmcm9tX3N0ZXAYAiABKAMicwoYV2F0Y2hUcmFpbmluZ1J1blJlc3BvbnNlEi4KDHRyYWluaW5nX3J1bhgBIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuEicKBXN0ZXBzGAIgAygLMhguYWdsX2dycGMudjEuU3RlcE1ldHJpY3MiegoRQ2xhaW1CYXRjaFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSFQoNdHJhaW5lcl9lcG9jaBgDIAEoAxIMCgRzdGVwGAQgASgDEhMKC3JvbGxvdXRfaWRzGAUgAygJIlUKEkNsYWltQmF0Y2hSZXNwb25zZRIhCgViYXRjaBgBIAEoCzISLmFnbF9ncnBjLnYxLkJhdGNoEhwKFHVuc2VhbGVkX3JvbGxvdXRfaWRzGAIgAygJIoEBChJMaXN0QmF0Y2hlc1JlcXVlc3QSFwoPdHJhaW5pbmdfcnVuX2lkGAEgASgJEisKCXN0YXR1c19pbhgCIAMoDjIYLmFnbF9ncnBjLnYxLkJhdGNoU3RhdHVzEhEKCXBhZ2Vfc2l6ZRgDIAEoBRISCgpwYWdlX3Rva2VuGAQgASgJIlMKE0xpc3RCYXRjaGVzUmVzcG9uc2USIwoHYmF0Y2hlcxgBIAMoCzISLmFnbF9ncnBjLnYxLkJhdGNoEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSImChJTdHJlYW1CYXRjaFJlcXVlc3QSEAoIYmF0Y2hfaWQYASABKAkibgoTU3RyZWFtQmF0Y2hSZXNwb25zZRIrCgdzYW1wbGVzGAEgASgLMhouYWdsX2dycGMudjEuU2FtcGxlQ29sdW1ucxIqCgdhY2NvdW50GAIgASgLMhkuYWdsX2dycGMudjEuVG9rZW5BY2NvdW50Iq0BChRDb21taXRCYXRjaGVzUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEhUKDWNoZWNrcG9pbnRfaWQYBCABKAkSEQoJYmF0Y2hfaWRzGAUgAygJEgwKBHN0ZXAYBiABKAMSGQoRY2hlY2twb2ludF9kaWdlc3QYByABKAkiRwoVQ29tbWl0QmF0Y2hlc1Jlc3BvbnNlEi4KDHRyYWluaW5nX3J1bhgBIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuIm4KFVJlbGVhc2VCYXRjaGVzUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEhEKCWJhdGNoX2lkcxgEIAMoCSIYChZSZWxlYXNlQmF0Y2hlc1Jlc3BvbnNlIioKElJlcGxheUJhdGNoUmVxdWVzdBIUCgxjb250ZW50X2hhc2gYASABKAkibgoTUmVwbGF5QmF0Y2hSZXNwb25zZRIrCgdzYW1wbGVzGAEgASgLMhouYWdsX2dycGMudjEuU2FtcGxlQ29sdW1ucxIqCgdhY2NvdW50GAIgASgLMhkuYWdsX2dycGMudjEuVG9rZW5BY2NvdW50Il8KFEV4cGxhaW5Ub2tlbnNSZXF1ZXN0EhIKCnJvbGxvdXRfaWQYASABKAkSEgoKYXR0ZW1wdF9pZBgCIAEoCRIPCgdzcGFuX2lkGAMgASgMEg4KBmNob2ljZRgEIAEoBSJ3ChBUb2tlbkV4cGxhbmF0aW9uEg0KBXN0YXJ0GAEgASgFEgsKA2VuZBgCIAEoBRIkCgRmYXRlGAMgASgOMhYuYWdsX2dycGMudjEuVG9rZW5GYXRlEg4KBnJlYXNvbhgEIAEoCRIRCgliYXRjaF9pZHMYBSADKAkiTAoVRXhwbGFpblRva2Vuc1Jlc3BvbnNlEjMKDGV4cGxhbmF0aW9ucxgBIAMoCzIdLmFnbF9ncnBjLnYxLlRva2VuRXhwbGFuYXRpb24i8AEKG1ByZXBhcmVQb2xpY3lWZXJzaW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBnJ1bl9pZBgCIAEoCRINCgVtb2RlbBgDIAEoCRIWCg5wb2xpY3lfdmVyc2lvbhgEIAEoAxIpCgZzb3VyY2UYBSABKAsyGS5hZ2xfZ3JwYy52MS5XZWlnaHRTb3VyY2USKwoIZGVhZGxpbmUYBiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SFwoPdHJhaW5pbmdfcnVuX2lkGAcgASgJEhUKDXRyYWluZXJfZXBvY2gYCCABKAMiUgocUHJlcGFyZVBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24ifwoaQ29tbWl0UG9saWN5VmVyc2lvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIOCgZydW5faWQYAiABKAkSDQoFbW9kZWwYAyABKAkSFgoOcG9saWN5X3ZlcnNpb24YBCABKAMSFgoOd2VpZ2h0c19kaWdlc3QYBSABKAkiUQobQ29tbWl0UG9saWN5VmVyc2lvblJlc3BvbnNlEjIKDnBvbGljeV92ZXJzaW9uGAEgASgLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbiJ2ChlBYm9ydFBvbGljeVZlcnNpb25SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGcnVuX2lkGAIgASgJEg0KBW1vZGVsGAMgASgJEhYKDnBvbGljeV92ZXJzaW9uGAQgASgDEg4KBnJlYXNvbhgFIAEoCSJQChpBYm9ydFBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24iUAoXR2V0UG9saWN5VmVyc2lvblJlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhYKDnBvbGljeV92ZXJzaW9uGAMgASgDIk4KGEdldFBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24iYQoZTGlzdFBvbGljeVZlcnNpb25zUmVxdWVzdBIOCgZydW5faWQYASABKAkSDQoFbW9kZWwYAiABKAkSEQoJcGFnZV9zaXplGAMgASgFEhIKCnBhZ2VfdG9rZW4YBCABKAkiagoaTGlzdFBvbGljeVZlcnNpb25zUmVzcG9uc2USMwoPcG9saWN5X3ZlcnNpb25zGAEgAygLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbhIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkieAoaV2F0Y2hQb2xpY3lWZXJzaW9uc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhEKCWVuZ2luZV9pZBgDIAEoCRIOCgZjdXJzb3IYBCABKAMSGAoQaW5jbHVkZV9leGlzdGluZxgFIAEoCCJ2ChtXYXRjaFBvbGljeVZlcnNpb25zUmVzcG9uc2USMwoPcG9saWN5X3ZlcnNpb25zGAEgAygLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbhIOCgZjdXJzb3IYAiABKAMSEgoKY2hlY2twb2ludBgDIAEoCCJ8ChhSZXBvcnRFbmdpbmVTdGF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIjCgZlbmdpbmUYAiABKAsyEy5hZ2xfZ3JwYy52MS5FbmdpbmUSJwoFc3RhdGUYAyABKAsyGC5hZ2xfZ3JwYy52MS5FbmdpbmVTdGF0ZSJAChlSZXBvcnRFbmdpbmVTdGF0ZVJlc3BvbnNlEiMKBmVuZ2luZRgBIAEoCzITLmFnbF9ncnBjLnYxLkVuZ2luZSJaChJMaXN0RW5naW5lc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhEKCXBhZ2Vfc2l6ZRgDIAEoBRISCgpwYWdlX3Rva2VuGAQgASgJIlQKE0xpc3RFbmdpbmVzUmVzcG9uc2USJAoHZW5naW5lcxgBIAMoCzITLmFnbF9ncnBjLnYxLkVuZ2luZRIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkykBEKDlRyYWluZXJTZXJ2aWNlEmIKEUNyZWF0ZVRyYWluaW5nUnVuEiUuYWdsX2dycGMudjEuQ3JlYXRlVHJhaW5pbmdSdW5SZXF1ZXN0GiYuYWdsX2dycGMudjEuQ3JlYXRlVHJhaW5pbmdSdW5SZXNwb25zZRJZCg5HZXRUcmFpbmluZ1J1bhIiLmFnbF9ncnBjLnYxLkdldFRyYWluaW5nUnVuUmVxdWVzdBojLmFnbF9ncnBjLnYxLkdldFRyYWluaW5nUnVuUmVzcG9uc2USXwoQTGlzdFRyYWluaW5nUnVucxIkLmFnbF9ncnBjLnYxLkxpc3RUcmFpbmluZ1J1bnNSZXF1ZXN0GiUuYWdsX2dycGMudjEuTGlzdFRyYWluaW5nUnVuc1Jlc3BvbnNlEmUKEkFjcXVpcmVUcmFpbmluZ1J1bhImLmFnbF9ncnBjLnYxLkFjcXVpcmVUcmFpbmluZ1J1blJlcXVlc3QaJy5hZ2xfZ3JwYy52MS5BY3F1aXJlVHJhaW5pbmdSdW5SZXNwb25zZRJiChFGaW5pc2hUcmFpbmluZ1J1bhIlLmFnbF9ncnBjLnYxLkZpbmlzaFRyYWluaW5nUnVuUmVxdWVzdBomLmFnbF9ncnBjLnYxLkZpbmlzaFRyYWluaW5nUnVuUmVzcG9uc2USXAoPU3RvcFRyYWluaW5nUnVuEiMuYWdsX2dycGMudjEuU3RvcFRyYWluaW5nUnVuUmVxdWVzdBokLmFnbF9ncnBjLnYxLlN0b3BUcmFpbmluZ1J1blJlc3BvbnNlElYKDVJlcG9ydE1ldHJpY3MSIS5hZ2xfZ3JwYy52MS5SZXBvcnRNZXRyaWNzUmVxdWVzdBoiLmFnbF9ncnBjLnYxLlJlcG9ydE1ldHJpY3NSZXNwb25zZRJhChBXYXRjaFRyYWluaW5nUnVuEiQuYWdsX2dycGMudjEuV2F0Y2hUcmFpbmluZ1J1blJlcXVlc3QaJS5hZ2xfZ3JwYy52MS5XYXRjaFRyYWluaW5nUnVuUmVzcG9uc2UwARJNCgpDbGFpbUJhdGNoEh4uYWdsX2dycGMudjEuQ2xhaW1CYXRjaFJlcXVlc3QaHy5hZ2xfZ3JwYy52MS5DbGFpbUJhdGNoUmVzcG9uc2USUAoLTGlzdEJhdGNoZXMSHy5hZ2xfZ3JwYy52MS5MaXN0QmF0Y2hlc1JlcXVlc3QaIC5hZ2xfZ3JwYy52MS5MaXN0QmF0Y2hlc1Jlc3BvbnNlElIKC1N0cmVhbUJhdGNoEh8uYWdsX2dycGMudjEuU3RyZWFtQmF0Y2hSZXF1ZXN0GiAuYWdsX2dycGMudjEuU3RyZWFtQmF0Y2hSZXNwb25zZTABElYKDUNvbW1pdEJhdGNoZXMSIS5hZ2xfZ3JwYy52MS5Db21taXRCYXRjaGVzUmVxdWVzdBoiLmFnbF9ncnBjLnYxLkNvbW1pdEJhdGNoZXNSZXNwb25zZRJZCg5SZWxlYXNlQmF0Y2hlcxIiLmFnbF9ncnBjLnYxLlJlbGVhc2VCYXRjaGVzUmVxdWVzdBojLmFnbF9ncnBjLnYxLlJlbGVhc2VCYXRjaGVzUmVzcG9uc2USUgoLUmVwbGF5QmF0Y2gSHy5hZ2xfZ3JwYy52MS5SZXBsYXlCYXRjaFJlcXVlc3QaIC5hZ2xfZ3JwYy52MS5SZXBsYXlCYXRjaFJlc3BvbnNlMAESVgoNRXhwbGFpblRva2VucxIhLmFnbF9ncnBjLnYxLkV4cGxhaW5Ub2tlbnNSZXF1ZXN0GiIuYWdsX2dycGMudjEuRXhwbGFpblRva2Vuc1Jlc3BvbnNlEmsKFFByZXBhcmVQb2xpY3lWZXJzaW9uEiguYWdsX2dycGMudjEuUHJlcGFyZVBvbGljeVZlcnNpb25SZXF1ZXN0GikuYWdsX2dycGMudjEuUHJlcGFyZVBvbGljeVZlcnNpb25SZXNwb25zZRJoChNDb21taXRQb2xpY3lWZXJzaW9uEicuYWdsX2dycGMudjEuQ29tbWl0UG9saWN5VmVyc2lvblJlcXVlc3QaKC5hZ2xfZ3JwYy52MS5Db21taXRQb2xpY3lWZXJzaW9uUmVzcG9uc2USZQoSQWJvcnRQb2xpY3lWZXJzaW9uEiYuYWdsX2dycGMudjEuQWJvcnRQb2xpY3lWZXJzaW9uUmVxdWVzdBonLmFnbF9ncnBjLnYxLkFib3J0UG9saWN5VmVyc2lvblJlc3BvbnNlEl8KEEdldFBvbGljeVZlcnNpb24SJC5hZ2xfZ3JwYy52MS5HZXRQb2xpY3lWZXJzaW9uUmVxdWVzdBolLmFnbF9ncnBjLnYxLkdldFBvbGljeVZlcnNpb25SZXNwb25zZRJlChJMaXN0UG9saWN5VmVyc2lvbnMSJi5hZ2xfZ3JwYy52MS5MaXN0UG9saWN5VmVyc2lvbnNSZXF1ZXN0GicuYWdsX2dycGMudjEuTGlzdFBvbGljeVZlcnNpb25zUmVzcG9uc2USagoTV2F0Y2hQb2xpY3lWZXJzaW9ucxInLmFnbF9ncnBjLnYxLldhdGNoUG9saWN5VmVyc2lvbnNSZXF1ZXN0GiguYWdsX2dycGMudjEuV2F0Y2hQb2xpY3lWZXJzaW9uc1Jlc3BvbnNlMAESYgoRUmVwb3J0RW5naW5lU3RhdGUSJS5hZ2xfZ3JwYy52MS5SZXBvcnRFbmdpbmVTdGF0ZVJlcXVlc3QaJi5hZ2xfZ3JwYy52MS5SZXBvcnRFbmdpbmVTdGF0ZVJlc3BvbnNlElAKC0xpc3RFbmdpbmVzEh8uYWdsX2dycGMudjEuTGlzdEVuZ2luZXNSZXF1ZXN0GiAuYWdsX2dycGMudjEuTGlzdEVuZ2luZXNSZXNwb25zZWIGcHJvdG8z", [file_agl_grpc_v1_attempt, file_agl_grpc_v1_batch, file_agl_grpc_v1_policy, file_agl_grpc_v1_training, file_google_protobuf_duration]);
+  fileDesc("CiFhZ2xfZ3JwYy92MS90cmFpbmVyX3NlcnZpY2UucHJvdG8SC2FnbF9ncnBjLnYxIl4KGENyZWF0ZVRyYWluaW5nUnVuUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEi4KDHRyYWluaW5nX3J1bhgCIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuIksKGUNyZWF0ZVRyYWluaW5nUnVuUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4iMAoVR2V0VHJhaW5pbmdSdW5SZXF1ZXN0EhcKD3RyYWluaW5nX3J1bl9pZBgBIAEoCSJIChZHZXRUcmFpbmluZ1J1blJlc3BvbnNlEi4KDHRyYWluaW5nX3J1bhgBIAEoCzIYLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuInIKGUFjcXVpcmVUcmFpbmluZ1J1blJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSEgoKdHJhaW5lcl9pZBgDIAEoCRIUCgxvbmx5X3BlbmRpbmcYBCABKAgiTAoaQWNxdWlyZVRyYWluaW5nUnVuUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4i2wEKGEZpbmlzaFRyYWluaW5nUnVuUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEi4KBnN0YXR1cxgEIAEoDjIeLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuU3RhdHVzEiUKB2ZhaWx1cmUYBSABKAsyFC5hZ2xfZ3JwYy52MS5GYWlsdXJlEiQKBnJlc3VsdBgGIAEoCzIULmFnbF9ncnBjLnYxLlBheWxvYWQiSwoZRmluaXNoVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biJVChZTdG9wVHJhaW5pbmdSdW5SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEg4KBnJlYXNvbhgDIAEoCSJJChdTdG9wVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1biKDAQoXTGlzdFRyYWluaW5nUnVuc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEjEKCXN0YXR1c19pbhgCIAMoDjIeLmFnbF9ncnBjLnYxLlRyYWluaW5nUnVuU3RhdHVzEhEKCXBhZ2Vfc2l6ZRgDIAEoBRISCgpwYWdlX3Rva2VuGAQgASgJImQKGExpc3RUcmFpbmluZ1J1bnNSZXNwb25zZRIvCg10cmFpbmluZ19ydW5zGAEgAygLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4SFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIqYBChRSZXBvcnRNZXRyaWNzUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEhcKD3RyYWluaW5nX3J1bl9pZBgCIAEoCRIVCg10cmFpbmVyX2Vwb2NoGAMgASgDEicKBXN0ZXBzGAQgAygLMhguYWdsX2dycGMudjEuU3RlcE1ldHJpY3MSIQoDbG9nGAUgAygLMhQuYWdsX2dycGMudjEuTG9nTGluZSJHChVSZXBvcnRNZXRyaWNzUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4ibQoXV2F0Y2hUcmFpbmluZ1J1blJlcXVlc3QSFwoPdHJhaW5pbmdfcnVuX2lkGAEgASgJEhEKCWZyb21fc3RlcBgCIAEoAxITCgtpbmNsdWRlX2xvZxgDIAEoCBIRCglhZnRlcl9sb2cYBCABKAMilgEKGFdhdGNoVHJhaW5pbmdSdW5SZXNwb25zZRIuCgx0cmFpbmluZ19ydW4YASABKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1bhInCgVzdGVwcxgCIAMoCzIYLmFnbF9ncnBjLnYxLlN0ZXBNZXRyaWNzEiEKA2xvZxgDIAMoCzIULmFnbF9ncnBjLnYxLkxvZ0xpbmUiVAoYV2F0Y2hUcmFpbmluZ1J1bnNSZXF1ZXN0Eg4KBnJ1bl9pZBgBIAEoCRIOCgZjdXJzb3IYAiABKAMSGAoQaW5jbHVkZV9leGlzdGluZxgDIAEoCCJwChlXYXRjaFRyYWluaW5nUnVuc1Jlc3BvbnNlEi8KDXRyYWluaW5nX3J1bnMYASADKAsyGC5hZ2xfZ3JwYy52MS5UcmFpbmluZ1J1bhIOCgZjdXJzb3IYAiABKAMSEgoKY2hlY2twb2ludBgDIAEoCCKjAQoRQ2xhaW1CYXRjaFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIXCg90cmFpbmluZ19ydW5faWQYAiABKAkSFQoNdHJhaW5lcl9lcG9jaBgDIAEoAxIMCgRzdGVwGAQgASgDEhMKC3JvbGxvdXRfaWRzGAUgAygJEicKBXJ1bGVzGAYgASgLMhguYWdsX2dycGMudjEuU2FtcGxlUnVsZXMiVQoSQ2xhaW1CYXRjaFJlc3BvbnNlEiEKBWJhdGNoGAEgASgLMhIuYWdsX2dycGMudjEuQmF0Y2gSHAoUdW5zZWFsZWRfcm9sbG91dF9pZHMYAiADKAkigQEKEkxpc3RCYXRjaGVzUmVxdWVzdBIXCg90cmFpbmluZ19ydW5faWQYASABKAkSKwoJc3RhdHVzX2luGAIgAygOMhguYWdsX2dycGMudjEuQmF0Y2hTdGF0dXMSEQoJcGFnZV9zaXplGAMgASgFEhIKCnBhZ2VfdG9rZW4YBCABKAkiUwoTTGlzdEJhdGNoZXNSZXNwb25zZRIjCgdiYXRjaGVzGAEgAygLMhIuYWdsX2dycGMudjEuQmF0Y2gSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIjkKD0dldEJhdGNoUmVxdWVzdBIQCghiYXRjaF9pZBgBIAEoCRIUCgxjb250ZW50X2hhc2gYAiABKAkiNQoQR2V0QmF0Y2hSZXNwb25zZRIhCgViYXRjaBgBIAEoCzISLmFnbF9ncnBjLnYxLkJhdGNoIjsKElN0cmVhbUJhdGNoUmVxdWVzdBIQCghiYXRjaF9pZBgBIAEoCRITCgtmaXJzdF9lbnRyeRgCIAEoBSKCAQoTU3RyZWFtQmF0Y2hSZXNwb25zZRIrCgdzYW1wbGVzGAEgASgLMhouYWdsX2dycGMudjEuU2FtcGxlQ29sdW1ucxIqCgdhY2NvdW50GAIgASgLMhkuYWdsX2dycGMudjEuVG9rZW5BY2NvdW50EhIKCm5leHRfZW50cnkYAyABKAUirQEKFENvbW1pdEJhdGNoZXNSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEhUKDXRyYWluZXJfZXBvY2gYAyABKAMSFQoNY2hlY2twb2ludF9pZBgEIAEoCRIRCgliYXRjaF9pZHMYBSADKAkSDAoEc3RlcBgGIAEoAxIZChFjaGVja3BvaW50X2RpZ2VzdBgHIAEoCSJHChVDb21taXRCYXRjaGVzUmVzcG9uc2USLgoMdHJhaW5pbmdfcnVuGAEgASgLMhguYWdsX2dycGMudjEuVHJhaW5pbmdSdW4ibgoVUmVsZWFzZUJhdGNoZXNSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSFwoPdHJhaW5pbmdfcnVuX2lkGAIgASgJEhUKDXRyYWluZXJfZXBvY2gYAyABKAMSEQoJYmF0Y2hfaWRzGAQgAygJIhgKFlJlbGVhc2VCYXRjaGVzUmVzcG9uc2UiPwoSUmVwbGF5QmF0Y2hSZXF1ZXN0EhQKDGNvbnRlbnRfaGFzaBgBIAEoCRITCgtmaXJzdF9lbnRyeRgCIAEoBSKCAQoTUmVwbGF5QmF0Y2hSZXNwb25zZRIrCgdzYW1wbGVzGAEgASgLMhouYWdsX2dycGMudjEuU2FtcGxlQ29sdW1ucxIqCgdhY2NvdW50GAIgASgLMhkuYWdsX2dycGMudjEuVG9rZW5BY2NvdW50EhIKCm5leHRfZW50cnkYAyABKAUiXwoURXhwbGFpblRva2Vuc1JlcXVlc3QSEgoKcm9sbG91dF9pZBgBIAEoCRISCgphdHRlbXB0X2lkGAIgASgJEg8KB3NwYW5faWQYAyABKAwSDgoGY2hvaWNlGAQgASgFIncKEFRva2VuRXhwbGFuYXRpb24SDQoFc3RhcnQYASABKAUSCwoDZW5kGAIgASgFEiQKBGZhdGUYAyABKA4yFi5hZ2xfZ3JwYy52MS5Ub2tlbkZhdGUSDgoGcmVhc29uGAQgASgJEhEKCWJhdGNoX2lkcxgFIAMoCSJ3ChVFeHBsYWluVG9rZW5zUmVzcG9uc2USMwoMZXhwbGFuYXRpb25zGAEgAygLMh0uYWdsX2dycGMudjEuVG9rZW5FeHBsYW5hdGlvbhIVCg1wcm9tcHRfbGVuZ3RoGAIgASgFEhIKCmF0dGVtcHRfaWQYAyABKAki8AEKG1ByZXBhcmVQb2xpY3lWZXJzaW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBnJ1bl9pZBgCIAEoCRINCgVtb2RlbBgDIAEoCRIWCg5wb2xpY3lfdmVyc2lvbhgEIAEoAxIpCgZzb3VyY2UYBSABKAsyGS5hZ2xfZ3JwYy52MS5XZWlnaHRTb3VyY2USKwoIZGVhZGxpbmUYBiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SFwoPdHJhaW5pbmdfcnVuX2lkGAcgASgJEhUKDXRyYWluZXJfZXBvY2gYCCABKAMiUgocUHJlcGFyZVBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24ifwoaQ29tbWl0UG9saWN5VmVyc2lvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIOCgZydW5faWQYAiABKAkSDQoFbW9kZWwYAyABKAkSFgoOcG9saWN5X3ZlcnNpb24YBCABKAMSFgoOd2VpZ2h0c19kaWdlc3QYBSABKAkiUQobQ29tbWl0UG9saWN5VmVyc2lvblJlc3BvbnNlEjIKDnBvbGljeV92ZXJzaW9uGAEgASgLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbiJ2ChlBYm9ydFBvbGljeVZlcnNpb25SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGcnVuX2lkGAIgASgJEg0KBW1vZGVsGAMgASgJEhYKDnBvbGljeV92ZXJzaW9uGAQgASgDEg4KBnJlYXNvbhgFIAEoCSJQChpBYm9ydFBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24iUAoXR2V0UG9saWN5VmVyc2lvblJlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhYKDnBvbGljeV92ZXJzaW9uGAMgASgDIk4KGEdldFBvbGljeVZlcnNpb25SZXNwb25zZRIyCg5wb2xpY3lfdmVyc2lvbhgBIAEoCzIaLmFnbF9ncnBjLnYxLlBvbGljeVZlcnNpb24iYQoZTGlzdFBvbGljeVZlcnNpb25zUmVxdWVzdBIOCgZydW5faWQYASABKAkSDQoFbW9kZWwYAiABKAkSEQoJcGFnZV9zaXplGAMgASgFEhIKCnBhZ2VfdG9rZW4YBCABKAkiagoaTGlzdFBvbGljeVZlcnNpb25zUmVzcG9uc2USMwoPcG9saWN5X3ZlcnNpb25zGAEgAygLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbhIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkieAoaV2F0Y2hQb2xpY3lWZXJzaW9uc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhEKCWVuZ2luZV9pZBgDIAEoCRIOCgZjdXJzb3IYBCABKAMSGAoQaW5jbHVkZV9leGlzdGluZxgFIAEoCCJ2ChtXYXRjaFBvbGljeVZlcnNpb25zUmVzcG9uc2USMwoPcG9saWN5X3ZlcnNpb25zGAEgAygLMhouYWdsX2dycGMudjEuUG9saWN5VmVyc2lvbhIOCgZjdXJzb3IYAiABKAMSEgoKY2hlY2twb2ludBgDIAEoCCJ8ChhSZXBvcnRFbmdpbmVTdGF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIjCgZlbmdpbmUYAiABKAsyEy5hZ2xfZ3JwYy52MS5FbmdpbmUSJwoFc3RhdGUYAyABKAsyGC5hZ2xfZ3JwYy52MS5FbmdpbmVTdGF0ZSJAChlSZXBvcnRFbmdpbmVTdGF0ZVJlc3BvbnNlEiMKBmVuZ2luZRgBIAEoCzITLmFnbF9ncnBjLnYxLkVuZ2luZSJaChJMaXN0RW5naW5lc1JlcXVlc3QSDgoGcnVuX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhEKCXBhZ2Vfc2l6ZRgDIAEoBRISCgpwYWdlX3Rva2VuGAQgASgJIlQKE0xpc3RFbmdpbmVzUmVzcG9uc2USJAoHZW5naW5lcxgBIAMoCzITLmFnbF9ncnBjLnYxLkVuZ2luZRIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkyvxIKDlRyYWluZXJTZXJ2aWNlEmIKEUNyZWF0ZVRyYWluaW5nUnVuEiUuYWdsX2dycGMudjEuQ3JlYXRlVHJhaW5pbmdSdW5SZXF1ZXN0GiYuYWdsX2dycGMudjEuQ3JlYXRlVHJhaW5pbmdSdW5SZXNwb25zZRJZCg5HZXRUcmFpbmluZ1J1bhIiLmFnbF9ncnBjLnYxLkdldFRyYWluaW5nUnVuUmVxdWVzdBojLmFnbF9ncnBjLnYxLkdldFRyYWluaW5nUnVuUmVzcG9uc2USXwoQTGlzdFRyYWluaW5nUnVucxIkLmFnbF9ncnBjLnYxLkxpc3RUcmFpbmluZ1J1bnNSZXF1ZXN0GiUuYWdsX2dycGMudjEuTGlzdFRyYWluaW5nUnVuc1Jlc3BvbnNlEmUKEkFjcXVpcmVUcmFpbmluZ1J1bhImLmFnbF9ncnBjLnYxLkFjcXVpcmVUcmFpbmluZ1J1blJlcXVlc3QaJy5hZ2xfZ3JwYy52MS5BY3F1aXJlVHJhaW5pbmdSdW5SZXNwb25zZRJiChFGaW5pc2hUcmFpbmluZ1J1bhIlLmFnbF9ncnBjLnYxLkZpbmlzaFRyYWluaW5nUnVuUmVxdWVzdBomLmFnbF9ncnBjLnYxLkZpbmlzaFRyYWluaW5nUnVuUmVzcG9uc2USXAoPU3RvcFRyYWluaW5nUnVuEiMuYWdsX2dycGMudjEuU3RvcFRyYWluaW5nUnVuUmVxdWVzdBokLmFnbF9ncnBjLnYxLlN0b3BUcmFpbmluZ1J1blJlc3BvbnNlElYKDVJlcG9ydE1ldHJpY3MSIS5hZ2xfZ3JwYy52MS5SZXBvcnRNZXRyaWNzUmVxdWVzdBoiLmFnbF9ncnBjLnYxLlJlcG9ydE1ldHJpY3NSZXNwb25zZRJhChBXYXRjaFRyYWluaW5nUnVuEiQuYWdsX2dycGMudjEuV2F0Y2hUcmFpbmluZ1J1blJlcXVlc3QaJS5hZ2xfZ3JwYy52MS5XYXRjaFRyYWluaW5nUnVuUmVzcG9uc2UwARJkChFXYXRjaFRyYWluaW5nUnVucxIlLmFnbF9ncnBjLnYxLldhdGNoVHJhaW5pbmdSdW5zUmVxdWVzdBomLmFnbF9ncnBjLnYxLldhdGNoVHJhaW5pbmdSdW5zUmVzcG9uc2UwARJNCgpDbGFpbUJhdGNoEh4uYWdsX2dycGMudjEuQ2xhaW1CYXRjaFJlcXVlc3QaHy5hZ2xfZ3JwYy52MS5DbGFpbUJhdGNoUmVzcG9uc2USUAoLTGlzdEJhdGNoZXMSHy5hZ2xfZ3JwYy52MS5MaXN0QmF0Y2hlc1JlcXVlc3QaIC5hZ2xfZ3JwYy52MS5MaXN0QmF0Y2hlc1Jlc3BvbnNlEkcKCEdldEJhdGNoEhwuYWdsX2dycGMudjEuR2V0QmF0Y2hSZXF1ZXN0Gh0uYWdsX2dycGMudjEuR2V0QmF0Y2hSZXNwb25zZRJSCgtTdHJlYW1CYXRjaBIfLmFnbF9ncnBjLnYxLlN0cmVhbUJhdGNoUmVxdWVzdBogLmFnbF9ncnBjLnYxLlN0cmVhbUJhdGNoUmVzcG9uc2UwARJWCg1Db21taXRCYXRjaGVzEiEuYWdsX2dycGMudjEuQ29tbWl0QmF0Y2hlc1JlcXVlc3QaIi5hZ2xfZ3JwYy52MS5Db21taXRCYXRjaGVzUmVzcG9uc2USWQoOUmVsZWFzZUJhdGNoZXMSIi5hZ2xfZ3JwYy52MS5SZWxlYXNlQmF0Y2hlc1JlcXVlc3QaIy5hZ2xfZ3JwYy52MS5SZWxlYXNlQmF0Y2hlc1Jlc3BvbnNlElIKC1JlcGxheUJhdGNoEh8uYWdsX2dycGMudjEuUmVwbGF5QmF0Y2hSZXF1ZXN0GiAuYWdsX2dycGMudjEuUmVwbGF5QmF0Y2hSZXNwb25zZTABElYKDUV4cGxhaW5Ub2tlbnMSIS5hZ2xfZ3JwYy52MS5FeHBsYWluVG9rZW5zUmVxdWVzdBoiLmFnbF9ncnBjLnYxLkV4cGxhaW5Ub2tlbnNSZXNwb25zZRJrChRQcmVwYXJlUG9saWN5VmVyc2lvbhIoLmFnbF9ncnBjLnYxLlByZXBhcmVQb2xpY3lWZXJzaW9uUmVxdWVzdBopLmFnbF9ncnBjLnYxLlByZXBhcmVQb2xpY3lWZXJzaW9uUmVzcG9uc2USaAoTQ29tbWl0UG9saWN5VmVyc2lvbhInLmFnbF9ncnBjLnYxLkNvbW1pdFBvbGljeVZlcnNpb25SZXF1ZXN0GiguYWdsX2dycGMudjEuQ29tbWl0UG9saWN5VmVyc2lvblJlc3BvbnNlEmUKEkFib3J0UG9saWN5VmVyc2lvbhImLmFnbF9ncnBjLnYxLkFib3J0UG9saWN5VmVyc2lvblJlcXVlc3QaJy5hZ2xfZ3JwYy52MS5BYm9ydFBvbGljeVZlcnNpb25SZXNwb25zZRJfChBHZXRQb2xpY3lWZXJzaW9uEiQuYWdsX2dycGMudjEuR2V0UG9saWN5VmVyc2lvblJlcXVlc3QaJS5hZ2xfZ3JwYy52MS5HZXRQb2xpY3lWZXJzaW9uUmVzcG9uc2USZQoSTGlzdFBvbGljeVZlcnNpb25zEiYuYWdsX2dycGMudjEuTGlzdFBvbGljeVZlcnNpb25zUmVxdWVzdBonLmFnbF9ncnBjLnYxLkxpc3RQb2xpY3lWZXJzaW9uc1Jlc3BvbnNlEmoKE1dhdGNoUG9saWN5VmVyc2lvbnMSJy5hZ2xfZ3JwYy52MS5XYXRjaFBvbGljeVZlcnNpb25zUmVxdWVzdBooLmFnbF9ncnBjLnYxLldhdGNoUG9saWN5VmVyc2lvbnNSZXNwb25zZTABEmIKEVJlcG9ydEVuZ2luZVN0YXRlEiUuYWdsX2dycGMudjEuUmVwb3J0RW5naW5lU3RhdGVSZXF1ZXN0GiYuYWdsX2dycGMudjEuUmVwb3J0RW5naW5lU3RhdGVSZXNwb25zZRJQCgtMaXN0RW5naW5lcxIfLmFnbF9ncnBjLnYxLkxpc3RFbmdpbmVzUmVxdWVzdBogLmFnbF9ncnBjLnYxLkxpc3RFbmdpbmVzUmVzcG9uc2ViBnByb3RvMw", [file_agl_grpc_v1_attempt, file_agl_grpc_v1_batch, file_agl_grpc_v1_common, file_agl_grpc_v1_policy, file_agl_grpc_v1_training, file_google_protobuf_duration]);
 
 /**
  * Asks for a training run.
@@ -139,6 +141,14 @@ export type AcquireTrainingRunRequest = Message<"agl_grpc.v1.AcquireTrainingRunR
    * @generated from field: string trainer_id = 3;
    */
   trainerId: string;
+
+  /**
+   * Take it only while it is PENDING, so that of several trainers one gets it; otherwise
+   * FAILED_PRECONDITION ILLEGAL_TRANSITION. Default false: take it over from whoever has it.
+   *
+   * @generated from field: bool only_pending = 4;
+   */
+  onlyPending: boolean;
 };
 
 /**
@@ -209,6 +219,13 @@ export type FinishTrainingRunRequest = Message<"agl_grpc.v1.FinishTrainingRunReq
    * @generated from field: agl_grpc.v1.Failure failure = 5;
    */
   failure?: Failure | undefined;
+
+  /**
+   * What came of it; at most 1 MiB.
+   *
+   * @generated from field: agl_grpc.v1.Payload result = 6;
+   */
+  result?: Payload | undefined;
 };
 
 /**
@@ -398,6 +415,13 @@ export type ReportMetricsRequest = Message<"agl_grpc.v1.ReportMetricsRequest"> &
    * @generated from field: repeated agl_grpc.v1.StepMetrics steps = 4;
    */
   steps: StepMetrics[];
+
+  /**
+   * Lines for people; `text` is all that is read of them.
+   *
+   * @generated from field: repeated agl_grpc.v1.LogLine log = 5;
+   */
+  log: LogLine[];
 };
 
 /**
@@ -447,6 +471,20 @@ export type WatchTrainingRunRequest = Message<"agl_grpc.v1.WatchTrainingRunReque
    * @generated from field: int64 from_step = 2;
    */
   fromStep: bigint;
+
+  /**
+   * Whether log lines are sent too.
+   *
+   * @generated from field: bool include_log = 3;
+   */
+  includeLog: boolean;
+
+  /**
+   * Only lines with a number above this one; 0 = all.
+   *
+   * @generated from field: int64 after_log = 4;
+   */
+  afterLog: bigint;
 };
 
 /**
@@ -475,6 +513,13 @@ export type WatchTrainingRunResponse = Message<"agl_grpc.v1.WatchTrainingRunResp
    * @generated from field: repeated agl_grpc.v1.StepMetrics steps = 2;
    */
   steps: StepMetrics[];
+
+  /**
+   * Log lines.
+   *
+   * @generated from field: repeated agl_grpc.v1.LogLine log = 3;
+   */
+  log: LogLine[];
 };
 
 /**
@@ -483,6 +528,76 @@ export type WatchTrainingRunResponse = Message<"agl_grpc.v1.WatchTrainingRunResp
  */
 export const WatchTrainingRunResponseSchema: GenMessage<WatchTrainingRunResponse> = /*@__PURE__*/
   messageDesc(file_agl_grpc_v1_trainer_service, 15);
+
+/**
+ * Watches training runs.
+ *
+ * @generated from message agl_grpc.v1.WatchTrainingRunsRequest
+ */
+export type WatchTrainingRunsRequest = Message<"agl_grpc.v1.WatchTrainingRunsRequest"> & {
+  /**
+   * The run; empty or `*` = all.
+   *
+   * @generated from field: string run_id = 1;
+   */
+  runId: string;
+
+  /**
+   * Events after this position; 0 = from now on.
+   *
+   * @generated from field: int64 cursor = 2;
+   */
+  cursor: bigint;
+
+  /**
+   * Send those that have not ended first (cursor must be 0).
+   *
+   * @generated from field: bool include_existing = 3;
+   */
+  includeExisting: boolean;
+};
+
+/**
+ * Describes the message agl_grpc.v1.WatchTrainingRunsRequest.
+ * Use `create(WatchTrainingRunsRequestSchema)` to create a new message.
+ */
+export const WatchTrainingRunsRequestSchema: GenMessage<WatchTrainingRunsRequest> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_trainer_service, 16);
+
+/**
+ * Training runs that are new or have changed.
+ *
+ * @generated from message agl_grpc.v1.WatchTrainingRunsResponse
+ */
+export type WatchTrainingRunsResponse = Message<"agl_grpc.v1.WatchTrainingRunsResponse"> & {
+  /**
+   * As they now are.
+   *
+   * @generated from field: repeated agl_grpc.v1.TrainingRun training_runs = 1;
+   */
+  trainingRuns: TrainingRun[];
+
+  /**
+   * Resume from here.
+   *
+   * @generated from field: int64 cursor = 2;
+   */
+  cursor: bigint;
+
+  /**
+   * No change, only a new cursor.
+   *
+   * @generated from field: bool checkpoint = 3;
+   */
+  checkpoint: boolean;
+};
+
+/**
+ * Describes the message agl_grpc.v1.WatchTrainingRunsResponse.
+ * Use `create(WatchTrainingRunsResponseSchema)` to create a new message.
+ */
+export const WatchTrainingRunsResponseSchema: GenMessage<WatchTrainingRunsResponse> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_trainer_service, 17);
 
 /**
  * Claims a batch.
@@ -524,6 +639,13 @@ export type ClaimBatchRequest = Message<"agl_grpc.v1.ClaimBatchRequest"> & {
    * @generated from field: repeated string rollout_ids = 5;
    */
   rolloutIds: string[];
+
+  /**
+   * How samples are made of them; part of the content hash.
+   *
+   * @generated from field: agl_grpc.v1.SampleRules rules = 6;
+   */
+  rules?: SampleRules | undefined;
 };
 
 /**
@@ -531,7 +653,7 @@ export type ClaimBatchRequest = Message<"agl_grpc.v1.ClaimBatchRequest"> & {
  * Use `create(ClaimBatchRequestSchema)` to create a new message.
  */
 export const ClaimBatchRequestSchema: GenMessage<ClaimBatchRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 16);
+  messageDesc(file_agl_grpc_v1_trainer_service, 18);
 
 /**
  * The batch.
@@ -559,7 +681,7 @@ export type ClaimBatchResponse = Message<"agl_grpc.v1.ClaimBatchResponse"> & {
  * Use `create(ClaimBatchResponseSchema)` to create a new message.
  */
 export const ClaimBatchResponseSchema: GenMessage<ClaimBatchResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 17);
+  messageDesc(file_agl_grpc_v1_trainer_service, 19);
 
 /**
  * Asks for batches.
@@ -601,7 +723,7 @@ export type ListBatchesRequest = Message<"agl_grpc.v1.ListBatchesRequest"> & {
  * Use `create(ListBatchesRequestSchema)` to create a new message.
  */
 export const ListBatchesRequestSchema: GenMessage<ListBatchesRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 18);
+  messageDesc(file_agl_grpc_v1_trainer_service, 20);
 
 /**
  * Batches in order of their claim.
@@ -629,7 +751,56 @@ export type ListBatchesResponse = Message<"agl_grpc.v1.ListBatchesResponse"> & {
  * Use `create(ListBatchesResponseSchema)` to create a new message.
  */
 export const ListBatchesResponseSchema: GenMessage<ListBatchesResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 19);
+  messageDesc(file_agl_grpc_v1_trainer_service, 21);
+
+/**
+ * Asks for one batch; by id, or by content hash (then the newest of that hash).
+ *
+ * @generated from message agl_grpc.v1.GetBatchRequest
+ */
+export type GetBatchRequest = Message<"agl_grpc.v1.GetBatchRequest"> & {
+  /**
+   * The batch.
+   *
+   * @generated from field: string batch_id = 1;
+   */
+  batchId: string;
+
+  /**
+   * Its content hash, when batch_id is empty.
+   *
+   * @generated from field: string content_hash = 2;
+   */
+  contentHash: string;
+};
+
+/**
+ * Describes the message agl_grpc.v1.GetBatchRequest.
+ * Use `create(GetBatchRequestSchema)` to create a new message.
+ */
+export const GetBatchRequestSchema: GenMessage<GetBatchRequest> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_trainer_service, 22);
+
+/**
+ * The batch.
+ *
+ * @generated from message agl_grpc.v1.GetBatchResponse
+ */
+export type GetBatchResponse = Message<"agl_grpc.v1.GetBatchResponse"> & {
+  /**
+   * With its manifest.
+   *
+   * @generated from field: agl_grpc.v1.Batch batch = 1;
+   */
+  batch?: Batch | undefined;
+};
+
+/**
+ * Describes the message agl_grpc.v1.GetBatchResponse.
+ * Use `create(GetBatchResponseSchema)` to create a new message.
+ */
+export const GetBatchResponseSchema: GenMessage<GetBatchResponse> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_trainer_service, 23);
 
 /**
  * Asks for a batch's samples.
@@ -643,6 +814,13 @@ export type StreamBatchRequest = Message<"agl_grpc.v1.StreamBatchRequest"> & {
    * @generated from field: string batch_id = 1;
    */
   batchId: string;
+
+  /**
+   * Entries of the manifest to leave out at the beginning: `next_entry` of the last answer that was read.
+   *
+   * @generated from field: int32 first_entry = 2;
+   */
+  firstEntry: number;
 };
 
 /**
@@ -650,7 +828,7 @@ export type StreamBatchRequest = Message<"agl_grpc.v1.StreamBatchRequest"> & {
  * Use `create(StreamBatchRequestSchema)` to create a new message.
  */
 export const StreamBatchRequestSchema: GenMessage<StreamBatchRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 20);
+  messageDesc(file_agl_grpc_v1_trainer_service, 24);
 
 /**
  * Samples.
@@ -666,11 +844,18 @@ export type StreamBatchResponse = Message<"agl_grpc.v1.StreamBatchResponse"> & {
   samples?: SampleColumns | undefined;
 
   /**
-   * Where the tokens went; in the last message.
+   * Where the tokens of this answer's entries went; the sum over all answers is the batch's account.
    *
    * @generated from field: agl_grpc.v1.TokenAccount account = 2;
    */
   account?: TokenAccount | undefined;
+
+  /**
+   * Entries of the manifest whose rows have been sent; a stream that broke goes on from here.
+   *
+   * @generated from field: int32 next_entry = 3;
+   */
+  nextEntry: number;
 };
 
 /**
@@ -678,7 +863,7 @@ export type StreamBatchResponse = Message<"agl_grpc.v1.StreamBatchResponse"> & {
  * Use `create(StreamBatchResponseSchema)` to create a new message.
  */
 export const StreamBatchResponseSchema: GenMessage<StreamBatchResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 21);
+  messageDesc(file_agl_grpc_v1_trainer_service, 25);
 
 /**
  * Commits batches.
@@ -741,7 +926,7 @@ export type CommitBatchesRequest = Message<"agl_grpc.v1.CommitBatchesRequest"> &
  * Use `create(CommitBatchesRequestSchema)` to create a new message.
  */
 export const CommitBatchesRequestSchema: GenMessage<CommitBatchesRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 22);
+  messageDesc(file_agl_grpc_v1_trainer_service, 26);
 
 /**
  * The training run with its new checkpoint.
@@ -762,7 +947,7 @@ export type CommitBatchesResponse = Message<"agl_grpc.v1.CommitBatchesResponse">
  * Use `create(CommitBatchesResponseSchema)` to create a new message.
  */
 export const CommitBatchesResponseSchema: GenMessage<CommitBatchesResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 23);
+  messageDesc(file_agl_grpc_v1_trainer_service, 27);
 
 /**
  * Gives batches back.
@@ -804,7 +989,7 @@ export type ReleaseBatchesRequest = Message<"agl_grpc.v1.ReleaseBatchesRequest">
  * Use `create(ReleaseBatchesRequestSchema)` to create a new message.
  */
 export const ReleaseBatchesRequestSchema: GenMessage<ReleaseBatchesRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 24);
+  messageDesc(file_agl_grpc_v1_trainer_service, 28);
 
 /**
  * Done.
@@ -819,7 +1004,7 @@ export type ReleaseBatchesResponse = Message<"agl_grpc.v1.ReleaseBatchesResponse
  * Use `create(ReleaseBatchesResponseSchema)` to create a new message.
  */
 export const ReleaseBatchesResponseSchema: GenMessage<ReleaseBatchesResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 25);
+  messageDesc(file_agl_grpc_v1_trainer_service, 29);
 
 /**
  * Asks for a batch's samples again.
@@ -833,6 +1018,13 @@ export type ReplayBatchRequest = Message<"agl_grpc.v1.ReplayBatchRequest"> & {
    * @generated from field: string content_hash = 1;
    */
   contentHash: string;
+
+  /**
+   * Entries of the manifest to leave out at the beginning: `next_entry` of the last answer that was read.
+   *
+   * @generated from field: int32 first_entry = 2;
+   */
+  firstEntry: number;
 };
 
 /**
@@ -840,7 +1032,7 @@ export type ReplayBatchRequest = Message<"agl_grpc.v1.ReplayBatchRequest"> & {
  * Use `create(ReplayBatchRequestSchema)` to create a new message.
  */
 export const ReplayBatchRequestSchema: GenMessage<ReplayBatchRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 26);
+  messageDesc(file_agl_grpc_v1_trainer_service, 30);
 
 /**
  * Samples.
@@ -856,11 +1048,18 @@ export type ReplayBatchResponse = Message<"agl_grpc.v1.ReplayBatchResponse"> & {
   samples?: SampleColumns | undefined;
 
   /**
-   * Where the tokens went; in the last message.
+   * Where the tokens of this answer's entries went; the sum over all answers is the batch's account.
    *
    * @generated from field: agl_grpc.v1.TokenAccount account = 2;
    */
   account?: TokenAccount | undefined;
+
+  /**
+   * Entries of the manifest whose rows have been sent; a stream that broke goes on from here.
+   *
+   * @generated from field: int32 next_entry = 3;
+   */
+  nextEntry: number;
 };
 
 /**
@@ -868,7 +1067,7 @@ export type ReplayBatchResponse = Message<"agl_grpc.v1.ReplayBatchResponse"> & {
  * Use `create(ReplayBatchResponseSchema)` to create a new message.
  */
 export const ReplayBatchResponseSchema: GenMessage<ReplayBatchResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 27);
+  messageDesc(file_agl_grpc_v1_trainer_service, 31);
 
 /**
  * Asks for the fate of tokens.
@@ -884,7 +1083,7 @@ export type ExplainTokensRequest = Message<"agl_grpc.v1.ExplainTokensRequest"> &
   rolloutId: string;
 
   /**
-   * The attempt.
+   * The attempt; empty or `latest` = the newest.
    *
    * @generated from field: string attempt_id = 2;
    */
@@ -910,7 +1109,7 @@ export type ExplainTokensRequest = Message<"agl_grpc.v1.ExplainTokensRequest"> &
  * Use `create(ExplainTokensRequestSchema)` to create a new message.
  */
 export const ExplainTokensRequestSchema: GenMessage<ExplainTokensRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 28);
+  messageDesc(file_agl_grpc_v1_trainer_service, 32);
 
 /**
  * The fate of a stretch of tokens.
@@ -919,14 +1118,14 @@ export const ExplainTokensRequestSchema: GenMessage<ExplainTokensRequest> = /*@_
  */
 export type TokenExplanation = Message<"agl_grpc.v1.TokenExplanation"> & {
   /**
-   * First token.
+   * First token, counted from the first of the call's prompt.
    *
    * @generated from field: int32 start = 1;
    */
   start: number;
 
   /**
-   * One past the last.
+   * One past the last; the choice's sampled tokens follow those of the prompt.
    *
    * @generated from field: int32 end = 2;
    */
@@ -940,7 +1139,7 @@ export type TokenExplanation = Message<"agl_grpc.v1.TokenExplanation"> & {
   fate: TokenFate;
 
   /**
-   * Why.
+   * Why: a word as in TokenAccount.dropped, a colon, a sentence.
    *
    * @generated from field: string reason = 4;
    */
@@ -959,7 +1158,7 @@ export type TokenExplanation = Message<"agl_grpc.v1.TokenExplanation"> & {
  * Use `create(TokenExplanationSchema)` to create a new message.
  */
 export const TokenExplanationSchema: GenMessage<TokenExplanation> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 29);
+  messageDesc(file_agl_grpc_v1_trainer_service, 33);
 
 /**
  * The fate of a choice's tokens.
@@ -973,6 +1172,20 @@ export type ExplainTokensResponse = Message<"agl_grpc.v1.ExplainTokensResponse">
    * @generated from field: repeated agl_grpc.v1.TokenExplanation explanations = 1;
    */
   explanations: TokenExplanation[];
+
+  /**
+   * Number of the call's prompt tokens: sampled ones have positions from here on.
+   *
+   * @generated from field: int32 prompt_length = 2;
+   */
+  promptLength: number;
+
+  /**
+   * The attempt that was meant.
+   *
+   * @generated from field: string attempt_id = 3;
+   */
+  attemptId: string;
 };
 
 /**
@@ -980,7 +1193,7 @@ export type ExplainTokensResponse = Message<"agl_grpc.v1.ExplainTokensResponse">
  * Use `create(ExplainTokensResponseSchema)` to create a new message.
  */
 export const ExplainTokensResponseSchema: GenMessage<ExplainTokensResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 30);
+  messageDesc(file_agl_grpc_v1_trainer_service, 34);
 
 /**
  * Offers weights.
@@ -1050,7 +1263,7 @@ export type PreparePolicyVersionRequest = Message<"agl_grpc.v1.PreparePolicyVers
  * Use `create(PreparePolicyVersionRequestSchema)` to create a new message.
  */
 export const PreparePolicyVersionRequestSchema: GenMessage<PreparePolicyVersionRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 31);
+  messageDesc(file_agl_grpc_v1_trainer_service, 35);
 
 /**
  * The policy version.
@@ -1071,7 +1284,7 @@ export type PreparePolicyVersionResponse = Message<"agl_grpc.v1.PreparePolicyVer
  * Use `create(PreparePolicyVersionResponseSchema)` to create a new message.
  */
 export const PreparePolicyVersionResponseSchema: GenMessage<PreparePolicyVersionResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 32);
+  messageDesc(file_agl_grpc_v1_trainer_service, 36);
 
 /**
  * Commits weights.
@@ -1120,7 +1333,7 @@ export type CommitPolicyVersionRequest = Message<"agl_grpc.v1.CommitPolicyVersio
  * Use `create(CommitPolicyVersionRequestSchema)` to create a new message.
  */
 export const CommitPolicyVersionRequestSchema: GenMessage<CommitPolicyVersionRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 33);
+  messageDesc(file_agl_grpc_v1_trainer_service, 37);
 
 /**
  * The policy version.
@@ -1141,7 +1354,7 @@ export type CommitPolicyVersionResponse = Message<"agl_grpc.v1.CommitPolicyVersi
  * Use `create(CommitPolicyVersionResponseSchema)` to create a new message.
  */
 export const CommitPolicyVersionResponseSchema: GenMessage<CommitPolicyVersionResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 34);
+  messageDesc(file_agl_grpc_v1_trainer_service, 38);
 
 /**
  * Gives weights up.
@@ -1190,7 +1403,7 @@ export type AbortPolicyVersionRequest = Message<"agl_grpc.v1.AbortPolicyVersionR
  * Use `create(AbortPolicyVersionRequestSchema)` to create a new message.
  */
 export const AbortPolicyVersionRequestSchema: GenMessage<AbortPolicyVersionRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 35);
+  messageDesc(file_agl_grpc_v1_trainer_service, 39);
 
 /**
  * The policy version.
@@ -1211,7 +1424,7 @@ export type AbortPolicyVersionResponse = Message<"agl_grpc.v1.AbortPolicyVersion
  * Use `create(AbortPolicyVersionResponseSchema)` to create a new message.
  */
 export const AbortPolicyVersionResponseSchema: GenMessage<AbortPolicyVersionResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 36);
+  messageDesc(file_agl_grpc_v1_trainer_service, 40);
 
 /**
  * Asks for one policy version.
@@ -1246,7 +1459,7 @@ export type GetPolicyVersionRequest = Message<"agl_grpc.v1.GetPolicyVersionReque
  * Use `create(GetPolicyVersionRequestSchema)` to create a new message.
  */
 export const GetPolicyVersionRequestSchema: GenMessage<GetPolicyVersionRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 37);
+  messageDesc(file_agl_grpc_v1_trainer_service, 41);
 
 /**
  * The policy version.
@@ -1267,7 +1480,7 @@ export type GetPolicyVersionResponse = Message<"agl_grpc.v1.GetPolicyVersionResp
  * Use `create(GetPolicyVersionResponseSchema)` to create a new message.
  */
 export const GetPolicyVersionResponseSchema: GenMessage<GetPolicyVersionResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 38);
+  messageDesc(file_agl_grpc_v1_trainer_service, 42);
 
 /**
  * Asks for policy versions.
@@ -1309,7 +1522,7 @@ export type ListPolicyVersionsRequest = Message<"agl_grpc.v1.ListPolicyVersionsR
  * Use `create(ListPolicyVersionsRequestSchema)` to create a new message.
  */
 export const ListPolicyVersionsRequestSchema: GenMessage<ListPolicyVersionsRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 39);
+  messageDesc(file_agl_grpc_v1_trainer_service, 43);
 
 /**
  * Policy versions, newest first.
@@ -1337,7 +1550,7 @@ export type ListPolicyVersionsResponse = Message<"agl_grpc.v1.ListPolicyVersions
  * Use `create(ListPolicyVersionsResponseSchema)` to create a new message.
  */
 export const ListPolicyVersionsResponseSchema: GenMessage<ListPolicyVersionsResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 40);
+  messageDesc(file_agl_grpc_v1_trainer_service, 44);
 
 /**
  * Watches policy versions.
@@ -1386,7 +1599,7 @@ export type WatchPolicyVersionsRequest = Message<"agl_grpc.v1.WatchPolicyVersion
  * Use `create(WatchPolicyVersionsRequestSchema)` to create a new message.
  */
 export const WatchPolicyVersionsRequestSchema: GenMessage<WatchPolicyVersionsRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 41);
+  messageDesc(file_agl_grpc_v1_trainer_service, 45);
 
 /**
  * Versions that changed.
@@ -1421,7 +1634,7 @@ export type WatchPolicyVersionsResponse = Message<"agl_grpc.v1.WatchPolicyVersio
  * Use `create(WatchPolicyVersionsResponseSchema)` to create a new message.
  */
 export const WatchPolicyVersionsResponseSchema: GenMessage<WatchPolicyVersionsResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 42);
+  messageDesc(file_agl_grpc_v1_trainer_service, 46);
 
 /**
  * Reports an engine.
@@ -1456,7 +1669,7 @@ export type ReportEngineStateRequest = Message<"agl_grpc.v1.ReportEngineStateReq
  * Use `create(ReportEngineStateRequestSchema)` to create a new message.
  */
 export const ReportEngineStateRequestSchema: GenMessage<ReportEngineStateRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 43);
+  messageDesc(file_agl_grpc_v1_trainer_service, 47);
 
 /**
  * The engine as stored.
@@ -1477,7 +1690,7 @@ export type ReportEngineStateResponse = Message<"agl_grpc.v1.ReportEngineStateRe
  * Use `create(ReportEngineStateResponseSchema)` to create a new message.
  */
 export const ReportEngineStateResponseSchema: GenMessage<ReportEngineStateResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 44);
+  messageDesc(file_agl_grpc_v1_trainer_service, 48);
 
 /**
  * Asks for engines.
@@ -1519,7 +1732,7 @@ export type ListEnginesRequest = Message<"agl_grpc.v1.ListEnginesRequest"> & {
  * Use `create(ListEnginesRequestSchema)` to create a new message.
  */
 export const ListEnginesRequestSchema: GenMessage<ListEnginesRequest> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 45);
+  messageDesc(file_agl_grpc_v1_trainer_service, 49);
 
 /**
  * Engines.
@@ -1547,7 +1760,7 @@ export type ListEnginesResponse = Message<"agl_grpc.v1.ListEnginesResponse"> & {
  * Use `create(ListEnginesResponseSchema)` to create a new message.
  */
 export const ListEnginesResponseSchema: GenMessage<ListEnginesResponse> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_trainer_service, 46);
+  messageDesc(file_agl_grpc_v1_trainer_service, 50);
 
 /**
  * Training: runs of algorithms, batches that are trained exactly once, policy versions.
@@ -1626,7 +1839,7 @@ export const TrainerService: GenService<{
     output: typeof ReportMetricsResponseSchema;
   },
   /**
-   * State and metrics as they come.
+   * State, metrics and log as they come.
    *
    * @generated from rpc agl_grpc.v1.TrainerService.WatchTrainingRun
    */
@@ -1634,6 +1847,16 @@ export const TrainerService: GenService<{
     methodKind: "server_streaming";
     input: typeof WatchTrainingRunRequestSchema;
     output: typeof WatchTrainingRunResponseSchema;
+  },
+  /**
+   * Training runs as they change; trainers wait here for runs to take up.
+   *
+   * @generated from rpc agl_grpc.v1.TrainerService.WatchTrainingRuns
+   */
+  watchTrainingRuns: {
+    methodKind: "server_streaming";
+    input: typeof WatchTrainingRunsRequestSchema;
+    output: typeof WatchTrainingRunsResponseSchema;
   },
   /**
    * Freezes sealed attempts into a batch and claims it for a trainer epoch.
@@ -1656,7 +1879,18 @@ export const TrainerService: GenService<{
     output: typeof ListBatchesResponseSchema;
   },
   /**
-   * Samples of a batch as packed arrays.
+   * One batch with its manifest.
+   *
+   * @generated from rpc agl_grpc.v1.TrainerService.GetBatch
+   */
+  getBatch: {
+    methodKind: "unary";
+    input: typeof GetBatchRequestSchema;
+    output: typeof GetBatchResponseSchema;
+  },
+  /**
+   * Samples of a batch as packed arrays, as long as it is not released. NOT_FOUND for an unknown batch,
+   * ILLEGAL_TRANSITION for a released one.
    *
    * @generated from rpc agl_grpc.v1.TrainerService.StreamBatch
    */
@@ -1686,7 +1920,7 @@ export const TrainerService: GenService<{
     output: typeof ReleaseBatchesResponseSchema;
   },
   /**
-   * Samples of a batch again, by content hash, bit for bit.
+   * Samples of a batch again, by content hash, bit for bit. REPLAY_EXPIRED when its spans are gone.
    *
    * @generated from rpc agl_grpc.v1.TrainerService.ReplayBatch
    */
@@ -1696,7 +1930,7 @@ export const TrainerService: GenService<{
     output: typeof ReplayBatchResponseSchema;
   },
   /**
-   * Why a token was trained, masked or dropped.
+   * Why a token was trained, masked or dropped. NOT_FOUND for an unknown rollout, attempt, call or choice.
    *
    * @generated from rpc agl_grpc.v1.TrainerService.ExplainTokens
    */

@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file agl_grpc/v1/training.proto.
  */
 export const file_agl_grpc_v1_training: GenFile = /*@__PURE__*/
-  fileDesc("ChphZ2xfZ3JwYy92MS90cmFpbmluZy5wcm90bxILYWdsX2dycGMudjEingMKC1RyYWluaW5nUnVuEhcKD3RyYWluaW5nX3J1bl9pZBgBIAEoCRIOCgZydW5faWQYAiABKAkSEQoJYWxnb3JpdGhtGAMgASgJEiQKBmNvbmZpZxgEIAEoCzIULmFnbF9ncnBjLnYxLlBheWxvYWQSLgoGc3RhdHVzGAUgASgOMh4uYWdsX2dycGMudjEuVHJhaW5pbmdSdW5TdGF0dXMSFQoNdHJhaW5lcl9lcG9jaBgGIAEoAxIMCgRzdGVwGAcgASgDEhUKDWNoZWNrcG9pbnRfaWQYCCABKAkSLwoLY3JlYXRlX3RpbWUYCSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiwKCGVuZF90aW1lGAogASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIlCgdmYWlsdXJlGAsgASgLMhQuYWdsX2dycGMudjEuRmFpbHVyZRInCghtZXRhZGF0YRgMIAMoCzIVLmFnbF9ncnBjLnYxLktleVZhbHVlEhIKCnRyYWluZXJfaWQYDSABKAkiJQoGTWV0cmljEgwKBG5hbWUYASABKAkSDQoFdmFsdWUYAiABKAEiggEKC1N0ZXBNZXRyaWNzEgwKBHN0ZXAYASABKAMSJAoHbWV0cmljcxgCIAMoCzITLmFnbF9ncnBjLnYxLk1ldHJpYxIoCgR0aW1lGAMgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIVCg10cmFpbmVyX2Vwb2NoGAQgASgDKoACChFUcmFpbmluZ1J1blN0YXR1cxIjCh9UUkFJTklOR19SVU5fU1RBVFVTX1VOU1BFQ0lGSUVEEAASHwobVFJBSU5JTkdfUlVOX1NUQVRVU19QRU5ESU5HEAESHwobVFJBSU5JTkdfUlVOX1NUQVRVU19SVU5OSU5HEAISIAocVFJBSU5JTkdfUlVOX1NUQVRVU19TVE9QUElORxADEiEKHVRSQUlOSU5HX1JVTl9TVEFUVVNfU1VDQ0VFREVEEAQSHgoaVFJBSU5JTkdfUlVOX1NUQVRVU19GQUlMRUQQBRIfChtUUkFJTklOR19SVU5fU1RBVFVTX1NUT1BQRUQQBmIGcHJvdG8z", [file_agl_grpc_v1_attempt, file_agl_grpc_v1_common, file_google_protobuf_timestamp]);
+  fileDesc("ChphZ2xfZ3JwYy92MS90cmFpbmluZy5wcm90bxILYWdsX2dycGMudjEixAMKC1RyYWluaW5nUnVuEhcKD3RyYWluaW5nX3J1bl9pZBgBIAEoCRIOCgZydW5faWQYAiABKAkSEQoJYWxnb3JpdGhtGAMgASgJEiQKBmNvbmZpZxgEIAEoCzIULmFnbF9ncnBjLnYxLlBheWxvYWQSLgoGc3RhdHVzGAUgASgOMh4uYWdsX2dycGMudjEuVHJhaW5pbmdSdW5TdGF0dXMSFQoNdHJhaW5lcl9lcG9jaBgGIAEoAxIMCgRzdGVwGAcgASgDEhUKDWNoZWNrcG9pbnRfaWQYCCABKAkSLwoLY3JlYXRlX3RpbWUYCSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiwKCGVuZF90aW1lGAogASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIlCgdmYWlsdXJlGAsgASgLMhQuYWdsX2dycGMudjEuRmFpbHVyZRInCghtZXRhZGF0YRgMIAMoCzIVLmFnbF9ncnBjLnYxLktleVZhbHVlEhIKCnRyYWluZXJfaWQYDSABKAkSJAoGcmVzdWx0GA4gASgLMhQuYWdsX2dycGMudjEuUGF5bG9hZCJoCgdMb2dMaW5lEg4KBm51bWJlchgBIAEoAxIMCgR0ZXh0GAIgASgJEigKBHRpbWUYAyABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhUKDXRyYWluZXJfZXBvY2gYBCABKAMiJQoGTWV0cmljEgwKBG5hbWUYASABKAkSDQoFdmFsdWUYAiABKAEiggEKC1N0ZXBNZXRyaWNzEgwKBHN0ZXAYASABKAMSJAoHbWV0cmljcxgCIAMoCzITLmFnbF9ncnBjLnYxLk1ldHJpYxIoCgR0aW1lGAMgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIVCg10cmFpbmVyX2Vwb2NoGAQgASgDKoACChFUcmFpbmluZ1J1blN0YXR1cxIjCh9UUkFJTklOR19SVU5fU1RBVFVTX1VOU1BFQ0lGSUVEEAASHwobVFJBSU5JTkdfUlVOX1NUQVRVU19QRU5ESU5HEAESHwobVFJBSU5JTkdfUlVOX1NUQVRVU19SVU5OSU5HEAISIAocVFJBSU5JTkdfUlVOX1NUQVRVU19TVE9QUElORxADEiEKHVRSQUlOSU5HX1JVTl9TVEFUVVNfU1VDQ0VFREVEEAQSHgoaVFJBSU5JTkdfUlVOX1NUQVRVU19GQUlMRUQQBRIfChtUUkFJTklOR19SVU5fU1RBVFVTX1NUT1BQRUQQBmIGcHJvdG8z", [file_agl_grpc_v1_attempt, file_agl_grpc_v1_common, file_google_protobuf_timestamp]);
 
 /**
  * An execution of an algorithm over a run.
@@ -114,6 +114,13 @@ export type TrainingRun = Message<"agl_grpc.v1.TrainingRun"> & {
    * @generated from field: string trainer_id = 13;
    */
   trainerId: string;
+
+  /**
+   * What came of it, as its trainer said at the end; unset until then. For `apo` and `gepa` the best prompts.
+   *
+   * @generated from field: agl_grpc.v1.Payload result = 14;
+   */
+  result?: Payload | undefined;
 };
 
 /**
@@ -122,6 +129,48 @@ export type TrainingRun = Message<"agl_grpc.v1.TrainingRun"> & {
  */
 export const TrainingRunSchema: GenMessage<TrainingRun> = /*@__PURE__*/
   messageDesc(file_agl_grpc_v1_training, 0);
+
+/**
+ * A line that a trainer wrote for people.
+ *
+ * @generated from message agl_grpc.v1.LogLine
+ */
+export type LogLine = Message<"agl_grpc.v1.LogLine"> & {
+  /**
+   * Rises by at least one with each line of a training run, from 1; set by the store.
+   *
+   * @generated from field: int64 number = 1;
+   */
+  number: bigint;
+
+  /**
+   * The line, without its end; at most 16 KiB.
+   *
+   * @generated from field: string text = 2;
+   */
+  text: string;
+
+  /**
+   * When the store got it.
+   *
+   * @generated from field: google.protobuf.Timestamp time = 3;
+   */
+  time?: Timestamp | undefined;
+
+  /**
+   * The epoch of the trainer that wrote it; set by the store.
+   *
+   * @generated from field: int64 trainer_epoch = 4;
+   */
+  trainerEpoch: bigint;
+};
+
+/**
+ * Describes the message agl_grpc.v1.LogLine.
+ * Use `create(LogLineSchema)` to create a new message.
+ */
+export const LogLineSchema: GenMessage<LogLine> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_training, 1);
 
 /**
  * One number of one step.
@@ -149,7 +198,7 @@ export type Metric = Message<"agl_grpc.v1.Metric"> & {
  * Use `create(MetricSchema)` to create a new message.
  */
 export const MetricSchema: GenMessage<Metric> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_training, 1);
+  messageDesc(file_agl_grpc_v1_training, 2);
 
 /**
  * All numbers of one step.
@@ -191,7 +240,7 @@ export type StepMetrics = Message<"agl_grpc.v1.StepMetrics"> & {
  * Use `create(StepMetricsSchema)` to create a new message.
  */
 export const StepMetricsSchema: GenMessage<StepMetrics> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_training, 2);
+  messageDesc(file_agl_grpc_v1_training, 3);
 
 /**
  * Where a training run stands.

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from agl_grpc.interceptor.attribution import Attribution, attribution_of_credential
-from agl_grpc.interceptor.front.errors import Refusal
+from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.model.resource import ProxyLLM, resource_from_proto
 from agl_grpc.v1 import (
     attempt_pb2,
@@ -72,6 +72,8 @@ class Attempts:
         self._asked: dict[str, asyncio.Task[KnownAttempt]] = {}
         self._credentials: OrderedDict[str, bool] = OrderedDict()
         self._sets: OrderedDict[tuple[str, int], Mapping[str, ProxyLLM]] = OrderedDict()
+        self._refused: OrderedDict[tuple[str, str], Refusal] = OrderedDict()
+        self._background: set[asyncio.Task[None]] = set()
         self._failed = -_AFTER_FAILURE_SECONDS
         self._task = asyncio.create_task(self._follow())
 
@@ -81,9 +83,36 @@ class Attempts:
         Raises Refusal for one that is over or unknown, and for a credential that is not good for it.
         """
         known = self._known.get(attribution.attempt_id)
-        good = not _is_credential(attribution.credential) or attribution.credential in self._credentials
-        if (known is None or not good) and time.monotonic() - self._failed > _AFTER_FAILURE_SECONDS:
+        if self._must_ask(attribution):
             known = await self._look_up(attribution, known)
+        self._check_running(attribution, known)
+        return known
+
+    def admit_at_once(self, attribution: Attribution) -> None:
+        """As `admit`, by what is known: what is not is asked for meanwhile and counts from the next call."""
+        refusal = self._refused.get((attribution.attempt_id, attribution.credential))
+        if refusal is not None:
+            raise refusal
+        known = self._known.get(attribution.attempt_id)
+        self._check_running(attribution, known)
+        if self._must_ask(attribution) and attribution.attempt_id not in self._asked:
+            task = asyncio.create_task(self._look_up_quietly(attribution, known))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    def _must_ask(self, attribution: Attribution) -> bool:
+        good = not _is_credential(attribution.credential) or attribution.credential in self._credentials
+        unknown = attribution.attempt_id not in self._known or not good
+        return unknown and time.monotonic() - self._failed > _AFTER_FAILURE_SECONDS
+
+    async def _look_up_quietly(self, attribution: Attribution, known: KnownAttempt | None) -> None:
+        try:
+            await self._look_up(attribution, known)
+        except Refusal as refusal:
+            _keep(self._refused, (attribution.attempt_id, attribution.credential), refusal)
+
+    @staticmethod
+    def _check_running(attribution: Attribution, known: KnownAttempt | None) -> None:
         if known is not None and known.ended:
             raise Refusal(
                 409,
@@ -91,12 +120,13 @@ class Attempts:
                 f"attempt {attribution.attempt_id} of rollout {attribution.rollout_id} is over "
                 f"({known.ended}): its calls are not served any more; stop",
             )
-        return known
 
     async def close(self) -> None:
         """Stop following."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        tasks = {self._task, *self._background, *self._asked.values()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look_up(self, attribution: Attribution, known: KnownAttempt | None) -> KnownAttempt | None:
         key = attribution.attempt_id

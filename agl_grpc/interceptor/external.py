@@ -7,12 +7,12 @@ import dataclasses
 import logging
 import time
 import uuid
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from agl_grpc.interceptor.attribution import Attribution
-from agl_grpc.interceptor.front.journal import Journal
+from agl_grpc.interceptor.deltas import AttemptKey
 from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.v1 import (
     attempt_pb2,
@@ -29,6 +29,18 @@ _RPC_TIMEOUT = 10.0
 _WAITING = 1000
 _IDLE_SECONDS = 300.0
 _SWEEP_SECONDS = 10.0
+
+
+class Journal(Protocol):
+    """The way of captured calls to the store."""
+
+    def announce(self, attempt: AttemptKey, span_id: bytes, started: int) -> None:
+        """A call begins."""
+        ...
+
+    def submit(self, call: CapturedCall) -> asyncio.Future[None]:
+        """A call ended; the future resolves when it is durable."""
+        ...
 
 
 @dataclasses.dataclass

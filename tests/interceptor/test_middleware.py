@@ -1,0 +1,108 @@
+"""Whose request it is, and what becomes of one that is nobody's; vLLM's place is taken by an echo."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from agl_grpc.interceptor.attribution import CURRENT, Attribution
+from agl_grpc.interceptor.middleware import AttributionMiddleware
+from agl_grpc.interceptor.refusals import Refusal
+
+
+class Interceptor:
+    """What the middleware asks of the real one."""
+
+    def __init__(self, unattributed: str = "serve") -> None:
+        self.unattributed = unattributed
+        self.full = False
+        self.over: set[str] = set()
+
+    def accepting(self) -> bool:
+        return not self.full
+
+    def admit(self, attribution: Attribution) -> None:
+        if attribution.attempt_id in self.over:
+            raise Refusal(409, "attempt_ended", "it is over")
+
+    def describe(self) -> dict[str, Any]:
+        return {"enabled": True}
+
+    async def stop(self) -> None:
+        """Nothing to stop."""
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers whose request it took this for."""
+    context = CURRENT.get()
+    whose = None
+    if context is not None:
+        attribution = context.attribution
+        whose = [attribution.rollout_id, attribution.attempt_id, attribution.agent_name, context.external]
+    body = json.dumps({"path": scope["path"], "whose": whose}).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+def interceptor(monkeypatch: pytest.MonkeyPatch) -> Interceptor:
+    made = Interceptor()
+    monkeypatch.setattr(AttributionMiddleware, "interceptor", made)
+    return made
+
+
+async def post(path: str, **headers: str) -> httpx.Response:
+    transport = httpx.ASGITransport(AttributionMiddleware(echo))
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await client.post(path, headers=named, json={})
+
+
+CHAT = "/v1/chat/completions"
+
+
+async def test_url_key_and_headers_name_the_attempt(interceptor: Interceptor) -> None:
+    by_url = await post(f"/rollout/r/attempt/a/agent/x{CHAT}")
+    assert by_url.json() == {"path": CHAT, "whose": ["r", "a", "x", None]}
+    by_headers = await post(CHAT, x_rollout_id="r", x_attempt_id="a", x_agl_agent="y")
+    assert by_headers.json()["whose"] == ["r", "a", "y", None]
+    claims = "WyJydW4iLCJyMiIsImEyIiwxXQ"  # ["run","r2","a2",1]
+    by_key = await post(CHAT, authorization=f"Bearer agl1.{claims}.c2ln", x_rollout_id="r", x_attempt_id="a")
+    assert by_key.json()["whose"] == ["r2", "a2", "", None]
+
+
+@pytest.mark.parametrize("policy", ["serve", "record", "refuse"])
+async def test_what_becomes_of_a_request_that_names_no_attempt(interceptor: Interceptor, policy: str) -> None:
+    interceptor.unattributed = policy
+    answer = await post(CHAT, x_agl_session="s")
+    if policy == "refuse":
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "unattributed")
+        assert (await post("/v1/messages")).json()["error"]["type"] == "permission_error"
+    elif policy == "record":
+        assert answer.json()["whose"] == ["s", "external", "", "s"]
+        lone = [(await post(CHAT)).json()["whose"] for _ in range(2)]
+        assert lone[0][0] != lone[1][0]
+        assert [whose[3] for whose in lone] == ["", ""]
+    else:
+        assert answer.json()["whose"] is None
+    # What samples nothing is never in the way.
+    assert (await post("/health")).json()["whose"] is None
+    assert (await post("/v1/models")).json()["whose"] is None
+
+
+async def test_refusals_have_the_shape_of_the_dialect(interceptor: Interceptor) -> None:
+    interceptor.over.add("a")
+    over = await post(f"/rollout/r/attempt/a{CHAT}")
+    assert (over.status_code, over.json()["error"]["type"]) == (409, "conflict_error")
+    assert over.headers["x-should-retry"] == "false"
+    messages = await post("/rollout/r/attempt/a/v1/messages")
+    assert (messages.status_code, messages.json()["type"]) == (409, "error")
+    interceptor.full = True
+    full = await post(f"/rollout/r/attempt/b{CHAT}")
+    assert (full.status_code, full.headers["retry-after"]) == (503, "5")
+    assert (await post(CHAT)).status_code == 200
+    assert (await post("/rollout/r/attempt/b/collective_rpc")).status_code == 404
+    assert (await post("/rollout/r/elsewhere")).status_code == 404

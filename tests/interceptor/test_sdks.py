@@ -1,0 +1,281 @@
+"""Real SDKs against a real vLLM whose parsers are on: what they get, and what is captured of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
+
+from agl_grpc.v1 import model_call_pb2
+from tests.interceptor.engine import Engine, engine
+from tests.interceptor.scripted_store import ScriptedStore
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+TOOLS = (
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
+REASONING = ("--reasoning-parser", "qwen3")
+# The SDK knows no temperature any more; the server does.
+GREEDY = {"temperature": 0.0}
+HELLO: Any = [{"role": "user", "content": "hello world"}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2, 3]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+
+
+@pytest.fixture(scope="module")
+def with_tools(
+    tiny_model: Path, store: ScriptedStore, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """An engine whose parser holds tool calls back."""
+    folder = tmp_path_factory.mktemp("tools")
+    # vLLM's structural tags let a model that was taught nothing write blanks for ever.
+    loose = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
+    with engine(tiny_model, store.address, folder, *TOOLS, environment=loose) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def with_reasoning(
+    tiny_model: Path, store: ScriptedStore, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """An engine whose parser takes reasoning apart; with it grammars begin after the reasoning only."""
+    with engine(tiny_model, store.address, tmp_path_factory.mktemp("reasoning"), *REASONING) as started:
+        yield started
+
+
+def calls_of(store: ScriptedStore, rollout: str, count: int = 1) -> list[model_call_pb2.ModelCall]:
+    """The captured calls of a rollout, each with as many logprobs as ids."""
+
+    def enough() -> list[Any] | None:
+        found = store.calls_of(rollout)
+        return found if len(found) >= count else None
+
+    calls = [span.model_call for span, _ in store.wait(enough, f"{count} calls of {rollout}")]
+    assert len(calls) == count
+    for call in calls:
+        assert all(len(choice.logprobs) == len(choice.token_ids) > 0 for choice in call.choices)
+    return calls
+
+
+def ids(call: model_call_pb2.ModelCall) -> list[list[int]]:
+    """Response token ids by choice."""
+    return [list(choice.token_ids) for choice in sorted(call.choices, key=lambda choice: choice.index)]
+
+
+class Clients:
+    """SDK clients of attempts, closed at the end of a test."""
+
+    def __init__(self, running: Engine) -> None:
+        self._running = running
+        self._made: list[Any] = []
+
+    def openai(self, rollout: str) -> openai.OpenAI:
+        return self._keep(openai.OpenAI, f"{self._running.base(rollout)}/v1")
+
+    def openai_async(self, rollout: str) -> openai.AsyncOpenAI:
+        return self._keep(openai.AsyncOpenAI, f"{self._running.base(rollout)}/v1")
+
+    def anthropic(self, rollout: str) -> anthropic.Anthropic:
+        return self._keep(anthropic.Anthropic, self._running.base(rollout))
+
+    def anthropic_async(self, rollout: str) -> anthropic.AsyncAnthropic:
+        return self._keep(anthropic.AsyncAnthropic, self._running.base(rollout))
+
+    def langchain(self, rollout: str, **more: Any) -> ChatOpenAI:
+        model = ChatOpenAI(
+            base_url=f"{self._running.base(rollout)}/v1", api_key=SecretStr("x"), model="tiny", **more
+        )
+        self._made += [model.root_client, model.root_async_client]
+        return model
+
+    def _keep(self, kind: Any, url: str) -> Any:
+        self._made.append(kind(base_url=url, api_key="x", max_retries=0, timeout=120))
+        return self._made[-1]
+
+    async def close(self) -> None:
+        for client in self._made:
+            ended = client.close()
+            if ended is not None:
+                await ended
+
+
+@pytest.fixture
+async def clients(with_tools: Engine) -> AsyncIterator[Clients]:
+    made = Clients(with_tools)
+    yield made
+    await made.close()
+
+
+@pytest.fixture(params=["with_tools", "with_reasoning"])
+async def either(request: pytest.FixtureRequest) -> AsyncIterator[Clients]:
+    made = Clients(request.getfixturevalue(request.param))
+    yield made
+    await made.close()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"n": 3}, {"logprobs": True, "top_logprobs": 2}], ids=["one", "n", "logprobs"]
+)
+def test_openai_chat_is_the_same_streamed_or_not(
+    either: Clients, store: ScriptedStore, more: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    rollout = request.node.name
+    client = either.openai(rollout)
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 24, "seed": 5, **more}
+    whole = client.chat.completions.create(**ask, extra_body={"return_token_ids": True})
+    theirs = [choice.token_ids for choice in whole.choices]
+    texts = [""] * len(whole.choices)
+    for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            delta = choice.delta
+            texts[choice.index] += (getattr(delta, "reasoning", None) or "") + (delta.content or "")
+    first, second = calls_of(store, rollout, 2)
+    assert ids(first) == ids(second) == theirs
+    assert texts == [
+        (getattr(c.message, "reasoning", None) or "") + (c.message.content or "") for c in whole.choices
+    ]
+
+
+async def test_openai_tools_in_parallel_streams(clients: Clients, store: ScriptedStore) -> None:
+    client = clients.openai_async("tools")
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [TOOL], "max_tokens": 120, "seed": 1}
+    forced = {"type": "function", "function": {"name": "weather"}}
+    whole = await client.chat.completions.create(**ask, tool_choice=forced)
+    (call,) = whole.choices[0].message.tool_calls or []
+    assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+
+    async def stream() -> str:
+        arguments = ""
+        chunks = await client.chat.completions.create(**ask, tool_choice=forced, stream=True)
+        async for chunk in chunks:
+            for choice in chunk.choices:
+                for part in choice.delta.tool_calls or []:
+                    arguments += (part.function and part.function.arguments) or ""
+        return arguments
+
+    arguments = await asyncio.gather(*(stream() for _ in range(4)))
+    assert set(arguments) == {call.function.arguments}
+    found = calls_of(store, "tools", 5)
+    assert all(ids(each) == ids(found[0]) for each in found)
+    assert len({each.request_id for each in found}) == 5
+
+
+def test_openai_required_tools_and_structured_output(clients: Clients, store: ScriptedStore) -> None:
+    client = clients.openai("shaped")
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 120, "seed": 3}
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    shaped = client.chat.completions.create(**ask, response_format=schema)
+    message = shaped.choices[0].message
+    assert json.loads(message.content or getattr(message, "reasoning", ""))["days"] in (1, 2, 3)
+    (call,) = calls_of(store, "shaped")
+    assert shaped.usage is not None
+    assert len(call.choices[0].token_ids) == shaped.usage.completion_tokens
+
+
+def test_openai_completions_of_token_ids(clients: Clients, store: ScriptedStore) -> None:
+    client = clients.openai("prompt-ids")
+    answer = client.completions.create(model="tiny", prompt=[5, 6, 7, 8], max_tokens=9, n=2, seed=2)
+    ((span, prompt),) = store.calls_of("prompt-ids")
+    assert prompt == [5, 6, 7, 8]
+    assert answer.usage is not None
+    assert sum(len(choice.token_ids) for choice in span.model_call.choices) == answer.usage.completion_tokens
+
+
+async def test_openai_responses(clients: Clients, store: ScriptedStore) -> None:
+    client = clients.openai_async("responses")
+    ask: dict[str, Any] = {
+        "model": "tiny",
+        "input": "hello world",
+        "max_output_tokens": 16,
+        "temperature": 0.0,
+    }
+    whole = await client.responses.create(**ask)
+    events = [event.type async for event in await client.responses.create(**ask, stream=True)]
+    assert events[0] == "response.created"
+    assert events[-1] == "response.completed" or events[-1] == "response.incomplete"
+    first, second = calls_of(store, "responses", 2)
+    assert ids(first) == ids(second)
+    assert first.api == "responses"
+    assert whole.usage is not None
+    assert len(first.choices[0].token_ids) == whole.usage.output_tokens
+
+
+def test_anthropic_messages(clients: Clients, store: ScriptedStore) -> None:
+    client = clients.anthropic("claude")
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 16, "extra_body": GREEDY}
+    whole = client.messages.create(**ask)
+    with client.messages.stream(**ask) as stream:
+        final = stream.get_final_message()
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    first, second = calls_of(store, "claude", 2)
+    assert first.api == "messages"
+    assert ids(first) == ids(second)
+    assert len(first.choices[0].token_ids) == whole.usage.output_tokens
+
+
+async def test_anthropic_tools(clients: Clients, store: ScriptedStore) -> None:
+    client = clients.anthropic_async("claude-tools")
+    tools: Any = [{"name": "weather", "description": "the weather", "input_schema": CITY}]
+    choice: Any = {"type": "tool", "name": "weather"}
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 120, "extra_body": GREEDY}
+    whole = await client.messages.create(**ask, tools=tools, tool_choice=choice)
+    (used,) = [block for block in whole.content if block.type == "tool_use"]
+    async with client.messages.stream(**ask, tools=tools, tool_choice=choice) as stream:
+        final = await stream.get_final_message()
+    assert [block.input for block in final.content if block.type == "tool_use"] == [used.input]
+    first, second = calls_of(store, "claude-tools", 2)
+    assert ids(first) == ids(second)
+
+
+async def test_langchain(clients: Clients, store: ScriptedStore) -> None:
+    model = clients.langchain("langchain", max_tokens=100, temperature=0.0)
+    tools = model.bind_tools([TOOL], tool_choice="weather")
+    called = await tools.ainvoke("hello world")
+    assert called.tool_calls[0]["args"]["city"] in ("Rome", "Oslo")
+    whole = model.invoke("hello world")
+    streamed = [chunk async for chunk in model.astream("hello world")]
+    assert "".join(str(chunk.content) for chunk in streamed) == whole.content
+    _, second, third = calls_of(store, "langchain", 3)
+    assert ids(second) == ids(third)
+
+
+def test_an_image_for_a_text_model_is_refused_in_the_dialects_shape(
+    clients: Clients, store: ScriptedStore
+) -> None:
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    picture = f"data:image/png;base64,{pixel}"
+    content: Any = [
+        {"type": "text", "text": "what is it?"},
+        {"type": "image_url", "image_url": {"url": picture}},
+    ]
+    with pytest.raises(openai.BadRequestError):
+        clients.openai("image").chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=3
+        )
+    assert store.calls_of("image") == []
+
+
+async def test_eight_identical_parallel_prompts_are_eight_samples(
+    clients: Clients, store: ScriptedStore
+) -> None:
+    client = clients.openai_async("eight")
+    ask = (client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=12) for _ in range(8))
+    await asyncio.gather(*ask)
+    found = calls_of(store, "eight", 8)
+    assert len({call.request_id for call in found}) == 8
+    assert len({tuple(ids(call)[0]) for call in found}) > 1

@@ -31,6 +31,7 @@ async function solve(question) {
       model: process.env.OPENAI_MODEL,
       messages,
       tools,
+      temperature: 0.2,
     });
     const message = completion.choices[0].message;
     if (!message.tool_calls?.length) return message.content ?? "";

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import ModuleType
 
 from agl_grpc.store.storage.engine import Connection, Database, DatabaseError
 from agl_grpc.store.storage.sqlite.database import open_sqlite
@@ -40,19 +40,23 @@ def reading_postgres(url: str) -> AbstractContextManager[Connection]:
     Raises:
         DatabaseError: As `open_database`; also, on entering, when it holds no store.
     """
-    return _postgres().reading(url)
+    with _driver():
+        from agl_grpc.store.storage.postgres.database import reading
+    return reading(url)
 
 
 def _open_postgres(url: str) -> Database:
-    return _postgres().open_postgres(url)
+    with _driver():
+        from agl_grpc.store.storage.postgres.database import open_postgres
+    return open_postgres(url)
 
 
-def _postgres() -> ModuleType:
-    # The driver is an extra.
+@contextmanager
+def _driver() -> Iterator[None]:
+    """Around imports that need the driver, which is an extra."""
     try:
-        from agl_grpc.store.storage.postgres import database
+        yield
     except ImportError as error:
         raise DatabaseError(
             f"a PostgreSQL database needs a driver ({error}): pip install 'agl-grpc[postgres]'"
         ) from error
-    return database

@@ -109,6 +109,19 @@ tests/doors/node/node_modules/.package-lock.json: tests/doors/node/package.json
 .PHONY: peers
 peers: .venv-agentlightning/ready tests/doors/node/node_modules/.package-lock.json ## Make what is tested against: Agent Lightning 0.3, OpenTelemetry for Node.js
 
+# The agent frameworks of examples/frameworks. uv: their pins take pip minutes to bring together.
+.venv-frameworks/ready: examples/frameworks/requirements.txt pyproject.toml
+	test -x .venv-frameworks/bin/uv || { $(PYTHON) -m venv .venv-frameworks && .venv-frameworks/bin/pip install -q 'uv>=0.8,<1'; }
+	.venv-frameworks/bin/uv pip install -q --python .venv-frameworks/bin/python -r examples/frameworks/requirements.txt -e .
+	touch $@
+
+examples/frameworks/node/node_modules/.package-lock.json: examples/frameworks/node/package-lock.json
+	cd examples/frameworks/node && npm ci --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
+.PHONY: frameworks
+frameworks: .venv-frameworks/ready examples/frameworks/node/node_modules/.package-lock.json ## Make the environment of the agent frameworks
+
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises
@@ -116,8 +129,9 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 .PHONY: test
-test: check-proto check-protoc lint test-fast engines peers ## Everything: lint, the fast suite, real vLLM and real verl
-	.venv/bin/python -m pytest -m e2e -n 2 --dist loadfile
+test: check-proto check-protoc lint test-fast engines peers frameworks ## Everything: lint, the fast suite, real vLLM and real verl
+	.venv/bin/python -m pytest -m 'e2e and not alone' -n 2 --dist loadfile
+	.venv/bin/python -m pytest -m 'e2e and alone'
 
 .PHONY: conformance
 conformance: .venv/dev-ready .venv-go/ready ## Replay the shared vectors in every language; prints a matrix

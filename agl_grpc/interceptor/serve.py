@@ -101,6 +101,9 @@ def serve(model: str, settings: Settings, given: Sequence[str], *, train: bool =
     arguments = engine_arguments(model, given, train=train)
     _check_plugin()
     set_environment(os.environ, settings, cpu=is_cpu(), cores=len(os.sched_getaffinity(0)))
+    if train:
+        # Frameworks mark tools as strict. vLLM then masks tokens by a grammar, which no trainer knows of.
+        os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
     failure = settings.spool_path() / "failure"
     failure.unlink(missing_ok=True)
     os.environ[FAILURE_FILE] = str(failure)

@@ -97,6 +97,10 @@ def _text(value: str, path: str) -> common_pb2.AnyValue:
 
 def from_any_value(message: common_pb2.AnyValue) -> Any:
     """Turn an `AnyValue` into the Python value that it was made from."""
+    # Most are texts; asking for the kind first would take as long again.
+    text = message.string_value
+    if text:
+        return text
     kind = message.WhichOneof("value")
     if kind is None:
         return None

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FileOption = Annotated[str, typer.Option("--database", metavar="PATH", help="The SQLite file.")]
+DatabaseOption = Annotated[
+    str,
+    typer.Option("--database", metavar="PATH|URL", help="The SQLite file, or postgresql://user@host/name."),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -93,7 +97,7 @@ def migrate(
 
 
 def verify(
-    database: FileOption = DEFAULT_DATABASE,
+    database: DatabaseOption = DEFAULT_DATABASE,
     quick: Annotated[
         bool, typer.Option("--quick", help="Keys only: do not read every span and blob.")
     ] = False,
@@ -102,7 +106,10 @@ def verify(
     """Check every invariant of a database and name what breaks it; a server may use it meanwhile."""
     from agl_grpc.store.verify import files
 
-    _tell(_do(lambda: files.verify(_sqlite(database), deep=not quick)), database, as_json)
+    if "://" in database:
+        _tell(_do(lambda: files.verify_postgres(database, deep=not quick)), "", as_json)
+    else:
+        _tell(_do(lambda: files.verify(Path(database), deep=not quick)), database, as_json)
 
 
 def _tell(report: Report, database: Path | str, as_json: bool) -> None:
@@ -119,12 +126,16 @@ def _tell(report: Report, database: Path | str, as_json: bool) -> None:
         typer.echo(f"{len(report.checked)} invariants checked, {len(report.broken)} broken")
     if not report.sound:
         names = ", ".join(broken.name for broken in report.broken)
-        raise CliError(f"database {database} is damaged: {names}")
+        # A URL may hold a password.
+        raise CliError(f"{f'database {database}' if database else 'the database'} is damaged: {names}")
 
 
 def _sqlite(database: str) -> Path:
     if "://" in database:
-        raise CliError("this command works on SQLite files; use PostgreSQL's own tools (pg_dump, VACUUM)")
+        raise CliError(
+            "this command works on SQLite files; PostgreSQL has its own: pg_dump -Fc -d URL -f FILE to back "
+            "up, pg_restore -d URL FILE to restore, VACUUM FULL to compact; a server migrates when it starts"
+        )
     return Path(database)
 
 

@@ -57,6 +57,15 @@ class _Store(store_service_pb2_grpc.StoreServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "stored, but the answer is lost")
         return answer
 
+    async def GetAttempt(self, request: Any, context: Any) -> Any:
+        """Attempts are not in the script: whoever asks goes on without."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this store knows no attempts")
+
+    async def WatchAttempts(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """As `GetAttempt`."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this store knows no attempts")
+        yield
+
     def _store(self, answer: Any, group: Any, span: Any, number: int, index: int) -> None:
         owner = self._owner
         key = (group.rollout_id, group.attempt_id, bytes(span.span_id))

@@ -16,7 +16,7 @@ from tests.interceptor.engine import Engine, engine
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.torch_client import TorchClient
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(600)]
 
 HELLO = [{"role": "user", "content": "hello world"}]
 TOKENS = 240

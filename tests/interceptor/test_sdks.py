@@ -42,10 +42,7 @@ def with_tools(
     tiny_model: Path, store: ScriptedStore, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
     """An engine whose parser holds tool calls back."""
-    folder = tmp_path_factory.mktemp("tools")
-    # vLLM's structural tags let a model that was taught nothing write blanks for ever.
-    loose = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
-    with engine(tiny_model, store.address, folder, *TOOLS, environment=loose) as started:
+    with engine(tiny_model, store.address, tmp_path_factory.mktemp("tools"), *TOOLS) as started:
         yield started
 
 

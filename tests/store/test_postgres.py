@@ -20,6 +20,7 @@ from agl_grpc.store.storage.engine import DatabaseError
 from agl_grpc.store.storage.postgres.clock import DatabaseClock
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
+from agl_grpc.store.verify.files import verify_postgres
 from agl_grpc.v1 import event_pb2, store_service_pb2
 from tests.store.rig import Rig, error_info, reason, running, seconds
 from tests.support.postgres import PostgresServer
@@ -239,3 +240,25 @@ def test_the_driver_is_asked_for_by_its_extra(tmp_path: Path) -> None:
     )
     assert done.stdout.startswith("DatabaseError a PostgreSQL database needs a driver")
     assert "pip install 'agl-grpc[postgres]'" in done.stdout
+
+
+async def test_a_database_is_verified_while_a_server_uses_it(postgres: PostgresServer) -> None:
+    url = postgres.make_database()
+    with pytest.raises(DatabaseError, match="holds no store"):
+        verify_postgres(url)
+    async with running(url) as rig:
+        await rig.enqueue(rollout_id="r")
+        (leased,) = await rig.lease()
+        await rig.span(leased.attempt, 1)
+        report = verify_postgres(url)
+        assert report.sound, report.broken
+        assert len(report.checked) > 20
+        with psycopg.connect(url, autocommit=True) as other:
+            other.execute("UPDATE span_totals SET spans = spans + 1")
+            (broken,) = verify_postgres(url).broken
+            command = [sys.executable, "-m", "agl_grpc_cli", "store", "verify", "--database", url]
+            done = await asyncio.to_thread(
+                subprocess.run, command, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert (done.returncode, f"BROKEN {broken.name}" in done.stdout) == (1, True), done
+            other.execute("UPDATE span_totals SET spans = spans - 1")

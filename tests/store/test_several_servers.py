@@ -233,6 +233,33 @@ async def test_a_stream_at_one_fences_the_producers_stream_at_the_other(pair: tu
     new.cancel()
 
 
+async def test_a_workers_stream_at_one_fences_its_sessions_stream_at_the_other(pair: tuple[Rig, Rig]) -> None:
+    a, b = pair
+    stale, other = WorkerStream(a), WorkerStream(a)
+    await stale.open(granted=5)
+    assert await stale.read_idle() == "no work"
+    # The worker has come back to the other server; this one has not noticed that its connection is gone.
+    fresh = WorkerStream(b)
+    await fresh.open(granted=1)
+    assert await fresh.read_idle() == "no work"
+    await a.enqueue(rollout_id="first")
+    (leased,) = await fresh.deliveries(1)
+    assert leased.rollout.rollout_id == "first"
+    with pytest.raises(grpc.aio.AioRpcError) as fenced:
+        await stale.read()
+    assert fenced.value.code() == grpc.StatusCode.ABORTED
+    # Another session, as of a second process under the worker's name, is nobody's rival.
+    await other.open(session="s2", granted=1)
+    await b.enqueue(rollout_id="second")
+    (leased,) = await other.deliveries(1)
+    await fresh.grant(2)
+    await a.enqueue(rollout_id="third")
+    (leased,) = await fresh.deliveries(1)
+    assert leased.rollout.rollout_id == "third"
+    for stream in (fresh, other):
+        stream.cancel()
+
+
 async def test_timers_of_one_fire_when_the_other_is_gone(url: str) -> None:
     async with running(url, DatabaseClock()) as b:
         async with running(url, DatabaseClock()) as a:

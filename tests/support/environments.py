@@ -19,6 +19,11 @@ def learner_python() -> str:
     return _python("learner")
 
 
+def frameworks_python() -> str:
+    """Python with the agent frameworks: AGL_GRPC_FRAMEWORKS_PYTHON, else what `make frameworks` makes."""
+    return _python("frameworks", "frameworks")
+
+
 def agentlightning_python() -> str:
     """Python with Agent Lightning 0.3: AGL_GRPC_AGENTLIGHTNING_PYTHON, else what `make peers` makes."""
     return _python("agentlightning", "peers")

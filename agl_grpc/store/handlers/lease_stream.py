@@ -10,7 +10,7 @@ from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.service import BidiStream
 from agl_grpc.store.errors import StoreError, invalid_field, stream_fenced
 from agl_grpc.store.handlers.runner import waiter_of
-from agl_grpc.store.rollouts import commands
+from agl_grpc.store.rollouts import commands, workers
 from agl_grpc.store.rollouts.dispatch import Waiter
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.transaction import Tx
@@ -132,6 +132,9 @@ class LeaseSession:
         older = self._sessions.get(key)
         if older is not None:
             older.fence(tx)
+        if self._store.database.backend == "postgres":
+            epoch = workers.open_stream(tx, waiter.worker_key, opening.session_id)
+            waiter.is_current = partial(self._is_current, epoch)
         opened = self._side.leases.reconcile(tx, waiter.worker_key, opening.session_id, opening.held)
         commands.forget_cancels(tx, waiter.worker_key, opening.session_id)
         pending = commands.pending(tx.connection, waiter.worker_key)
@@ -143,6 +146,14 @@ class LeaseSession:
         self._granted = opening.granted
         self._add_credits(tx, opening.granted)
         return opened
+
+    def _is_current(self, epoch: int, tx: Tx) -> bool:
+        """Whether the session has not come back at another server of the database."""
+        waiter = self._waiter
+        if waiter is None or workers.is_newest_stream(tx, waiter.worker_key, waiter.session_id, epoch):
+            return True
+        tx.after_commit(self._fence)
+        return False
 
     def _restore(self, key: tuple[int, str], older: LeaseSession | None) -> None:
         if older is None:

@@ -42,6 +42,8 @@ class Waiter:
         batch: Where a long poll's deliveries are gathered; None = `deliver` gets each.
         notice: Called on the event loop with the reason why nothing comes.
         credits: Deliveries that it can still take.
+        is_current: Whether no newer stream of its session is open at another server; asked before a delivery
+            when several servers may have the database, else None.
         closed: Gone: takes nothing more.
         sizes: Bytes of deliveries that are not sent yet, oldest first.
         held_back: It could take nothing because so much is not sent yet; its stream then asks anew.
@@ -58,6 +60,7 @@ class Waiter:
     once: Callable[[Tx], None] | None = None
     batch: list[runner_service_pb2.LeasedRollout] | None = None
     notice: Callable[[str], None] | None = None
+    is_current: Callable[[Tx], bool] | None = None
     credits: int = 0
     closed: bool = False
     lines: set[int] = field(default_factory=set)
@@ -70,6 +73,9 @@ class Waiter:
     def can_take(self, tx: Tx) -> bool:
         """Whether a delivery in this command is possible."""
         if self.closed or self.credits <= 0 or (self.taken_by is not None and self.taken_by is not tx):
+            return False
+        if self.is_current is not None and not self.is_current(tx):
+            self.closed = True
             return False
         if self._is_full():
             # Said first, then looked at again: `sent` does it the other way round, in another thread.

@@ -98,6 +98,23 @@ def asks(tx: Tx, worker_key: int) -> None:
     )
 
 
+def open_stream(tx: Tx, worker_key: int, session_id: str) -> int:
+    """Notes that a session's newest lease stream is the caller's; returns the stream's epoch."""
+    return tx.insert(
+        "UPDATE workers SET stream_session = ?, stream_epoch = stream_epoch + 1 WHERE worker_key = ? "
+        "RETURNING stream_epoch",
+        (session_id, worker_key),
+    )
+
+
+def is_newest_stream(tx: Tx, worker_key: int, session_id: str, epoch: int) -> bool:
+    """Whether no later stream of this session was opened; streams of other sessions do not count."""
+    row = tx.execute(
+        "SELECT stream_session, stream_epoch FROM workers WHERE worker_key = ?", (worker_key,)
+    ).fetchone()
+    return row is None or row[0] != session_id or row[1] == epoch
+
+
 def serves(tx: Tx, catalog: Catalog, worker_key: int, work: runner_service_pb2.WorkRequest) -> None:
     """Notes which queues and labels a worker serves."""
     notes = worker_pb2.Worker(queues=work.queues, labels=work.labels).SerializeToString()

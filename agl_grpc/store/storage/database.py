@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from agl_grpc.store.storage.engine import Database, DatabaseError
+from agl_grpc.store.storage.engine import Connection, Database, DatabaseError
 from agl_grpc.store.storage.sqlite.database import open_sqlite
 
 _POSTGRES = ("postgresql://", "postgres://")
@@ -21,18 +23,40 @@ def open_database(where: Path | str | None, *, limit_pages: int = 0) -> Database
         DatabaseError: It cannot be used; one line says why and what to do.
     """
     if isinstance(where, str):
-        if where.startswith(_POSTGRES):
+        if is_postgres(where):
             return _open_postgres(where)
         where = Path(where)
     return open_sqlite(where, limit_pages=limit_pages)
 
 
+def is_postgres(where: str) -> bool:
+    """Whether a database is named by the URL of a PostgreSQL server."""
+    return where.startswith(_POSTGRES)
+
+
+def reading_postgres(url: str) -> AbstractContextManager[Connection]:
+    """A read transaction over a PostgreSQL database.
+
+    Raises:
+        DatabaseError: As `open_database`; also, on entering, when it holds no store.
+    """
+    with _driver():
+        from agl_grpc.store.storage.postgres.database import reading
+    return reading(url)
+
+
 def _open_postgres(url: str) -> Database:
-    # The driver is an extra.
-    try:
+    with _driver():
         from agl_grpc.store.storage.postgres.database import open_postgres
+    return open_postgres(url)
+
+
+@contextmanager
+def _driver() -> Iterator[None]:
+    """Around imports that need the driver, which is an extra."""
+    try:
+        yield
     except ImportError as error:
         raise DatabaseError(
             f"a PostgreSQL database needs a driver ({error}): pip install 'agl-grpc[postgres]'"
         ) from error
-    return open_postgres(url)

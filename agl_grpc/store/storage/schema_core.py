@@ -63,4 +63,10 @@ CREATE TABLE events (
 
 _V2 = "ALTER TABLE runs ADD COLUMN replay_retention INTEGER;"
 
-FAMILY = Family("core", (_V1, _V2))
+# Which lease stream of a worker is its newest: of several servers, the others' streams are fenced by it.
+_V3 = """
+ALTER TABLE workers ADD COLUMN stream_session TEXT;
+ALTER TABLE workers ADD COLUMN stream_epoch INTEGER NOT NULL DEFAULT 0;
+"""
+
+FAMILY = Family("core", (_V1, _V2, _V3))

@@ -1,4 +1,4 @@
-"""SQLite files verified, and restored when they are sound."""
+"""Databases verified, and SQLite files restored when they are sound."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.store.storage.database import reading_postgres
 from agl_grpc.store.storage.engine import Connection, DatabaseError
 from agl_grpc.store.storage.schema import check_versions, families, migrate
 from agl_grpc.store.storage.sqlite.database import is_damage, truncation
@@ -39,6 +40,18 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[str], None] = l
         if isinstance(cause, sqlite3.DatabaseError) and is_damage(cause):
             return _unreadable(str(cause))
         raise
+
+
+def verify_postgres(
+    url: str, *, deep: bool = True, progress: Callable[[str], None] = lambda name: None
+) -> Report:
+    """Checks a PostgreSQL database: every invariant of the store, at one moment; servers may use it.
+
+    Raises:
+        DatabaseError: It cannot be read, holds no store, or one of another version.
+    """
+    with reading_postgres(url) as connection:
+        return check(connection, deep=deep, progress=progress)
 
 
 def _unreadable(problem: str) -> Report:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psycopg
 from psycopg import conninfo, errors
@@ -16,7 +17,7 @@ from agl_grpc.store.storage.postgres import locks
 from agl_grpc.store.storage.postgres.clock import DatabaseClock
 from agl_grpc.store.storage.postgres.connection import PostgresConnection, PostgresWriter, connect
 from agl_grpc.store.storage.postgres.follower import Follower
-from agl_grpc.store.storage.schema import SchemaTooNew, families, migrate
+from agl_grpc.store.storage.schema import SchemaTooNew, check_versions, families, migrate
 
 _OLDEST_SERVER = 130000
 _AWAY_CLASSES = ("08", "57")
@@ -150,6 +151,36 @@ def open_postgres(url: str) -> PostgresDatabase:
     except psycopg.Error as error:
         raise DatabaseError(f"database {name_of(url)} cannot be used: {_line(error)}") from error
     return database
+
+
+@contextlib.contextmanager
+def reading(url: str) -> Iterator[PostgresConnection]:
+    """A read transaction over a database that servers may use meanwhile; nothing is migrated.
+
+    Raises:
+        DatabaseError: It cannot be reached, holds no store, or one of another version.
+    """
+    try:
+        with connect(url) as raw:
+            connection = PostgresConnection(raw)
+            connection.begin_read()
+            (there,) = connection.execute("SELECT to_regclass('counters') IS NOT NULL").fetchall()[0]
+            if not there:
+                raise DatabaseError(f"database {name_of(url)} holds no store")
+            versions = check_versions(connection, families())
+            old = [one.name for one in families() if versions.get(one.name, 0) != len(one.migrations)]
+            if old:
+                raise DatabaseError(
+                    f"database {name_of(url)} was written by an older server ({', '.join(old)}): "
+                    "a server of this version brings it up to date when it starts"
+                )
+            yield connection
+    except SchemaTooNew as error:
+        raise DatabaseError(
+            f"database {name_of(url)} was written by a newer server ({error}); use that version"
+        ) from error
+    except psycopg.Error as error:
+        raise DatabaseError(f"database {name_of(url)} cannot be read: {_line(error)}") from error
 
 
 def _prepare(raw: psycopg.Connection[tuple[object, ...]]) -> str:

@@ -61,6 +61,7 @@ class Rollout:
     timeout: float | None
     silence: float | None
     priority: int = 0
+    patience: float | None = None
     expire_at: float | None = None
     status: str = "queuing"
     ended: int = 0

@@ -160,7 +160,7 @@ class StoreMachine(RuleBasedStateMachine):
             made.ready_at += later
         if patience is not None:
             spec.expire_after.CopyFrom(seconds(patience))
-            made.expire_at = self.model.now + patience
+            made.patience, made.expire_at = patience, self.model.now + patience
         request = store_service_pb2.EnqueueRolloutsRequest(rollouts=[spec])
         answer = self.call(
             self.rollout_rpcs.enqueue_rollouts, request, store_service_pb2.EnqueueRolloutsResponse
@@ -338,6 +338,8 @@ class StoreMachine(RuleBasedStateMachine):
         rules = (rollout.max_attempts, rollout.retried, rollout.max_redeliveries)
         limits = (rollout.timeout, rollout.silence, rollout.priority)
         made = Rollout(*rules, *limits, ready_at=self.model.now)
+        if rollout.patience is not None:  # it may wait as long as the old one
+            made.patience, made.expire_at = rollout.patience, self.model.now + rollout.patience
         assert answer.rollouts[0].retry_of == self.ids[id(rollout)]
         return self.remember_rollout(made, answer.rollouts[0].rollout_id)
 

@@ -82,7 +82,8 @@ async def test_a_watch_from_now_on_has_no_gap_when_its_first_stream_breaks(
             proxy.cut(refuse=True)
             await client.update_resources("rs", {})
             proxy.accept()
-            await eventually(lambda: seen == [2], what="the publication while the stream was down")
+            what = "the publication while the stream was down"
+            await eventually(lambda: seen == [2], within=30.0, what=what)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)

@@ -64,7 +64,7 @@ class Follower:
         self._thread.start()
 
     def wait_present(self) -> int:
-        """The backend of the connection; waits until the first one is known to other servers, or has failed."""
+        """The backend of the connection; waits until the first one is known to others, or has failed."""
         self._tried.wait()
         return self.pid
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agl_grpc.client import StoreError
+from agl_grpc.evaluation import Pass
 from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
 from agl_grpc.learner.errors import StoppedError
 from agl_grpc.learner.progress import SAID, step_line, with_summary
@@ -251,6 +252,7 @@ def _assemble(
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.trainer import AglTrainer, Hooks
+    from agl_grpc.learner.validation import StoreValidation, sampling_of
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
@@ -292,6 +294,21 @@ def _assemble(
     )
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
+    val = config.validation
+    validation = StoreValidation(
+        link,
+        f"{name.replace('_', '-')}.t{identity.trainer_epoch}",
+        Pass(
+            name=config.training_run_id or config.run_id,
+            samples=int(rollout.val_kwargs.n),
+            sampling=sampling_of(rollout.val_kwargs, val.max_tokens or None, val.seed),
+            queue=val.queue or None,
+            config=config.rollouts,
+            timeout=val.timeout,
+        ),
+        checkpoints.note_score if val.keep_best else lambda _step, _score: False,
+    )
+
     def on_metrics(at: int, metrics: dict[str, float]) -> bool:
         numbers = with_summary(metrics)
         say(step_line(at, trainer.total_training_steps, numbers))
@@ -309,6 +326,8 @@ def _assemble(
         deadlines=config.deadlines,
         failure_limit=config.failure_limit,
         on_metrics=on_metrics,
+        # A run that follows another is told by its source that it cannot validate.
+        validation=None if config.follows else validation,
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
     )
     trainer = AglTrainer(verl, hooks)

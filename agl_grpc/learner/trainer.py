@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
 
 import numpy as np
+import orjson
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
@@ -82,6 +83,13 @@ class CheckpointStore(Protocol):
         """Commits the batches that the checkpoint saved last contains, if that is still to be done."""
 
 
+class Validation(Protocol):
+    """Scores the weights that the engines serve; see ``validation.py``."""
+
+    def run(self, step: int, tasks: Sequence[Any]) -> tuple[dict[str, float], bool]:
+        """Metrics of the tasks, and whether the step's checkpoint is to be kept."""
+
+
 @dataclass
 class Hooks:
     """What the learner process gives to the trainer."""
@@ -98,6 +106,8 @@ class Hooks:
     failure_limit: int = 64
     # Called after each step (0 = before training); answers whether to stop.
     on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
+    # How validation tasks are done; None = as verl does it, through the source.
+    validation: Validation | None = None
     # Called with the step and the name of an error that ends training, before the last checkpoint.
     on_error: Callable[[int, str], None] = lambda _step, _name: None
 
@@ -128,6 +138,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._claimed_in_step: list[ClaimedBatch] = []
         # Whether a parameter may have changed since the step began.
         self._updating = False
+        # The step whose state was saved last; -1 = none.
+        self._saved_step = -1
         self._counts: Counter[str] = Counter()
         self._left_over: deque[tuple[int, int]] = deque()
         if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
@@ -422,6 +434,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
     @phase("saving a checkpoint", "save")
     def _save_checkpoint(self) -> None:
         self.hooks.checkpoints.save(self)
+        self._saved_step = self.global_steps
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -431,7 +444,15 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             self._left_over.extend((place, index) for place, index in state.outstanding)
 
     def _validate(self) -> dict[str, float]:
-        metrics: dict[str, float] = super()._validate()
+        metrics: dict[str, float]
+        if self.hooks.validation is None:
+            metrics = super()._validate()
+        else:
+            items = (self.val_dataset[number] for number in range(len(self.val_dataset)))
+            tasks = [orjson.loads(item["task"]) for item in items]
+            metrics, keep = self.hooks.validation.run(self.global_steps, tasks)
+            if keep and self.config.trainer.save_freq > 0 and self._saved_step != self.global_steps:
+                self._save_checkpoint()
         if not self.config.trainer.val_only and self.global_steps == 0:
             self.hooks.on_metrics(0, _numbers(metrics))
         return metrics

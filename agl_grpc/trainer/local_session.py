@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _THREAD_END_SECONDS = 15.0
 
 
-class LocalSession(Session):
+class LocalSession(Session[FitResult]):
     """Runs an `Algorithm` here, or, without one, only the workers."""
 
     def __init__(

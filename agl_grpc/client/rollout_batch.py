@@ -1,14 +1,14 @@
-"""Rollouts for algorithms: enqueued, seen as they finish, never polled for; and what they were worth."""
+"""Batches of rollouts: enqueued, seen as they finish, never polled for; and what they were worth."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from agl_grpc.client import StoreClient
 from agl_grpc.client.filters import rollout_filter
+from agl_grpc.client.store_client import StoreClient
 from agl_grpc.model import EnqueueRolloutRequest, Rollout
 from agl_grpc.model.reward import PRIMARY
 
@@ -72,12 +72,21 @@ async def cancel_rest(store: StoreClient, label: str) -> None:
 
 async def primary_rewards(store: StoreClient, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """The reward that counts of each rollout that has one: of its latest attempt, and of no single step."""
+    return await weighted_rewards(store, rollouts, {PRIMARY: 1.0})
+
+
+async def weighted_rewards(
+    store: StoreClient, rollouts: Sequence[Rollout], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """The weighted sum of named rewards of each rollout's latest attempt; one that lacks a name has none."""
     last = {rollout.rollout_id: rollout.latest_attempt_id for rollout in rollouts}
+    found: dict[str, dict[str, float]] = {}
+    for reward in await store.query_rewards([*last]):
+        judges_attempt = reward.step is None and not reward.target_span_id
+        if judges_attempt and reward.attempt_id == last[reward.rollout_id]:
+            found.setdefault(reward.rollout_id, {})[reward.name] = reward.value
     return {
-        reward.rollout_id: reward.value
-        for reward in await store.query_rewards([*last])
-        if reward.name == PRIMARY
-        and reward.attempt_id == last[reward.rollout_id]
-        and reward.step is None
-        and not reward.target_span_id
+        rollout_id: sum(named[name] * weight for name, weight in weights.items())
+        for rollout_id, named in found.items()
+        if weights.keys() <= named.keys()
     }

@@ -32,12 +32,12 @@ class RewardCalls(Connection):
 
         It lasts 7 days unless ``lifetime_seconds`` says otherwise, and cannot be taken back.
         """
-        request = pb.CreateCredentialRequest(
+        request = pb.IssueCredentialRequest(
             run_id=self.run_or_default(run_id),
             role=pb.ROLE_GRADER,
             lifetime=to_duration(lifetime_seconds),
         )
-        return (await self.call(self.bound.store.CreateCredential, request)).credential
+        return (await self.call(self.bound.store.IssueCredential, request)).credential
 
     async def query_rewards(
         self, rollout_ids: Sequence[str], *, attempt_id: str | None = None, all_revisions: bool = False

@@ -2475,7 +2475,7 @@ class ListRewardsResponse(_message.Message):
 Global___ListRewardsResponse: _TypeAlias = ListRewardsResponse  # noqa: Y015
 
 @_typing.final
-class CreateCredentialRequest(_message.Message):
+class IssueCredentialRequest(_message.Message):
     """Asks for a credential."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -2504,10 +2504,10 @@ class CreateCredentialRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CreateCredentialRequest: _TypeAlias = CreateCredentialRequest  # noqa: Y015
+Global___IssueCredentialRequest: _TypeAlias = IssueCredentialRequest  # noqa: Y015
 
 @_typing.final
-class CreateCredentialResponse(_message.Message):
+class IssueCredentialResponse(_message.Message):
     """The credential."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -2532,7 +2532,7 @@ class CreateCredentialResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CreateCredentialResponse: _TypeAlias = CreateCredentialResponse  # noqa: Y015
+Global___IssueCredentialResponse: _TypeAlias = IssueCredentialResponse  # noqa: Y015
 
 @_typing.final
 class PublishResourcesRequest(_message.Message):

@@ -206,10 +206,10 @@ class StoreServiceStub(object):
                 request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsRequest.SerializeToString,
                 response_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsResponse.FromString,
                 _registered_method=True)
-        self.CreateCredential = channel.unary_unary(
-                '/agl_grpc.v1.StoreService/CreateCredential',
-                request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.CreateCredentialRequest.SerializeToString,
-                response_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.CreateCredentialResponse.FromString,
+        self.IssueCredential = channel.unary_unary(
+                '/agl_grpc.v1.StoreService/IssueCredential',
+                request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialRequest.SerializeToString,
+                response_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialResponse.FromString,
                 _registered_method=True)
         self.PublishResources = channel.unary_unary(
                 '/agl_grpc.v1.StoreService/PublishResources',
@@ -517,7 +517,7 @@ class StoreServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def CreateCredential(self, request, context):
+    def IssueCredential(self, request, context):
         """Makes a credential for a role; only operators may. It expires and cannot be taken back before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -779,10 +779,10 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     request_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsRequest.FromString,
                     response_serializer=agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsResponse.SerializeToString,
             ),
-            'CreateCredential': grpc.unary_unary_rpc_method_handler(
-                    servicer.CreateCredential,
-                    request_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.CreateCredentialRequest.FromString,
-                    response_serializer=agl__grpc_dot_v1_dot_store__service__pb2.CreateCredentialResponse.SerializeToString,
+            'IssueCredential': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueCredential,
+                    request_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialRequest.FromString,
+                    response_serializer=agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialResponse.SerializeToString,
             ),
             'PublishResources': grpc.unary_unary_rpc_method_handler(
                     servicer.PublishResources,
@@ -1737,7 +1737,7 @@ class StoreService(object):
             _registered_method=True)
 
     @staticmethod
-    def CreateCredential(request,
+    def IssueCredential(request,
             target,
             options=(),
             channel_credentials=None,
@@ -1750,9 +1750,9 @@ class StoreService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/agl_grpc.v1.StoreService/CreateCredential',
-            agl__grpc_dot_v1_dot_store__service__pb2.CreateCredentialRequest.SerializeToString,
-            agl__grpc_dot_v1_dot_store__service__pb2.CreateCredentialResponse.FromString,
+            '/agl_grpc.v1.StoreService/IssueCredential',
+            agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialRequest.SerializeToString,
+            agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -109,7 +109,7 @@ class StoreServiceStub:
     """Writes rewards."""
     ListRewards: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.ListRewardsRequest, _store_service_pb2.ListRewardsResponse]
     """Newest revisions of rewards."""
-    CreateCredential: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.CreateCredentialRequest, _store_service_pb2.CreateCredentialResponse]
+    IssueCredential: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.IssueCredentialRequest, _store_service_pb2.IssueCredentialResponse]
     """Makes a credential for a role; only operators may. It expires and cannot be taken back before."""
     PublishResources: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.PublishResourcesRequest, _store_service_pb2.PublishResourcesResponse]
     """Publishes a new version of a set of resources and pushes it to every watcher."""
@@ -221,7 +221,7 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Writes rewards."""
     ListRewards: _aio.UnaryUnaryMultiCallable[_store_service_pb2.ListRewardsRequest, _store_service_pb2.ListRewardsResponse]  # type: ignore[assignment]
     """Newest revisions of rewards."""
-    CreateCredential: _aio.UnaryUnaryMultiCallable[_store_service_pb2.CreateCredentialRequest, _store_service_pb2.CreateCredentialResponse]  # type: ignore[assignment]
+    IssueCredential: _aio.UnaryUnaryMultiCallable[_store_service_pb2.IssueCredentialRequest, _store_service_pb2.IssueCredentialResponse]  # type: ignore[assignment]
     """Makes a credential for a role; only operators may. It expires and cannot be taken back before."""
     PublishResources: _aio.UnaryUnaryMultiCallable[_store_service_pb2.PublishResourcesRequest, _store_service_pb2.PublishResourcesResponse]  # type: ignore[assignment]
     """Publishes a new version of a set of resources and pushes it to every watcher."""
@@ -524,11 +524,11 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """Newest revisions of rewards."""
 
     @_abc_1.abstractmethod
-    def CreateCredential(
+    def IssueCredential(
         self,
-        request: _store_service_pb2.CreateCredentialRequest,
+        request: _store_service_pb2.IssueCredentialRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_store_service_pb2.CreateCredentialResponse, _abc.Awaitable[_store_service_pb2.CreateCredentialResponse]]:
+    ) -> _typing.Union[_store_service_pb2.IssueCredentialResponse, _abc.Awaitable[_store_service_pb2.IssueCredentialResponse]]:
         """Makes a credential for a role; only operators may. It expires and cannot be taken back before."""
 
     @_abc_1.abstractmethod

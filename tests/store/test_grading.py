@@ -144,8 +144,8 @@ async def test_a_grader_s_credential_judges_its_run_and_does_nothing_else(rig: R
     attempt = await ended(rig, "ro-1")
     (other,) = await rig.enqueue(rollout_id="ro-other")
     (leased,) = await rig.lease()
-    request = store_service_pb2.CreateCredentialRequest(run_id="g", role=store_service_pb2.ROLE_GRADER)
-    made = await rig.store.CreateCredential(request)
+    request = store_service_pb2.IssueCredentialRequest(run_id="g", role=store_service_pb2.ROLE_GRADER)
+    made = await rig.store.IssueCredential(request)
     metadata = (("authorization", f"Bearer {made.credential}"),)
     async with open_channel(rig.server.address) as channel:
         stub: Any = StoreServiceStub(channel)
@@ -165,7 +165,7 @@ async def test_a_grader_s_credential_judges_its_run_and_does_nothing_else(rig: R
         for method, wrong in (
             ("EnqueueRollouts", store_service_pb2.EnqueueRolloutsRequest()),
             ("UpdateRun", store_service_pb2.UpdateRunRequest()),
-            ("CreateCredential", request),
+            ("IssueCredential", request),
             ("AppendSpans", store_service_pb2.AppendSpansRequest()),
             ("DeleteRollouts", store_service_pb2.DeleteRolloutsRequest()),
         ):

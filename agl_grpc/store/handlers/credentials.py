@@ -1,4 +1,4 @@
-"""CreateCredential."""
+"""IssueCredential."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class CredentialHandlers:
         self._store = store
         self._signer = signer
 
-    async def create_credential(
-        self, request: store_service_pb2.CreateCredentialRequest, _call: Call
-    ) -> store_service_pb2.CreateCredentialResponse:
+    async def issue_credential(
+        self, request: store_service_pb2.IssueCredentialRequest, _call: Call
+    ) -> store_service_pb2.IssueCredentialResponse:
         """A signed credential; nothing is stored."""
         role = _ROLES.get(request.role)
         if role is None:
@@ -40,7 +40,7 @@ class CredentialHandlers:
         )
         if known is None:
             raise not_found("run", run_id)
-        response = store_service_pb2.CreateCredentialResponse(
+        response = store_service_pb2.IssueCredentialResponse(
             credential=self._signer.mint_role(role, run_id, seconds)
         )
         response.expire_time.FromSeconds(int(time.time() + seconds))

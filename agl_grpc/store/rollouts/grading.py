@@ -19,6 +19,7 @@ from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, event_pb2, reward_pb2, run_pb2
 
 _ROLLOUT = int(event_pb2.ENTITY_KIND_ROLLOUT)
+_UPDATED = int(event_pb2.EVENT_KIND_UPDATED)
 _SEALED = int(event_pb2.EVENT_KIND_SEALED)
 
 DEFAULT_TIMEOUT = 600 * SECOND
@@ -71,7 +72,9 @@ def hold(tx: Tx, rollout: RolloutRow, status: int) -> bool:
 
 def seal_rollout(tx: Tx, rollout: RolloutRow) -> None:
     """Marks a finished rollout whose newest attempt is sealed as sealed, unless it waits for graders."""
-    if not hold(tx, rollout, rollout.status):
+    if hold(tx, rollout, rollout.status):
+        tx.event(rollout.run_key, _ROLLOUT, _UPDATED, rollout.key)  # its graders watch for it
+    else:
         _seal(tx, rollout)
 
 

@@ -43,7 +43,7 @@ _ROLLOUTS = (
     ),
     by_sql(
         "rollouts.sealed",
-        "a rollout is sealed exactly when it is finished and its newest attempt, if any, is sealed and judged",
+        "a rollout is sealed exactly when it is finished and its newest attempt, if any, sealed and judged",
         "rollout {0} has status {1}, sealed {2}, and its newest attempt has sealed {3}",
         "SELECT r.rollout_id, r.status, r.sealed, a.sealed FROM rollouts r "
         "LEFT JOIN attempts a ON a.attempt_key = r.latest_attempt_key WHERE (r.sealed <> 0) <> "

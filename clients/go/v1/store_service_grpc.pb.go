@@ -82,7 +82,7 @@ type StoreServiceClient interface {
 	// Newest revisions of rewards.
 	ListRewards(ctx context.Context, in *ListRewardsRequest, opts ...grpc.CallOption) (*ListRewardsResponse, error)
 	// Makes a credential for a role; only operators may. It expires and cannot be taken back before.
-	CreateCredential(ctx context.Context, in *CreateCredentialRequest, opts ...grpc.CallOption) (*CreateCredentialResponse, error)
+	IssueCredential(ctx context.Context, in *IssueCredentialRequest, opts ...grpc.CallOption) (*IssueCredentialResponse, error)
 	// Publishes a new version of a set of resources and pushes it to every watcher.
 	PublishResources(ctx context.Context, in *PublishResourcesRequest, opts ...grpc.CallOption) (*PublishResourcesResponse, error)
 	// One version of a set of resources.
@@ -522,9 +522,9 @@ func (c *storeServiceClient) ListRewards(ctx context.Context, in *ListRewardsReq
 	return out, nil
 }
 
-func (c *storeServiceClient) CreateCredential(ctx context.Context, in *CreateCredentialRequest, opts ...grpc.CallOption) (*CreateCredentialResponse, error) {
-	out := new(CreateCredentialResponse)
-	err := c.cc.Invoke(ctx, "/agl_grpc.v1.StoreService/CreateCredential", in, out, opts...)
+func (c *storeServiceClient) IssueCredential(ctx context.Context, in *IssueCredentialRequest, opts ...grpc.CallOption) (*IssueCredentialResponse, error) {
+	out := new(IssueCredentialResponse)
+	err := c.cc.Invoke(ctx, "/agl_grpc.v1.StoreService/IssueCredential", in, out, opts...)
 	if err != nil {
 		return nil, err
 	}
@@ -788,7 +788,7 @@ type StoreServiceServer interface {
 	// Newest revisions of rewards.
 	ListRewards(context.Context, *ListRewardsRequest) (*ListRewardsResponse, error)
 	// Makes a credential for a role; only operators may. It expires and cannot be taken back before.
-	CreateCredential(context.Context, *CreateCredentialRequest) (*CreateCredentialResponse, error)
+	IssueCredential(context.Context, *IssueCredentialRequest) (*IssueCredentialResponse, error)
 	// Publishes a new version of a set of resources and pushes it to every watcher.
 	PublishResources(context.Context, *PublishResourcesRequest) (*PublishResourcesResponse, error)
 	// One version of a set of resources.
@@ -919,8 +919,8 @@ func (UnimplementedStoreServiceServer) PutRewards(context.Context, *PutRewardsRe
 func (UnimplementedStoreServiceServer) ListRewards(context.Context, *ListRewardsRequest) (*ListRewardsResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method ListRewards not implemented")
 }
-func (UnimplementedStoreServiceServer) CreateCredential(context.Context, *CreateCredentialRequest) (*CreateCredentialResponse, error) {
-	return nil, status.Errorf(codes.Unimplemented, "method CreateCredential not implemented")
+func (UnimplementedStoreServiceServer) IssueCredential(context.Context, *IssueCredentialRequest) (*IssueCredentialResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method IssueCredential not implemented")
 }
 func (UnimplementedStoreServiceServer) PublishResources(context.Context, *PublishResourcesRequest) (*PublishResourcesResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method PublishResources not implemented")
@@ -1570,20 +1570,20 @@ func _StoreService_ListRewards_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
-func _StoreService_CreateCredential_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(CreateCredentialRequest)
+func _StoreService_IssueCredential_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueCredentialRequest)
 	if err := dec(in); err != nil {
 		return nil, err
 	}
 	if interceptor == nil {
-		return srv.(StoreServiceServer).CreateCredential(ctx, in)
+		return srv.(StoreServiceServer).IssueCredential(ctx, in)
 	}
 	info := &grpc.UnaryServerInfo{
 		Server:     srv,
-		FullMethod: "/agl_grpc.v1.StoreService/CreateCredential",
+		FullMethod: "/agl_grpc.v1.StoreService/IssueCredential",
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(StoreServiceServer).CreateCredential(ctx, req.(*CreateCredentialRequest))
+		return srv.(StoreServiceServer).IssueCredential(ctx, req.(*IssueCredentialRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1949,8 +1949,8 @@ var _StoreService_serviceDesc = grpc.ServiceDesc{
 			Handler:    _StoreService_ListRewards_Handler,
 		},
 		{
-			MethodName: "CreateCredential",
-			Handler:    _StoreService_CreateCredential_Handler,
+			MethodName: "IssueCredential",
+			Handler:    _StoreService_IssueCredential_Handler,
 		},
 		{
 			MethodName: "PublishResources",

@@ -7,12 +7,10 @@ import contextlib
 import ipaddress
 import logging
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from agl_grpc.client import StoreError, SyncStoreClient
@@ -22,6 +20,7 @@ from agl_grpc.runner.load import LoadError
 from agl_grpc.runner.logs import configure_logging
 from agl_grpc.runner.process import load_parts, loop_factory
 from agl_grpc.runner.restarts import Start, WorkerStartError, end_leases, start_again
+from agl_grpc.runner.signals import stopping_at_signals
 from agl_grpc.runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -164,7 +163,7 @@ class RayFleet:
             WorkerStartError: Ray cannot be used, or a worker cannot run at all; the others have been stopped.
         """
         # Ray sets handlers of its own when it connects; ours come afterwards.
-        with _ray(self._placement) as ray, self._signals():
+        with _ray(self._placement) as ray, stopping_at_signals(self.stop):
             self._warn_of_loopback(ray)
             with SyncStoreClient(self._config.store, run_id=self._config.run_id) as store:
                 while not self._over():
@@ -177,22 +176,6 @@ class RayFleet:
         if self._actors:
             return False
         return bool(self._stops) or len(self._left) >= self._config.workers
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_signal(number: int, _frame: FrameType | None) -> None:
-            self.stop()
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _warn_of_loopback(self, ray: Any) -> None:
         host = self._config.store.rpartition(":")[0].strip("[]")

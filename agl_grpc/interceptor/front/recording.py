@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-import aiohttp
 import orjson
 
 from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
 from agl_grpc.interceptor.external import EXTERNAL, ExternalTraffic
 from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture
 from agl_grpc.interceptor.front.dialects import Collector, ask_for_ids
+from agl_grpc.interceptor.front.http.engines import EngineClient
 from agl_grpc.interceptor.front.journal import Journal
 from agl_grpc.interceptor.front.limits import RolloutLimits
 from agl_grpc.interceptor.front.sampling import describe, impose
@@ -47,7 +47,7 @@ class Parts:
     """What the handler works with."""
 
     settings: ProxySettings
-    session: aiohttp.ClientSession
+    client: EngineClient
     upstreams: Upstreams
     journal: Journal
     attempts: Attempts

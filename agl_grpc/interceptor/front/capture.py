@@ -116,7 +116,7 @@ class Capture:
             span = to_span(record, identity)
             span.model_call.logprob_semantics = self._semantics(record, logprobs_mode)
             prompt = collector.prompts.get(number, array("I")) if collector else array("I")
-            self.durable.append(self._submit(CapturedCall(self.attempt, span, prompt)))
+            self.durable.append(self._submit(CapturedCall(self.attempt, span, prompt, record.responses())))
 
     def _complete(self, record: CallRecord, number: int, collector: Collector) -> None:
         record.request_id = collector.answer_id

@@ -185,15 +185,12 @@ class Handler:
         assert collector is not None
         data = await _whole(answer)
         try:
-            content = orjson.loads(data)
+            data = collector.take_whole(data)
         except orjson.JSONDecodeError:
             raise upstream_failed(f"engine {engine.spec.url} sent an answer that is not JSON") from None
-        if not isinstance(content, dict) or not isinstance(content.get("choices"), list):
-            raise upstream_failed(f"engine {engine.spec.url} sent an answer without choices")
+        except ValueError as error:
+            raise upstream_failed(f"engine {engine.spec.url} sent {error}") from None
         capture.first_token()
-        changed, _ = collector.take(content)
-        if changed:
-            data = orjson.dumps(content)
         self._recorder.complete(turn, engine, data if self._settings.keep_raw else b"")
         await asyncio.wait(capture.durable)
         request.answer(answer.status, answer_headers(answer.headers), data)

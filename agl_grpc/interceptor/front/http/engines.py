@@ -236,6 +236,7 @@ class _Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._complete = False
+        self._reusable = False
         self._paused = False
         self._lost = False
         self._heard = 0.0
@@ -246,7 +247,8 @@ class _Connection(asyncio.Protocol):
         if self._lost:
             raise NoAnswer("the engine closed the connection")
         self._parser = httptools.HttpResponseParser(self)
-        self._answer, self._complete, self._headers, self._head_bytes = None, False, [], 0
+        self._answer, self._complete, self._reusable = None, False, False
+        self._headers, self._head_bytes = [], 0
         self._begun = self._loop.create_future()
         self._heard = self._loop.time()
         self._timer = self._loop.call_later(self._read_timeout, self._check_silence)
@@ -269,7 +271,7 @@ class _Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._complete and not self._lost and self._parser.should_keep_alive():
+        if self._complete and self._reusable and not self._lost:
             self.resume()
             self._answer = self._begun = None
             self._client.put_back(self, self._address)
@@ -335,7 +337,8 @@ class _Connection(asyncio.Protocol):
         if self._answer is None:
             self._headers = []  # of an interim answer
             return
-        self._complete = True
+        # Later the parser has forgotten it.
+        self._complete, self._reusable = True, bool(self._parser.should_keep_alive())
         self._answer.end()
 
     def _until_close(self) -> bool:

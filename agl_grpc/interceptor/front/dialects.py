@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from agl_grpc.interceptor.front.splice import Spliced, splice
+from agl_grpc.interceptor.front.splice import PromptTexts, Spliced, splice
 from agl_grpc.interceptor.record import ChoiceRecord
 from agl_grpc.interceptor.refusals import Refusal
 
@@ -68,7 +68,11 @@ def ask_for_ids(api: str, body: dict[str, Any], asked: Asked) -> str:
 class Collector:
     """Collects ids and logprobs of an answer, whole or event by event; strips what was not asked for."""
 
-    def __init__(self, api: str, asked: Asked) -> None:
+    def __init__(
+        self, api: str, asked: Asked, texts: PromptTexts | None = None, conversation: object = None
+    ) -> None:
+        self._texts = texts
+        self._conversation = conversation
         self._chat = api == "chat.completions"
         self._asked = asked
         self.choices: dict[int, ChoiceRecord] = {}
@@ -110,7 +114,7 @@ class Collector:
         Raises ValueError for what is no answer of the dialect.
         """
         asked = self._asked.token_ids or self._asked.logprobs
-        spliced = None if asked else splice(data, self._chat)
+        spliced = None if asked else splice(data, self._chat, self._texts, self._conversation)
         if spliced is not None:
             self._take_spliced(spliced)
             return spliced.data

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import orjson
@@ -38,8 +39,40 @@ class Spliced(NamedTuple):
     logprobs: dict[int, list[float]]
 
 
-def splice(data: bytes, chat: bool) -> Spliced | None:
-    """Cut an answer; None when it is not laid out as expected."""
+class PromptTexts:
+    """The last prompt of each conversation as text and ids: the next one mostly begins with it, and what has
+    been read before need not be read again.
+
+    Remembers about `most_bytes` bytes; conversations longest without a call go first.
+    """
+
+    def __init__(self, most_bytes: int = 64 * 1024 * 1024) -> None:
+        self._most = most_bytes
+        self._known: OrderedDict[object, tuple[bytes, array[int]]] = OrderedDict()
+        self._bytes = 0
+
+    def ids(self, key: object, text: bytes) -> array[int]:
+        """A list of ids, read. Raises ValueError and the like for what is none."""
+        before, ids = self._known.pop(key, (b"[]", _NO_IDS))
+        self._bytes -= 2 * len(before)
+        begin = before[:-1]
+        if len(begin) > 1 and text.startswith(begin) and text[len(begin) : len(begin) + 1] in (b",", b"]"):
+            rest = text[len(begin) + 1 :]
+            ids = ids + _ids(b"[" + rest) if rest else ids
+        else:
+            ids = _ids(text)
+        self._known[key] = (text, ids)
+        self._bytes += 2 * len(text)
+        while self._bytes > self._most and len(self._known) > 1:
+            self._bytes -= 2 * len(self._known.popitem(last=False)[1][0])
+        return ids
+
+
+_NO_IDS = array("I")
+
+
+def splice(data: bytes, chat: bool, prompts: PromptTexts | None = None, key: object = None) -> Spliced | None:
+    """Cut an answer; None when it is not laid out as expected. `key` names the conversation in `prompts`."""
     ranges = sorted(_ranges(data))
     if not ranges:
         return None
@@ -52,7 +85,13 @@ def splice(data: bytes, chat: bool) -> Spliced | None:
     try:
         answer = orjson.loads(marked)
         texts = [data[begin:end] for begin, end in ranges]
-        return _assigned(b"null".join(rest), answer, texts, chat)
+        return _assigned(
+            b"null".join(rest),
+            answer,
+            texts,
+            chat,
+            lambda text: prompts.ids(key, text) if prompts else _ids(text),
+        )
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return None
 
@@ -81,7 +120,9 @@ def _ranges(data: bytes) -> Iterator[tuple[int, int]]:
         yield found + len(_TABLE) - 1, begin
 
 
-def _assigned(data: bytes, answer: Any, texts: list[bytes], chat: bool) -> Spliced | None:
+def _assigned(
+    data: bytes, answer: Any, texts: list[bytes], chat: bool, prompt_ids: Callable[[bytes], array[int]]
+) -> Spliced | None:
     """Give each list to its place. Raises ValueError and the like for what is none."""
     found = Spliced(data, answer, {}, {}, {})
     used = []
@@ -96,7 +137,7 @@ def _assigned(data: bytes, answer: Any, texts: list[bytes], chat: bool) -> Splic
         return text
 
     if (text := place(answer, "prompt_token_ids")) is not None:
-        found.prompts[-1] = _ids(text)
+        found.prompts[-1] = prompt_ids(text)
     for index, choice in enumerate(answer["choices"]):
         if (text := place(choice, "prompt_token_ids")) is not None:
             found.prompts[index] = _ids(text)

@@ -194,6 +194,7 @@ class _Connection(asyncio.Protocol):
         self._target = b""
         self._headers: dict[str, str] = {}
         self._head_bytes = 0
+        self._declining = False
         self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -220,10 +221,9 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # Not accepted, so the request counts as it stands; what would follow it does not.
-            if self._serving is not None:
-                self._serving.keep = False
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError:
             self._refuse(400)
             return
@@ -233,6 +233,8 @@ class _Connection(asyncio.Protocol):
     # Called by the parser.
 
     def on_message_begin(self) -> None:
+        if self._declining:
+            return
         self._target = b""
         self._headers = {}
         self._head_bytes = 0
@@ -242,6 +244,8 @@ class _Connection(asyncio.Protocol):
         self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._declining:
+            return
         self._head_bytes += len(name) + len(value)
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
         if key in self._headers:
@@ -249,7 +253,9 @@ class _Connection(asyncio.Protocol):
         self._headers[key] = text
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = 0 if self._head_bytes <= _MOST_HEAD_BYTES else self._head_bytes
+        if self._declining or self._head_bytes > _MOST_HEAD_BYTES:
+            return
+        self._head_bytes = 0
         request = self._reading = Incoming(
             self,
             self._parser.get_method().decode("latin-1"),
@@ -272,9 +278,27 @@ class _Connection(asyncio.Protocol):
             self._reading.feed(data, self._door.max_body)
 
     def on_message_complete(self) -> None:
+        if self._parser.should_upgrade():
+            return
         if self._reading is not None:
             self._reading.end()
         self._reading = None
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Clients that offer HTTP/2 are served as they are; the parser would not read a body after that."""
+        reading = self._reading
+        if reading is None:
+            self._refuse(400)
+            return
+        length = reading.headers.get("content-length", "")
+        framing = "transfer-encoding: chunked" if "transfer-encoding" in reading.headers else ""
+        head = f"POST / HTTP/1.1\r\n{framing or f'content-length: {length or 0}'}\r\n\r\n".encode()
+        self._parser = httptools.HttpRequestParser(self)
+        self._declining = True
+        self._parser.feed_data(head)
+        self._declining = False
+        if rest:
+            self.data_received(rest)
 
     # Called by requests and streams.
 
@@ -312,6 +336,11 @@ class _Connection(asyncio.Protocol):
         return Stream(self, chunked)
 
     # Called by the door.
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return self._task is not None
 
     def close_if_idle(self, before: float = float("inf")) -> None:
         """Close the connection when no request has been under way on it since `before`."""

@@ -23,7 +23,7 @@ from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.result import FitResult
-from agl_grpc.trainer.run_folder import dataset_digest, describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_run
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.strategy import (
     ClientServerExecutionStrategy,
@@ -103,7 +103,7 @@ class LocalSession(Session):
             plan.folder.path.mkdir(parents=True, exist_ok=True)
             return
         old = plan.folder.open(resume=plan.resume)
-        datasets = {"train": dataset_digest(plan.train_dataset), "val": dataset_digest(plan.val_dataset)}
+        datasets = dataset_digests(plan.train_dataset, plan.val_dataset)
         session = describe_run(None, None)
         sessions = [*old.get("sessions", []), session]
         plan.folder.write_manifest({"run": plan.run_id, "datasets": datasets, "sessions": sessions})

@@ -143,8 +143,9 @@ class _Actor:
 class RayFleet:
     """Runs workers as Ray actors until they have all left or `stop` is called.
 
-    An actor that is lost, with its process or its node, is placed anew with back-off, and its leases are
-    ended at once, and so are programs that it left on a node that is still there. With `placement.min_workers` their number follows the run's unfinished rollouts.
+    An actor that is lost, with its process or its node, is placed anew with back-off. Its leases are ended at
+    once, and so are programs that it left on a node that is still there. With `placement.min_workers` their
+    number follows the run's unfinished rollouts.
     """
 
     def __init__(self, config: RunnerConfig, placement: Placement) -> None:

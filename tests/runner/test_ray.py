@@ -122,7 +122,7 @@ async def test_programs_of_a_killed_actor_are_ended_on_its_node(
         await eventually(lambda: runner.says("w-0 runs on node"), within=LONG, what="its place is told")
         psutil.Process(worker).kill()
         await eventually(lambda: len(runner.notes("programs")) >= 2, within=LONG, what="it is done again")
-        assert not left.is_running()
+        assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
         assert runner.says("worker w-0 left 1 programs on node")
         runner.terminate()
         runner.terminate()

@@ -93,6 +93,27 @@ def staleness(rows: Iterable[LogprobRow], *, version: int) -> dict[str, float]:
     return {f"staleness/tokens/{age}": float(count) for age, count in behind.items()}
 
 
+# Rows that begin here because of what agent and template did to the tokens, not because there are several.
+_WHOLE = frozenset({"first", "branch"})
+
+
+def row_starts(rollouts: Iterable[FinishedRollout]) -> dict[str, float]:
+    """Why the rows of a batch began: ``rows/start/REASON``, and ``rows/breaks``, those that a broken
+    conversation began.
+
+    ``reward/unplaced`` counts rewards of steps or calls that are none of the trained answers.
+    """
+    starts: Counter[str] = Counter()
+    unplaced = 0
+    for rollout in rollouts:
+        starts.update(rollout.row_starts)
+        unplaced += rollout.unplaced_rewards
+    metrics = {f"rows/start/{reason}": float(count) for reason, count in starts.items()}
+    metrics["rows/breaks"] = float(sum(count for reason, count in starts.items() if reason not in _WHOLE))
+    metrics["reward/unplaced"] = float(unplaced)
+    return metrics
+
+
 @dataclass(frozen=True)
 class SealedRow:
     """What the trainer holds for a row just before the update."""

@@ -7,6 +7,7 @@ sampler drains it while it waits. Nothing polls.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from collections import Counter
@@ -156,6 +157,10 @@ class RolloutManager:
             reason = rollout.failure.partition(":")[0] if rollout.failure else "no_reward"
             self._counts[f"rollouts/excluded/{reason}"] += 1
             self.last_failure = f"{rollout.rollout_id}: {rollout.failure or 'no reward was given'}"
+            return False
+        if not math.isfinite(rollout.reward):
+            self._counts["rollouts/excluded/reward_not_finite"] += 1
+            self.last_failure = f"{rollout.rollout_id}: its reward is {rollout.reward}"
             return False
         if request.validate:
             return True

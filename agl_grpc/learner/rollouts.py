@@ -48,8 +48,8 @@ class Row:
     ``response_ids``, ``response_mask``, ``logprobs`` and ``policy_versions`` have one entry per response
     token; the mask is 1 where the token was sampled by the policy and is trained. Logprobs are natural
     logarithms and 0 where the mask is 0; policy versions are -1 there. A policy version is the optimiser step
-    of the weights, `UNKNOWN_STEP` for weights that are none of this trainer's. ``turns`` are the row's answers:
-    first token and one past the last, within the response, and the answer's return.
+    of the weights, `UNKNOWN_STEP` for weights that are none of this trainer's. ``turns`` are the row's
+    answers: first token and one past the last, within the response, and the answer's return.
     """
 
     prompt_ids: IntArray

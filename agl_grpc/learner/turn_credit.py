@@ -1,9 +1,9 @@
 """Credit by turn: each answer of a rollout is judged by its own return, within its group.
 
-`grpo_turns` is GRPO with process rewards (DeepSeekMath, arXiv 2402.03300, section 4.1.3) over the turn returns
-that samples carry: an answer's own reward, and discounted all later ones of its rollout. A turn's advantage is
-its return minus the group's mean, over the group's standard deviation. In both a rollout weighs the same however
-many turns it has, so without step rewards (and undiscounted) this is plain GRPO.
+`grpo_turns` is GRPO with process rewards (DeepSeekMath, arXiv 2402.03300, section 4.1.3) over the turn
+returns that samples carry: an answer's own reward, and discounted all later ones of its rollout. A turn's
+advantage is its return minus the group's mean, over the group's standard deviation. In both a rollout weighs
+the same however many turns it has, so without step rewards (and undiscounted) this is plain GRPO.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes samples as a torch file and reads them back; prints their digest. Runs in the learner environment."""
+"""Writes samples as a torch file, reads them back, prints their digest; in the learner environment."""
 
 from __future__ import annotations
 

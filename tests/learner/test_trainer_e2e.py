@@ -60,7 +60,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         },
         "groups": {
             "verl": {"trainer.total_training_steps": 4},
-            "changes": ["one_broke", "one_is_left", "unusable", "none"],
+            "changes": ["none", "one_broke", "one_is_left", "unusable"],
         },
         "minibatches": {
             "verl": {
@@ -187,8 +187,8 @@ def test_22_what_cannot_be_trained_shrinks_its_group_or_has_it_replaced_and_is_c
     """An infrastructure failure is never a reward of 0; a group of one is dropped and asked for anew."""
     outcome = outcomes["groups"]
     assert outcome["error"] == ""
-    assert _column(outcome, "training/rollouts") == [63, 64, 61, 64]
-    shrunk, replaced, unusable, whole = outcome["steps"]
+    assert _column(outcome, "training/rollouts") == [64, 63, 64, 61]
+    whole, shrunk, replaced, unusable = outcome["steps"]
     assert shrunk["rollouts/excluded/infrastructure"] == 1
     assert (replaced["rollouts/excluded/infrastructure"], replaced["groups/dropped"]) == (7, 1)
     for reason in ("no_reward", "reward_not_finite", "no_trainable_tokens"):

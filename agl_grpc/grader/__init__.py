@@ -1,0 +1,25 @@
+"""Graders: judges of sealed attempts, run under their own credential."""
+
+from __future__ import annotations
+
+from agl_grpc.grader.base import DEFAULT_RETRIES, DEFAULT_TIMEOUT, FunctionGrader, Grader, grader
+from agl_grpc.grader.combined import Graders
+from agl_grpc.grader.conversation import Message, text_of
+from agl_grpc.grader.grade import Grade, GraderFailed, GradeValue, as_grade
+from agl_grpc.grader.submission import Submission
+
+__all__ = [
+    "DEFAULT_RETRIES",
+    "DEFAULT_TIMEOUT",
+    "FunctionGrader",
+    "Grade",
+    "GradeValue",
+    "Grader",
+    "GraderFailed",
+    "Graders",
+    "Message",
+    "Submission",
+    "as_grade",
+    "grader",
+    "text_of",
+]

@@ -25,7 +25,7 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from agl_grpc.sample import AttemptSamples, Sample, SampleRules
+from agl_grpc.sample import AttemptSamples, Decode, Sample, SampleRules
 from agl_grpc.sample.wire import rules_to_proto
 
 
@@ -39,6 +39,7 @@ class StoreSource:
         samples: what is trained of an attempt.
         lineage: steps of policy versions; rows carry steps.
         rewards: by rollout, rewards that an earlier trainer's batches froze; they count.
+        decode: the model's tokenizer, by which breaks between rows are told apart.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class StoreSource:
         samples: SampleRules,
         lineage: PolicyLineage | None = None,
         rewards: Mapping[str, float] | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._link = link
         self._client = link.client
@@ -61,6 +63,7 @@ class StoreSource:
         self._samples = samples
         self._lineage = lineage or PolicyLineage()
         self._frozen = dict(rewards or {})
+        self._decode = decode
         self._open: dict[str, OpenGroup] = {}
         self._fetches: set[asyncio.Task[None]] = set()
 
@@ -153,7 +156,7 @@ class StoreSource:
 
     async def _fetch(self, group: OpenGroup) -> FinishedGroup:
         rollouts = [group.sealed[rollout_id] for rollout_id in group.members]
-        samples = await read_attempts(self._client, rollouts, self._samples)
+        samples = await read_attempts(self._client, rollouts, self._samples, self._decode)
         finished = [self._finished(*each) for each in zip(rollouts, samples, strict=True)]
         return FinishedGroup(group.request, tuple(finished))
 
@@ -169,6 +172,8 @@ class StoreSource:
             captured=account.captured,
             observed=account.observation,
             dropped=dict(account.dropped),
+            row_starts=dict(samples.row_starts),
+            unplaced_rewards=samples.unplaced_rewards,
         )
 
     def _row(self, sample: Sample) -> Row:
@@ -179,6 +184,7 @@ class StoreSource:
             logprobs=sample.logprobs,
             policy_versions=self._lineage.steps(sample.policy_versions.astype(np.int64)),
             temperature=sample.temperature,
+            turns=tuple((turn.start, turn.end, turn.ret) for turn in sample.turns),
         )
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:

@@ -87,7 +87,8 @@ def build_attempt(
             captured=captured, dropped=Counter({reason.value: captured} if captured else {})
         )
         return AttemptSamples(record.rollout_id, record.attempt_id, record.group_id, value, [], account)
-    trained = sorted((a for t in reading.kept for a in t.answers), key=lambda answer: answer.place)
+    trained = [answer for trajectory in reading.kept for answer in trajectory.answers]
+    trained.sort(key=lambda answer: answer.place)
     credits, unplaced = credit([a.span_id for a in trained], reading.judgement, rules.discount)
     credit_of = {answer.place: pair for answer, pair in zip(trained, credits, strict=True)}
     rows = [_row(record, reading, trajectory, value, rules, credit_of) for trajectory in reading.kept]
@@ -237,6 +238,10 @@ def _fill(
 
 
 def _account(captured: int, reading: Reading, rows: Sequence[Sample], rules: SampleRules) -> TokenAccount:
+    if len(reading.answers) == len(rows) == 1 and not left_out(reading.answers[0], rules):
+        # Nothing but one trained answer, as most attempts of one call are.
+        trained = rows[0].trained_tokens
+        return TokenAccount(captured, trained, rows[0].length - trained)
     dropped: Counter[str] = Counter()
     for answer, reason in reading.merge.excluded:
         dropped[reason.value] += answer.length

@@ -86,7 +86,7 @@ lint: .venv/dev-ready ## Format, lint and types
 	.venv/bin/mypy
 
 .PHONY: test-fast
-test-fast: .venv/dev-ready ## The fast suite: no vLLM, no verl
+test-fast: .venv/dev-ready .venv-sandbox/ready ## The fast suite: no vLLM, no verl
 	.venv/bin/python -m pytest -n 2 -m 'not e2e'
 
 .PHONY: engines
@@ -127,6 +127,16 @@ frameworks: .venv-frameworks/ready examples/frameworks/node/node_modules/.packag
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises
 	.venv/bin/python -m examples.calculator.train $(if $(RUN),--run $(RUN)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+# The sandbox of graders, unpacked beside the others: nothing is installed into the system.
+.venv-sandbox/ready:
+	mkdir -p .venv-sandbox
+	cd .venv-sandbox && { apt-get download -q bubblewrap || { apt-get update -q && apt-get download -q bubblewrap; }; }
+	cd .venv-sandbox && for package in *.deb; do dpkg-deb -x "$$package" .; done && rm -f ./*.deb
+	touch $@
+
+.PHONY: sandbox
+sandbox: .venv-sandbox/ready ## Unpack bubblewrap from Debian's package into .venv-sandbox
 
 .PHONY: test
 test: check-proto check-protoc lint test-fast engines peers frameworks ## Everything: lint, the fast suite, real vLLM and real verl

@@ -35,6 +35,16 @@ GO_MODULE := github.com/agl-grpc/agl-grpc/clients/go
 .PHONY: go-tools
 go-tools: .venv-go/ready ## Unpack Go and gRPC for it from Debian's packages into .venv-go
 
+# The sandbox of graders that are commands.
+.venv-sandbox/ready:
+	mkdir -p .venv-sandbox
+	cd .venv-sandbox && { apt-get download -q bubblewrap || { apt-get update -q && apt-get download -q bubblewrap; }; }
+	cd .venv-sandbox && dpkg-deb -x bubblewrap_*.deb . && rm -f ./*.deb
+	touch $@
+
+.PHONY: sandbox
+sandbox: .venv-sandbox/ready ## Unpack bubblewrap from Debian's package into .venv-sandbox
+
 clients/typescript/node_modules/.package-lock.json: clients/typescript/package-lock.json
 	cd clients/typescript && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
@@ -128,16 +138,6 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	.venv/bin/python -m examples.calculator.train $(if $(RUN),--run $(RUN)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
-# The sandbox of graders, unpacked beside the others: nothing is installed into the system.
-.venv-sandbox/ready:
-	mkdir -p .venv-sandbox
-	cd .venv-sandbox && { apt-get download -q bubblewrap || { apt-get update -q && apt-get download -q bubblewrap; }; }
-	cd .venv-sandbox && for package in *.deb; do dpkg-deb -x "$$package" .; done && rm -f ./*.deb
-	touch $@
-
-.PHONY: sandbox
-sandbox: .venv-sandbox/ready ## Unpack bubblewrap from Debian's package into .venv-sandbox
-
 .PHONY: test
 test: check-proto check-protoc lint test-fast engines peers frameworks ## Everything: lint, the fast suite, real vLLM and real verl
 	.venv/bin/python -m pytest -m 'e2e and not alone' -n 2 --dist loadfile
@@ -148,7 +148,7 @@ conformance: .venv/dev-ready .venv-go/ready ## Replay the shared vectors in ever
 	.venv/bin/python -m tests.conformance
 
 .PHONY: bench
-bench: .venv/dev-ready ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
+bench: .venv/dev-ready .venv-sandbox/ready ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
 	.venv/bin/python -m benchmarks $(NAMES)
 
 # COUNT=... for one NAME, SCALE=0.1 for a tenth of everything, SEED=N to repeat a run.

@@ -1,4 +1,4 @@
-"""bubblewrap for the tests: the system's, or the one that `make sandbox` has unpacked."""
+"""Where the tests' bwrap is: on the PATH, or unpacked by `make sandbox`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
+from agl_grpc.grader.sandbox import BWRAP_VARIABLE
 
-UNPACKED = Path(__file__).parents[2] / ".venv-sandbox" / "usr" / "bin" / "bwrap"
+_UNPACKED = Path(__file__).parents[2] / ".venv-sandbox" / "usr" / "bin" / "bwrap"
 
-
-@pytest.fixture(autouse=True)
-def bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names the program where the system has none."""
-    if "AGL_GRPC_BWRAP" not in os.environ and shutil.which("bwrap") is None:
-        assert UNPACKED.exists(), "bubblewrap is not there: make sandbox"
-        monkeypatch.setenv("AGL_GRPC_BWRAP", str(UNPACKED))
+os.environ.setdefault(BWRAP_VARIABLE, shutil.which("bwrap") or str(_UNPACKED))

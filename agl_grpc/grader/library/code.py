@@ -6,19 +6,18 @@ import secrets
 from typing import Any
 
 from agl_grpc.grader.base import Grader
-from agl_grpc.grader.command import failed
 from agl_grpc.grader.grade import Grade
 from agl_grpc.grader.library.answers import bad_reference, find_answer, look_up, right, shown, wrong
-from agl_grpc.grader.sandbox import Limits, Sandbox
+from agl_grpc.grader.sandbox import Finished, Limits, Sandbox
 from agl_grpc.grader.submission import Submission
 
 # The word is read last: an answer that ends the program early, or prints, passes no test.
 _HARNESS = """\
 import sys
 space = {"__name__": "answer"}
-with open("/box/answer.py") as file:
+with open("answer.py") as file:
     exec(compile(file.read(), "answer.py", "exec"), space)
-with open("/box/tests.py") as file:
+with open("tests.py") as file:
     exec(compile(file.read(), "tests.py", "exec"), space)
 print("\\n" + sys.stdin.readline().strip())
 """
@@ -35,8 +34,7 @@ class UnitTests(Grader):
     Args:
         reference: Where the task holds the tests: a text, or a list of them.
         partial: Whether the value is the share of tests that pass; else it is 1.0 only when all do.
-        seconds: How long one test may take.
-        limits: What one test may take otherwise.
+        limits: What one test may take.
         python: The interpreter within the sandbox.
     """
 
@@ -46,20 +44,16 @@ class UnitTests(Grader):
         name: str = "unit_tests",
         reference: str = "tests",
         partial: bool = False,
-        seconds: float = 10.0,
         limits: Limits | None = None,
         python: str = "python3",
         version: str = "1",
         timeout: float = 120.0,
     ) -> None:
         super().__init__(name=name, version=version, timeout=timeout, retries=0, isolated=False)
-        if not seconds > 0:
-            raise ValueError(f"seconds is {seconds}; it must be positive")
         self.reference = reference
         self.partial = partial
-        self.seconds = seconds
         self.python = python
-        self.sandbox = Sandbox(limits)
+        self.sandbox = Sandbox(limits=limits or Limits())
 
     async def open(self) -> None:
         """Tries the sandbox."""
@@ -83,19 +77,23 @@ class UnitTests(Grader):
         """Why a test does not pass; empty = it does."""
         word = secrets.token_hex(16)
         files = {"answer.py": answer, "tests.py": test, "harness.py": _HARNESS}
-        ended = await self.sandbox.run(
+        done = await self.sandbox.run(
             [self.python, "-I", "-B", "harness.py"],
-            seconds=self.seconds,
-            stdin=word.encode() + b"\n",
-            files={name: text.encode(errors="replace") for name, text in files.items()},
+            word.encode() + b"\n",
+            {name: text.encode(errors="replace") for name, text in files.items()},
         )
-        if ended.outcome != "exited" or ended.code:
-            return (
-                shown(ended.tail or str(failed(ended))) if ended.outcome == "exited" else str(failed(ended))
-            )
-        if ended.stdout.decode(errors="replace").strip().endswith(word):
+        if done.outcome != "ok":
+            return _why(done)
+        if done.stdout.decode(errors="replace").strip().endswith(word):
             return ""
         return "the program ended before its tests"
+
+
+def _why(done: Finished) -> str:
+    """Why a program did not pass: what stopped it, and the last line that it wrote."""
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    said = shown(lines[-1]) if lines else f"exit code {done.code}"
+    return said if done.outcome == "exit_code" else f"{done.outcome}: {said}"
 
 
 def _tests(found: Any) -> list[str]:

@@ -25,7 +25,7 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from agl_grpc.sample import AttemptSamples, Decode, Sample, SampleRules
+from agl_grpc.sample import AttemptSamples, Decode, DropReason, Sample, SampleRules
 from agl_grpc.sample.wire import rules_to_proto
 
 
@@ -167,7 +167,7 @@ class StoreSource:
             group_id=samples.group_id,
             reward=self._frozen.get(samples.rollout_id, samples.reward),
             rows=tuple(self._row(sample) for sample in samples.rows),
-            failure=_failure(rollout, samples.reward),
+            failure=_failure(rollout, samples),
             attempt_id=samples.attempt_id,
             captured=account.captured,
             observed=account.observation,
@@ -209,13 +209,15 @@ def _undeliverable(item: FinishedGroup | BaseException) -> None:
     raise LearnerError(f"the source was used before it was started: {item!r}")
 
 
-def _failure(rollout: Rollout, reward: float | None) -> str:
+def _failure(rollout: Rollout, samples: AttemptSamples) -> str:
     """Why a rollout cannot be trained; an agent that failed after it was judged can."""
     if rollout.status is RolloutStatus.SUCCEEDED:
+        if DropReason.GRADER_FAILED in samples.account.dropped:
+            return f"{FailureKind.GRADER.value}: {DropReason.GRADER_FAILED.sentence}"
         return ""
     if rollout.status is RolloutStatus.CANCELLED or rollout.failure is None:
         return f"{rollout.status.value}: no failure was recorded"
     failure = rollout.failure
-    if failure.kind in (FailureKind.AGENT, FailureKind.TRUNCATED) and reward is not None:
+    if failure.kind in (FailureKind.AGENT, FailureKind.TRUNCATED) and samples.reward is not None:
         return ""
     return f"{failure.kind.value}: {(failure.message.splitlines() or ['no message'])[0]}"

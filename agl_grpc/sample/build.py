@@ -53,7 +53,7 @@ def read_attempt(record: AttemptRecord, rules: SampleRules, decode: Decode | Non
     tree = TokenTree()
     answers = read_answers(record.spans, rules, tree)
     judgement = judge(record.rewards, rules)
-    refusal = _refusal(record, judgement.value)
+    refusal = _refusal(record, judgement)
     if refusal is not None:
         return Reading(tree, answers, judgement, Merge([], []), [], refusal)
     # Late calls are counted, but change nothing: a batch that was frozen before they came knows none of them.
@@ -143,12 +143,12 @@ def left_out(answer: Answer, rules: SampleRules) -> bool:
     return answer.truncated and rules.truncated is Truncated.MASK
 
 
-def _refusal(record: AttemptRecord, reward: float | None) -> DropReason | None:
+def _refusal(record: AttemptRecord, judgement: Judgement) -> DropReason | None:
     if record.capture_incomplete:
         return DropReason.CAPTURE_INCOMPLETE
-    if reward is None:
-        return DropReason.NO_REWARD
-    return None if math.isfinite(reward) else DropReason.REWARD_NOT_FINITE
+    if judgement.value is None:
+        return DropReason.GRADER_FAILED if judgement.failed else DropReason.NO_REWARD
+    return None if math.isfinite(judgement.value) else DropReason.REWARD_NOT_FINITE
 
 
 def _drop_rows(attempt: AttemptSamples) -> AttemptSamples:

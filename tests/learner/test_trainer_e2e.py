@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.environments import learner_python
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 Run = dict[str, Any]
 
@@ -29,7 +29,7 @@ def train(folder: Path, runs: list[Run]) -> list[dict[str, Any]]:
         env={**os.environ, "PYTHONPATH": str(repository)},
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -206,7 +206,7 @@ def test_a_checkpoint_of_shards_alone_is_exported_for_transformers(
     command += ["--dtype", dtype] if dtype else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1] if done.stdout.startswith("INFO") else done.stdout)
+    report = json.loads(done.stdout)
     assert (report["checkpoint"], report["dtype"]) == ("global_step_3", dtype or "float32")
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "

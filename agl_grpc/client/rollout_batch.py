@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 
 from agl_grpc.client.filters import rollout_filter
 from agl_grpc.client.store_client import StoreClient
-from agl_grpc.model import EnqueueRolloutRequest, Rollout
+from agl_grpc.model import EnqueueRolloutRequest, Failure, Rollout
 from agl_grpc.model.reward import PRIMARY
 
 LABEL = "batch"
@@ -23,7 +24,7 @@ class WatchEnded(RuntimeError):
 async def run_rollouts(
     store: StoreClient, requests: Sequence[EnqueueRolloutRequest], *, label: str | None = None
 ) -> AsyncGenerator[Rollout, None]:
-    """Enqueues rollouts and yields each as soon as it is finished, in the order of their ends.
+    """Enqueues rollouts and yields each as soon as it is finished (and judged, where the run names graders).
 
     Args:
         store: client of the run.
@@ -51,11 +52,14 @@ async def run_rollouts(
     left = {request.rollout_id for request in wanted}
     if not left:
         return
+    run = await store.get_run_by_id(store.run_id)
+    judged = bool(run and run.graders)  # by others, who may take their time: such a rollout is sealed then
     changes = store.watch_rollouts(filter=mine, include_existing=True)
     async with contextlib.aclosing(changes):  # type: ignore[type-var]  # every watch is an async generator
         async for change in changes:
             for rollout in change.items:
-                if rollout.status.is_terminal and rollout.rollout_id in left:
+                over = rollout.sealed if judged else rollout.status.is_terminal
+                if over and rollout.rollout_id in left:
                     left.remove(rollout.rollout_id)
                     yield rollout
             if not left:
@@ -71,22 +75,50 @@ async def cancel_rest(store: StoreClient, label: str) -> None:
 
 
 async def primary_rewards(store: StoreClient, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The reward that counts of each rollout that has one: of its latest attempt, and of no single step."""
-    return await weighted_rewards(store, rollouts, {PRIMARY: 1.0})
+    """The reward that counts of each rollout that has one: of its latest attempt, and of no single step.
+
+    Where the run names graders, their weighted sum counts; one that any of them has not judged has none.
+    """
+    return (await judgements(store, rollouts)).rewards
 
 
-async def weighted_rewards(
-    store: StoreClient, rollouts: Sequence[Rollout], weights: Mapping[str, float]
-) -> dict[str, float]:
-    """The weighted sum of named rewards of each rollout's latest attempt; one that lacks a name has none."""
+@dataclass(frozen=True)
+class Judgements:
+    """By rollout id: ``rewards`` that count, and, for those without one, why a grader gave none."""
+
+    rewards: dict[str, float]
+    failures: dict[str, Failure]
+
+
+async def judgements(
+    store: StoreClient, rollouts: Sequence[Rollout], weights: Mapping[str, float] | None = None
+) -> Judgements:
+    """What the latest attempts of rollouts are worth.
+
+    Args:
+        store: client of the run.
+        rollouts: finished ones.
+        weights: of named rewards, whose weighted sum counts; None = as the run says, else the primary one.
+    """
+    if not weights:
+        run = await store.get_run_by_id(store.run_id)
+        weights = (run.reward_weights if run else {}) or {PRIMARY: 1.0}
     last = {rollout.rollout_id: rollout.latest_attempt_id for rollout in rollouts}
     found: dict[str, dict[str, float]] = {}
+    failures: dict[str, Failure] = {}
     for reward in await store.query_rewards([*last]):
-        judges_attempt = reward.step is None and not reward.target_span_id
-        if judges_attempt and reward.attempt_id == last[reward.rollout_id]:
-            found.setdefault(reward.rollout_id, {})[reward.name] = reward.value
-    return {
-        rollout_id: sum(named[name] * weight for name, weight in weights.items())
-        for rollout_id, named in found.items()
-        if weights.keys() <= named.keys()
+        whole = reward.step is None and not reward.target_span_id
+        if not whole or reward.attempt_id != last[reward.rollout_id] or reward.name not in weights:
+            continue
+        values = found.setdefault(reward.rollout_id, {})
+        values.pop(reward.name, None)  # the one written last counts, and a failure is none
+        if reward.value is not None:
+            values[reward.name] = reward.value
+        elif reward.failure is not None:
+            failures[reward.rollout_id] = reward.failure
+    rewards = {
+        rollout_id: sum(weight * values[name] for name, weight in weights.items())
+        for rollout_id, values in found.items()
+        if len(values) == len(weights)
     }
+    return Judgements(rewards, {name: each for name, each in failures.items() if name not in rewards})

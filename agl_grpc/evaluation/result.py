@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, Self
 
 import orjson
 
+from agl_grpc.dataset import task_key
 from agl_grpc.evaluation.errors import EvaluationError
 from agl_grpc.evaluation.sampling import Sampling
 from agl_grpc.evaluation.statistics import Interval, bootstrap, majority, pass_at_k
@@ -24,7 +24,7 @@ ALL = "all"
 
 def task_digest(task: Any) -> str:
     """Names a task by its content, so that evaluations of other datasets find the tasks that they share."""
-    return hashlib.sha256(orjson.dumps(task, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+    return task_key(task).hex()
 
 
 @dataclass(frozen=True)

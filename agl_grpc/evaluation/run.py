@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agl_grpc.client import StoreClient
-from agl_grpc.client.rollout_batch import WatchEnded, run_rollouts, weighted_rewards
+from agl_grpc.client.rollout_batch import Judgements, WatchEnded, judgements, run_rollouts
 from agl_grpc.evaluation.answers import Finder, answer_of, find_answer
 from agl_grpc.evaluation.errors import EvaluationError
 from agl_grpc.evaluation.result import Answered, Evaluation, TaskResult, task_digest
@@ -25,7 +25,6 @@ from agl_grpc.model import (
     RolloutConfig,
     RolloutMode,
 )
-from agl_grpc.model.reward import PRIMARY
 
 # Before the training rollouts that may wait in the same workers' queues.
 _PRIORITY = 10
@@ -45,7 +44,8 @@ class Pass:
         sampling: how they are sampled.
         success: the reward from which an answer is right.
         ks: the k of pass@k.
-        weights: weights of named rewards, whose weighted sum is the reward; empty = the primary reward.
+        weights: weights of named rewards, whose weighted sum is the reward; empty = as the run's graders say,
+            else the primary reward.
         answers: whether to look for final answers, for maj@n; it costs a reading of each rollout's spans.
         find: from a response's text to the final answer.
         decode: token ids to text; None = only recorded text is read.
@@ -145,15 +145,15 @@ async def evaluate(
         for sample in range(plan.samples)
     ]
     ended = await _finished(store, label, requests, plan.timeout, on_progress)
-    rewards = await weighted_rewards(store, [*ended.values()], plan.weights or {PRIMARY: 1.0})
-    answers = await _answers(store, [*rewards], plan) if plan.answers else {}
+    judged = await judgements(store, [*ended.values()], plan.weights)
+    answers = await _answers(store, [*judged.rewards], plan) if plan.answers else {}
     results = tuple(
         TaskResult(
             index=number,
             digest=task_digest(task),
             source=_source(task),
             rollouts=tuple(
-                _answered(ended[name], rewards, answers)
+                _answered(ended[name], judged, answers)
                 for name in (f"{label}.{number}.{sample}" for sample in range(plan.samples))
             ),
         )
@@ -200,11 +200,11 @@ async def _finished(
     return ended
 
 
-def _answered(rollout: Rollout, rewards: Mapping[str, float], answers: Mapping[str, str | None]) -> Answered:
+def _answered(rollout: Rollout, judged: Judgements, answers: Mapping[str, str | None]) -> Answered:
     name = rollout.rollout_id
-    if name in rewards:
-        return Answered(name, rewards[name], answers.get(name))
-    failure = rollout.failure
+    if name in judged.rewards:
+        return Answered(name, judged.rewards[name], answers.get(name))
+    failure = rollout.failure or judged.failures.get(name)
     if failure is None or failure.kind is None:
         return Answered(name, None, failure=NO_REWARD, message="it ended without a reward")
     wrong = failure.kind in _COUNTED_AS_WRONG

@@ -17,7 +17,7 @@ from agl_grpc.trainer.evaluated_model import check_tokenizer, decoder, find_mode
 from agl_grpc.trainer.options import find_python
 from agl_grpc.trainer.plan import Plan
 from agl_grpc.trainer.progress import Progress
-from agl_grpc.trainer.run_folder import dataset_digest, describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_run
 from agl_grpc.trainer.session import Session
 
 _LABEL = "evaluation"
@@ -62,7 +62,7 @@ class EvaluationSession(Session[Evaluation]):
             "evaluated": str(self._evaluated.model or self._evaluated.name),
             "samples": wanted.samples,
             "sampling": dataclasses.asdict(wanted.sampling),
-            "datasets": {"val": dataset_digest(plan.val_dataset)},
+            "datasets": dataset_digests(None, plan.val_dataset),
         }
         for key in _SETTLED if old else ():
             if old.get(key) != settled[key]:

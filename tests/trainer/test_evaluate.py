@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -87,7 +88,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_starts(tmp_path
     model = _write_model(tmp_path / "model")
     check_tokenizer(model)
     assert find_model(model) == (model, "model")
-    with pytest.raises(TrainerError, match="config.json says vocab_size 9, its weights have 8 rows"):
+    with pytest.raises(TrainerError, match=r"config\.json says vocab_size 9, its weights have 8 rows"):
         check_tokenizer(_write_model(tmp_path / "model", vocab_size=9))
     with pytest.raises(TrainerError, match="no token 12, the model's eos_token_id"):
         check_tokenizer(_write_model(tmp_path / "model", eos_token_id=12))
@@ -151,7 +152,7 @@ def test_the_command_names_what_is_missing(arguments: list[str], message: str, t
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-async def test_ctrl_c_ends_everything_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_everything_and_the_same_command_goes_on(tmp_path: Path) -> None:
     (tmp_path / "tasks.jsonl").write_bytes(b"".join(orjson.dumps({"wait": n}) + b"\n" for n in (0, 1)))
     (tmp_path / "patient.py").write_text(
         "import pathlib, time\n"
@@ -170,7 +171,12 @@ async def test_ctrl_c_ends_everything_and_the_same_command_goes_on(tmp_path: Pat
     first = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    await eventually((tmp_path / "done-0").exists, within=60, what="the first task")
+    try:
+        asyncio.run(eventually((tmp_path / "done-0").exists, within=60, what="the first task"))
+    except AssertionError:
+        first.send_signal(signal.SIGINT)
+        print(*first.communicate(timeout=60), sep="\n")
+        raise
     first.send_signal(signal.SIGINT)
     _, errors = first.communicate(timeout=60)
     assert first.returncode == 130

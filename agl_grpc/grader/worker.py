@@ -81,7 +81,7 @@ class GraderWorker:
         again: bool = False,
     ) -> None:
         self.counts = Counts()
-        self._client = client
+        self.client = client
         self._graders = graders
         self._places = {grader.name: place for place, grader in enumerate(graders)}
         self._slots = asyncio.Semaphore(concurrency)
@@ -115,8 +115,8 @@ class GraderWorker:
         """Grades what is there and what comes, until it is cancelled."""
         serving = asyncio.create_task(self._serve())
         try:
-            mine = rollout_filter(run_id=self._client.run_id, status_in=[RolloutStatus.SUCCEEDED])
-            changes = self._client.watch_rollouts(filter=mine, include_existing=True, include_attempts=True)
+            mine = rollout_filter(run_id=self.client.run_id, status_in=[RolloutStatus.SUCCEEDED])
+            changes = self.client.watch_rollouts(filter=mine, include_existing=True, include_attempts=True)
             watching = asyncio.create_task(self._watch(changes))
             done, _ = await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -132,8 +132,8 @@ class GraderWorker:
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> Counts:
         """Grades the succeeded rollouts that are there; `progress(done, of)` is told as it goes."""
-        chosen = filter or rollout_filter(run_id=self._client.run_id)
-        rollouts = await self._client.query_rollouts(filter=chosen)
+        chosen = filter or rollout_filter(run_id=self.client.run_id)
+        rollouts = await self.client.query_rollouts(filter=chosen)
         mine = [rollout for rollout in rollouts if _is_ready(rollout)]
         for start in range(0, len(mine), _AT_ONCE):
             await self._grade_some(mine[start : start + _AT_ONCE])
@@ -195,14 +195,14 @@ class GraderWorker:
     async def _known(self, rollouts: Sequence[AttemptedRollout]) -> dict[tuple[str, str], tuple[int, str]]:
         """Newest revision and version of what the graders have said, by attempt and grader."""
         found: dict[tuple[str, str], tuple[int, str]] = {}
-        for reward in await self._client.query_rewards([rollout.rollout_id for rollout in rollouts]):
+        for reward in await self.client.query_rewards([rollout.rollout_id for rollout in rollouts]):
             if reward.grader == reward.name and reward.step is None and not reward.target_span_id:
                 found[reward.attempt_id, reward.name] = (reward.revision, reward.grader_version or "")
         return found
 
     async def _read(self, rollouts: Mapping[str, AttemptedRollout]) -> dict[str, Submission]:
         spans: dict[str, list[bytes]] = {rollout_id: [] for rollout_id in rollouts}
-        async for span in self._client.export_spans(rollout_ids=list(rollouts)):
+        async for span in self.client.export_spans(rollout_ids=list(rollouts)):
             if span.attempt_id == rollouts[span.rollout_id].attempt.attempt_id:
                 spans[span.rollout_id].append(span.SerializeToString())
         return {
@@ -222,7 +222,7 @@ class GraderWorker:
 
     async def _record(self, grader: Grader, verdict: Verdict, rewards: Sequence[Reward]) -> None:
         try:
-            await self._client.put_rewards(rewards)
+            await self.client.put_rewards(rewards)
         except AlreadyExists:  # another worker was first: its verdict stands
             self.counts.add(grader.name, "cached")
             return

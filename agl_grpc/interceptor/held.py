@@ -43,6 +43,7 @@ class HeldAnswer:
         self._waiting: list[Message] = []
         self._ended: list[tuple[CallRecord, Submit]] = []
         self._running = 0
+        self._closed = False
         self.calls = 0
         self.tries = tries
         """How often the client says that it has asked before."""
@@ -54,9 +55,11 @@ class HeldAnswer:
         return self.calls - 1
 
     def ended(self, record: CallRecord, submit: Submit) -> None:
-        """A call of the engine has ended."""
+        """A call of the engine has ended, perhaps after its client has left."""
         self._running -= 1
         self._ended.append((record, submit))
+        if self._closed:
+            self._submit()
 
     def abandoned(self) -> None:
         """A call never reached the engine."""
@@ -92,6 +95,7 @@ class HeldAnswer:
 
     def close(self) -> None:
         """The request is over, whatever became of it: nothing that was captured may be left behind."""
+        self._closed = True
         self._submit()
 
     def _submit(self) -> list[asyncio.Future[None]]:

@@ -90,6 +90,9 @@ async def test_an_answer_goes_on_while_another_call_of_its_request_runs() -> Non
     client.answer.close()
     assert len(client.records) == 1
     assert client.records[0].raw_request is None
+    # An engine may end a call only after its client has left.
+    client.answer.ended(record(), client.submit)
+    assert len(client.records) == 2
 
 
 async def test_new_calls_wait_or_are_refused_while_weights_are_loaded() -> None:

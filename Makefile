@@ -46,7 +46,7 @@ CPP_PACKAGES := libgrpc++-dev libgrpc++1.51 libgrpc-dev libgrpc29 libprotobuf-de
 	mkdir -p .venv-cpp
 	cd .venv-cpp && { apt-get download -q $(CPP_PACKAGES) || { apt-get update -q && apt-get download -q $(CPP_PACKAGES); }; }
 	cd .venv-cpp && for package in *.deb; do dpkg-deb -x "$$package" .; done && rm -f ./*.deb
-	printf '%s\n' '#!/bin/sh' "export LD_LIBRARY_PATH='$$(echo $$PWD/.venv-cpp/usr/lib/*-linux-gnu)'" \
+	printf '%s\n' '#!/bin/sh' "export LD_LIBRARY_PATH='$$(echo $$PWD/.venv-cpp/usr/lib/*-linux-gnu)'" 'export LIBRARY_PATH="$$LD_LIBRARY_PATH"' \
 	  "export CMAKE_PREFIX_PATH='$$PWD/.venv-cpp/usr' CMAKE_GENERATOR=Ninja" 'exec "$$@"' > .venv-cpp/with
 	chmod +x .venv-cpp/with
 	touch $@

@@ -1,8 +1,8 @@
 """What the client of each language can do against one real store on disk, in the same run.
 
-Span streaming: one stream, small spans in groups of 100, 64 groups under way, until the last is on disk. Round
-trip: a credit is granted, the rollout that comes is completed, and the completion is on disk; one at a time.
-Languages take turns within a run, so that what else the machine does meets all of them.
+Span streaming: one stream, small spans in groups of 100, 64 groups under way, until the last is on disk.
+Round trip: a credit is granted, the rollout that comes is completed, and the completion is on disk; one at a
+time. Languages take turns within a run, so that what else the machine does meets all of them.
 """
 
 from __future__ import annotations

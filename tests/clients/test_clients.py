@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
-from tests.conformance.languages import CPP, CPP_BUILD, GO, LANGUAGES, run
+from agl_grpc.v1 import common_pb2, rollout_pb2, store_service_pb2_grpc
+from agl_grpc.v1 import store_service_pb2 as pb
+from tests.conformance.languages import CPP, CPP_BUILD, GO, LANGUAGES, ROOT, run
 from tests.conformance.stored import stored_state
 from tests.support.store_process import StoreProcess
 
@@ -64,16 +68,16 @@ def test_the_cpp_client_is_installed_and_found(tmp_path: Path) -> None:
     run((CPP, "cmake", "--build", "build"), tmp_path)
     with StoreProcess(tmp_path / "store.db") as store, grpc.insecure_channel(store.address) as channel:
         stub = store_service_pb2_grpc.StoreServiceStub(channel)
-        spec = pb.RolloutSpec(input=pb.Payload(data=b'"you"'))
-        request = store_service_pb2.EnqueueRolloutsRequest(run_id="default", rollouts=[spec])
+        spec = rollout_pb2.RolloutSpec(input=common_pb2.Payload(data=b'"you"'))
+        request = pb.EnqueueRolloutsRequest(run_id="default", rollouts=[spec])
         (made,) = stub.EnqueueRollouts(request).rollouts
         with subprocess.Popen((CPP, "build/user", store.address, "default"), cwd=tmp_path) as user:
-            waiting = store_service_pb2.WaitRolloutsRequest(rollout_ids=[made.rollout_id])
+            waiting = pb.WaitRolloutsRequest(rollout_ids=[made.rollout_id])
             waiting.timeout.FromSeconds(30)
             (done,) = stub.WaitRollouts(waiting, timeout=60).rollouts
             user.terminate()
             assert user.wait(30) == 0
-        spans = stub.ListSpans(store_service_pb2.ListSpansRequest(rollout_id=made.rollout_id)).spans
+        spans = stub.ListSpans(pb.ListSpansRequest(rollout_id=made.rollout_id)).spans
     assert done.status == rollout_pb2.ROLLOUT_STATUS_SUCCEEDED
     assert [stored.span.name for stored in spans] == ["greeting"]
 

@@ -1,4 +1,9 @@
 // Replays the shared vectors: replay HOST:PORT FOLDER.
+#include <google/protobuf/struct.pb.h>
+#include <google/protobuf/util/json_util.h>
+#include <grpcpp/generic/generic_stub.h>
+#include <grpcpp/impl/codegen/proto_utils.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
@@ -6,11 +11,6 @@
 #include <map>
 #include <sstream>
 #include <stdexcept>
-
-#include <google/protobuf/struct.pb.h>
-#include <google/protobuf/util/json_util.h>
-#include <grpcpp/generic/generic_stub.h>
-#include <grpcpp/impl/codegen/proto_utils.h>
 
 #include "agl_grpc/agl_grpc.hpp"
 
@@ -95,7 +95,8 @@ void match(const Value* found, const Value& expected, const std::string& where) 
                      std::to_string(expected.list_value().values_size()) + ": " + shown);
     }
     for (int index = 0; index < size; index++) {
-      match(&found->list_value().values(index), expected.list_value().values(index), where + "." + std::to_string(index));
+      match(&found->list_value().values(index), expected.list_value().values(index),
+            where + "." + std::to_string(index));
     }
   } else if (found == nullptr || text_of(*found) != text_of(expected)) {
     throw Mismatch(where + " is " + shown + ", not " + text_of(expected));
@@ -193,7 +194,8 @@ class Call {
 grpc::Status exchange(const agl_grpc::Client& client, const Value& step, Value* received) {
   const std::string rpc = string_at(step, "rpc");
   const size_t slash = rpc.find('/');
-  const auto* service = google::protobuf::DescriptorPool::generated_pool()->FindServiceByName("agl_grpc.v1." + rpc.substr(0, slash));
+  const auto* service =
+      google::protobuf::DescriptorPool::generated_pool()->FindServiceByName("agl_grpc.v1." + rpc.substr(0, slash));
   const auto* method = service == nullptr ? nullptr : service->FindMethodByName(rpc.substr(slash + 1));
   if (method == nullptr) throw Mismatch("no such rpc");
   const auto& messages = member(step, "send")->list_value().values();
@@ -231,7 +233,8 @@ void replay(const agl_grpc::Client& client, const std::filesystem::path& file) {
   Value vector = parsed(text.str());
   std::map<std::string, std::string> kept{{"run", file.stem().string()}};
   int number = 0;
-  for (auto& step : *(*vector.mutable_struct_value()->mutable_fields())["steps"].mutable_list_value()->mutable_values()) {
+  for (auto& step :
+       *(*vector.mutable_struct_value()->mutable_fields())["steps"].mutable_list_value()->mutable_values()) {
     fill(&step, kept);
     const std::string where = "step " + std::to_string(number++) + " (" + string_at(step, "rpc") + ")";
     Value received;

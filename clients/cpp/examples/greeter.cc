@@ -3,17 +3,17 @@
 //     greeter HOST:PORT RUN [CONCURRENCY]
 //
 // gives each rollout of the run, whose input is a JSON text, a reward between 0 and 1; it leaves at Ctrl-C.
+#include <agl_grpc/agl_grpc.hpp>
 #include <algorithm>
 #include <cstdlib>
 #include <iostream>
-
-#include <agl_grpc/agl_grpc.hpp>
 
 namespace {
 
 void agent(agl_grpc::Task& task) {
   const std::string greeting = "Hello, " + task.input() + "!";
-  task.emit("greeting", {agl_grpc::value("text", greeting), agl_grpc::value("length", static_cast<long>(greeting.size()))});
+  task.emit("greeting",
+            {agl_grpc::value("text", greeting), agl_grpc::value("length", static_cast<long>(greeting.size()))});
   task.reward(1.0 / static_cast<double>(std::max<size_t>(1, greeting.size() / 16)));
 }
 

@@ -1,11 +1,11 @@
 #include "agl_grpc/client.hpp"
 
+#include <openssl/sha.h>
+
 #include <algorithm>
 #include <cmath>
 #include <random>
 #include <stdexcept>
-
-#include <openssl/sha.h>
 
 #include "agl_grpc/lease_stream.hpp"
 #include "agl_grpc/span_streamer.hpp"
@@ -72,7 +72,8 @@ std::string new_id() {
 
 void mint_request_id(google::protobuf::Message* request) {
   const auto* field = request->GetDescriptor()->FindFieldByName("request_id");
-  if (field == nullptr || field->type() != google::protobuf::FieldDescriptor::TYPE_STRING || field->is_repeated()) return;
+  if (field == nullptr || field->type() != google::protobuf::FieldDescriptor::TYPE_STRING || field->is_repeated())
+    return;
   const auto* reflection = request->GetReflection();
   if (reflection->GetString(*request, field).empty()) reflection->SetString(request, field, new_id());
 }

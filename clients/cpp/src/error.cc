@@ -61,8 +61,8 @@ Error error_from(const grpc::Status& status, const std::string& target) {
       agl_grpc_wire::ErrorInfo found;
       if (unpack(any, "google.rpc.ErrorInfo", &found) && found.domain() == kDomain) info = found;
       if (unpack(any, "google.rpc.RetryInfo", &retry)) {
-        retry_after = std::chrono::seconds(retry.retry_delay().seconds()) +
-                      std::chrono::nanoseconds(retry.retry_delay().nanos());
+        retry_after =
+            std::chrono::seconds(retry.retry_delay().seconds()) + std::chrono::nanoseconds(retry.retry_delay().nanos());
       }
     }
   }

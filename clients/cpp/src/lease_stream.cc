@@ -409,8 +409,8 @@ v1::RenewLeasesRequest LeaseStream::renewable(std::chrono::nanoseconds* shortest
 
 void LeaseStream::renew_once(const v1::RenewLeasesRequest& request, std::chrono::nanoseconds shortest) {
   CallOptions options;
-  options.timeout = std::max(std::chrono::milliseconds(5000),
-                             std::chrono::duration_cast<std::chrono::milliseconds>(shortest));
+  options.timeout =
+      std::max(std::chrono::milliseconds(5000), std::chrono::duration_cast<std::chrono::milliseconds>(shortest));
   options.stop = stop_;
   const auto answer = client_.call(&Runner::RenewLeases, request, options);
   for (const auto& renewal : answer.renewals()) {

@@ -141,7 +141,8 @@ grpc::Status SpanStreamer::follow(bool* opened) {
   for (v1::StreamSpansResponse response; stream->Read(&response); response.Clear()) {
     if (response.has_opened() && !*opened) {
       *opened = true;
-      writer = std::thread([this, session, raw = stream.get(), limits = response.opened()] { write(raw, limits, session); });
+      writer =
+          std::thread([this, session, raw = stream.get(), limits = response.opened()] { write(raw, limits, session); });
     } else if (response.has_ack()) {
       settle(response.ack());
     } else if (response.has_drain()) {
@@ -203,7 +204,8 @@ bool SpanStreamer::fits(const v1::SpanStreamOpened& limits) const {
   if (in_flight_.empty()) return true;
   const int64_t bytes = static_cast<int64_t>(in_flight_bytes_ + inbox_.front().size);
   if (limits.max_in_flight_bytes() > 0 && bytes > limits.max_in_flight_bytes()) return false;
-  return limits.max_in_flight_messages() == 0 || static_cast<int64_t>(in_flight_.size()) < limits.max_in_flight_messages();
+  return limits.max_in_flight_messages() == 0 ||
+         static_cast<int64_t>(in_flight_.size()) < limits.max_in_flight_messages();
 }
 
 std::shared_ptr<SpanStreamer::Sent> SpanStreamer::next_message() {

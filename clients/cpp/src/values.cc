@@ -1,10 +1,10 @@
 #include "agl_grpc/values.hpp"
 
-#include <stdexcept>
-
 #include <google/protobuf/struct.pb.h>
 #include <google/protobuf/util/json_util.h>
 #include <google/protobuf/wrappers.pb.h>
+
+#include <stdexcept>
 
 namespace agl_grpc {
 namespace {

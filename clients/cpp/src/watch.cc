@@ -5,7 +5,12 @@ namespace agl_grpc {
 int64_t Client::position(const CallOptions& options) const {
   v1::GetLatestResourcesRequest request;
   request.set_run_id(run());
-  return call(&Store::GetLatestResources, request, options).position();
+  try {
+    return call(&Store::GetLatestResources, request, options).position();
+  } catch (const Error&) {
+    if (options.stop.requested()) return 0;  // the watch ends before it begins
+    throw;
+  }
 }
 
 void Client::watch_rollouts(v1::WatchRolloutsRequest request,
@@ -64,7 +69,7 @@ void Client::watch_resources(v1::WatchResourcesRequest request,
     return each(message);
   };
   read<Store, v1::WatchResourcesRequest, v1::WatchResourcesResponse>(&Store::WatchResources, open, noted, true,
-                                                                    options);
+                                                                     options);
 }
 
 void Client::export_spans(v1::ExportSpansRequest request,

@@ -1,18 +1,17 @@
 #include "agl_grpc/worker.hpp"
 
+#include <cxxabi.h>
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
-#include <fcntl.h>
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <thread>
 #include <typeinfo>
-
-#include <cxxabi.h>
 
 #include "text.hpp"
 

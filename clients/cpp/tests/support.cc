@@ -1,7 +1,6 @@
 #include "support.hpp"
 
 #include <arpa/inet.h>
-#include <csignal>
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -9,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <csignal>
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
@@ -53,7 +53,9 @@ std::string read_file(const std::filesystem::path& path) {
 
 }  // namespace
 
-Test::Test(const char* name, std::function<void()> body) { all_tests().emplace_back(name, std::move(body)); }
+Test::Test(const char* name, std::function<void()> body) {
+  all_tests().emplace_back(name, std::move(body));
+}
 
 TestStore::TestStore(std::vector<std::string> options) : target_(free_address()), options_(std::move(options)) {
   std::string pattern = (std::filesystem::temp_directory_path() / "agl-cpp-XXXXXX").string();
@@ -120,7 +122,9 @@ std::string free_address() {
 }
 
 SilentListener::SilentListener() : socket_(listening(&target_)) {}
-SilentListener::~SilentListener() { close(socket_); }
+SilentListener::~SilentListener() {
+  close(socket_);
+}
 
 void eventually(const std::string& what, const std::function<bool()>& holds) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);

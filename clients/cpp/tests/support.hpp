@@ -37,7 +37,9 @@ class TestStore {
   const std::string& target() const { return target_; }
   void up();
   void down(int signal);
-  agl_grpc::Client client(agl_grpc::ClientOptions options = {}) const { return agl_grpc::Client(target_, std::move(options)); }
+  agl_grpc::Client client(agl_grpc::ClientOptions options = {}) const {
+    return agl_grpc::Client(target_, std::move(options));
+  }
 
  private:
   std::filesystem::path folder_;
@@ -58,8 +60,8 @@ class SilentListener {
   const std::string& target() const { return target_; }
 
  private:
+  std::string target_;  // before the socket, whose making writes it
   int socket_;
-  std::string target_;
 };
 
 /// Waits until a condition holds.

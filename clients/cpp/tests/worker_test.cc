@@ -36,14 +36,17 @@ TEST(a_worker_finishes_every_rollout_while_the_store_is_killed) {
   for (int number = 0; number < 60; number++) inputs.push_back(std::to_string(number));
   const auto ids = enqueue(client, inputs);
   std::atomic<int> calls{0};
-  agl_grpc::Worker worker(client, [&](agl_grpc::Task& task) {
-    if (++calls == 20) {
-      store.down(SIGKILL);
-      store.up();
-    }
-    task.emit("thought", {agl_grpc::value("n", task.input())});
-    task.reward(std::stod(task.input()));
-  }, quiet(8));
+  agl_grpc::Worker worker(
+      client,
+      [&](agl_grpc::Task& task) {
+        if (++calls == 20) {
+          store.down(SIGKILL);
+          store.up();
+        }
+        task.emit("thought", {agl_grpc::value("n", task.input())});
+        task.reward(std::stod(task.input()));
+      },
+      quiet(8));
   const agl_grpc::Stop leave;
   auto ended = std::async(std::launch::async, [&] { worker.run(leave); });
   for (const auto& [id, rollout] : finished(client, ids)) EQUAL(rollout.status(), v1::ROLLOUT_STATUS_SUCCEEDED);
@@ -65,13 +68,17 @@ TEST(agents_that_throw_or_hang_fail_their_attempt) {
   ids.push_back(client.enqueue({slow})[0].rollout_id());
   auto options = quiet(5, "q");
   options.max_rollouts = 5;
-  agl_grpc::Worker(client, [](agl_grpc::Task& task) {
-    if (task.input() == "\"error\"") throw std::runtime_error("no such thing\nsecond line");
-    if (task.input() == "\"thing\"") throw 42;
-    if (task.input() == "\"nan\"") task.reward(std::numeric_limits<double>::quiet_NaN());
-    if (task.input() == "\"text\"") throw std::runtime_error("ü\xff");
-    task.stop().wait_for(std::chrono::hours(1));
-  }, options).run();
+  agl_grpc::Worker(
+      client,
+      [](agl_grpc::Task& task) {
+        if (task.input() == "\"error\"") throw std::runtime_error("no such thing\nsecond line");
+        if (task.input() == "\"thing\"") throw 42;
+        if (task.input() == "\"nan\"") task.reward(std::numeric_limits<double>::quiet_NaN());
+        if (task.input() == "\"text\"") throw std::runtime_error("ü\xff");
+        task.stop().wait_for(std::chrono::hours(1));
+      },
+      options)
+      .run();
   auto found = finished(client, ids);
   const std::vector<std::string> expected{"no such thing", "the agent threw what is no std::exception",
                                           "the reward \"\" is nan; rewards are finite numbers", "ü?"};
@@ -89,13 +96,16 @@ TEST(a_cancelled_agent_is_told_and_a_drained_worker_leaves) {
   std::promise<void> told;
   auto options = quiet(1);
   options.work.worker_id = "drained";
-  agl_grpc::Worker worker(client, [&](agl_grpc::Task& task) {
-    v1::CancelRolloutsRequest request;
-    request.mutable_filter()->add_rollout_id_in(ids[0]);
-    request.set_reason("enough");
-    client.call(&agl_grpc::Store::CancelRollouts, request);
-    if (task.stop().wait_for(std::chrono::seconds(30))) told.set_value();
-  }, options);
+  agl_grpc::Worker worker(
+      client,
+      [&](agl_grpc::Task& task) {
+        v1::CancelRolloutsRequest request;
+        request.mutable_filter()->add_rollout_id_in(ids[0]);
+        request.set_reason("enough");
+        client.call(&agl_grpc::Store::CancelRollouts, request);
+        if (task.stop().wait_for(std::chrono::seconds(30))) told.set_value();
+      },
+      options);
   auto ended = std::async(std::launch::async, [&] { worker.run(); });
   told.get_future().get();
   v1::DrainWorkersRequest drain;
@@ -112,10 +122,13 @@ TEST(a_worker_that_is_told_to_leave_hands_back_what_its_agents_do_not_end) {
   std::promise<void> begun;
   auto options = quiet(1);
   options.grace = std::chrono::milliseconds(100);
-  agl_grpc::Worker worker(client, [&](agl_grpc::Task& task) {
-    begun.set_value();
-    task.stop().wait_for(std::chrono::seconds(60));
-  }, options);
+  agl_grpc::Worker worker(
+      client,
+      [&](agl_grpc::Task& task) {
+        begun.set_value();
+        task.stop().wait_for(std::chrono::seconds(60));
+      },
+      options);
   auto ended = std::async(std::launch::async, [&] { worker.run(); });
   begun.get_future().get();
   raise(SIGTERM);

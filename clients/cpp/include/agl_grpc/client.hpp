@@ -1,6 +1,9 @@
 // The client of a store: every rpc of the contract, with what all calls have in common.
 #pragma once
 
+#include <google/protobuf/message.h>
+#include <grpcpp/grpcpp.h>
+
 #include <chrono>
 #include <functional>
 #include <memory>
@@ -8,9 +11,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <google/protobuf/message.h>
-#include <grpcpp/grpcpp.h>
 
 #include "agl_grpc/error.hpp"
 #include "agl_grpc/stop.hpp"
@@ -88,7 +88,7 @@ class Client {
   /// A store that stays away longer than RetryPolicy::timeout ends it with an error.
   template <typename Service, typename Request, typename Response>
   void read(std::unique_ptr<grpc::ClientReaderInterface<Response>> (Service::*rpc)(grpc::ClientContext*,
-                                                                                  const Request&),
+                                                                                   const Request&),
             const std::function<Request()>& open, const std::function<bool(const Response&)>& each, bool endless,
             const CallOptions& options = {}) const;
 
@@ -111,9 +111,11 @@ class Client {
   /// Calls back for what changes until ``each`` answers false or the options' stop or limit ends it (a limit
   /// with DEADLINE_EXCEEDED, a stop quietly). After a break a watch goes on without a gap or a repeat. Without
   /// a cursor it begins now.
-  void watch_rollouts(v1::WatchRolloutsRequest request, const std::function<bool(const v1::WatchRolloutsResponse&)>& each,
+  void watch_rollouts(v1::WatchRolloutsRequest request,
+                      const std::function<bool(const v1::WatchRolloutsResponse&)>& each,
                       const CallOptions& options = {}) const;
-  void watch_attempts(v1::WatchAttemptsRequest request, const std::function<bool(const v1::WatchAttemptsResponse&)>& each,
+  void watch_attempts(v1::WatchAttemptsRequest request,
+                      const std::function<bool(const v1::WatchAttemptsResponse&)>& each,
                       const CallOptions& options = {}) const;
   void watch_spans(v1::WatchSpansRequest request, const std::function<bool(const v1::WatchSpansResponse&)>& each,
                    const CallOptions& options = {}) const;
@@ -151,7 +153,8 @@ class Client {
     bool heard = false;
     bool enough = false;
   };
-  void resumed(const std::function<Reading(grpc::ClientContext*)>& once, bool endless, const CallOptions& options) const;
+  void resumed(const std::function<Reading(grpc::ClientContext*)>& once, bool endless,
+               const CallOptions& options) const;
   int64_t position(const CallOptions& options) const;
 
   std::shared_ptr<const Core> core_;
@@ -173,16 +176,15 @@ Response Client::call(grpc::Status (Service::*rpc)(grpc::ClientContext*, const R
   Response response;
   Request sent = request;
   mint_request_id(&sent);
-  const grpc::Status status = tried(&response, options, [&](grpc::ClientContext* context) {
-    return (service.*rpc)(context, sent, &response);
-  });
+  const grpc::Status status =
+      tried(&response, options, [&](grpc::ClientContext* context) { return (service.*rpc)(context, sent, &response); });
   if (!status.ok()) throw error_from(status, core_->target);
   return response;
 }
 
 template <typename Service, typename Request, typename Response>
 void Client::read(std::unique_ptr<grpc::ClientReaderInterface<Response>> (Service::*rpc)(grpc::ClientContext*,
-                                                                                        const Request&),
+                                                                                         const Request&),
                   const std::function<Request()>& open, const std::function<bool(const Response&)>& each, bool endless,
                   const CallOptions& options) const {
   Service& service = stub(static_cast<Service*>(nullptr));

@@ -1,12 +1,12 @@
 // Errors of calls, with the contract's reasons.
 #pragma once
 
+#include <grpcpp/support/status.h>
+
 #include <chrono>
 #include <map>
 #include <stdexcept>
 #include <string>
-
-#include <grpcpp/support/status.h>
 
 #include "agl_grpc/v1/common.pb.h"
 #include "agl_grpc/v1/error_reason.pb.h"

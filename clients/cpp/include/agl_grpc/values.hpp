@@ -11,15 +11,33 @@
 
 namespace agl_grpc {
 
-inline void set(v1::AnyValue* to, bool value) { to->set_bool_value(value); }
-inline void set(v1::AnyValue* to, int value) { to->set_int_value(value); }
-inline void set(v1::AnyValue* to, long value) { to->set_int_value(value); }
-inline void set(v1::AnyValue* to, long long value) { to->set_int_value(value); }
-inline void set(v1::AnyValue* to, double value) { to->set_double_value(value); }
-inline void set(v1::AnyValue* to, const char* value) { to->set_string_value(value); }
-inline void set(v1::AnyValue* to, std::string_view value) { to->set_string_value(std::string(value)); }
-inline void set(v1::AnyValue* to, const std::string& value) { to->set_string_value(value); }
-inline void set(v1::AnyValue* to, const v1::AnyValue& value) { *to = value; }
+inline void set(v1::AnyValue* to, bool value) {
+  to->set_bool_value(value);
+}
+inline void set(v1::AnyValue* to, int value) {
+  to->set_int_value(value);
+}
+inline void set(v1::AnyValue* to, long value) {
+  to->set_int_value(value);
+}
+inline void set(v1::AnyValue* to, long long value) {
+  to->set_int_value(value);
+}
+inline void set(v1::AnyValue* to, double value) {
+  to->set_double_value(value);
+}
+inline void set(v1::AnyValue* to, const char* value) {
+  to->set_string_value(value);
+}
+inline void set(v1::AnyValue* to, std::string_view value) {
+  to->set_string_value(std::string(value));
+}
+inline void set(v1::AnyValue* to, const std::string& value) {
+  to->set_string_value(value);
+}
+inline void set(v1::AnyValue* to, const v1::AnyValue& value) {
+  *to = value;
+}
 
 template <typename Value>
 void set(v1::AnyValue* to, const std::vector<Value>& values) {

@@ -105,8 +105,7 @@ class Worker {
  private:
   struct Shared;
   static void attend(const std::shared_ptr<Shared>& shared, const std::shared_ptr<Task>& task);
-  static std::optional<v1::Failure> execute(const std::shared_ptr<Shared>& shared,
-                                            const std::shared_ptr<Task>& task);
+  static std::optional<v1::Failure> execute(const std::shared_ptr<Shared>& shared, const std::shared_ptr<Task>& task);
   static std::optional<v1::Failure> call(const Agent& agent, Task& task);
   bool react(LeaseEvent& event);
   void take(v1::LeasedRollout work);

@@ -210,7 +210,7 @@ grpc::Status exchange(const agl_grpc::Client& client, const Value& step, Value* 
     if (!status.ok()) throw Mismatch("a message to send: " + status.ToString());
     open = call.send(*message) && !(in_step && number + 1 < messages.size() && !call.receive(received));
   }
-  if (!until) call.done();
+  if (!until || !method->client_streaming()) call.done();
   const int enough = expected == nullptr ? 0 : expected->list_value().values_size();
   while (open && (!until || received->list_value().values_size() < enough)) open = call.receive(received);
   return until && open ? grpc::Status::OK : call.finish();

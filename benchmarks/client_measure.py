@@ -83,7 +83,7 @@ async def round_trips(client: StoreClient, count: int) -> list[float]:
 
 async def main(target: str, spans: int, rounds: int) -> None:
     """Measures and prints."""
-    async with StoreClient(target, run_id="measure-python") as client:
+    async with StoreClient(target) as client:
         rate = await spans_per_second(client, spans)
         trips = await round_trips(client, rounds)
     print(json.dumps({"spans_per_second": rate, "round_trips_ms": trips}))

@@ -8,6 +8,8 @@ namespace {
 constexpr int kTriesOfARefusedStream = 5;
 constexpr std::chrono::seconds kNotPermittedWait{5};
 constexpr std::chrono::hours kResultsTimeout{24};
+constexpr int kRenewalsOfALease = 3;
+constexpr std::chrono::milliseconds kShortestRenewal{1'000};
 constexpr size_t kMostCompletions = 1000;
 
 void name(v1::HeldLease* held, const v1::Lease& lease) {
@@ -377,7 +379,7 @@ void LeaseStream::renew() {
   for (;;) {
     std::chrono::nanoseconds shortest;
     renewable(&shortest);
-    if (stop_.wait_for(shortest / 3)) return;
+    if (stop_.wait_for(shortest / kRenewalsOfALease)) return;
     const auto request = renewable(&shortest);
     if (request.leases().empty()) continue;
     try {
@@ -409,8 +411,9 @@ v1::RenewLeasesRequest LeaseStream::renewable(std::chrono::nanoseconds* shortest
 
 void LeaseStream::renew_once(const v1::RenewLeasesRequest& request, std::chrono::nanoseconds shortest) {
   CallOptions options;
+  // No longer than until the next is due: within one call the waits between tries grow, and could outlast a lease.
   options.timeout =
-      std::max(std::chrono::milliseconds(5000), std::chrono::duration_cast<std::chrono::milliseconds>(shortest));
+      std::max(kShortestRenewal, std::chrono::duration_cast<std::chrono::milliseconds>(shortest / kRenewalsOfALease));
   options.stop = stop_;
   const auto answer = client_.call(&Runner::RenewLeases, request, options);
   for (const auto& renewal : answer.renewals()) {

@@ -100,9 +100,7 @@ int main(int count, char** arguments) {
     return 2;
   }
   try {
-    agl_grpc::ClientOptions options;
-    options.run = "measure-cpp";
-    const agl_grpc::Client client(arguments[1], options);
+    const agl_grpc::Client client(arguments[1]);
     const double rate = spans_per_second(client, std::strtoull(arguments[2], nullptr, 10));
     const auto rounds = round_trips(client, std::atoi(arguments[3]));
     std::cout << "{\"spans_per_second\": " << rate << ", \"round_trips_ms\": [";

@@ -72,7 +72,7 @@ async function roundTrips(client: StoreClient, count: number): Promise<number[]>
 
 const [target, spans, rounds] = process.argv.slice(2);
 if (!target || !rounds) throw new Error("usage: node measure.js HOST:PORT SPANS ROUNDS");
-const client = new StoreClient(target, { runId: "measure-typescript" });
+const client = new StoreClient(target);
 const rate = await spansPerSecond(client, Number(spans));
 const trips = await roundTrips(client, Number(rounds));
 console.log(JSON.stringify({ spans_per_second: rate, round_trips_ms: trips }));

@@ -38,7 +38,7 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	client, err := agl.Dial(os.Args[1], agl.WithRun("measure-go"))
+	client, err := agl.Dial(os.Args[1])
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -212,13 +212,13 @@ async def test_the_anthropic_sdk_through_the_proxy(
         async with anthropic.AsyncAnthropic(base_url=rig.base(), api_key="x", max_retries=0) as client:
             assert said(await client.messages.create(**asked, **greedy)) == expected
             async with client.messages.stream(**asked, **greedy) as stream:
-                words = [text async for text in stream.text_stream]
+                events = [event async for event in stream]
                 assert said(await stream.get_final_message()) == expected
             counted = await client.messages.count_tokens(model="tiny", messages=asked["messages"])
             with pytest.raises(anthropic.NotFoundError, match="does not exist"):
                 await client.messages.create(**{**asked, "model": "nobody"})
         calls = [call for call, _ in await recorded(scripted, count=4)]
-    assert len(words) > 1
+    assert len(events) > 4
     assert counted.input_tokens > 0
     assert {call.api for call in calls} == {"messages"}
     assert all("no token ids" in call.untrainable_reason for call in calls)

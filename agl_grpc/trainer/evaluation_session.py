@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, describe, write_report
+from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, describe, evaluate, write_report
 from agl_grpc.model import LLM
 from agl_grpc.runner.load import LoadError, load_object
 from agl_grpc.trainer import commands
@@ -117,7 +117,11 @@ class EvaluationSession(Session[Evaluation]):
             queue=plan.validation_queue,
             about=about,
         )
-        return await self._evaluate(llm, plan.val_dataset or (), wanted, f"{plan.run_id}-{_LABEL}")
+        prefix = f"{plan.run_id}-{_LABEL}"
+        ids = await self._publish_sampled(llm, wanted.sampling, wanted.samples, prefix)
+        return await evaluate(
+            self.client, plan.val_dataset or (), wanted, resources=ids, on_progress=self.progress.count
+        )
 
 
 def _refuse_no_reward(found: Evaluation) -> None:

@@ -117,10 +117,13 @@ class EvaluationSession(Session[Evaluation]):
             queue=plan.validation_queue,
             about=about,
         )
-        prefix = f"{plan.run_id}-{_LABEL}"
-        ids = await self._publish_sampled(llm, wanted.sampling, wanted.samples, prefix)
+        resources_id = await self._publish_sampled(llm, wanted.sampling, f"{plan.run_id}-{_LABEL}")
         return await evaluate(
-            self.client, plan.val_dataset or (), wanted, resources=ids, on_progress=self.progress.count
+            self.client,
+            plan.val_dataset or (),
+            wanted,
+            resources_id=resources_id,
+            on_progress=self.progress.count,
         )
 
 

@@ -41,7 +41,7 @@ class Session(Generic[T]):
         self.address = plan.store
         self._client: StoreClient | None = None
         self._forked: Forked | None = None
-        self._resources: dict[str, list[str]] = {}
+        self._resources: dict[str, str | None] = {}
         self._grading: GraderWorker | None = None
         self._grading_task: asyncio.Task[None] | None = None
 
@@ -181,13 +181,13 @@ class Session(Generic[T]):
             self.stack.ready("engine")
 
     async def _publish(self, llm: LLM, temperature: float) -> None:
-        """Publishes what agents work with: for validation, and last, so that it is the latest, for training."""
+        """Publishes what agents work with: for validation, and last, as the latest, for training."""
         validation = self.plan.validation
-        for name, samples in self._passes().items():
+        for name in self._passes():
             # A resumed run has another engine: what was published for an earlier one stays its own.
-            prefix = f"{self.plan.run_id}-{name}-{self.stack.mark[:8]}"
+            resources_id = f"{self.plan.run_id}-{name}-{self.stack.mark[:8]}"
             sampling = validation.sampling(greedy=name == "greedy")
-            self._resources[name] = await self._publish_sampled(llm, sampling, samples, prefix)
+            self._resources[name] = await self._publish_sampled(llm, sampling, resources_id)
         parameters = {**llm.sampling_parameters, "temperature": temperature}
         await self.client.update_resources(
             f"{self.plan.run_id}-train",
@@ -205,15 +205,13 @@ class Session(Generic[T]):
             return self.plan.initial_resources
         return with_llm(self.plan.initial_resources, self.plan.engine.resource, llm)
 
-    async def _publish_sampled(
-        self, llm: LLM | None, sampling: Sampling, samples: int, prefix: str
-    ) -> list[str]:
-        """Publishes what agents work with for each sample; ids, none where agents need nothing."""
+    async def _publish_sampled(self, llm: LLM | None, sampling: Sampling, resources_id: str) -> str | None:
+        """Publishes what agents work with in an evaluation; None where they need nothing."""
         resources = self._with_endpoint(llm)
         if not resources:
-            return []
+            return None
         endpoint = self.plan.engine.resource
-        return await publish_sampling(self.client, prefix, resources, endpoint, sampling, samples)
+        return await publish_sampling(self.client, resources_id, resources, endpoint, sampling)
 
     async def _validate(self, when: str) -> Scores:
         """Sampled and greedy scores on the validation dataset."""
@@ -232,7 +230,7 @@ class Session(Generic[T]):
                 self.client,
                 plan.val_dataset or (),
                 one,
-                resources=self._resources[name],
+                resources_id=self._resources[name],
                 on_progress=self.progress.count,
             )
             self.progress.say(f"validation {when} training, {name}: {describe(scores[name])}")

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from agl_grpc.sample.facts import AttemptFacts
+
 UNKNOWN_STEP = -2
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -70,7 +72,7 @@ class FinishedRollout:
 
     ``reward`` is None when none was given; ``failure`` says why a rollout cannot be trained (empty = it can).
     ``captured``, ``observed`` and ``dropped`` count response-side tokens: captured = trained + observed +
-    dropped.
+    dropped. ``facts`` are for metrics.
     """
 
     rollout_id: str
@@ -82,6 +84,7 @@ class FinishedRollout:
     captured: int = 0
     observed: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    facts: AttemptFacts = field(default_factory=AttemptFacts)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from agl_grpc.sample import AttemptSamples, Sample, SampleRules
+from agl_grpc.sample import AttemptFacts, AttemptSamples, Sample, SampleRules
 from agl_grpc.sample.wire import rules_to_proto
 
 
@@ -169,6 +169,7 @@ class StoreSource:
             captured=account.captured,
             observed=account.observation,
             dropped=dict(account.dropped),
+            facts=samples.facts or AttemptFacts(),
         )
 
     def _row(self, sample: Sample) -> Row:

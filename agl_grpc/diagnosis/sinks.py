@@ -6,14 +6,17 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
 
-from agl_grpc.trainer.run_folder import RunFolder
-
 METRICS_FILE = "metrics.jsonl"
+_FAILURES = 3
+_MLFLOW_BATCH = 1000
+Config = Mapping[str, Any]
 
 
 class MetricSink(Protocol):
@@ -29,8 +32,8 @@ class MetricSink(Protocol):
 class JsonLines:
     """A line of JSON for each step in ``metrics.jsonl``."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._file = (folder.path / METRICS_FILE).open("ab")
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / METRICS_FILE).open("ab")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a line."""
@@ -46,10 +49,10 @@ class JsonLines:
 class TensorBoard:
     """Event files in the run folder's ``tensorboard``; read them with ``tensorboard --logdir``."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: Path) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder.tensorboard), flush_secs=5)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=5)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds each number as a scalar."""
@@ -64,7 +67,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, where ``wandb`` is installed and WANDB_API_KEY or WANDB_MODE is set."""
 
-    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Config) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -72,7 +75,7 @@ class WeightsAndBiases:
             name=folder.name,
             id=folder.name,
             resume="allow",
-            dir=str(folder.path),
+            dir=str(folder),
             config=dict(config),
         )
 
@@ -88,8 +91,11 @@ class WeightsAndBiases:
 class MLflow:
     """A run of MLflow, where ``mlflow`` is installed and MLFLOW_TRACKING_URI is set."""
 
-    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Config) -> None:
         from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        self._metric = Metric
 
         self._client = MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "agl-grpc")
@@ -100,9 +106,11 @@ class MLflow:
             self._client.log_param(self._run_id, key, value)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs a step."""
-        for name, value in metrics.items():
-            self._client.log_metric(self._run_id, name, value, step=step)
+        """Logs a step, as one request for each thousand numbers, which is MLflow's limit."""
+        now = int(time.time() * 1000)
+        numbers = [self._metric(name, value, now, step) for name, value in metrics.items()]
+        for start in range(0, len(numbers), _MLFLOW_BATCH):
+            self._client.log_batch(self._run_id, metrics=numbers[start : start + _MLFLOW_BATCH])
 
     def close(self) -> None:
         """Ends the run."""
@@ -110,25 +118,63 @@ class MLflow:
 
 
 class MetricSinks:
-    """All of them; numbers that are not finite are left out."""
+    """All of them; numbers that are not finite are left out.
 
-    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
-        self._sinks: list[MetricSink] = [JsonLines(folder), TensorBoard(folder)]
+    A sink never ends a run: what goes wrong is said in a line, and one that fails three times in a row gets
+    no more.
+
+    Args:
+        folder: of the run; its name is the run's.
+        config: a few words on the run, for the trackers.
+        say: told what goes wrong.
+    """
+
+    def __init__(self, folder: Path, config: Config, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._failures: dict[str, int] = {}
+        self._sinks: dict[str, MetricSink] = {}
+        self._open(METRICS_FILE, lambda: JsonLines(folder))
+        self._open("TensorBoard", lambda: TensorBoard(folder))
         if _installed("wandb") and (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
-            self._sinks.append(WeightsAndBiases(folder, config))
+            self._open("Weights & Biases", lambda: WeightsAndBiases(folder, config))
         if _installed("mlflow") and os.environ.get("MLFLOW_TRACKING_URI"):
-            self._sinks.append(MLflow(folder, config))
+            self._open("MLflow", lambda: MLflow(folder, config))
+
+    @property
+    def names(self) -> list[str]:
+        """Those that take numbers."""
+        return list(self._sinks)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Gives one step to each."""
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for sink in self._sinks:
-            sink.write(step, finite)
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        for name, sink in list(self._sinks.items()):
+            with self._told(name, f"step {step}") as outcome:
+                sink.write(step, finite)
+                outcome.append("written")
+            self._failures[name] = 0 if outcome else self._failures.get(name, 0) + 1
+            if self._failures[name] >= _FAILURES:
+                self._say(f"metrics: {name} gets no more: it failed {_FAILURES} times in a row")
+                del self._sinks[name]
 
     def close(self) -> None:
         """Closes each."""
-        for sink in self._sinks:
-            sink.close()
+        for name, sink in self._sinks.items():
+            with self._told(name, "the end"):
+                sink.close()
+
+    def _open(self, name: str, make: Callable[[], MetricSink]) -> None:
+        with self._told(name, "the start"):
+            self._sinks[name] = make()
+
+    @contextmanager
+    def _told(self, name: str, what: str) -> Iterator[list[str]]:
+        """Says what goes wrong inside instead of raising it: a tracker is other people's code and servers."""
+        try:
+            yield []
+        except Exception as error:
+            said = " ".join(str(error).split())[:300]
+            self._say(f"metrics: {name} did not take {what}: {type(error).__name__}: {said}")
 
 
 def _installed(package: str) -> bool:

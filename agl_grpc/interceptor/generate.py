@@ -15,7 +15,7 @@ from agl_grpc.interceptor.resume import AbortResumer
 from agl_grpc.interceptor.sampling import capture_params, sampling_message, untrainable_reasons
 from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.interceptor.versions import runs_from_starts
-from agl_grpc.v1 import model_call_pb2, span_pb2
+from agl_grpc.v1 import model_call_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
@@ -33,10 +33,8 @@ class Sink(Protocol):
         """An announced call ended without a span."""
         ...
 
-    def submit(
-        self, attempt: tuple[str, str], span: span_pb2.Span, prompt: list[int]
-    ) -> asyncio.Future[None]:
-        """A call ended; the future resolves when it is durable."""
+    def submit(self, call: CapturedCall) -> asyncio.Future[None]:
+        """A call ended; its future resolves when it is durable."""
         ...
 
 
@@ -258,10 +256,11 @@ class GenerateWrapper:
         self.captured += 1
         attribution, session = record.context.attribution, record.context.external
         attempt, span = (attribution.rollout_id, attribution.attempt_id), to_span(record, self._identity)
+        captured = CapturedCall(attempt, span, record.prompt_ids, record.responses())
         if session is not None and self._record_external is not None:
-            self._record_external(session, CapturedCall(attempt, span, record.prompt_ids))
+            self._record_external(session, captured)
             return done
-        durable = self._sink.submit(attempt, span, record.prompt_ids)
+        durable = self._sink.submit(captured)
         record.context.durable.append(durable)
         return durable
 

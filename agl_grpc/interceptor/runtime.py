@@ -19,7 +19,7 @@ from agl_grpc.interceptor.generate import GenerateWrapper
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.record import EngineIdentity
 from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
-from agl_grpc.interceptor.sink import CapturedCall, CaptureSink
+from agl_grpc.interceptor.sink import CaptureSink
 from agl_grpc.interceptor.spool import Spool
 from agl_grpc.interceptor.swap import EngineBroken, WeightSwapper
 from agl_grpc.interceptor.transport import AppendTransport, open_channel
@@ -70,7 +70,7 @@ class Interceptor:
         sink = CaptureSink(AppendTransport(channel), spool, settings.ack_timeout)
         external = None
         if settings.unattributed == "record":
-            external = ExternalTraffic(channel, _SinkJournal(sink), settings.external_run)
+            external = ExternalTraffic(channel, sink, settings.external_run)
         model = served_model(engine_client)
         version = f"vllm {vllm_version()}"
         processed = getattr(engine_client.model_config, "logprobs_mode", "") == "processed_logprobs"
@@ -168,18 +168,6 @@ class Interceptor:
             os.kill(os.getpid(), signal.SIGTERM)
         except Exception:  # a defect here must be seen: without the watch this engine takes no new weights
             logger.exception("the watch of policy versions ended for good; restart the engine")
-
-
-class _SinkJournal:
-    """The sink, as recorded external traffic wants it."""
-
-    def __init__(self, sink: CaptureSink) -> None:
-        self.announce = sink.announce
-        self._sink = sink
-
-    def submit(self, call: CapturedCall) -> asyncio.Future[None]:
-        """As `CaptureSink.submit`."""
-        return self._sink.submit(call.attempt, call.span, call.prompt)
 
 
 def served_model(engine_client: Any) -> str:

@@ -35,7 +35,7 @@ class Session:
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self.plan = plan
         self.progress = progress
-        self.stack = Stack(progress.say)
+        self.stack = Stack(progress.say, grace=plan.stop_seconds)
         self.address = plan.store
         self._client: StoreClient | None = None
         self._resources: dict[str, str] = {}

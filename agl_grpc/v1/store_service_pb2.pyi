@@ -1372,7 +1372,9 @@ class ListAttemptsRequest(_message.Message):
     page_token: _builtins.str
     """From the answer before."""
     order_by: _builtins.str
-    """`sequence_id` (default), `start_time`, `end_time`, `status`, `attempt_id`, `worker_id`."""
+    """`sequence_id` (default), `start_time`, `end_time`, `status`, `attempt_id`, `rollout_id`, `worker_id`,
+    `last_heartbeat_time`.
+    """
     order: _common_pb2.SortOrder.ValueType
     """Direction."""
     skip: _builtins.int
@@ -2119,7 +2121,9 @@ class ListSpansRequest(_message.Message):
     page_token: _builtins.str
     """From the answer before."""
     order_by: _builtins.str
-    """`sequence_id` (default), `start_time`, `end_time`, `received_time`, `name`, `trace_id`, `span_id`, `parent_id`."""
+    """`sequence_id` (default), `start_time`, `end_time`, `received_time`, `name`, `trace_id`, `span_id`, `parent_id`,
+    `attempt_id`, `rollout_id`; the last is the same for all.
+    """
     order: _common_pb2.SortOrder.ValueType
     """Direction."""
     skip: _builtins.int

@@ -2793,7 +2793,8 @@ type ListAttemptsRequest struct {
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the answer before.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// `sequence_id` (default), `start_time`, `end_time`, `status`, `attempt_id`, `worker_id`.
+	// `sequence_id` (default), `start_time`, `end_time`, `status`, `attempt_id`, `rollout_id`, `worker_id`,
+	// `last_heartbeat_time`.
 	OrderBy string `protobuf:"bytes,4,opt,name=order_by,json=orderBy,proto3" json:"order_by,omitempty"`
 	// Direction.
 	Order SortOrder `protobuf:"varint,5,opt,name=order,proto3,enum=agl_grpc.v1.SortOrder" json:"order,omitempty"`
@@ -4409,7 +4410,8 @@ type ListSpansRequest struct {
 	PageSize int32 `protobuf:"varint,4,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the answer before.
 	PageToken string `protobuf:"bytes,5,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// `sequence_id` (default), `start_time`, `end_time`, `received_time`, `name`, `trace_id`, `span_id`, `parent_id`.
+	// `sequence_id` (default), `start_time`, `end_time`, `received_time`, `name`, `trace_id`, `span_id`, `parent_id`,
+	// `attempt_id`, `rollout_id`; the last is the same for all.
 	OrderBy string `protobuf:"bytes,6,opt,name=order_by,json=orderBy,proto3" json:"order_by,omitempty"`
 	// Direction.
 	Order SortOrder `protobuf:"varint,7,opt,name=order,proto3,enum=agl_grpc.v1.SortOrder" json:"order,omitempty"`

@@ -1447,7 +1447,8 @@ export type ListAttemptsRequest = Message<"agl_grpc.v1.ListAttemptsRequest"> & {
   pageToken: string;
 
   /**
-   * `sequence_id` (default), `start_time`, `end_time`, `status`, `attempt_id`, `worker_id`.
+   * `sequence_id` (default), `start_time`, `end_time`, `status`, `attempt_id`, `rollout_id`, `worker_id`,
+   * `last_heartbeat_time`.
    *
    * @generated from field: string order_by = 4;
    */
@@ -2292,7 +2293,8 @@ export type ListSpansRequest = Message<"agl_grpc.v1.ListSpansRequest"> & {
   pageToken: string;
 
   /**
-   * `sequence_id` (default), `start_time`, `end_time`, `received_time`, `name`, `trace_id`, `span_id`, `parent_id`.
+   * `sequence_id` (default), `start_time`, `end_time`, `received_time`, `name`, `trace_id`, `span_id`, `parent_id`,
+   * `attempt_id`, `rollout_id`; the last is the same for all.
    *
    * @generated from field: string order_by = 6;
    */

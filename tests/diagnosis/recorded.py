@@ -17,6 +17,7 @@ import orjson
 
 from agl_grpc.client import StoreClient
 from tests.learner import test_store_e2e as run
+from tests.support.environments import learner_python
 from tests.support.store_process import StoreProcess
 
 _MODEL = "import sys; from pathlib import Path; from tests.learner.trainer_script import make_model; "
@@ -26,7 +27,7 @@ def main(folder: Path, steps: int, target: Path) -> None:
     """Trains, and writes a line for each step."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(
-        [run.learner_python(), "-c", f"{_MODEL}make_model(Path(sys.argv[1]))", str(folder / "model")],
+        [learner_python(), "-c", f"{_MODEL}make_model(Path(sys.argv[1]))", str(folder / "model")],
         env=run.environment(),
         check=True,
     )

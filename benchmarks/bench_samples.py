@@ -12,6 +12,7 @@ import time
 
 from agl_grpc.model import raw
 from agl_grpc.sample import AttemptRecord, CallSpan, build_attempt, pack
+from agl_grpc.store.training.samples import PAGE_ENTRIES, PAGE_TOKENS
 from agl_grpc.v1 import model_call_pb2 as pb
 from agl_grpc.v1.reward_pb2 import Reward
 from benchmarks.figures import Row, figure, run
@@ -38,10 +39,13 @@ def conversation(turns: int, prompt: int, response: int) -> AttemptRecord:
 
 
 def cpu(record: AttemptRecord, count: int) -> float:
-    """Seconds of CPU to build and pack an attempt so many times."""
+    """Seconds of CPU to build and pack an attempt so many times, in answers as large as the store's."""
+    tokens = sum(row.length for row in build_attempt(record).rows)
+    page = max(1, min(PAGE_ENTRIES, PAGE_TOKENS // tokens))
     start = time.process_time()
-    rows = [row for _ in range(count) for row in build_attempt(record).rows]
-    pack(rows).SerializeToString()
+    for first in range(0, count, page):
+        rows = [row for _ in range(min(page, count - first)) for row in build_attempt(record).rows]
+        pack(rows).SerializeToString()
     return time.process_time() - start
 
 

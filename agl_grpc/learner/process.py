@@ -258,12 +258,14 @@ def _assemble(
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
+    from agl_grpc.learner.tokens import decoder, vocabulary_size
     from agl_grpc.learner.trainer import AglTrainer, Hooks
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
     replay = training.released(step) if identity.is_resumed else {}
     rollout = verl.actor_rollout_ref.rollout
+    model = Path(config.model.path).expanduser()
     name, origin = identity.training_run_id, identity.origin
     make_source: Callable[..., StoreSource] = StoreSource
     if config.follows:
@@ -277,6 +279,7 @@ def _assemble(
         samples=config.samples.rules(config.model.name),
         lineage=lineage,
         rewards=frozen_rewards(replay),
+        decode=decoder(model),
     )
     manager = RolloutManager(
         source,
@@ -284,6 +287,7 @@ def _assemble(
         validation_size=int(rollout.val_kwargs.n),
         temperature=float(rollout.temperature),
         keep_empty=bool(config.follows),
+        vocabulary=vocabulary_size(model),
     )
     source.start(manager.deliver)
     publisher = Publisher(

@@ -45,13 +45,22 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     runs: dict[str, Run] = {
         "learning": {
             "verl": {"trainer.total_training_steps": 16, "trainer.save_freq": 8},
-            "mix_ups": ["shift", "rewards", "groups"],
+            "mix_ups": ["shift", "rewards", "groups", "foreign"],
         },
         "resumed": {"verl": {"trainer.total_training_steps": 10}, "resume": "global_step_8"},
         "split": {
-            "verl": {"trainer.total_training_steps": 3, "actor_rollout_ref.actor.optim.lr": 0.0},
+            "verl": {
+                "trainer.total_training_steps": 3,
+                "actor_rollout_ref.actor.optim.lr": 0.0,
+                "trainer.save_freq": 3,
+            },
+            "checkpoints": "split",
             "repeat": True,
             "changes": ["none", "split2", "split5"],
+        },
+        "groups": {
+            "verl": {"trainer.total_training_steps": 4},
+            "changes": ["none", "one_broke", "one_is_left", "unusable"],
         },
         "minibatches": {
             "verl": {
@@ -69,6 +78,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "trainer.v1.separate_async.num_warmup_batches": 2,
                 "trainer.v1.sampler.max_off_policy_threshold": 3,
             },
+        },
+        "turns": {
+            "verl": {"trainer.total_training_steps": 8, "algorithm.adv_estimator": "grpo_turns"},
         },
         "stopped": {
             "verl": {
@@ -146,12 +158,15 @@ def test_a_critic_is_trained_and_tokens_are_proven_in_bypass_mode_too(outcomes: 
         ("shift", "sampled and recomputed logprobs differ"),
         ("rewards", "the batch says group"),
         ("groups", "would be trained with group"),
+        ("foreign", "holds token 64, and the trained model has 64 tokens: its engine serves another model"),
     ],
 )
 def test_mix_ups_are_caught_before_the_update(outcomes: dict[str, Any], spoiled: str, words: str) -> None:
     error = outcomes["learning"]["mix_ups"][spoiled]
     assert error.startswith("FidelityError")
     assert words in error
+    assert error.endswith("nothing that is not in a checkpoint was trained")
+    assert "\n" not in error
 
 
 def test_splitting_rollouts_into_rows_changes_nothing(outcomes: dict[str, Any]) -> None:
@@ -163,6 +178,38 @@ def test_splitting_rollouts_into_rows_changes_nothing(outcomes: dict[str, Any]) 
     whole, *split = _column(outcome, "actor/grad_norm")
     assert split == pytest.approx([whole, whole], rel=1e-4)
     assert len(set(_column(outcome, "reward/mean"))) == 1
+    assert outcome["optimiser_steps"] == [3]
+
+
+def test_22_what_cannot_be_trained_shrinks_its_group_or_has_it_replaced_and_is_counted(
+    outcomes: dict[str, Any],
+) -> None:
+    """An infrastructure failure is never a reward of 0; a group of one is dropped and asked for anew."""
+    outcome = outcomes["groups"]
+    assert outcome["error"] == ""
+    assert _column(outcome, "training/rollouts") == [64, 63, 64, 61]
+    whole, shrunk, replaced, unusable = outcome["steps"]
+    assert shrunk["rollouts/excluded/infrastructure"] == 1
+    assert (replaced["rollouts/excluded/infrastructure"], replaced["groups/dropped"]) == (7, 1)
+    for reason in ("no_reward", "reward_not_finite", "no_trainable_tokens"):
+        assert unusable[f"rollouts/excluded/{reason}"] == 1
+    assert not [name for name in whole if "excluded" in name or name == "groups/dropped"]
+    assert {len(set(groups)) for groups in outcome["groups"]} == {8}
+
+
+def test_answers_are_credited_with_their_own_returns(outcomes: dict[str, Any]) -> None:
+    """`grpo_turns`: of a row of two answers each has its own advantage, and the policy learns by them."""
+    turns = outcomes["turns"]
+    assert turns["error"] == ""
+    rewards = _column(turns, "reward/mean")
+    assert rewards[-1] > rewards[0] + 0.1
+    rows = list(turns["advantages"].values())
+    assert len(rows) == 8
+    for row in rows:
+        assert len(set(row[:3])) == len(set(row[3:8])) == 1
+    assert any(row[0] != row[3] for row in rows)
+    # Within a group they add up to nothing, each rollout weighing the same.
+    assert sum(row[0] + row[3] for row in rows) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_several_updates_between_publications_keep_one_old_policy(outcomes: dict[str, Any]) -> None:

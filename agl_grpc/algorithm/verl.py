@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from agl_grpc.algorithm.base import Algorithm
+from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import (
     CheckLimits,
@@ -39,10 +40,12 @@ class VERL(Algorithm):
         samples: what is trained of an attempt.
         checks: limits between sampled and recomputed logprobs.
         deadlines: of the learner's phases.
+        alarms: limits of the alarms, and which of them end the run.
+        trajectories: best, worst and random rollouts each, written down at every step; 0 = none.
         keep_checkpoints: how many finished checkpoints stay; None = all.
 
-    ``engines``, ``rollouts``, ``samples``, ``checks`` and ``deadlines`` may also be given as mappings of
-    their fields, as a configuration file has them.
+    ``engines``, ``rollouts``, ``samples``, ``checks``, ``alarms`` and ``deadlines`` may also be given as
+    mappings of their fields, as a configuration file has them.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class VERL(Algorithm):
         samples: TrainedTokens | Mapping[str, Any] | None = None,
         checks: CheckLimits | Mapping[str, Any] | None = None,
         deadlines: Deadlines | Mapping[str, Any] | None = None,
+        alarms: AlarmLimits | Mapping[str, Any] | None = None,
+        trajectories: int = 2,
         keep_checkpoints: int | None = 3,
     ) -> None:
         super().__init__()
@@ -73,6 +78,8 @@ class VERL(Algorithm):
         self.rollouts = settings("rollouts", rollouts, RolloutConfig)
         self.samples = settings("samples", samples, TrainedTokens)
         self.checks = settings("checks", checks, CheckLimits)
+        self.alarms = settings("alarms", alarms, AlarmLimits)
+        self.trajectories = trajectories
         self.deadlines = settings("deadlines", deadlines, Deadlines)
         self.keep_checkpoints = keep_checkpoints
 
@@ -112,6 +119,8 @@ class VERL(Algorithm):
             "samples": asdict(self.samples),
             "checks": asdict(self.checks),
             "deadlines": asdict(self.deadlines),
+            "alarms": asdict(self.alarms),
+            "trajectories": self.trajectories,
             "verl": {**self.config, **(more or {})},
         }
         assert set(run) <= set(RunConfig.__dataclass_fields__)

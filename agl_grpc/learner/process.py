@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import orjson
 from agl_grpc.client import StoreError
 from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
 from agl_grpc.learner.errors import StoppedError
-from agl_grpc.learner.progress import SAID, step_line, with_summary
+from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
@@ -31,6 +31,7 @@ from agl_grpc.sample import SampleRules
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from agl_grpc.learner.reporting import Reporting, TrajectorySamples
     from agl_grpc.learner.trainer import AglTrainer
 
 
@@ -177,16 +178,21 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     with local_ray(device=device, gpus=gpus, address=config.ray_address):
         import transfer_queue as tq
 
+        from agl_grpc.learner.reporting import Reporting, TrajectorySamples
+
         tq.init(verl.transfer_queue)
         validate(verl)
-        trainer, manager = _assemble(config, verl, output, link, training, step)
-        try:
+        samples = TrajectorySamples(output, config.trajectories, config.model.path, say)
+        about = {"algorithm": "verl", "run": config.run_id, "seed": config.seed, "model": config.model.name}
+        with closing(Reporting(training, output, config.alarms, about, say)) as reporting, closing(samples):
+            trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
             say("starting verl's workers, loading the model, publishing its weights")
-            trainer.init()
-            say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
-            trainer.fit(manager)
-        finally:
-            tq.close()
+            try:
+                trainer.init()
+                say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
+                trainer.fit(manager)
+            finally:
+                tq.close()
 
 
 def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
@@ -245,6 +251,8 @@ def _assemble(
     link: StoreLink,
     training: TrainingRun,
     step: int,
+    reporting: Reporting,
+    samples: TrajectorySamples,
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.checks import LogprobLimits
@@ -299,10 +307,7 @@ def _assemble(
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
     def on_metrics(at: int, metrics: dict[str, float]) -> bool:
-        numbers = with_summary(metrics)
-        say(step_line(at, trainer.total_training_steps, numbers))
-        training.report(at, numbers)
-        return training.stop_requested
+        return reporting.step(at, trainer.total_training_steps, metrics)
 
     hooks = Hooks(
         source=source,
@@ -315,6 +320,7 @@ def _assemble(
         deadlines=config.deadlines,
         failure_limit=config.failure_limit,
         on_metrics=on_metrics,
+        on_rollouts=samples.step,
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
     )
     trainer = AglTrainer(verl, hooks)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import orjson
 
+from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.model.rollout import RolloutConfig
 from agl_grpc.sample import OverLong, SampleRules, Truncated
@@ -127,7 +128,8 @@ class RunConfig:
     are. ``failure_limit`` groups in a row that cannot be trained end the run. ``keep_checkpoints`` None keeps
     all. ``visible_devices`` are the GPUs of this machine that the learner may use (``"4,5,6,7"``; empty =
     all). ``ray_address`` names a Ray cluster that runs already, for trainers on several nodes (empty = Ray is
-    started here).
+    started here). ``trajectories`` best, worst and random rollouts each are written down at every step (0 =
+    none).
 
     Several models of one run: each has a training run and a learner of its own. ``follows`` names the
     training run whose rollouts this one trains its model on; that one names the others' models in
@@ -156,6 +158,8 @@ class RunConfig:
     checks: CheckLimits = field(default_factory=CheckLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
     sft: SftConfig = field(default_factory=SftConfig)
+    alarms: AlarmLimits = field(default_factory=AlarmLimits)
+    trajectories: int = 2
     verl: dict[str, Any] = field(default_factory=dict)
 
 
@@ -206,6 +210,8 @@ def from_mapping(data: Mapping[str, Any]) -> RunConfig:
     config = _build(RunConfig, data, "")
     if config.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"'device' must be auto, cpu or cuda, not {config.device!r}")
+    if config.trajectories < 0:
+        raise ConfigError(f"'trajectories' {config.trajectories} must be 0 or more")
     if not Path(config.model.path).expanduser().is_dir():
         raise ConfigError(f"model folder {config.model.path} does not exist")
     for path in filter(None, (config.train_tasks, config.val_tasks)):

@@ -7,7 +7,6 @@ leave.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,9 +45,10 @@ from agl_grpc.learner.correction import correct_over_rollouts
 from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.phases import phase
-from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
+from agl_grpc.learner.rollouts import ClaimedBatch, FinishedRollout, RolloutSource
 from agl_grpc.learner.run_config import Deadlines
 from agl_grpc.learner.sampler import StoreSampler
+from agl_grpc.learner.step_metrics import batch_metrics, sampler_distance, unfinished
 from agl_grpc.learner.turn_credit import NAME as TURNS
 from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
 
@@ -107,6 +107,8 @@ class Hooks:
     failure_limit: int = 64
     # Called after each step (0 = before training); answers whether to stop.
     on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
+    # Called with each step's rollouts, before its metrics.
+    on_rollouts: Callable[[int, list[FinishedRollout]], None] = lambda _step, _rollouts: None
     # Called with the step and the name of an error that ends training, before the last checkpoint.
     on_error: Callable[[int, str], None] = lambda _step, _name: None
 
@@ -335,6 +337,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         rows = [LogprobRow(key, *values) for key, *values in zip(keys, *columns, strict=True)]
         version = self.global_steps - 1
         metrics.update(check_logprobs(rows, version=version, limits=self.hooks.limits))
+        metrics.update(sampler_distance(rows, version=version))
         self._counts.update(staleness(rows, version=version))
         trained: Counter[str] = Counter()
         for rollout_id, mask in zip(data["rollout_id"], columns[2], strict=True):
@@ -420,9 +423,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         output = rename_dict(self.actor_rollout_wg.update_actor(batch)["metrics"], "actor/")
         output["perf/mfu/actor"] = output.pop("actor/mfu")
         self._updating = True
+        self._counts["loss/skipped_updates"] += unfinished(output.get("actor/grad_norm", ()))
         metrics.update(reduce_metrics(output))
-        if not math.isfinite(float(metrics.get("actor/grad_norm", 0.0))):
-            metrics["actor/skipped_updates"] = 1.0
         return batch
 
     @phase("updating the critic", "compute")
@@ -442,6 +444,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._updating = True
         output = rename_dict(self.critic_wg.train_mini_batch(batch).get()["metrics"], "critic/")
         output["perf/mfu/critic"] = output.pop("critic/mfu")
+        self._counts["loss/skipped_updates"] += unfinished(output.get("critic/grad_norm", ()))
         metrics.update(reduce_metrics(output))
         return batch
 
@@ -469,6 +472,13 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         metrics.update(self.agent_loop_manager.drain_counts())
         metrics.update(self._counts)
         metrics["idle/optimiser_seconds"] = metrics.get("timing_s/gen", 0.0)
+        trained = [
+            self.agent_loop_manager.rollout(entry.rollout_id)
+            for claimed in self._claimed_in_step
+            for entry in claimed.entries
+        ]
+        metrics.update(batch_metrics(trained))
+        self.hooks.on_rollouts(self.global_steps, trained)
         for claimed in self._claimed_in_step:
             self.agent_loop_manager.forget([entry.rollout_id for entry in claimed.entries])
         stop = self.hooks.on_metrics(self.global_steps, _numbers(metrics))

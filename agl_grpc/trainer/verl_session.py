@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -75,6 +76,7 @@ class VerlSession(Session):
             self.progress.say(self._workers_command())
         self.progress.phase("starting engine, learner and workers")
         following = asyncio.create_task(self._follow(training.training_run_id, training.trainer_epoch))
+        reading = asyncio.create_task(self._read_log(training.training_run_id))
         try:
             await self.stack.until(self._engine_ready())
             self.progress.say(f"the engine serves policy version {version}")
@@ -85,9 +87,9 @@ class VerlSession(Session):
             self.progress.phase("training")
             training = await self._trained(training.training_run_id, following)
         finally:
-            for task in (following, relaying):
+            for task in (following, relaying, reading):
                 task.cancel()
-            await asyncio.wait({following, relaying})
+            await asyncio.wait({following, relaying, reading})
         after = {}
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
             after = await self.stack.until(self._validate("after"))
@@ -234,6 +236,13 @@ class VerlSession(Session):
                     return
             # The end that the watch has shown is the one that is being resumed; the learner is on its way.
             await asyncio.sleep(_TAKE_UP_SECONDS)
+
+    async def _read_log(self, training_run_id: str) -> None:
+        """Shows lines of the training run's log, alarms for example, that are written from now on."""
+        begin = time.time()
+        async for line in self.client.watch_training_log(training_run_id):
+            if line.time is None or line.time >= begin:
+                self.progress.say(line.text)
 
     def _total_steps(self) -> int | None:
         config = self._algorithm.config

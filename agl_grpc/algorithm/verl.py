@@ -18,6 +18,7 @@ from agl_grpc.learner.run_config import (
     EngineConfig,
     RunConfig,
     TrainedTokens,
+    ValidationConfig,
     settings,
 )
 from agl_grpc.model.rollout import RolloutConfig
@@ -92,12 +93,13 @@ class VERL(Algorithm):
         train_dataset: Sequence[Any],
         val_dataset: Sequence[Any] | None = None,
         more: Mapping[str, Any] | None = None,
+        validation: ValidationConfig | None = None,
     ) -> Path:
         """Writes tasks and configuration for ``agl-grpc learner --config``; answers the configuration's path.
 
         ``folder`` also becomes the learner's output folder (checkpoints, TensorBoard files). Items of the
         datasets must be JSON values: they reach agents as rollout inputs. ``more`` are dotted keys of verl
-        that this run has besides ``config``.
+        that this run has besides ``config``; ``validation`` says how the learner validates.
         """
         folder.mkdir(parents=True, exist_ok=True)
         train = _write_tasks(folder / "train.jsonl", train_dataset)
@@ -121,6 +123,7 @@ class VERL(Algorithm):
             "deadlines": asdict(self.deadlines),
             "alarms": asdict(self.alarms),
             "trajectories": self.trajectories,
+            "validation": asdict(validation or ValidationConfig()),
             "verl": {**self.config, **(more or {})},
         }
         assert set(run) <= set(RunConfig.__dataclass_fields__)

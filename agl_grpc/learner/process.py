@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agl_grpc.client import StoreError
+from agl_grpc.evaluation import Pass
 from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
 from agl_grpc.learner.errors import StoppedError
 from agl_grpc.learner.progress import SAID
@@ -257,11 +258,13 @@ def _assemble(
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.checks import LogprobLimits
     from agl_grpc.learner.followed_source import FollowedSource, leaders_origin
+    from agl_grpc.learner.hooks import Hooks
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.tokens import decoder, vocabulary_size
-    from agl_grpc.learner.trainer import AglTrainer, Hooks
+    from agl_grpc.learner.trainer import AglTrainer
+    from agl_grpc.learner.validation import StoreValidation, sampling_of
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
@@ -306,6 +309,21 @@ def _assemble(
     )
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
+    val = config.validation
+    validation = StoreValidation(
+        link,
+        f"{name.replace('_', '-')}.t{identity.trainer_epoch}",
+        Pass(
+            name=config.training_run_id or config.run_id,
+            samples=int(rollout.val_kwargs.n),
+            sampling=sampling_of(rollout.val_kwargs, val.max_tokens or None, val.seed),
+            queue=val.queue or None,
+            config=config.rollouts,
+            timeout=val.timeout,
+        ),
+        checkpoints.note_score if val.keep_best else lambda _step, _score: False,
+    )
+
     def on_metrics(at: int, metrics: dict[str, float]) -> bool:
         return reporting.step(at, trainer.total_training_steps, metrics)
 
@@ -321,6 +339,8 @@ def _assemble(
         failure_limit=config.failure_limit,
         on_metrics=on_metrics,
         on_rollouts=samples.step,
+        # A run that follows another is told by its source that it cannot validate.
+        validation=None if config.follows else validation,
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
     )
     trainer = AglTrainer(verl, hooks)

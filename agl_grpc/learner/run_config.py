@@ -121,6 +121,22 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Validation during training (``trainer.test_freq``); verl's ``rollout.val_kwargs`` say how it samples.
+
+    ``queue`` is that of its rollouts (empty = the run's own), ``max_tokens`` the longest answer of one call
+    (0 = the endpoint's), ``seed`` that of its requests, ``timeout`` the seconds for one pass. ``keep_best``
+    saves a checkpoint when the score is the best so far, and never deletes it.
+    """
+
+    queue: str = ""
+    max_tokens: int = 0
+    seed: int = 0
+    timeout: float = 1800.0
+    keep_best: bool = True
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run. Paths may be relative to the working directory.
 
@@ -160,6 +176,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     alarms: AlarmLimits = field(default_factory=AlarmLimits)
     trajectories: int = 2
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     verl: dict[str, Any] = field(default_factory=dict)
 
 

@@ -35,7 +35,7 @@ from agl_grpc.trainer.training_record import RunStopped, TrainingRecord, result_
 log = logging.getLogger(__name__)
 
 
-class LocalSession(Session):
+class LocalSession(Session[FitResult]):
     """Runs an `Algorithm` here, or, without one, only the workers."""
 
     def __init__(

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agl_grpc.algorithm import VERL
+from agl_grpc.evaluation import Evaluation
+from agl_grpc.learner.best import read_best
 from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import SAID, scores
+from agl_grpc.learner.run_config import ValidationConfig
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
@@ -27,7 +29,6 @@ from agl_grpc.trainer.result import FitResult, Scores
 from agl_grpc.trainer.run_folder import dataset_digests, describe_run
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.settings import setting
-from agl_grpc.trainer.validate import Score
 
 # The learner reports its last step before it ends; the watch has this long to bring it.
 _LAST_METRICS_SECONDS = 10.0
@@ -38,7 +39,7 @@ _METRICS_SECONDS = 5.0
 PUBLISHED = "weights/policy_version"
 
 
-class VerlSession(Session):
+class VerlSession(Session[FitResult]):
     """Starts store, engine, learner and workers, follows the training run, validates before and after."""
 
     def __init__(
@@ -81,7 +82,7 @@ class VerlSession(Session):
             await self.stack.until(self._engine_ready())
             self.progress.say(f"the engine serves policy version {version}")
             if validates:
-                before = await self.stack.until(self._validate("before"))
+                before = await self.stack.until(self._validate("before", llm))
                 self._note_scores("before", before)
                 await self.client.resume_dispatch(queue=plan.run_id)
             self.progress.phase("training")
@@ -92,7 +93,7 @@ class VerlSession(Session):
             await asyncio.wait({following, relaying, reading})
         after = {}
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
-            after = await self.stack.until(self._validate("after"))
+            after = await self.stack.until(self._validate("after", llm))
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
         return self._result(training, before, after, counters)
@@ -194,6 +195,7 @@ class VerlSession(Session):
         more: dict[str, Any] = {}
         if plan.val_dataset and plan.validation.every and not self._validates_by_itself:
             more["trainer.test_freq"] = plan.validation.every
+        more |= self._validation_sampling()
         config = self._algorithm.write_run(
             plan.folder.path,
             run_id=plan.run_id,
@@ -201,6 +203,13 @@ class VerlSession(Session):
             train_dataset=plan.train_dataset,
             val_dataset=plan.val_dataset,
             more=more,
+            validation=ValidationConfig(
+                queue=plan.validation_queue,
+                max_tokens=plan.validation.max_tokens or 0,
+                seed=plan.validation.seed,
+                timeout=plan.validation.timeout_seconds,
+                keep_best=plan.validation.keep_best,
+            ),
         )
         log = plan.folder.log("learner")
         written = end_of(log)
@@ -216,6 +225,13 @@ class VerlSession(Session):
             may_end=True,
         )
         return asyncio.create_task(relay(log, written, self._show_start))
+
+    def _validation_sampling(self) -> dict[str, Any]:
+        """How the learner samples in validation: those of verl's keys that its configuration leaves open."""
+        wanted = self.plan.validation
+        keys = {"n": wanted.every_samples, "temperature": wanted.temperature, "top_p": wanted.top_p or 1.0}
+        named = {f"actor_rollout_ref.rollout.val_kwargs.{key}": value for key, value in keys.items()}
+        return {key: value for key, value in named.items() if setting(self._algorithm.config, key) is None}
 
     def _show_start(self, line: str) -> bool:
         if line.startswith(f"{SAID}step "):
@@ -267,10 +283,10 @@ class VerlSession(Session):
     def _recorded(self, when: str) -> Scores:
         """Scores that an earlier session of this run wrote down."""
         recorded: Mapping[str, Any] = self._manifest["validation"].get(when, {})
-        return {
-            name: Score(**{**score, "task_means": tuple(score["task_means"])})
-            for name, score in recorded.items()
-        }
+        return {name: Evaluation.read(self._validation_file(when, name)) for name in recorded}
+
+    def _validation_file(self, when: str, name: str) -> Path:
+        return self.plan.folder.path / "validation" / f"{when}-{name}.json"
 
     def _workers_command(self) -> str:
         queues = f"--queue {self.plan.run_id} --queue {self.plan.validation_queue}"
@@ -281,7 +297,9 @@ class VerlSession(Session):
 
     def _note_scores(self, when: str, scores: Scores) -> None:
         if scores:
-            self._manifest["validation"][when] = {name: asdict(score) for name, score in scores.items()}
+            for name, score in scores.items():
+                score.write(self._validation_file(when, name))
+            self._manifest["validation"][when] = {name: score.summary() for name, score in scores.items()}
             self.plan.folder.write_manifest(self._manifest)
 
     def _result(
@@ -299,6 +317,7 @@ class VerlSession(Session):
             history=history,
             before=before,
             after=after,
+            best=read_best(folder.checkpoints),
             checkpoint=checkpoint,
             model=hugging_face_folder(checkpoint) if checkpoint else None,
             captured=counters,
@@ -317,7 +336,11 @@ class VerlSession(Session):
     def _draw(self, history: list[StepMetrics], last: int) -> None:
         recorded: Mapping[str, Any] = self._manifest["validation"]
         points = {
-            step: {name: float(score["mean"]) for name, score in recorded[when].items()}
+            step: {
+                name: float(score["mean"])
+                for name, score in recorded[when].items()
+                if score["mean"] is not None
+            }
             for when, step in (("before", 0), ("after", last))
             if when in recorded
         }

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -87,6 +88,9 @@ class RayWorker:
 
     def run(self) -> tuple[str, str]:
         """Works until it leaves; `left`, `worn out`, or `refused` with the reason."""
+        if sys.version_info < (3, 14):
+            # Ray installs uvloop's policy, under which the agents' own loop cannot start programs.
+            asyncio.set_event_loop_policy(None)
         try:
             agent, hooks, tracer = load_parts(self.config)
             with asyncio.Runner(loop_factory=loop_factory()) as runner:

@@ -98,6 +98,12 @@ def credit(
     The attempt's own reward comes with its last answer, undiscounted there. Each of several answers of one
     call has the call's reward.
     """
+    if not judgement.by_step and not judgement.by_span:
+        # As nearly all attempts are: the end's reward, discounted back.
+        returns = [judgement.own] * len(span_ids)
+        for place in range(len(returns) - 2, -1, -1):
+            returns[place] = discount * returns[place + 1]
+        return [(0.0, each) for each in returns], 0
     own = [
         judgement.by_step.get(step, 0.0) + judgement.by_span.get(span_id, 0.0)
         for step, span_id in enumerate(span_ids)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.grader import Graders
 from agl_grpc.model import LLM, NamedResources, Resource
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.trainer.errors import TrainerError
@@ -52,6 +53,7 @@ class Plan:
     stop_seconds: float = 20.0
     training_run_id: str = ""
     trainer_id: str = ""
+    graders: Graders | None = None
 
     @property
     def run_id(self) -> str:

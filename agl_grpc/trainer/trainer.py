@@ -14,6 +14,7 @@ from agl_grpc.agent import LitAgent
 from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
+from agl_grpc.grader import Graders
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
 from agl_grpc.sample.adapter import Adapter
@@ -93,10 +94,12 @@ class Trainer:
         engine_python: str | Path | None = None,
         learner_python: str | Path | None = None,
         port: int | None = None,
+        graders: Any = None,
     ) -> None:
         if n_runners < 1:
             raise TrainerError(f"n_runners is {n_runners}; it must be 1 or more")
         self.algorithm = _algorithm(algorithm)
+        self.graders = _graders(graders)
         self.strategy: ExecutionStrategy = (
             build("strategy", strategy, ExecutionStrategy, registry=STRATEGIES)
             or ClientServerExecutionStrategy()
@@ -210,6 +213,7 @@ class Trainer:
         if strategy.managed_store is False and not store:
             raise TrainerError("managed_store=False starts no store: give the trainer's store, as host:port")
         plan = Plan(
+            graders=self.graders,
             folder=RunFolder(self.run_dir / self.run_name),
             agent=agent,
             train_dataset=train,
@@ -306,3 +310,13 @@ def _agent_object(agent: Any) -> LitAgent[Any]:
 
 def _one(hooks: Any) -> list[Any]:
     return [] if hooks is None else [hooks]
+
+
+def _graders(given: Any) -> Graders | None:
+    """Graders from whatever stands for them; None = the agent judges itself."""
+    if given is None:
+        return None
+    try:
+        return Graders.of(given)
+    except (ValueError, TypeError) as error:
+        raise TrainerError(f"graders: {error}") from error

@@ -220,6 +220,12 @@ class Script:
 
         engine = self.engine()
         outcome = self.once("lora", LORA, engine)
+        resumed = self.once(
+            "lora",
+            {**LORA, "trainer.total_training_steps": 4, "trainer.save_freq": -1},
+            self.engine(),
+            resume="global_step_3",
+        )
         actor = self.folder / "lora" / "global_step_3" / "actor"
         base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
         whole = AutoModelForCausalLM.from_pretrained(actor / "huggingface", dtype=torch.float32)
@@ -234,6 +240,7 @@ class Script:
         return {
             **outcome,
             "differences": [float((each - found).abs().max()) for each in logits.values()],
+            "resumed": resumed,
             "learned": float((before - found).abs().max()),
         }
 

@@ -190,6 +190,12 @@ def test_of_a_model_with_lora_only_the_adapter_travels_and_its_checkpoint_is_who
     assert max(sizes) < min(step["weights/bytes"] for step in outcomes["undisturbed"]["steps"]) / 5
     # Every token is proven against the base and the adapter, which the engine has added up.
     assert max(step["check/logprob_max_difference"] for step in outcome["steps"]) < 1e-5
+    # A trainer that goes on from it publishes the very adapter, and trains the next step on its tokens.
+    resumed = outcome["resumed"]
+    assert resumed["error"] == ""
+    assert [step["step"] for step in resumed["steps"]] == [4]
+    assert resumed["steps"][0]["check/logprob_max_difference"] < 1e-5
+    assert resumed["digests"]["3"] == outcome["digests"]["3"]
     # What transformers loads, and what peft puts on the base, is what the engine served.
     assert outcome["learned"] > 1e-2
     assert max(outcome["differences"]) < 1e-5

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.environments import learner_python
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 Run = dict[str, Any]
 
@@ -29,7 +29,7 @@ def train(folder: Path, runs: list[Run]) -> list[dict[str, Any]]:
         env={**os.environ, "PYTHONPATH": str(repository)},
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -53,6 +53,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "trainer.total_training_steps": 3,
                 "actor_rollout_ref.actor.optim.lr": 0.0,
                 "trainer.save_freq": 3,
+                # Shards of the ranks alone, nothing that transformers loads.
+                "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra"],
             },
             "checkpoints": "split",
             "repeat": True,
@@ -179,6 +181,50 @@ def test_splitting_rollouts_into_rows_changes_nothing(outcomes: dict[str, Any]) 
     assert split == pytest.approx([whole, whole], rel=1e-4)
     assert len(set(_column(outcome, "reward/mean"))) == 1
     assert outcome["optimiser_steps"] == [3]
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16"])
+def test_a_checkpoint_of_shards_alone_is_exported_for_transformers(
+    outcomes: dict[str, Any], tmp_path: Path, dtype: str
+) -> None:
+    """verl merges the shards; the weights are the model's, which a learning rate of 0 left as it was."""
+    repository = Path(__file__).parents[2]
+    saved = outcomes["folder"] / "split"
+    assert not list(saved.rglob("*.safetensors"))
+    target = tmp_path / "exported"
+    command = [
+        learner_python(),
+        "-m",
+        "agl_grpc_cli",
+        "checkpoint",
+        "export",
+        str(saved),
+        str(target),
+        "--json",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{repository}:{repository / 'cli'}"}
+    command += ["--dtype", dtype] if dtype else []
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["checkpoint"], report["dtype"]) == ("global_step_3", dtype or "float32")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "T.from_pretrained(sys.argv[2]); a, b = (M.from_pretrained(p).state_dict() for p in sys.argv[1:]); "
+        "assert a.keys() == b.keys(); "
+        "assert all(torch.equal(a[n].to(b[n].dtype), b[n]) for n in a), 'other weights'; "
+        "print({t.dtype for t in b.values()})"
+    )
+    model = str(outcomes["folder"] / "model")
+    loaded = subprocess.run(
+        [learner_python(), "-c", code, model, str(target)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert f"torch.{report['dtype']}" in loaded.stdout
 
 
 def test_22_what_cannot_be_trained_shrinks_its_group_or_has_it_replaced_and_is_counted(

@@ -114,6 +114,7 @@ async def test_programs_of_a_killed_actor_are_ended_on_its_node(
     # The program notes itself and its worker's process, and would stay for ever.
     note = f"echo $$ $AGL_GRPC_WORKER_PID >> {folder}/programs; exec sleep 1000000"
     options = ["--run", run_id, "--ray", "--address", cluster.address, "--workers", "1", "--command", note]
+    options += ["--drain", "1"]
     with RunnerProcess(store.address, None, folder, *options, python=learner_python()) as runner:
         await client.enqueue_rollout(1, config=RolloutConfig(max_redeliveries=10))
         await eventually(lambda: runner.notes("programs"), within=LONG, what="the program runs")
@@ -124,7 +125,6 @@ async def test_programs_of_a_killed_actor_are_ended_on_its_node(
         await eventually(lambda: len(runner.notes("programs")) >= 2, within=LONG, what="it is done again")
         assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
         assert runner.says("worker w-0 left 1 programs on node")
-        runner.terminate()
         runner.terminate()
         assert await asyncio.to_thread(runner.wait, LONG) == 0, runner.log.read_text()
 

@@ -203,24 +203,32 @@ def test_a_program_is_the_agent(tmp_path: Path) -> None:
 
 
 @algo
-async def left_behind(store: StoreClient) -> tuple[str, float]:
-    """Has a worker exit with code 7 in one rollout; who did that rollout afterwards, and its reward."""
-    rollout = await store.enqueue_rollout({"number": 4, "exit": 7})
+async def left_behind(store: StoreClient, train_dataset: Any) -> float:
+    """Has a worker exit in the first attempt of one rollout; the reward of the second."""
+    rollout = await store.enqueue_rollout(train_dataset[0])
     await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60)
     first, second = await store.query_attempts(rollout.rollout_id)
-    assert first.worker_id != second.worker_id
+    assert first.lease_lost
+    assert not second.lease_lost
     (reward,) = await store.query_rewards([rollout.rollout_id])
-    return second.worker_id or "", reward.value
+    return reward.value
 
 
-def test_a_worker_that_exits_with_an_allowed_code_has_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (7, "left: it exited with code 7, which is allowed"),
+        # The code by which a worker says that it can never run, used by an agent.
+        (3, "exited with code 3 after"),
+    ],
+)
+def test_an_agent_that_exits_ends_its_worker_and_no_other(tmp_path: Path, code: int, message: str) -> None:
     strategy = {"type": "cs", "allowed_exit_codes": (0, 7), "n_runners": 2, "terminate_timeout": 5.0}
     trainer = Trainer(algorithm=left_behind, strategy=strategy, run_name="n", run_dir=tmp_path)
-    _, reward = trainer.fit("tests.trainer.agents:Exiting").value
-    assert reward == 2.0
+    assert trainer.fit("tests.trainer.agents:Exiting", [{"number": 4, "exit": code}]).value == 2.0
     log = (tmp_path / "n" / "logs" / "runner.log").read_text()
-    assert "left: it exited with code 7, which is allowed" in log, log
-    assert "restart in" not in log
+    assert message in log, log
+    assert ("restart in" in log) == (code == 3)
 
 
 @algo

@@ -57,8 +57,8 @@ def engine_command(model: Path, store: str, folder: Path, *options: str, port: i
     return [
         engine_python(), "-m", "agl_grpc_cli", "vllm", "serve", str(model), "--store", store,
         "--run", "run-1", "--engine-id", "engine-1", "--spool-dir", str(folder / "spool"),
-        "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "2048",
-        "--max-num-seqs", "32", "--max-num-batched-tokens", "2048", "--enforce-eager", "--enable-scale-out",
+        "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
+        "--max-num-seqs", "32", "--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out",
         *options,
     ]  # fmt: skip
 

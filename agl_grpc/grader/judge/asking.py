@@ -22,7 +22,7 @@ SYSTEM = (
     "JSON object and nothing else."
 )
 _KEPT = 8_000
-_REASONS = 500
+_REASONS = 300
 
 
 class JudgeEndpoint(ChatEndpoint):

@@ -133,6 +133,7 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
             "train_files": str(Path(config.train_tasks).expanduser()),
             "val_files": str(Path(config.val_tasks or config.train_tasks).expanduser()),
             "seed": config.seed,
+            "agl_rollouts_per_task": config.rollouts_per_task,
         },
         "actor_rollout_ref": {
             "model": {"path": str(Path(config.model.path).expanduser())},
@@ -246,6 +247,7 @@ def _assemble(
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.checks import LogprobLimits
+    from agl_grpc.learner.curriculum import TaskOrder, begin_with, stored_rewards
     from agl_grpc.learner.followed_source import FollowedSource, leaders_origin
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
@@ -298,6 +300,14 @@ def _assemble(
         training.report(at, numbers)
         return training.stop_requested
 
+    def order(dataset: Any) -> TaskOrder:
+        made = TaskOrder(config.curriculum, len(dataset), config.seed, manager)
+        manager.keep_rewards = True
+        if step == 0:
+            known = begin_with(made, dataset, stored_rewards(link, config.curriculum.runs))
+            say(f"curriculum: {known} of {len(dataset)} tasks were tried before")
+        return made
+
     hooks = Hooks(
         source=source,
         publication=publisher,
@@ -308,6 +318,7 @@ def _assemble(
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         deadlines=config.deadlines,
         failure_limit=config.failure_limit,
+        order=order if config.curriculum.enabled else None,
         on_metrics=on_metrics,
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
     )

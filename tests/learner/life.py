@@ -85,7 +85,8 @@ class Life:
     """A trainer on a local engine.
 
     ``options``: ``verl`` keys, ``resume`` (a checkpoint's name), ``stop_after`` a step, ``deadlines``,
-    ``curriculum`` (its rules), ``rollouts`` (of a task, an expression) and ``kill``: the point and step at which it ends.
+    ``curriculum`` (its rules), ``rollouts`` (of a task, an expression) and ``kill``: the point and step at
+    which it ends.
     """
 
     def __init__(

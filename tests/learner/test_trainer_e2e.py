@@ -44,6 +44,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     short = {"trainer.total_training_steps": 2}
     ordered: Run = {
         "checkpoints": "ordered",
+        "repeat": True,
         "curriculum": {"outside": 0.02, "solved_at": 0.3},
         "rollouts": "4 + 4 * (n % 2)",
     }

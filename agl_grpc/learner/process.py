@@ -24,6 +24,7 @@ from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_e
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
+from agl_grpc.manifest.describe import CONTRACT, LEARNER_PACKAGES, git_state, hardware, now, versions_here
 from agl_grpc.model.enums import TrainingRunStatus
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     if resume:
         check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
-    manifest = {"config": verl, "device": device, "seed": config.seed}
+    manifest = {"config": verl, **_made_by(config, device)}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
     say("importing verl")
     os.environ.update(worker_environment(device))
@@ -195,7 +196,7 @@ def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, trainin
     verl = _verl_config(config, device, output, {})
     _write_manifest(
         output / f"learner-{training.identity.trainer_epoch}.json",
-        {"config": verl, "device": device, "seed": config.seed, "sft": asdict(config.sft)},
+        {"config": verl, **_made_by(config, device), "sft": asdict(config.sft)},
     )
     found = sft.collect(link, config.run_id, config.samples.rules(config.model.name), config.sft)
     say(f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
@@ -228,6 +229,21 @@ def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[d
     if cancelled:
         say(f"cancelled {cancelled} unfinished rollouts of an earlier trainer")
     return resume, step
+
+
+def _made_by(config: RunConfig, device: str) -> dict[str, Any]:
+    """What this trainer's results depend on beside verl's configuration."""
+    return {
+        "device": device,
+        "seed": config.seed,
+        "started": now(),
+        "contract": CONTRACT,
+        "versions": {"learner": versions_here(LEARNER_PACKAGES)},
+        "git": git_state(),
+        "hardware": hardware(),
+        "rollouts_per_task": config.rollouts_per_task,
+        "curriculum": asdict(config.curriculum),
+    }
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:

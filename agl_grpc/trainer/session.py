@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from agl_grpc.client import StoreClient, StoreError
 from agl_grpc.model import LLM, NamedResources, ProxyLLM
+from agl_grpc.model.training import StepMetrics
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
@@ -18,6 +19,7 @@ from agl_grpc.trainer.processes import Forked
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import engine_serves
 from agl_grpc.trainer.result import FitResult, Scores
+from agl_grpc.trainer.run_folder import end_session
 from agl_grpc.trainer.stack import Stack
 from agl_grpc.trainer.strategy import reachable
 from agl_grpc.trainer.validate import Score, validate
@@ -64,8 +66,11 @@ class Session:
         with _stopped_by_sigterm():
             try:
                 self._open_folder()
-                await self._connect()
-                return await self._work()
+                try:
+                    await self._connect()
+                    return await self._work()
+                finally:
+                    end_session(self.plan.folder, self._last_step())
             finally:
                 if self._client is not None:
                     await self._client.close()
@@ -80,6 +85,10 @@ class Session:
 
     async def _work(self) -> FitResult:
         raise TypeError("Session is a base class")
+
+    def _last_step(self) -> StepMetrics | None:
+        """The last step that was reported; None = there was none."""
+        return None
 
     def _open_folder(self) -> None:
         """Makes the run's folder, or checks the one that is continued, and writes the manifest."""

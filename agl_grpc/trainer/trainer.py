@@ -118,6 +118,8 @@ class Trainer:
         self.port = port
         self.training_run: tuple[str, str] | None = None
         """The training run of the store to take up, and who takes it; None = `fit` makes one."""
+        self.configuration: Mapping[str, Any] = {}
+        """The keys of the file that this run comes from, for its manifest."""
         if resume and run_name is None:
             raise TrainerError("resume needs run_name: which run goes on?")
 
@@ -215,6 +217,7 @@ class Trainer:
             resume=self.resume,
             tracer=self.tracer,
             start_method=start_method,
+            configuration=self.configuration,
         )
 
     def _session(self, plan: Plan, progress: Progress) -> Session:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from agl_grpc.algorithm.base import Algorithm
+from agl_grpc.dataset import CurriculumRules
 from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import (
@@ -36,6 +37,9 @@ class VERL(Algorithm):
         visible_devices: GPUs that the learner may use, such as ``"4,5,6,7"``; empty = all.
         ray_address: a Ray cluster that runs already, for a learner on several nodes; empty = none.
         seed: of data order and initialisation.
+        rollouts_per_task: an expression over a task that says how many rollouts its group has, for example
+            ``8 if level > 3 else 4``; empty = ``actor_rollout_ref.rollout.n``.
+        curriculum: which tasks are preferred, by how often they are solved.
         engines: how many engines, and how they are reached.
         rollouts: rules of every rollout's life.
         samples: what is trained of an attempt.
@@ -58,6 +62,8 @@ class VERL(Algorithm):
         visible_devices: str = "",
         ray_address: str = "",
         seed: int = 0,
+        rollouts_per_task: str = "",
+        curriculum: CurriculumRules | Mapping[str, Any] | None = None,
         engines: EngineConfig | Mapping[str, Any] | None = None,
         rollouts: RolloutConfig | Mapping[str, Any] | None = None,
         samples: TrainedTokens | Mapping[str, Any] | None = None,
@@ -75,6 +81,8 @@ class VERL(Algorithm):
         self.visible_devices = visible_devices
         self.ray_address = ray_address
         self.seed = seed
+        self.rollouts_per_task = rollouts_per_task
+        self.curriculum = settings("curriculum", curriculum, CurriculumRules)
         self.engines = settings("engines", engines, EngineConfig)
         self.rollouts = settings("rollouts", rollouts, RolloutConfig)
         self.samples = settings("samples", samples, TrainedTokens)
@@ -115,6 +123,8 @@ class VERL(Algorithm):
             "visible_devices": self.visible_devices,
             "ray_address": self.ray_address,
             "seed": self.seed,
+            "rollouts_per_task": self.rollouts_per_task,
+            "curriculum": asdict(self.curriculum),
             "keep_checkpoints": self.keep_checkpoints,
             "engines": asdict(self.engines),
             "rollouts": asdict(self.rollouts),

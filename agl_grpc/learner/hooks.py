@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from agl_grpc.learner.checks import LogprobLimits
+from agl_grpc.learner.curriculum import TaskOrder
 from agl_grpc.learner.rollouts import FinishedRollout, RolloutSource
 from agl_grpc.learner.run_config import Deadlines
 
@@ -55,6 +56,8 @@ class Hooks:
     limits: LogprobLimits = field(default_factory=LogprobLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
     failure_limit: int = 64
+    # Makes the order of tasks for a dataset; None = verl's own sampler.
+    order: Callable[[Any], TaskOrder] | None = None
     # Called after each step (0 = before training); answers whether to stop.
     on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
     # Called with each step's rollouts, before its metrics.

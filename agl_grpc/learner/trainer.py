@@ -29,7 +29,7 @@ from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
-from agl_grpc.learner.checkpoint import LearnerState
+from agl_grpc.learner.checkpoint import ORDER_FILE, LearnerState
 from agl_grpc.learner.checks import (
     LogprobRow,
     SealedRow,
@@ -40,6 +40,7 @@ from agl_grpc.learner.checks import (
     staleness,
 )
 from agl_grpc.learner.correction import correct_over_rollouts
+from agl_grpc.learner.curriculum import TaskOrder
 from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
 from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.manager import RolloutManager
@@ -99,6 +100,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._saved_step = -1
         self._counts: Counter[str] = Counter()
         self._left_over: deque[tuple[int, int]] = deque()
+        self.order: TaskOrder | None = None
         if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
             config.algorithm.adv_estimator = PREFIX + config.algorithm.adv_estimator
         super().__init__(config)
@@ -146,12 +148,22 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def fit(self, agent_loop_manager: RolloutManager) -> None:
         self.replay_buffer.bind(agent_loop_manager)
+        self.replay_buffer.on_settled = self._settled if self.order is not None else None
         try:
             super().fit(agent_loop_manager)
         except (MemoryExhaustedError, FidelityError, ConfigError) as error:
             # Workers live, and data or configuration are at fault: what was trained before is kept.
             self.hooks.on_error(self.global_steps, _ERRORS[type(error)])
             raise type(error)(f"{error}; {self._save_before_failed_step()}") from error
+
+    def _settled(self, groups: dict[str, tuple[int, int]], trained: bool) -> None:
+        assert self.order is not None
+        self.order.settle(groups, trained=trained)
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        if self.hooks.order is not None:
+            self.order = self.hooks.order(self.train_dataset)
 
     def _save_before_failed_step(self) -> str:
         """Saves what was trained before the step that failed, if that state is still there; says what
@@ -166,6 +178,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         failed = self.global_steps
         self.global_steps = failed - 1
         self.replay_buffer.put_back()
+        if self.order is not None:
+            self.order.put_back()
         try:
             self._save_checkpoint()
             self.hooks.checkpoints.commit(self)
@@ -186,10 +200,10 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         """
         if self._left_over:
             place, index = self._left_over.popleft()
-            items = collate_fn([self.train_dataset[index]])
-            items["uid"] = np.array([""], dtype=object)
-            batch = tensordict_utils.get_tensordict(items)
-            places = [place]
+            batch, places = self._prompt(index), [place]
+        elif self.order is not None:
+            batch, places = self._prompt(self.order.take()), [self.prompts_fetched]
+            self.prompts_fetched += 1
         else:
             batch = super()._fetch_one_gen_batch()
             places = list(range(self.prompts_fetched, self.prompts_fetched + len(batch["index"])))
@@ -201,6 +215,11 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             self.replay_buffer.expect(uids[-1], place, index)
         batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
         return batch
+
+    def _prompt(self, index: int) -> TensorDict:
+        items = collate_fn([self.train_dataset[index]])
+        items["uid"] = np.array([""], dtype=object)
+        return tensordict_utils.get_tensordict(items)
 
     def outstanding_prompts(self) -> list[tuple[int, int]]:
         """Place and dataset index of prompts that were fetched and neither trained nor dropped, in order."""
@@ -417,6 +436,16 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             state = LearnerState.read(Path(self.config.trainer.resume_from_path))
             self.prompts_fetched = state.prompts_fetched
             self._left_over.extend((place, index) for place, index in state.outstanding)
+            self._restore_order(Path(self.config.trainer.resume_from_path) / ORDER_FILE)
+
+    def _restore_order(self, file: Path) -> None:
+        if self.order is None:
+            return
+        if not file.is_file():
+            raise ConfigError(
+                f"the checkpoint was saved without a curriculum ({file} is missing): begin anew"
+            )
+        self.order.restore(file.read_bytes())
 
     def _validate(self) -> dict[str, float]:
         metrics: dict[str, float]
@@ -438,6 +467,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         metrics.update(self.agent_loop_manager.drain_counts())
         metrics.update(self._counts)
+        if self.order is not None:
+            metrics.update(self.order.curriculum.metrics())
         metrics["idle/optimiser_seconds"] = metrics.get("timing_s/gen", 0.0)
         trained = [
             self.agent_loop_manager.rollout(entry.rollout_id)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agl_grpc.dataset import dataset_digest
 from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, describe, write_report
 from agl_grpc.model import LLM
 from agl_grpc.runner.load import LoadError, load_object
@@ -18,7 +17,7 @@ from agl_grpc.trainer.evaluated_model import check_tokenizer, decoder, find_mode
 from agl_grpc.trainer.options import find_python
 from agl_grpc.trainer.plan import Plan
 from agl_grpc.trainer.progress import Progress
-from agl_grpc.trainer.run_folder import describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_session
 from agl_grpc.trainer.session import Session
 
 _LABEL = "evaluation"
@@ -63,7 +62,7 @@ class EvaluationSession(Session[Evaluation]):
             "evaluated": str(self._evaluated.model or self._evaluated.name),
             "samples": wanted.samples,
             "sampling": dataclasses.asdict(wanted.sampling),
-            "datasets": {"val": dataset_digest(plan.val_dataset, "val_dataset")},
+            "datasets": dataset_digests(None, plan.val_dataset),
         }
         for key in _SETTLED if old else ():
             if old.get(key) != settled[key]:
@@ -74,7 +73,7 @@ class EvaluationSession(Session[Evaluation]):
         # Rollouts that wait name the endpoint that they were enqueued with: an engine that goes on is there.
         port = int(old.get("engine_port") or plan.engine.port or commands.free_port(plan.engine.host))
         self.plan = dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, port=port))
-        session = describe_run(self._engine_python or None, None)
+        session = describe_session(self._engine_python or None, None)
         self._manifest = {
             "run": plan.run_id,
             **settled,

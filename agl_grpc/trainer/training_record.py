@@ -60,6 +60,8 @@ class TrainingRecord:
         self._alarms = AlarmWatch(alarms)
         self._alarm_file = AlarmFile(folder.path)
         self.training = TrainingRun()
+        self.metadata: dict[str, Any] = {}
+        """Of a training run that is made here."""
         self.history: dict[int, StepMetrics] = {}
 
     @property
@@ -83,7 +85,12 @@ class TrainingRecord:
             name = f"{self._client.run_id}-training" + (f"-{number}" if number > 1 else "")
             found = await self._client.get_training_run_by_id(name)
             if found is None:
-                wanted = TrainingRun(training_run_id=name, run_id=self._client.run_id, algorithm=algorithm)
+                wanted = TrainingRun(
+                    training_run_id=name,
+                    run_id=self._client.run_id,
+                    algorithm=algorithm,
+                    metadata=self.metadata,
+                )
                 return (await self._client.create_training_run(wanted)).training_run_id
             if found.status is not TrainingRunStatus.SUCCEEDED:
                 return name

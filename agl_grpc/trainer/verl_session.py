@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import captured
 from agl_grpc.trainer.relay import end_of, relay
 from agl_grpc.trainer.result import FitResult, Scores
-from agl_grpc.trainer.run_folder import dataset_digests, describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_session, summary
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.settings import setting
 
@@ -98,6 +99,9 @@ class VerlSession(Session[FitResult]):
         counters = await self.stack.until(self._captured())
         return self._result(training, before, after, counters)
 
+    def _last_step(self) -> StepMetrics | None:
+        return self._history[max(self._history)] if self._history else None
+
     @property
     def _validates_by_itself(self) -> bool:
         return setting(self._algorithm.config, "trainer.test_freq") is not None
@@ -115,7 +119,7 @@ class VerlSession(Session[FitResult]):
                 f"{plan.folder.path} was trained on other datasets (see manifest.json): use the same ones"
             )
         session = {
-            **describe_run(self._engine_python or None, self._learner_python),
+            **describe_session(self._engine_python or None, self._learner_python),
             "seed": algorithm.seed,
             "config": {
                 "model": algorithm.model_path,
@@ -123,6 +127,9 @@ class VerlSession(Session[FitResult]):
                 "engine": [*plan.engine.arguments],
                 "n_runners": plan.n_runners,
                 "concurrency": plan.runner.concurrency,
+                "curriculum": asdict(algorithm.curriculum),
+                "rollouts_per_task": algorithm.rollouts_per_task,
+                **plan.configuration,
             },
         }
         self._manifest = {
@@ -152,7 +159,7 @@ class VerlSession(Session[FitResult]):
             run_id=self.plan.run_id,
             algorithm="verl",
             config=self._algorithm.config,
-            metadata={"seed": self._algorithm.seed, "model": self._algorithm.model_path},
+            metadata={"model": self._algorithm.model_path, **summary(self._manifest)},
         )
         return await self.client.create_training_run(wanted)
 

@@ -35,6 +35,16 @@ GO_MODULE := github.com/agl-grpc/agl-grpc/clients/go
 .PHONY: go-tools
 go-tools: .venv-go/ready ## Unpack Go and gRPC for it from Debian's packages into .venv-go
 
+# The sandbox of graders that are commands.
+.venv-sandbox/ready:
+	mkdir -p .venv-sandbox
+	cd .venv-sandbox && { apt-get download -q bubblewrap || { apt-get update -q && apt-get download -q bubblewrap; }; }
+	cd .venv-sandbox && dpkg-deb -x bubblewrap_*.deb . && rm -f ./*.deb
+	touch $@
+
+.PHONY: sandbox
+sandbox: .venv-sandbox/ready ## Unpack bubblewrap from Debian's package into .venv-sandbox
+
 # gRPC and protobuf for C++, likewise; g++, cmake, ninja and OpenSSL's headers are the system's. What is built with
 # `.venv-cpp/with` finds them, and so does what it runs.
 CPP_PACKAGES := libgrpc++-dev libgrpc++1.51 libgrpc-dev libgrpc29 libprotobuf-dev libprotobuf32 libprotobuf-lite32 \
@@ -105,7 +115,7 @@ lint: .venv/dev-ready ## Format, lint and types
 	.venv/bin/mypy
 
 .PHONY: test-fast
-test-fast: .venv/dev-ready ## The fast suite: no vLLM, no verl
+test-fast: .venv/dev-ready .venv-sandbox/ready ## The fast suite: no vLLM, no verl
 	.venv/bin/python -m pytest -n 2 -m 'not e2e'
 
 .PHONY: engines
@@ -157,7 +167,7 @@ conformance: .venv/dev-ready .venv-go/ready .venv-cpp/ready ## Replay the shared
 	.venv/bin/python -m tests.conformance
 
 .PHONY: bench
-bench: .venv/dev-ready .venv-go/ready .venv-cpp/ready clients/typescript/node_modules/.package-lock.json ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
+bench: .venv/dev-ready .venv-go/ready .venv-cpp/ready .venv-sandbox/ready clients/typescript/node_modules/.package-lock.json ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
 	.venv/bin/python -m benchmarks $(NAMES)
 
 # COUNT=... for one NAME, SCALE=0.1 for a tenth of everything, SEED=N to repeat a run.

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -35,6 +36,8 @@ from tests.support.store_process import StoreProcess
 BARE = "the bare engine"
 ATTEMPTS = 32
 WAIT_MS = 50
+PAUSE = 0.02
+"""Seconds that a client rests at most between two requests, where requests come one by one."""
 
 
 class Rig(NamedTuple):
@@ -61,25 +64,27 @@ def request_body(prompt: int, stream: bool = False) -> bytes:
 
 
 async def block(
-    port: int, paths: Sequence[str], body: bytes, requests: int, concurrency: int, stagger: float = 0.0
+    port: int, paths: Sequence[str], body: bytes, requests: int, concurrency: int, pause: float = 0.0
 ) -> tuple[list[Timing], float]:
     """So many requests, so many at a time; and how long all of it took.
 
-    The engine takes a fixed time, so that clients which begin together stay together, and wait for each other
-    at each turn. With `stagger` they begin so many seconds after each other.
+    The engine takes a fixed time, so that clients which are answered together ask together again, and wait
+    for each other at each turn. With `pause` each rests for a random time of up to so many seconds before it
+    asks.
     """
     connections = [await Connection.open("127.0.0.1", port) for _ in range(concurrency)]
     numbers = iter(range(requests))
+    generator = random.Random(requests)
     timings: list[Timing] = []
 
-    async def client(connection: Connection, begin: float) -> None:
-        await asyncio.sleep(begin)
+    async def client(connection: Connection) -> None:
         for number in numbers:
+            await asyncio.sleep(pause * generator.random())
             timing = await connection.send(paths[number % len(paths)], body)
             timings.append(timing)
 
     started = time.perf_counter()
-    await asyncio.gather(*(client(each, stagger * place) for place, each in enumerate(connections)))
+    await asyncio.gather(*map(client, connections))
     seconds = time.perf_counter() - started
     for connection in connections:
         connection.close()
@@ -103,7 +108,7 @@ async def compare(
     requests: int,
     concurrency: int,
     blocks: int = 4,
-    stagger: float = 0.0,
+    pause: float = 0.0,
 ) -> Compared:
     """Alternating blocks, after one to warm up."""
     suffix = f"/v1/chat/completions?/{size}"
@@ -113,10 +118,10 @@ async def compare(
     for number in range(blocks + 1):
         before = rig.cpu()
         timings, took = await block(
-            rig.proxy, [base + suffix for base in rig.bases], body, requests, concurrency, stagger
+            rig.proxy, [base + suffix for base in rig.bases], body, requests, concurrency, pause
         )
         used = rig.cpu() - before
-        plain, _ = await block(rig.engine, [suffix], body, requests, concurrency, stagger)
+        plain, _ = await block(rig.engine, [suffix], body, requests, concurrency, pause)
         if number:
             through += timings
             bare += plain
@@ -133,20 +138,28 @@ def added(compared: Compared, percent: float, of: str = "total") -> float:
 
 async def latencies(rig: Rig, scale: float) -> list[Row]:
     rows = []
-    for kind, stagger in (("", WAIT_MS / 8000), (", all at once", 0.0)):
-        found = await compare(
-            rig, f"4096/512/{WAIT_MS}", request_body(4096), int(400 * scale), 8, stagger=stagger
-        )
+    cases = (
+        ("", PAUSE, ""),
+        (", conversations that go on", PAUSE, "/same"),
+        (", all at once", 0.0, ""),
+    )
+    for kind, pause, prompts in cases:
+        size = f"4096/512/{WAIT_MS}{prompts}"
+        found = await compare(rig, size, request_body(4096), int(400 * scale), 8, pause=pause)
         name = f"4,096/512 tokens at concurrency 8{kind}"
-        rows.append(figure(f"{name}: added p50", "ms", added(found, 50), "" if kind else "<= 1"))
-        rows.append(figure(f"{name}: added p99", "ms", added(found, 99), "" if kind else "<= 5"))
+        judged = bool(pause)
+        rows.append(figure(f"{name}: added p50", "ms", added(found, 50), "<= 1" if judged else ""))
+        rows.append(figure(f"{name}: added p99", "ms", added(found, 99), "<= 5" if judged else ""))
         per_request = 1000 * found.cpu / len(found.through)
         rows.append(figure(f"{name}: proxy's processor a request", "ms", per_request, "<= 0.8"))
     body = request_body(32768)
-    found = await compare(rig, f"32768/1024/{WAIT_MS}", body, int(80 * scale), 4, stagger=WAIT_MS / 4000)
-    rows.append(figure("32,768/1,024 tokens at concurrency 4: added p50", "ms", added(found, 50), "<= 4"))
+    for kind, prompts in (("", ""), (", conversations that go on", "/same")):
+        size = f"32768/1024/{WAIT_MS}{prompts}"
+        found = await compare(rig, size, body, int(80 * scale), 4, pause=PAUSE)
+        name = f"32,768/1,024 tokens at concurrency 4{kind}"
+        rows.append(figure(f"{name}: added p50", "ms", added(found, 50), "<= 4"))
     body = request_body(4096, stream=True)
-    found = await compare(rig, f"4096/64/{WAIT_MS}/5", body, int(100 * scale), 8, stagger=WAIT_MS / 8000)
+    found = await compare(rig, f"4096/64/{WAIT_MS}/5", body, int(100 * scale), 8, pause=PAUSE)
     rows.append(figure("stream: first byte delayed, p50", "ms", added(found, 50, "first"), "<= 1"))
     per_token = 1e6 * found.cpu / len(found.through) / 64
     rows.append(figure("stream: proxy's processor a token", "us", per_token))

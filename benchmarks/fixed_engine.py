@@ -1,14 +1,16 @@
 """An engine that answers after a fixed time with what was encoded beforehand: it costs next to nothing.
 
 Its answers carry token ids and logprobs where the request asks for them, as vLLM's do. The path says how
-large they are and how long they take: `/P/T/MS` for P prompt tokens, T answer tokens and MS milliseconds. A
-stream has one event a token: the first after MS milliseconds, each next one after EVERY of `/P/T/MS/EVERY`.
+large they are and how long they take: `/P/T/MS` for P prompt tokens, T answer tokens and MS milliseconds.
+Prompts differ from each other from the first token on, unless the path says `same`. A stream has one event a
+token: the first after MS milliseconds, each next one after EVERY of `/P/T/MS/EVERY`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import random
 import sys
 from collections.abc import Callable
@@ -23,6 +25,8 @@ _STREAM_HEAD = (
 )
 _HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 
+_variants = itertools.cycle(range(7))
+
 
 @functools.cache
 def tokens(count: int) -> list[int]:
@@ -31,8 +35,8 @@ def tokens(count: int) -> list[int]:
 
 
 @functools.cache
-def whole_answer(prompt: int, answer: int, ids: bool) -> bytes:
-    """Head and body of an answer."""
+def whole_answer(prompt: int, answer: int, ids: bool, variant: int = 0) -> bytes:
+    """Head and body of an answer; the first token of its prompt tells the variants apart."""
     table = [
         {"token": " word", "logprob": -0.1234567 - number / 1e4, "bytes": [32, 119, 111], "top_logprobs": []}
         for number in range(answer)
@@ -53,7 +57,7 @@ def whole_answer(prompt: int, answer: int, ids: bool) -> bytes:
             "model": "tiny",
             "choices": [choice],
             "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
-            "prompt_token_ids": tokens(prompt) if ids else None,
+            "prompt_token_ids": [1000 + variant, *tokens(prompt)[1:]] if ids else None,
         }
     )
     return _HEAD % len(body) + body
@@ -110,7 +114,8 @@ class Engine(asyncio.Protocol):
             pause = (every or [0])[0] / 1000
             self._loop.call_later(wait / 1000, self._stream, prompt, answer, pause, ids, 0)
         else:
-            self._later(wait / 1000, whole_answer(prompt, answer, ids))
+            variant = 0 if "/same" in path else next(_variants)
+            self._later(wait / 1000, whole_answer(prompt, answer, ids, variant))
 
     def _later(self, seconds: float, data: bytes) -> None:
         self._loop.call_later(seconds, self._write, data)

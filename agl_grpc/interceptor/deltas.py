@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from agl_grpc.interceptor.wire import as_ids, field, packed_ids
 from agl_grpc.v1 import model_call_pb2
 
 AttemptKey = tuple[str, str]
-
-_TOKEN_IDS_TAG = bytes([model_call_pb2.PromptTokens.TOKEN_IDS_FIELD_NUMBER << 3 | 2])
 
 _MIN_SAVED = 8
 """A base that saves fewer tokens than this costs more bytes than it saves."""
@@ -43,7 +41,7 @@ class PromptDeltas:
         """The prompt against the base that shares the longest beginning with it, else whole."""
         best: _Base | None = None
         length = _MIN_SAVED - 1
-        tokens = array("I", prompt)
+        tokens = as_ids(prompt)
         # The newest first: a conversation goes on from there, and nothing beats a whole prompt.
         for base in reversed(self._bases.get(attempt, ())):
             common = common_prefix(base.tokens, tokens)
@@ -60,14 +58,18 @@ class PromptDeltas:
         return message
 
     def remember(
-        self, attempt: AttemptKey, span_id: bytes, prompt: Sequence[int], responses: dict[int, Sequence[int]]
+        self,
+        attempt: AttemptKey,
+        span_id: bytes,
+        prompt: Sequence[int],
+        responses: Mapping[int, Sequence[int]],
     ) -> None:
         """Note that the store holds this call, so that later prompts may build on it."""
         bases = self._bases.setdefault(attempt, [])
         self._bases.move_to_end(attempt)
+        begin = as_ids(prompt)
         for choice, response in responses.items():
-            tokens = array("I", prompt)
-            tokens.extend(response)
+            tokens = begin + as_ids(response)
             bases.append(_Base(span_id, choice, tokens))
             self._tokens += len(tokens)
         while len(bases) > self._per_attempt:
@@ -83,20 +85,8 @@ class PromptDeltas:
 
 def whole(prompt: Sequence[int]) -> model_call_pb2.PromptTokens:
     """A prompt that needs no base."""
-    if isinstance(prompt, array) and sys.byteorder == "little" and prompt.itemsize == 4:
-        # As it stands on the wire: token by token, thousands of them cost more than all else of a call.
-        data = prompt.tobytes()
-        return model_call_pb2.PromptTokens.FromString(_TOKEN_IDS_TAG + _varint(len(data)) + data)
-    return model_call_pb2.PromptTokens(token_ids=prompt)
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    number = model_call_pb2.PromptTokens.TOKEN_IDS_FIELD_NUMBER
+    return model_call_pb2.PromptTokens.FromString(field(number, packed_ids(prompt)))
 
 
 def common_prefix(first: array[int], second: array[int]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ def tokens_so_far(state: Any) -> int:
 
 def snapshot(state: Any) -> ChoiceRecord:
     """A sequence as far as it has come: every token that left the engine core, passed on or not."""
-    tokens = list(state.detokenizer.output_token_ids)
+    tokens = array("I", state.detokenizer.output_token_ids)
     processor = state.logprobs_processor
     sampled = getattr(processor, "sampled", None)
     choice = ChoiceRecord(state.request_index, tokens)

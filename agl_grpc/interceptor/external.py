@@ -107,7 +107,7 @@ class ExternalTraffic:
         finally:
             session.running -= 1
         # Announced, so that the rollout's end does not seal it before its record is in the store.
-        self._journal.announce(call.attempt, call.span.span_id, call.span.start_time_unix_nano)
+        self._journal.announce(call.attempt, call.span_id, call.started)
         await self._journal.submit(call)
         self.recorded += 1
         if not name:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from agl_grpc.interceptor.attribution import CallContext
 from agl_grpc.interceptor.versions import VersionRun
+from agl_grpc.interceptor.wire import field as wire_field
+from agl_grpc.interceptor.wire import packed_floats, packed_ids
 from agl_grpc.v1 import common_pb2, model_call_pb2, span_pb2
+
+_MOST_EXPERT_BYTES = 2 * 1024 * 1024
+"""A span has at most 4 MiB."""
 
 
 @dataclass
@@ -18,11 +25,12 @@ class ChoiceRecord:
     """One sampled answer as far as it has come; ids and logprobs have the same length."""
 
     index: int
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: array[int] = field(default_factory=lambda: array("I"))
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
     stop_reason: str = ""
     runs: list[VersionRun] = field(default_factory=list)
+    routed_experts: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class CallRecord:
     span_id: bytes = field(default_factory=lambda: os.urandom(8))
     started: int = field(default_factory=time.time_ns)
     began: int = field(default_factory=time.monotonic_ns)
-    prompt_ids: list[int] = field(default_factory=list)
+    prompt_ids: Sequence[int] = field(default_factory=list)
     choices: dict[int, ChoiceRecord] = field(default_factory=dict)
     outcome: int = model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE
     reasons: list[str] = field(default_factory=list)
@@ -57,6 +65,7 @@ class CallRecord:
     weights_digest: str = ""
     cache_salt: str = ""
     retry_of: bytes = b""
+    notes: list[common_pb2.KeyValue] = field(default_factory=list)
     raw_request: common_pb2.Payload | None = None
     raw_response: common_pb2.Payload | None = None
 
@@ -64,6 +73,10 @@ class CallRecord:
         """Note why this call must not be trained; the same reason counts once."""
         if reason not in self.reasons:
             self.reasons.append(reason)
+
+    def responses(self) -> dict[int, Sequence[int]]:
+        """Response tokens by choice."""
+        return {index: choice.token_ids for index, choice in self.choices.items()}
 
     def end(self) -> None:
         """Stop the clock; a second call changes nothing."""
@@ -98,6 +111,7 @@ def to_span(record: CallRecord, identity: EngineIdentity) -> span_pb2.Span:
     call = span.model_call
     call.model = record.model
     call.sampling.CopyFrom(record.sampling)
+    call.sampling.other.extend(record.notes)
     call.logprob_semantics = (
         model_call_pb2.LOGPROB_SEMANTICS_PROCESSED
         if identity.processed_logprobs
@@ -129,13 +143,30 @@ def to_span(record: CallRecord, identity: EngineIdentity) -> span_pb2.Span:
 def _add_choice(call: model_call_pb2.ModelCall, choice: ChoiceRecord) -> None:
     added = call.choices.add(
         index=choice.index,
-        token_ids=choice.token_ids,
-        logprobs=choice.logprobs,
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
+        routed_experts=choice.routed_experts,
+    )
+    added.MergeFromString(
+        wire_field(added.TOKEN_IDS_FIELD_NUMBER, packed_ids(choice.token_ids))
+        + wire_field(added.LOGPROBS_FIELD_NUMBER, packed_floats(choice.logprobs))
     )
     for run in choice.runs:
         added.policy_runs.add(start=run.start, end=run.end, policy_version=run.policy_version)
+
+
+def note_experts(record: CallRecord, choice: ChoiceRecord, experts: Any) -> None:
+    """The experts that an engine of a mixture model routed each token to: an array of tokens (of the prompt,
+    then of the answer), layers and experts; None elsewhere. Its shape and type stand beside the sampling.
+    """
+    if experts is None:
+        return
+    if experts.nbytes > _MOST_EXPERT_BYTES:
+        record.notes.append(key_value("routed_experts", f"not kept: {experts.nbytes} bytes"))
+        return
+    choice.routed_experts = experts.tobytes()
+    shape = "x".join(map(str, experts.shape))
+    record.notes.append(key_value(f"routed_experts.{choice.index}", f"{shape} {experts.dtype}"))
 
 
 def key_value(key: str, value: Any) -> common_pb2.KeyValue:

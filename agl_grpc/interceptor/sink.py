@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Collection, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from agl_grpc.interceptor.deltas import AttemptKey, PromptDeltas, whole
 from agl_grpc.interceptor.spool import Spool, SpoolFull
 from agl_grpc.interceptor.transport import Rejection, SpanTransport, StoreAway
-from agl_grpc.v1 import span_pb2
+from agl_grpc.interceptor.wire import as_ids, field
+from agl_grpc.v1 import model_call_pb2, span_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
@@ -26,31 +27,54 @@ _ENDED_SECONDS = 0.003
 
 _BATCH_ITEMS = 1000
 _BATCH_BYTES = 8 * 1024 * 1024
+_PROMPT = model_call_pb2.ModelCall.PROMPT_FIELD_NUMBER
+_MODEL_CALL = span_pb2.Span.MODEL_CALL_FIELD_NUMBER
+_SPANS = span_pb2.AttemptSpans.SPANS_FIELD_NUMBER
+
 _REDELIVERY_TIMEOUT = 30.0
 _FIRST_BACKOFF = 0.1
 _LAST_BACKOFF = 5.0
 
 
-@dataclass
 class CapturedCall:
-    """An ended call: its span without the prompt, and the prompt beside it."""
+    """An ended call: its span without the prompt, the prompt beside it, and each choice's response.
 
-    attempt: AttemptKey
-    span: span_pb2.Span
-    prompt: Sequence[int]
-    durable: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    `durable` resolves when it is on disk.
+    """
 
-    def group(self, deltas: PromptDeltas | None) -> span_pb2.AttemptSpans:
-        """As a group of one span; with `deltas` the prompt may be a difference."""
+    def __init__(
+        self,
+        attempt: AttemptKey,
+        span: span_pb2.Span,
+        prompt: Sequence[int],
+        responses: Mapping[int, Sequence[int]],
+    ) -> None:
+        self.attempt = attempt
+        self.span_id = span.span_id
+        self.started = span.start_time_unix_nano
+        self.prompt = as_ids(prompt)
+        self.responses = responses
+        self.durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._call = span.model_call.SerializeToString()
+        span.ClearField("model_call")
+        self._span = span.SerializeToString()
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it has."""
+        return len(self._call) + 4 * len(self.prompt)
+
+    def group(self, deltas: PromptDeltas | None) -> bytes:
+        """As AttemptSpans of one span; with `deltas` the prompt may be a difference."""
         prompt = whole(self.prompt) if deltas is None else deltas.encode(self.attempt, self.prompt)
-        self.span.model_call.prompt.CopyFrom(prompt)
-        return span_pb2.AttemptSpans(
-            rollout_id=self.attempt[0], attempt_id=self.attempt[1], spans=[self.span]
-        )
+        call = self._call + field(_PROMPT, prompt.SerializeToString())
+        return pack_group(self.attempt, self._span + field(_MODEL_CALL, call))
 
-    def responses(self) -> dict[int, Sequence[int]]:
-        """Response tokens by choice."""
-        return {choice.index: list(choice.token_ids) for choice in self.span.model_call.choices}
+
+def pack_group(attempt: AttemptKey, span: bytes) -> bytes:
+    """AttemptSpans of one span."""
+    group = span_pb2.AttemptSpans(rollout_id=attempt[0], attempt_id=attempt[1])
+    return group.SerializeToString() + field(_SPANS, span)
 
 
 @dataclass
@@ -113,9 +137,8 @@ class CaptureSink:
             self._abandoned.append((known[0], span_id))
             self._hurry()
 
-    def submit(self, attempt: AttemptKey, span: span_pb2.Span, prompt: Sequence[int]) -> asyncio.Future[None]:
-        """Take an ended call; the future resolves when it is durable (or can never be, which is logged)."""
-        call = CapturedCall(attempt, span, prompt)
+    def submit(self, call: CapturedCall) -> asyncio.Future[None]:
+        """Take an ended call; its future resolves when it is durable (or can never be, which is logged)."""
         if self._away:
             self._start(self._to_spool([call]))
         else:
@@ -172,7 +195,7 @@ class CaptureSink:
     async def _deliver_next(self) -> None:
         """One batch from the queues to the store; calls that the store does not take go to the spool."""
         calls = self._take_calls()
-        ended = {call.span.span_id for call in calls}
+        ended = {call.span_id for call in calls}
         groups, abandoned = self._control_groups(ended)
         offset = len(groups)
         groups += [call.group(self._deltas) for call in calls]
@@ -199,7 +222,7 @@ class CaptureSink:
         for index, call in enumerate(calls):
             if index not in refused:
                 self.counters.delivered += 1
-                self._deltas.remember(call.attempt, call.span.span_id, call.prompt, call.responses())
+                self._deltas.remember(call.attempt, call.span_id, call.prompt, call.responses)
             self._settle(call)
 
     def _take_calls(self) -> list[CapturedCall]:
@@ -207,13 +230,13 @@ class CaptureSink:
         size = 0
         while self._ended and len(calls) < _BATCH_ITEMS and size < _BATCH_BYTES:
             call = self._ended.popleft()
-            size += 4 * len(call.prompt) + call.span.ByteSize()
+            size += call.size
             calls.append(call)
         return calls
 
     def _control_groups(
         self, ended: Collection[bytes] = ()
-    ) -> tuple[list[span_pb2.AttemptSpans], list[tuple[AttemptKey, bytes]]]:
+    ) -> tuple[list[bytes], list[tuple[AttemptKey, bytes]]]:
         """Announcements and abandonments that wait, one group an attempt; and the abandonments once more.
 
         Calls of the same batch that have `ended` need no announcement.
@@ -234,7 +257,7 @@ class CaptureSink:
         self._abandoned.clear()
         for attempt, span_id in abandoned:
             group(attempt).abandoned_calls.append(span_id)
-        return list(by_attempt.values()), abandoned
+        return [group.SerializeToString() for group in by_attempt.values()], abandoned
 
     def _note_rejections(
         self, rejections: list[Rejection], calls: list[CapturedCall], offset: int
@@ -249,14 +272,14 @@ class CaptureSink:
             self.counters.rejected += 1
             logger.warning(
                 "the store refused model call %s of attempt %s: %s",
-                calls[index].span.span_id.hex(),
+                calls[index].span_id.hex(),
                 calls[index].attempt[1],
                 rejection.message,
             )
         return refused
 
     def _settle(self, call: CapturedCall) -> None:
-        self._open.pop(call.span.span_id, None)
+        self._open.pop(call.span_id, None)
         if not call.durable.done():
             call.durable.set_result(None)
 
@@ -270,10 +293,10 @@ class CaptureSink:
 
         async def one(call: CapturedCall) -> None:
             try:
-                await self._spool.append(call.group(None).SerializeToString())
+                await self._spool.append(call.group(None))
                 self.counters.spooled += 1
             except SpoolFull as error:
-                logger.error("model call %s is not durable yet: %s", call.span.span_id.hex(), error)
+                logger.error("model call %s is not durable yet: %s", call.span_id.hex(), error)
                 self.counters.undurable += 1
                 self._ended.append(call)
             self._settle(call)
@@ -317,10 +340,10 @@ class CaptureSink:
             self._abandoned.extendleft(reversed(abandoned))
             raise
         while entries := self._spool.peek(_BATCH_ITEMS, _BATCH_BYTES):
-            batch = [span_pb2.AttemptSpans.FromString(self._spool.read(entry)) for entry in entries]
+            batch = [self._spool.read(entry) for entry in entries]
             rejections = await self._transport.deliver(batch, _REDELIVERY_TIMEOUT)
             for rejection in rejections:
-                group = batch[rejection.group_index]
+                group = span_pb2.AttemptSpans.FromString(batch[rejection.group_index])
                 self.counters.rejected += 1
                 logger.warning(
                     "the store refused a spooled model call of attempt %s: %s",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
 from agl_grpc.client import channel as client
-from agl_grpc.v1 import error_reason_pb2, span_pb2, store_service_pb2, store_service_pb2_grpc
+from agl_grpc.interceptor.wire import field
+from agl_grpc.v1 import error_reason_pb2, store_service_pb2
+
+_METHOD = "/agl_grpc.v1.StoreService/AppendSpans"
+_GROUPS = store_service_pb2.AppendSpansRequest.GROUPS_FIELD_NUMBER
 
 _REFUSALS = frozenset(
     {
@@ -42,9 +46,9 @@ class StoreAway(Exception):
 
 
 class SpanTransport(Protocol):
-    """Delivers batches one after the other."""
+    """Delivers batches of AttemptSpans, as they are on the wire, one after the other."""
 
-    async def deliver(self, groups: Sequence[span_pb2.AttemptSpans], limit: float) -> list[Rejection]:
+    async def deliver(self, groups: Sequence[bytes], limit: float) -> list[Rejection]:
         """Return once everything that is not rejected is on the store's disk.
 
         Raises StoreAway when it is not reachable, too slow for `limit` seconds, overloaded or full.
@@ -60,13 +64,15 @@ class AppendTransport:
     """AppendSpans calls on a channel: unary, so each batch has its own answer and none is resumed."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = store_service_pb2_grpc.StoreServiceStub(channel)
+        self._append: Any = channel.unary_unary(
+            _METHOD, None, store_service_pb2.AppendSpansResponse.FromString
+        )
 
-    async def deliver(self, groups: Sequence[span_pb2.AttemptSpans], limit: float) -> list[Rejection]:
+    async def deliver(self, groups: Sequence[bytes], limit: float) -> list[Rejection]:
         """See SpanTransport. A batch refused as a whole is sent group by group, so only the culprit falls."""
-        request = store_service_pb2.AppendSpansRequest(groups=groups)
+        request = b"".join(field(_GROUPS, group) for group in groups)
         try:
-            response = await self._stub.AppendSpans(request, timeout=limit)
+            response = await self._append(request, timeout=limit)
         except grpc.aio.AioRpcError as error:
             if error.code() not in _REFUSALS:
                 raise StoreAway(f"{error.code().name}: {error.details()}") from error

@@ -30,7 +30,7 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, label_group
+from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
 from agl_grpc.learner.checkpoint import LearnerState
 from agl_grpc.learner.checks import (
     LogprobLimits,
@@ -39,16 +39,25 @@ from agl_grpc.learner.checks import (
     account,
     check_logprobs,
     check_seals,
+    row_starts,
     staleness,
 )
 from agl_grpc.learner.correction import correct_over_rollouts
-from agl_grpc.learner.errors import ConfigError, LearnerError, MemoryExhaustedError
+from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.phases import phase
 from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
 from agl_grpc.learner.run_config import Deadlines
 from agl_grpc.learner.sampler import StoreSampler
+from agl_grpc.learner.turn_credit import NAME as TURNS
 from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
+
+# Errors that end training at a step whose predecessor can still be saved, and what they are counted as.
+_ERRORS = {
+    MemoryExhaustedError: "out_of_memory",
+    FidelityError: "fidelity",
+    ConfigError: "configuration",
+}
 
 # verl looks the class up by name even when it creates no replica of it.
 RolloutReplicaRegistry.register("agl_external", lambda: RolloutReplica)
@@ -179,22 +188,23 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self.replay_buffer.bind(agent_loop_manager)
         try:
             super().fit(agent_loop_manager)
-        except MemoryExhaustedError as error:
-            self.hooks.on_error(self.global_steps, "out_of_memory")
-            raise MemoryExhaustedError(f"{error}; {self._save_before_failed_step()}") from error
+        except (MemoryExhaustedError, FidelityError, ConfigError) as error:
+            # Workers live, and data or configuration are at fault: what was trained before is kept.
+            self.hooks.on_error(self.global_steps, _ERRORS[type(error)])
+            raise type(error)(f"{error}; {self._save_before_failed_step()}") from error
 
     def _save_before_failed_step(self) -> str:
         """Saves what was trained before the step that failed, if that state is still there; says what
         came of it.
         """
-        trained = [batch for batch in self.uncommitted if batch is not self._claimed]
+        trained = [batch for batch in self.uncommitted if batch not in self._claimed_in_step]
+        self.uncommitted = trained if not self._updating else self.uncommitted
         if not trained:
             return "nothing that is not in a checkpoint was trained"
         if self._updating:
             return "the failed step may have changed weights: nothing was saved, resume from the checkpoint"
         failed = self.global_steps
         self.global_steps = failed - 1
-        self.uncommitted = trained
         self.replay_buffer.put_back()
         try:
             self._save_checkpoint()
@@ -208,6 +218,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._updating = False
         self._counts.clear()
         self._claimed_in_step.clear()
+        self.replay_buffer.begin_step()
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """One prompt under a deterministic group id; first those that the resumed checkpoint left
@@ -330,6 +341,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             trained[str(getattr(rollout_id, "data", rollout_id))] += int(mask.sum())
         rollouts = [self.agent_loop_manager.rollout(rollout_id) for rollout_id in trained]
         self._counts.update(account(rollouts, trained))
+        self._counts.update(row_starts(rollouts))
 
     @phase("computing the reference's logprobs", "compute")
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -341,13 +353,27 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     @phase("computing advantages", "compute")
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        with patch.object(trainer_base, "compute_rollout_correction_and_add_to_batch", correct_over_rollouts):
+        ours: dict[str, Any] = {"compute_rollout_correction_and_add_to_batch": correct_over_rollouts}
+        if self.config.algorithm.adv_estimator == TURNS:
+            ours["compute_advantage_for_multi_trajectories"] = self._credit_turns
+        with patch.multiple(trainer_base, **ours):
             result = super()._compute_advantage(batch, metrics)
         rejected = metrics.pop("tokens/rejected", 0.0)
         if rejected:
             self._counts.update({"tokens/dropped/rejected": rejected, "tokens/dropped": rejected})
             self._counts.subtract({"tokens/trained": rejected})
         return result
+
+    def _credit_turns(self, data: Any, batch_keys: list[str], **_options: Any) -> Any:
+        """Stands where verl computes advantages: every answer's own, from the returns of turns."""
+        ids = tq.kv_batch_get(keys=batch_keys, partition_id="train", select_fields=["rollout_id"])
+        names = [str(getattr(item, "data", item)) for item in ids["rollout_id"]]
+        labels = data.non_tensor_batch["uid"].tolist()
+        by_std = bool(self.config.algorithm.get("norm_adv_by_std_in_grpo", True))
+        mask = data.batch["response_mask"]
+        found = credit_turns(labels, names, mask, self.agent_loop_manager.rollout, by_deviation=by_std)
+        data.batch["advantages"] = data.batch["returns"] = found
+        return data
 
     def _prove_seals(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
         assert self._claimed is not None

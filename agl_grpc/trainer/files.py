@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 import yaml
 
+from agl_grpc.dataset import DatasetError, open_dataset
 from agl_grpc.runner.load import LoadError, load_object
 from agl_grpc.trainer.errors import TrainerError
 
@@ -41,35 +41,14 @@ def _parse(path: Path, text: str) -> Any:
     return orjson.loads(text)
 
 
-def read_dataset(name: str, spec: Any) -> Sequence[Any] | None:
-    """A dataset: a JSONL file, ``module:name`` of a sequence or of a function that answers one, or a list."""
+def read_dataset(name: str, spec: Any) -> Any:
+    """A dataset as `agl_grpc.dataset.open_dataset` reads it; None = none."""
     if spec is None:
         return None
-    if isinstance(spec, str) and spec.endswith(".jsonl"):
-        return _read_jsonl(Path(spec))
-    found = _load(spec) if isinstance(spec, str) else spec
-    found = found() if callable(found) else found
-    if isinstance(found, Sequence) and not isinstance(found, str | bytes | Mapping):
-        return found
-    raise TrainerError(
-        f"{name} {spec!r} is a {type(found).__name__}: give a sequence, a function or a .jsonl file"
-    )
-
-
-def _read_jsonl(path: Path) -> list[Any]:
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise TrainerError(f"{path} cannot be read: {error.strerror}") from error
-    tasks = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            tasks.append(orjson.loads(line))
-        except orjson.JSONDecodeError as error:
-            raise TrainerError(f"{path}, line {number}: not JSON ({error})") from error
-    return tasks
+        return open_dataset(spec, load=_load, name=name)
+    except DatasetError as error:
+        raise TrainerError(str(error)) from error
 
 
 def _load(path: str) -> Any:

@@ -23,7 +23,7 @@ from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.result import FitResult
-from agl_grpc.trainer.run_folder import dataset_digest, describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_run
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.strategy import (
     ClientServerExecutionStrategy,
@@ -33,9 +33,6 @@ from agl_grpc.trainer.strategy import (
 from agl_grpc.trainer.training_record import RunStopped, TrainingRecord, result_fields
 
 log = logging.getLogger(__name__)
-
-# After the agents' grace: to deliver what has finished and hand back the rest.
-_THREAD_END_SECONDS = 15.0
 
 
 class LocalSession(Session):
@@ -106,7 +103,7 @@ class LocalSession(Session):
             plan.folder.path.mkdir(parents=True, exist_ok=True)
             return
         old = plan.folder.open(resume=plan.resume)
-        datasets = {"train": dataset_digest(plan.train_dataset), "val": dataset_digest(plan.val_dataset)}
+        datasets = dataset_digests(plan.train_dataset, plan.val_dataset)
         session = describe_run(None, None)
         sessions = [*old.get("sessions", []), session]
         plan.folder.write_manifest({"run": plan.run_id, "datasets": datasets, "sessions": sessions})
@@ -117,7 +114,14 @@ class LocalSession(Session):
             self.progress.say(f"workers elsewhere: agl-grpc runner start --agent … --store {self.address}")
             yield
         elif isinstance(self._strategy, SharedMemoryExecutionStrategy):
-            threads = WorkerThreads(self.plan, self.address, self._runner, self._trainer, self.stack.fail)
+            threads = WorkerThreads(
+                self.plan,
+                self.address,
+                self._runner,
+                self._trainer,
+                self.stack.fail,
+                self._strategy.join_timeout,
+            )
             threads.start()
             try:
                 yield
@@ -151,7 +155,8 @@ class LocalSession(Session):
 class WorkerThreads:
     """Workers in threads of this process, each with an event loop of its own.
 
-    ``fail`` is told why a worker ended that should not have.
+    ``fail`` is told why a worker ended that should not have; ``join_timeout`` is how many seconds after its
+    agents' time a thread may take to deliver what has finished and hand back the rest.
     """
 
     def __init__(
@@ -161,6 +166,7 @@ class WorkerThreads:
         runner: LitAgentRunner | None,
         trainer: Any,
         fail: Callable[[Exception], None],
+        join_timeout: float,
     ) -> None:
         if runner is not None and plan.n_runners > 1:
             raise TrainerError(
@@ -177,6 +183,7 @@ class WorkerThreads:
         self._plan = plan
         self._store = store
         self._fail = fail
+        self._join_timeout = join_timeout
         self._stop = threading.Event()
         runners = [runner or self._make_runner(tracer) for _ in range(plan.n_runners)]
         self._threads = [
@@ -202,7 +209,7 @@ class WorkerThreads:
     def stop(self) -> None:
         """Has all workers drain; TrainerError when one does not end."""
         self._stop.set()
-        deadline = time.monotonic() + self._plan.runner.drain_seconds + _THREAD_END_SECONDS
+        deadline = time.monotonic() + self._plan.runner.drain_seconds + self._join_timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if stuck := [thread.name for thread in self._threads if thread.is_alive()]:

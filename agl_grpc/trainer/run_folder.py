@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from agl_grpc.dataset import DatasetError, dataset_digest
 from agl_grpc.trainer.errors import TrainerError
 
 _PACKAGES = ("agl-grpc", "grpcio", "protobuf", "openai", "reasoning-gym", "numpy")
@@ -99,26 +99,15 @@ class RunFolder:
         draft.replace(self.manifest)
 
 
-def dataset_digest(tasks: Sequence[Any] | None) -> dict[str, Any] | None:
-    """Number of tasks and SHA-256 over their JSON; TrainerError when a task raises or is no JSON value."""
-    if tasks is None:
-        return None
-    digest = hashlib.sha256()
-    for number in range(len(tasks)):
-        try:
-            task = tasks[number]
-        except Exception as error:  # a dataset is the user's code
-            raise TrainerError(
-                f"task {number} of {len(tasks)} cannot be read from the dataset: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        try:
-            digest.update(orjson.dumps(task, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE))
-        except TypeError as error:
-            raise TrainerError(
-                f"task {number} is not a JSON value, so it cannot reach an agent: {error}"
-            ) from error
-    return {"tasks": len(tasks), "sha256": digest.hexdigest()}
+def dataset_digests(train: Any, val: Any) -> dict[str, Any]:
+    """Number of tasks and digest of both datasets; TrainerError when a task raises or is no JSON value."""
+    try:
+        return {
+            "train": dataset_digest(train, "train_dataset"),
+            "val": dataset_digest(val, "val_dataset"),
+        }
+    except DatasetError as error:
+        raise TrainerError(str(error)) from error
 
 
 def describe_run(engine_python: str | None, learner_python: str | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import captured
 from agl_grpc.trainer.relay import end_of, relay
 from agl_grpc.trainer.result import FitResult, Scores
-from agl_grpc.trainer.run_folder import dataset_digest, describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_run
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.settings import setting
 from agl_grpc.trainer.validate import Score
@@ -105,7 +105,7 @@ class VerlSession(Session):
 
     def _open_folder(self) -> None:
         plan, algorithm = self.plan, self._algorithm
-        datasets = {"train": dataset_digest(plan.train_dataset), "val": dataset_digest(plan.val_dataset)}
+        datasets = dataset_digests(plan.train_dataset, plan.val_dataset)
         old = plan.folder.open(resume=plan.resume)
         if plan.resume and old.get("datasets") != datasets:
             raise TrainerError(

@@ -134,10 +134,7 @@ def serve(
     if not upstream and upstreams is None:
         raise typer.BadParameter("name at least one engine", param_hint="--upstream")
     body_limit = parse_size(max_body)
-    try:
-        from agl_grpc.interceptor.front.command import run_proxy
-    except ImportError as error:
-        raise CliError(f"{error.name} is not installed: pip install 'agl-grpc[proxy]'") from error
+    from agl_grpc.interceptor.front.command import run_proxy
     from agl_grpc.interceptor.front.settings import BadUpstream, ProxySettings, parse_upstream
     from agl_grpc.interceptor.spool import SpoolInUse
     from agl_grpc.runner.logs import LEVELS, configure_logging

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 
-from agl_grpc.interceptor.sink import CaptureSink
+from agl_grpc.interceptor.sink import CapturedCall, CaptureSink
 from agl_grpc.interceptor.spool import Spool, SpoolFull, SpoolInUse
 from agl_grpc.interceptor.transport import AppendTransport, open_channel
 from agl_grpc.v1 import span_pb2
@@ -54,12 +54,17 @@ def span(tokens: int = 5) -> span_pb2.Span:
     return made
 
 
+def ended(call: span_pb2.Span, prompt: Sequence[int]) -> CapturedCall:
+    answers = {choice.index: list(choice.token_ids) for choice in call.model_call.choices}
+    return CapturedCall(ATTEMPT, call, prompt, answers)
+
+
 async def test_a_call_is_in_the_store_when_it_is_durable(scripted: ScriptedStore, tmp_path: Path) -> None:
     async with sink_to(scripted, tmp_path) as sink:
         call = span()
         sink.announce(ATTEMPT, call.span_id, 1)
         await eventually(lambda: call.span_id in scripted.open_calls, what="announcement")
-        await asyncio.wait_for(sink.submit(ATTEMPT, call, [1, 2, 3]), 10)
+        await asyncio.wait_for(sink.submit(ended(call, [1, 2, 3])), 10)
         assert scripted.prompts[(*ATTEMPT, call.span_id)] == [1, 2, 3]
         assert not scripted.open_calls
         assert sink.counters.delivered == 1
@@ -82,13 +87,13 @@ async def test_open_calls_are_announced_again_when_the_store_is_back(
     scripted: ScriptedStore, tmp_path: Path
 ) -> None:
     async with sink_to(scripted, tmp_path) as sink:
-        waiting, ended = span(), span()
+        waiting, over = span(), span()
         scripted.stop()
         sink.announce(ATTEMPT, waiting.span_id, 1)
-        await asyncio.wait_for(sink.submit(ATTEMPT, ended, [1]), 10)
+        await asyncio.wait_for(sink.submit(ended(over, [1])), 10)
         scripted.start()
         await eventually(lambda: waiting.span_id in scripted.open_calls, what="announcement")
-        await eventually(lambda: (*ATTEMPT, ended.span_id) in scripted.spans, what="spooled call")
+        await eventually(lambda: (*ATTEMPT, over.span_id) in scripted.spans, what="spooled call")
 
 
 async def test_calls_are_durable_on_disk_while_the_store_is_slow(
@@ -98,7 +103,7 @@ async def test_calls_are_durable_on_disk_while_the_store_is_slow(
     async with sink_to(scripted, tmp_path, ack=0.1) as sink:
         calls = [span() for _ in range(20)]
         await asyncio.wait_for(
-            asyncio.gather(*(sink.submit(ATTEMPT, call, [1, 2]) for call in calls)), timeout=5
+            asyncio.gather(*(sink.submit(ended(call, [1, 2])) for call in calls)), timeout=5
         )
         assert sum(path.stat().st_size for path in segments(tmp_path)) > 20 * 20
         scripted.delay = 0.0
@@ -118,7 +123,7 @@ async def test_a_malformed_call_does_not_hold_up_its_neighbours(
         del bad.model_call.choices[0].logprobs[0]
         good = [span() for _ in range(3)]
         calls = [good[0], bad, *good[1:]]
-        await asyncio.wait_for(asyncio.gather(*(sink.submit(ATTEMPT, c, [1]) for c in calls)), 10)
+        await asyncio.wait_for(asyncio.gather(*(sink.submit(ended(c, [1])) for c in calls)), 10)
         assert {key[2] for key in scripted.spans} == {c.span_id for c in good}
         assert (sink.counters.delivered, sink.counters.rejected) == (3, 1)
 
@@ -129,12 +134,12 @@ async def test_a_base_that_the_store_forgot_is_replaced_by_the_whole_prompt(
     async with sink_to(scripted, tmp_path) as sink:
         first, second, third = span(), span(), span()
         prompt = list(range(100, 140))
-        await asyncio.wait_for(sink.submit(ATTEMPT, first, prompt), 10)
+        await asyncio.wait_for(sink.submit(ended(first, prompt)), 10)
         longer = [*prompt, 0, 1, 2, 3, 4, 77]
-        await asyncio.wait_for(sink.submit(ATTEMPT, second, longer), 10)
+        await asyncio.wait_for(sink.submit(ended(second, longer)), 10)
         assert list(scripted.spans[(*ATTEMPT, second.span_id)].model_call.prompt.token_ids) == [77]
         scripted.forgetful = True
-        await asyncio.wait_for(sink.submit(ATTEMPT, third, longer), 10)
+        await asyncio.wait_for(sink.submit(ended(third, longer)), 10)
         assert scripted.prompts[(*ATTEMPT, third.span_id)] == longer
         assert sink.counters.rejected == 0
 
@@ -144,7 +149,7 @@ async def test_a_batch_refused_as_a_whole_costs_only_the_culprit(
 ) -> None:
     async with sink_to(scripted, tmp_path) as sink:
         scripted.fail = grpc.StatusCode.INVALID_ARGUMENT
-        await asyncio.wait_for(sink.submit(ATTEMPT, span(), [1]), 10)
+        await asyncio.wait_for(sink.submit(ended(span(), [1])), 10)
         assert (sink.counters.rejected, sink.away) == (1, False)
 
 
@@ -155,7 +160,7 @@ async def test_a_full_spool_closes_the_gate_and_keeps_running_calls(
     async with sink_to(scripted, tmp_path, limit=400) as sink:
         calls = [span(20) for _ in range(12)]
         for call in calls:
-            await asyncio.wait_for(sink.submit(ATTEMPT, call, [1]), 10)
+            await asyncio.wait_for(sink.submit(ended(call, [1])), 10)
         assert not sink.accepting()
         assert sink.counters.undurable > 0
         scripted.start()
@@ -168,7 +173,7 @@ async def test_what_is_not_delivered_at_the_end_waits_for_the_next_process(
 ) -> None:
     scripted.stop()
     async with sink_to(scripted, tmp_path) as sink:
-        await asyncio.wait_for(sink.submit(ATTEMPT, span(), [1]), 10)
+        await asyncio.wait_for(sink.submit(ended(span(), [1])), 10)
     scripted.start()
     async with sink_to(scripted, tmp_path):
         await eventually(lambda: len(scripted.spans) == 1, what="the call of the process before")

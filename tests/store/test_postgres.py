@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 from urllib.parse import quote
 
 import grpc
@@ -16,8 +17,10 @@ import pytest
 from agl_grpc.store.clock import ManualClock
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.storage.database import open_database
-from agl_grpc.store.storage.engine import DatabaseError
+from agl_grpc.store.storage.engine import Connection, DatabaseError
+from agl_grpc.store.storage.postgres import locks
 from agl_grpc.store.storage.postgres.clock import DatabaseClock
+from agl_grpc.store.storage.postgres.connection import PostgresConnection, connect
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
 from agl_grpc.store.verify.files import verify_postgres
@@ -262,3 +265,27 @@ async def test_a_database_is_verified_while_a_server_uses_it(postgres: PostgresS
             )
             assert (done.returncode, f"BROKEN {broken.name}" in done.stdout) == (1, True), done
             other.execute("UPDATE span_totals SET spans = spans - 1")
+
+
+class _Late:
+    """A connection whose statements wait until a server is present in the database."""
+
+    def __init__(self, raw: psycopg.Connection[tuple[object, ...]]) -> None:
+        self._connection = PostgresConnection(raw)
+
+    def execute(self, sql: str, parameters: tuple[object, ...] = ()) -> object:
+        while self._connection.execute(locks.OTHERS, (0,)).fetchone() == (0,):
+            pass
+        return self._connection.execute(sql, parameters)
+
+
+def test_a_lone_server_never_takes_itself_for_a_neighbour(url: str) -> None:
+    """Else it would not extend the leases that lived through its absence."""
+    for _ in range(5):
+        database = open_database(url)
+        try:
+            database.start(lambda news: None, lambda connection: None)
+            with connect(url) as raw:
+                assert not database.is_shared(cast(Connection, _Late(raw)))
+        finally:
+            database.close()

@@ -106,7 +106,8 @@ class PostgresServer:
             try:
                 psycopg.connect(self.url("postgres")).close()
             except psycopg.OperationalError as error:
-                assert self._process.poll() is None, self._log.read_text()
+                code = self._process.poll()
+                assert code is None, f"PostgreSQL ended with {code}:\n{self._log.read_text()}"
                 if time.monotonic() > deadline:
                     raise AssertionError(f"PostgreSQL did not start:\n{self._log.read_text()}") from error
                 time.sleep(0.02)

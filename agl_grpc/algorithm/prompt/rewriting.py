@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from agl_grpc.algorithm.prompt.candidate import places, problem_of
-from agl_grpc.algorithm.prompt.critic import Critic, Usage, fenced
+from agl_grpc.algorithm.prompt.critic import Critic
 from agl_grpc.algorithm.prompt.instructions import fill
+from agl_grpc.chat import Usage, fenced
 from agl_grpc.model import PromptTemplate
 
 _TRIES = 3

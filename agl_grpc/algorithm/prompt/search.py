@@ -12,9 +12,10 @@ import orjson
 from agl_grpc.algorithm.base import Algorithm
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.prompt.candidate import Candidate, first_candidate
-from agl_grpc.algorithm.prompt.critic import Critic, Usage
+from agl_grpc.algorithm.prompt.critic import Critic
 from agl_grpc.algorithm.prompt.evaluation import Evaluator
 from agl_grpc.algorithm.prompt.journal import Journal, journal_id
+from agl_grpc.chat import Usage
 from agl_grpc.model import RolloutConfig
 
 BEST_FILE = "best_prompt"

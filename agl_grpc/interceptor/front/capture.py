@@ -76,6 +76,12 @@ class Capture:
         attribution = self.records[0].context.attribution
         return attribution.rollout_id, attribution.attempt_id
 
+    def pack_request(self) -> None:
+        """Compress the request for its record."""
+        if self.raw_request:
+            self.records[0].raw_request = raw_payload(self.raw_request)
+            self.raw_request = b""
+
     def first_token(self) -> None:
         """Note the time of the first token."""
         for record in self.records:
@@ -111,12 +117,12 @@ class Capture:
             if collector is not None:
                 self._complete(record, number, collector)
             if number == 0:
-                record.raw_request = raw_payload(self.raw_request)
+                self.pack_request()
                 record.raw_response = raw_payload(raw_response, media_type)
             span = to_span(record, identity)
             span.model_call.logprob_semantics = self._semantics(record, logprobs_mode)
             prompt = collector.prompts.get(number, array("I")) if collector else array("I")
-            self.durable.append(self._submit(CapturedCall(self.attempt, span, prompt)))
+            self.durable.append(self._submit(CapturedCall(self.attempt, span, prompt, record.responses())))
 
     def _complete(self, record: CallRecord, number: int, collector: Collector) -> None:
         record.request_id = collector.answer_id

@@ -7,6 +7,9 @@ from array import array
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import orjson
+
+from agl_grpc.interceptor.front.splice import PromptTexts, Spliced, splice
 from agl_grpc.interceptor.record import ChoiceRecord
 from agl_grpc.interceptor.refusals import Refusal
 
@@ -65,7 +68,11 @@ def ask_for_ids(api: str, body: dict[str, Any], asked: Asked) -> str:
 class Collector:
     """Collects ids and logprobs of an answer, whole or event by event; strips what was not asked for."""
 
-    def __init__(self, api: str, asked: Asked) -> None:
+    def __init__(
+        self, api: str, asked: Asked, texts: PromptTexts | None = None, conversation: object = None
+    ) -> None:
+        self._texts = texts
+        self._conversation = conversation
         self._chat = api == "chat.completions"
         self._asked = asked
         self.choices: dict[int, ChoiceRecord] = {}
@@ -101,6 +108,33 @@ class Collector:
                 ours &= self._says_nothing(choice)
         return changed, changed and ours
 
+    def take_whole(self, data: bytes) -> bytes:
+        """Take in an answer that came as a whole; its bytes without what was not asked for.
+
+        Raises ValueError for what is no answer of the dialect.
+        """
+        asked = self._asked.token_ids or self._asked.logprobs
+        spliced = None if asked else splice(data, self._chat, self._texts, self._conversation)
+        if spliced is not None:
+            self._take_spliced(spliced)
+            return spliced.data
+        answer = orjson.loads(data)
+        if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+            raise ValueError("an answer without choices")
+        changed, _ = self.take(answer)
+        return orjson.dumps(answer) if changed else data
+
+    def _take_spliced(self, spliced: Spliced) -> None:
+        self.take(spliced.answer)
+        if -1 in spliced.prompts:
+            self.prompts[0] = spliced.prompts[-1]
+        for place, choice in enumerate(spliced.answer["choices"]):
+            record = self.choices[_index(choice)]
+            record.token_ids = spliced.ids.get(place, record.token_ids)
+            record.logprobs = spliced.logprobs.get(place, record.logprobs)
+            if place in spliced.prompts:
+                self.prompts[record.index // self._asked.n] = spliced.prompts[place]
+
     def finished(self) -> bool:
         """Whether each choice has come to its end."""
         expected = self._asked.n * self._asked.prompts
@@ -108,8 +142,7 @@ class Collector:
         return len(ended) >= min(expected, max(1, len(self.choices)))
 
     def _choice(self, choice: dict[str, Any]) -> bool:
-        index = choice.get("index")
-        number = index if isinstance(index, int) else 0
+        number = _index(choice)
         record = self.choices.setdefault(number, ChoiceRecord(number))
         changed = False
         if choice.get("prompt_token_ids") is not None:
@@ -173,6 +206,11 @@ class Collector:
             and not any(value is not None for value in delta.values())
             and choice.get("finish_reason") is None
         )
+
+
+def _index(choice: dict[str, Any]) -> int:
+    index = choice.get("index")
+    return index if isinstance(index, int) else 0
 
 
 def _text(value: Any) -> str:

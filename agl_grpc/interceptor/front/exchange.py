@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import aiohttp
-from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
-
+from agl_grpc.interceptor.front.http.engines import (
+    CannotConnect,
+    EngineAnswer,
+    EngineClient,
+    EngineError,
+    NotHttp,
+)
 from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
 from agl_grpc.interceptor.refusals import Refusal, upstream_away, upstream_failed
 
@@ -39,6 +42,7 @@ _NOT_PASSED = frozenset(
         "x-rollout-id",
     }
 )
+_NOT_ANSWERED = frozenset(name.encode() for name in (*_NOT_PASSED, "date", "server"))
 
 
 class Outgoing(NamedTuple):
@@ -46,30 +50,27 @@ class Outgoing(NamedTuple):
 
     method: str
     path: str
-    headers: Mapping[str, str]
+    headers: Sequence[tuple[str, str]]
     body: bytes
 
 
-def passed_headers(headers: Iterable[tuple[str, str]], key: str | None) -> CIMultiDict[str]:
-    """What of a request's or an answer's headers goes on: all but those of this hop, our own and the key."""
-    kept = CIMultiDict((name, value) for name, value in headers if name.lower() not in _NOT_PASSED)
+def passed_headers(headers: Iterable[tuple[str, str]], key: str | None) -> list[tuple[str, str]]:
+    """What of a request's headers goes on: all but those of this hop, our own and the key."""
+    kept = [pair for pair in headers if pair[0] not in _NOT_PASSED]
     if key:
         # Each dialect has its own way to say it.
-        kept["Authorization"] = f"Bearer {key}"
-        kept["x-api-key"] = key
+        kept += (("authorization", f"Bearer {key}"), ("x-api-key", key))
     return kept
 
 
 class Exchange:
     """Sends requests to engines."""
 
-    def __init__(self, session: aiohttp.ClientSession, upstreams: Upstreams) -> None:
-        self._session = session
+    def __init__(self, client: EngineClient, upstreams: Upstreams) -> None:
+        self._client = client
         self._upstreams = upstreams
 
-    async def send(
-        self, engines: Sequence[Upstream], request: Outgoing
-    ) -> tuple[Upstream, aiohttp.ClientResponse]:
+    async def send(self, engines: Sequence[Upstream], request: Outgoing) -> tuple[Upstream, EngineAnswer]:
         """The first engine that answers, and its answer as far as its headers; Refusal when none does."""
         problem = ""
         # An engine may just have closed a connection that was kept open: a lone one is asked twice.
@@ -77,8 +78,8 @@ class Exchange:
         for number, engine in enumerate(order[:_TRIES]):
             last = number + 1 == min(len(order), _TRIES)
             try:
-                answer = await self._ask(engine, request)
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                answer = await self._client.request(engine.spec.url, *request)
+            except CannotConnect as error:
                 problem = f"engine {engine.spec.url} cannot be reached"
                 self._upstreams.failed(engine, str(error))
                 continue
@@ -86,14 +87,14 @@ class Exchange:
                 raise Refusal(
                     504, "upstream_timeout", f"engine {engine.spec.url} did not answer in time"
                 ) from None
-            except aiohttp.ClientResponseError as error:
+            except NotHttp as error:
                 raise upstream_failed(
-                    f"engine {engine.spec.url} sent what is not HTTP: {error.message[:200]}"
+                    f"engine {engine.spec.url} sent what is not HTTP: {str(error)[:200]}"
                 ) from error
-            except (aiohttp.ClientError, OSError) as error:
+            except EngineError as error:
                 problem = f"engine {engine.spec.url} closed the connection without an answer"
                 if len(engines) > 1:
-                    self._upstreams.failed(engine, str(error) or type(error).__name__)
+                    self._upstreams.failed(engine, str(error))
                 continue
             if answer.status in _BUSY and not last and len(engines) > 1:
                 problem = f"engine {engine.spec.url} answered {answer.status}"
@@ -104,19 +105,7 @@ class Exchange:
             raise upstream_failed(problem)
         raise upstream_away(problem)
 
-    async def _ask(self, engine: Upstream, request: Outgoing) -> aiohttp.ClientResponse:
-        return await self._session.request(
-            request.method,
-            URL(engine.spec.url + request.path, encoded=True),
-            data=request.body or None,
-            headers=request.headers,
-            allow_redirects=False,
-        )
 
-
-def answer_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+def answer_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """What of an engine's answer's headers the client gets."""
-    kept = passed_headers(headers.items(), None)
-    kept.popall("date", None)
-    kept.popall("server", None)
-    return kept
+    return [pair for pair in headers if pair[0] not in _NOT_ANSWERED]

@@ -7,15 +7,14 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-import aiohttp
 import orjson
-from aiohttp import web
-from multidict import CIMultiDict
 
 from agl_grpc.interceptor.attempts import KnownAttempt
 from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR
 from agl_grpc.interceptor.front.dialects import asked_by
 from agl_grpc.interceptor.front.exchange import Exchange, Outgoing, answer_headers, passed_headers
+from agl_grpc.interceptor.front.http.door import BodyTooLarge, Incoming
+from agl_grpc.interceptor.front.http.engines import EngineAnswer, EngineError
 from agl_grpc.interceptor.front.recording import EVENTS, Counters, Kept, Parts, Recorder
 from agl_grpc.interceptor.front.streams import BrokenStream, Events
 from agl_grpc.interceptor.front.turn import Turn, begin
@@ -25,6 +24,8 @@ from agl_grpc.interceptor.refusals import Refusal, upstream_failed
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
+JSON = ((b"content-type", b"application/json"),)
+
 
 class Handler:
     """Serves requests; `drain` makes it take no new ones."""
@@ -32,7 +33,7 @@ class Handler:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._settings = parts.settings
-        self._exchange = Exchange(parts.session, parts.upstreams)
+        self._exchange = Exchange(parts.client, parts.upstreams)
         self.counters = Counters()
         self._recorder = Recorder(parts, self.counters)
         self.draining = False
@@ -40,7 +41,7 @@ class Handler:
         """Set while no request is under way."""
         self.idle.set()
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: Incoming) -> None:
         """One request from its arrival to its end."""
         api = ""
         self.counters.requests += 1
@@ -48,12 +49,12 @@ class Handler:
         self.idle.clear()
         try:
             self._check_room()
-            turn = begin(request.method, request.raw_path, _headers(request))
+            turn = begin(request.method, request.target, request.headers)
             api = turn.api
-            return await self._serve(request, turn)
+            await self._serve(request, turn)
         except Refusal as refusal:
             self.counters.refused += 1
-            return refused(refusal, api)
+            refuse(request, refusal, api)
         finally:
             self.counters.in_flight -= 1
             if not self.counters.in_flight:
@@ -67,17 +68,17 @@ class Handler:
                 503, "overloaded", f"{self._settings.max_in_flight} requests are under way", retry_after=1
             )
 
-    async def _serve(self, request: web.BaseRequest, turn: Turn) -> web.StreamResponse:
+    async def _serve(self, request: Incoming, turn: Turn) -> None:
         known = await self._admit(turn)
         rollout = "" if turn.attribution is None else turn.attribution.rollout_id
         if rollout and turn.recorded:
             self._parts.limits.enter(rollout)
         try:
-            return await self._read_and_answer(request, turn, known)
+            await self._read_and_answer(request, turn, known)
         except Refusal as refusal:
             await self._recorder.refused(turn, refusal)
             raise
-        except (asyncio.CancelledError, ConnectionError, web.RequestPayloadError):
+        except (asyncio.CancelledError, ConnectionError):
             self._recorder.client_left(turn)
             raise
         except Exception as error:  # a defect here: the call must be closed, the client told
@@ -112,12 +113,10 @@ class Handler:
             turn.attribution = dataclasses.replace(turn.attribution, mode=known.mode)
         return known
 
-    async def _read_and_answer(
-        self, request: web.BaseRequest, turn: Turn, known: KnownAttempt | None
-    ) -> web.StreamResponse:
+    async def _read_and_answer(self, request: Incoming, turn: Turn, known: KnownAttempt | None) -> None:
         try:
             turn.read(await request.read())
-        except web.HTTPRequestEntityTooLarge:
+        except BodyTooLarge:
             refusal = Refusal(
                 413, "request_too_large", f"the body has more than {self._settings.max_body} bytes"
             )
@@ -129,19 +128,20 @@ class Handler:
         turn.asked = asked_by(turn.api, turn.request)
         body = self._recorder.begin(turn, known)
         if turn.method == "GET" and turn.path == "/v1/models":
-            return await self._models(turn)
+            await self._models(request, turn)
+            return
         engines = self._engines(turn)
         engine, answer = await self._send(turn, engines, body)
         engine.in_flight += 1
         try:
             if turn.capture is not None and turn.collector is not None and answer.status == 200:
-                if answer.content_type == EVENTS:
-                    return await self._captured_stream(request, turn, engine, answer)
-                return await self._captured_whole(turn, engine, answer)
-            return await self._passed(request, turn, engine, answer)
+                captured = self._captured_stream if answer.content_type == EVENTS else self._captured_whole
+                await captured(request, turn, engine, answer)
+            else:
+                await self._passed(request, turn, engine, answer)
         finally:
             engine.in_flight -= 1
-            answer.close() if not answer.closed else None
+            answer.close()
 
     def _engines(self, turn: Turn) -> list[Upstream]:
         key = turn.credential if turn.attribution is None else turn.attribution.rollout_id
@@ -149,7 +149,7 @@ class Handler:
 
     async def _send(
         self, turn: Turn, engines: Sequence[Upstream], body: bytes
-    ) -> tuple[Upstream, aiohttp.ClientResponse]:
+    ) -> tuple[Upstream, EngineAnswer]:
         """To the engine, without what it does not know."""
         path = f"{turn.path}?{turn.query}" if turn.query else turn.path
         headers = passed_headers(turn.headers.items(), self._key(turn))
@@ -164,8 +164,8 @@ class Handler:
         return engine, answer
 
     async def _send_plain(
-        self, turn: Turn, engines: Sequence[Upstream], path: str, headers: CIMultiDict[str]
-    ) -> tuple[Upstream, aiohttp.ClientResponse]:
+        self, turn: Turn, engines: Sequence[Upstream], path: str, headers: Sequence[tuple[str, str]]
+    ) -> tuple[Upstream, EngineAnswer]:
         turn.collector = None
         if turn.capture is not None:
             turn.capture.untrainable("no token ids: the engine does not know return_token_ids")
@@ -178,37 +178,33 @@ class Handler:
         return None if turn.credential.startswith("agl1.") else turn.credential or None
 
     async def _captured_whole(
-        self, turn: Turn, engine: Upstream, answer: aiohttp.ClientResponse
-    ) -> web.StreamResponse:
+        self, request: Incoming, turn: Turn, engine: Upstream, answer: EngineAnswer
+    ) -> None:
         capture, collector = turn.capture, turn.collector
         assert capture is not None
         assert collector is not None
         data = await _whole(answer)
         try:
-            content = orjson.loads(data)
+            data = collector.take_whole(data)
         except orjson.JSONDecodeError:
             raise upstream_failed(f"engine {engine.spec.url} sent an answer that is not JSON") from None
-        if not isinstance(content, dict) or not isinstance(content.get("choices"), list):
-            raise upstream_failed(f"engine {engine.spec.url} sent an answer without choices")
+        except ValueError as error:
+            raise upstream_failed(f"engine {engine.spec.url} sent {error}") from None
         capture.first_token()
-        changed, _ = collector.take(content)
-        if changed:
-            data = orjson.dumps(content)
         self._recorder.complete(turn, engine, data if self._settings.keep_raw else b"")
         await asyncio.wait(capture.durable)
-        return web.Response(body=data, status=answer.status, headers=answer_headers(answer.headers))
+        request.answer(answer.status, answer_headers(answer.headers), data)
 
     async def _captured_stream(
-        self, request: web.BaseRequest, turn: Turn, engine: Upstream, answer: aiohttp.ClientResponse
-    ) -> web.StreamResponse:
+        self, request: Incoming, turn: Turn, engine: Upstream, answer: EngineAnswer
+    ) -> None:
         capture, collector = turn.capture, turn.collector
         assert capture is not None
         assert collector is not None
-        response = web.StreamResponse(status=answer.status, headers=answer_headers(answer.headers))
-        await response.prepare(request)
+        response = request.stream(answer.status, answer_headers(answer.headers))
         events, kept = Events(collector), Kept(self._settings.keep_raw)
         try:
-            async for chunk in answer.content.iter_any():
+            while chunk := await answer.piece():
                 out = events.feed(chunk)
                 if not capture.records[0].first_token_ns and collector.choices:
                     capture.first_token()
@@ -217,9 +213,7 @@ class Handler:
                     await response.write(out)
                 events.check()
             events.end()
-        except aiohttp.ClientConnectionResetError:
-            raise  # it is the client's connection that was written to
-        except (BrokenStream, aiohttp.ClientError, TimeoutError) as error:
+        except (BrokenStream, EngineError, TimeoutError) as error:
             reason = str(error) if isinstance(error, BrokenStream) else "the engine's stream broke off"
             self._recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
             await response.write(upstream_failed(reason).event(turn.api))
@@ -229,12 +223,9 @@ class Handler:
             await asyncio.wait(capture.durable)
             if events.held:
                 await response.write(events.held)
-        await response.write_eof()
-        return response
+        response.end()
 
-    async def _passed(
-        self, request: web.BaseRequest, turn: Turn, engine: Upstream, answer: aiohttp.ClientResponse
-    ) -> web.StreamResponse:
+    async def _passed(self, request: Incoming, turn: Turn, engine: Upstream, answer: EngineAnswer) -> None:
         """An answer whose bytes go through as they are; its record says what can be said."""
         kept = Kept(self._settings.keep_raw and turn.capture is not None)
         headers = answer_headers(answer.headers)
@@ -242,28 +233,25 @@ class Handler:
             data = await _whole(answer)
             kept.add(data)
             await self._end_passed(turn, engine, answer, kept.data, said=data)
-            return web.Response(body=data, status=answer.status, headers=headers)
-        response = web.StreamResponse(status=answer.status, headers=headers)
-        await response.prepare(request)
+            request.answer(answer.status, headers, data)
+            return
+        response = request.stream(answer.status, headers)
         try:
-            async for chunk in answer.content.iter_any():
+            while chunk := await answer.piece():
                 kept.add(chunk)
                 await response.write(chunk)
-        except aiohttp.ClientConnectionResetError:
-            raise
-        except (aiohttp.ClientError, TimeoutError):
+        except (EngineError, TimeoutError):
             reason = "the engine's stream broke off"
             self._recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
             await response.write(upstream_failed(reason).event(turn.api))
         await self._end_passed(turn, engine, answer, kept.data)
-        await response.write_eof()
-        return response
+        response.end()
 
     async def _end_passed(
         self,
         turn: Turn,
         engine: Upstream,
-        answer: aiohttp.ClientResponse,
+        answer: EngineAnswer,
         raw: bytes,
         said: bytes = b"",
     ) -> None:
@@ -278,7 +266,7 @@ class Handler:
         if turn.capture.durable:
             await asyncio.wait(turn.capture.durable)
 
-    async def _models(self, turn: Turn) -> web.StreamResponse:
+    async def _models(self, request: Incoming, turn: Turn) -> None:
         """All engines' models in one list."""
         headers = passed_headers(turn.headers.items(), self._key(turn))
         found: dict[str, object] = {}
@@ -286,30 +274,26 @@ class Handler:
             try:
                 _, answer = await self._exchange.send([engine], Outgoing("GET", turn.path, headers, b""))
                 content = orjson.loads(await answer.read())
-            except (Refusal, orjson.JSONDecodeError, aiohttp.ClientError):
+            except (Refusal, orjson.JSONDecodeError, EngineError, TimeoutError):
                 continue
             models = content.get("data") if isinstance(content, dict) else None
             for model in models if isinstance(models, list) else ():
                 if isinstance(model, dict) and isinstance(model.get("id"), str):
                     found.setdefault(model["id"], model)
         body = orjson.dumps({"object": "list", "data": list(found.values())})
-        return web.Response(body=body, content_type="application/json")
+        request.answer(200, JSON, body)
 
 
-def refused(refusal: Refusal, api: str) -> web.Response:
-    """A refusal as an answer."""
-    headers = {**refusal.headers(), "content-type": "application/json"}
-    return web.Response(body=refusal.body(api), status=refusal.status, headers=headers)
+def refuse(request: Incoming, refusal: Refusal, api: str) -> None:
+    """Answer with a refusal."""
+    headers = [(name.encode(), value.encode()) for name, value in refusal.headers().items()]
+    request.answer(refusal.status, [*headers, *JSON], refusal.body(api))
 
 
-def _headers(request: web.BaseRequest) -> dict[str, str]:
-    return {name.lower(): value for name, value in request.headers.items()}
-
-
-async def _whole(answer: aiohttp.ClientResponse) -> bytes:
+async def _whole(answer: EngineAnswer) -> bytes:
     try:
         return await answer.read()
-    except (aiohttp.ClientError, OSError) as error:
+    except EngineError as error:
         raise upstream_failed("the engine's answer broke off") from error
     except TimeoutError:
         raise Refusal(504, "upstream_timeout", "the engine's answer did not come in time") from None

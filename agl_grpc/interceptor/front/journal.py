@@ -127,20 +127,20 @@ class Journal:
         task.add_done_callback(self._tasks.discard)
 
     async def _keep(self, call: CapturedCall) -> None:
-        data = call.group(None).SerializeToString()
+        data = call.group(None)
         cached = self._cached_bytes < _CACHED_BYTES
         self._cached_bytes += len(data) * cached
         try:
-            await self._spool.append(data, call if cached else None)
+            await self._spool.append(data, call if cached else call.span_id)
         except SpoolFull as error:
             self._cached_bytes -= len(data) * cached
-            logger.error("model call %s is not durable yet: %s", call.span.span_id.hex(), error)
+            logger.error("model call %s is not durable yet: %s", call.span_id.hex(), error)
             self.counters.undurable += 1
             self._undurable.append(call)
         else:
             self.counters.spooled += 1
         self._wake.set()
-        opened = self._open.get(call.span.span_id)
+        opened = self._open.get(call.span_id)
         if opened is not None and not opened.told.done():
             self._urgent.set()
             await asyncio.wait([opened.told], timeout=self._ack_timeout)
@@ -196,8 +196,10 @@ class Journal:
         control, told, abandoned = self._control_groups()
         groups = [*control]
         for entry in entries:
-            call: CapturedCall | None = entry.note
-            groups.append(self._read(entry) if call is None else call.group(self._deltas))
+            call = entry.note
+            groups.append(
+                call.group(self._deltas) if isinstance(call, CapturedCall) else self._spool.read(entry)
+            )
         groups += [call.group(None) for call in extra]
         # A store that was away and has a full spool to take may need longer than a call's last byte waits.
         limit = _DELIVERY_TIMEOUT if self.away else max(self._ack_timeout, 0.001)
@@ -211,23 +213,26 @@ class Journal:
             if not opened.told.done():
                 opened.told.set_result(None)
         self._note(rejections, groups)
-        self._delivered(entries, groups[len(control) :], {r.group_index - len(control) for r in rejections})
+        refused = {rejection.group_index - len(control) for rejection in rejections}
+        self._delivered(entries, refused)
+        for index, call in enumerate(extra, len(entries)):
+            self._open.pop(call.span_id, None)
+            self.counters.delivered += index not in refused
         for _ in extra:
             self._undurable.popleft()
 
-    def _delivered(
-        self, entries: list[Entry], groups: list[span_pb2.AttemptSpans], refused: set[int]
-    ) -> None:
+    def _delivered(self, entries: list[Entry], refused: set[int]) -> None:
         self._spool.drop(len(entries))
-        self.counters.delivered += len(groups) - len(refused)
-        for index, group in enumerate(groups):
-            self._open.pop(group.spans[0].span_id, None)
-            call: CapturedCall | None = entries[index].note if index < len(entries) else None
-            if call is None:
+        for index, entry in enumerate(entries):
+            self.counters.delivered += index not in refused
+            call: CapturedCall | bytes | None = entry.note
+            if not isinstance(call, CapturedCall):
+                self._open.pop(call or b"", None)
                 continue
-            self._cached_bytes -= entries[index].length
+            self._open.pop(call.span_id, None)
+            self._cached_bytes -= entry.length
             if index not in refused:
-                self._deltas.remember(call.attempt, call.span.span_id, call.prompt, call.responses())
+                self._deltas.remember(call.attempt, call.span_id, call.prompt, call.responses)
 
     async def _again_whole(
         self, rejections: list[Rejection], entries: list[Entry], offset: int
@@ -236,20 +241,17 @@ class Journal:
         unknown = [rejection.group_index for rejection in rejections if rejection.base_unknown]
         if not unknown:
             return rejections
-        groups = [self._read(entries[index - offset]) for index in unknown]
-        for group in groups:
-            self._deltas.forget((group.rollout_id, group.attempt_id))
+        groups = [self._spool.read(entries[index - offset]) for index in unknown]
+        for index in unknown:
+            self._deltas.forget(entries[index - offset].note.attempt)
         again = await self._transport.deliver(groups, _DELIVERY_TIMEOUT)
         return [r for r in rejections if not r.base_unknown] + [
             Rejection(unknown[r.group_index], r.index, r.reason, r.message) for r in again
         ]
 
-    def _read(self, entry: Entry) -> span_pb2.AttemptSpans:
-        return span_pb2.AttemptSpans.FromString(self._spool.read(entry))
-
     def _control_groups(
         self,
-    ) -> tuple[list[span_pb2.AttemptSpans], list[_Open], list[tuple[AttemptKey, bytes]]]:
+    ) -> tuple[list[bytes], list[_Open], list[tuple[AttemptKey, bytes]]]:
         """Announcements and abandonments that wait, one group an attempt; and both once more."""
         by_attempt: dict[AttemptKey, span_pb2.AttemptSpans] = {}
 
@@ -266,11 +268,11 @@ class Journal:
         self._abandoned.clear()
         for attempt, span_id in abandoned:
             group(attempt).abandoned_calls.append(span_id)
-        return list(by_attempt.values()), told, abandoned
+        return [group.SerializeToString() for group in by_attempt.values()], told, abandoned
 
-    def _note(self, rejections: list[Rejection], groups: list[span_pb2.AttemptSpans]) -> None:
+    def _note(self, rejections: list[Rejection], groups: list[bytes]) -> None:
         for rejection in rejections:
-            group = groups[rejection.group_index]
+            group = span_pb2.AttemptSpans.FromString(groups[rejection.group_index])
             self.counters.rejected += bool(group.spans)
             logger.warning(
                 "the store refused %s of attempt %s: %s",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-import aiohttp
 import orjson
 
 from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
 from agl_grpc.interceptor.external import EXTERNAL, ExternalTraffic
 from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture
 from agl_grpc.interceptor.front.dialects import Collector, ask_for_ids
+from agl_grpc.interceptor.front.http.engines import EngineClient
 from agl_grpc.interceptor.front.journal import Journal
 from agl_grpc.interceptor.front.limits import RolloutLimits
 from agl_grpc.interceptor.front.sampling import describe, impose
 from agl_grpc.interceptor.front.settings import ProxySettings
+from agl_grpc.interceptor.front.splice import PromptTexts
 from agl_grpc.interceptor.front.turn import Turn
 from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions
@@ -47,7 +48,7 @@ class Parts:
     """What the handler works with."""
 
     settings: ProxySettings
-    session: aiohttp.ClientSession
+    client: EngineClient
     upstreams: Upstreams
     journal: Journal
     attempts: Attempts
@@ -64,6 +65,7 @@ class Recorder:
         self._settings = parts.settings
         self._counters = counters
         self._retries = Retries()
+        self._texts = PromptTexts()
 
     def begin(self, turn: Turn, known: KnownAttempt | None) -> bytes:
         """Impose, ask for ids, announce; the body as it goes to the engine."""
@@ -97,7 +99,8 @@ class Recorder:
         if not self._settings.token_ids:
             return [*reasons, "no token ids: the proxy was told not to ask for them"]
         obstacle = ask_for_ids(turn.api, changed, turn.asked)
-        turn.collector = Collector(turn.api, turn.asked)
+        conversation = turn.attribution and turn.attribution.attempt_id
+        turn.collector = Collector(turn.api, turn.asked, self._texts if conversation else None, conversation)
         return [*reasons, f"no token ids: {obstacle}"] if obstacle else reasons
 
     def _start_capture(
@@ -127,18 +130,16 @@ class Recorder:
         )
         if self._settings.keep_raw:
             turn.capture.raw_request = turn.body
+            # Once the request is on its way: the engine need not wait for it.
+            asyncio.get_running_loop().call_soon(turn.capture.pack_request)
         if turn.attribution is None:
             return
         for number, record in enumerate(turn.capture.records):
             self._parts.journal.announce(turn.capture.attempt, record.span_id, record.started)
             digest = hash((turn.digest(), number))
-            retry = self._retries.note(turn.capture.attempt, digest, record.span_id, tries_of(turn.headers))
-            record.retry_of = retry.span_id
-            self._counters.retries += bool(retry.candidates)
-            if retry.candidates > 1:
-                record.untrainable(
-                    f"a retry of one of {retry.candidates} equal calls: which one is not known"
-                )
+            self._counters.retries += self._retries.mark(
+                record, turn.capture.attempt, digest, tries_of(turn.headers)
+            )
 
     def complete(
         self, turn: Turn, engine: Upstream, raw: bytes, media_type: str = "application/json"

@@ -10,18 +10,14 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-import aiohttp
 import grpc
 import orjson
-from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http_parser import RawRequestMessage
-from aiohttp.streams import StreamReader
-from aiohttp.web_protocol import RequestHandler
 
 from agl_grpc.interceptor.attempts import Attempts
 from agl_grpc.interceptor.external import ExternalTraffic
-from agl_grpc.interceptor.front.handler import Handler
+from agl_grpc.interceptor.front.handler import JSON, Handler
+from agl_grpc.interceptor.front.http.door import Door, Incoming
+from agl_grpc.interceptor.front.http.engines import EngineClient
 from agl_grpc.interceptor.front.journal import Journal
 from agl_grpc.interceptor.front.limits import RolloutLimits
 from agl_grpc.interceptor.front.recording import Parts
@@ -34,9 +30,7 @@ from agl_grpc.interceptor.transport import AppendTransport, open_channel
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
-_KEEPALIVE_SECONDS = 75.0
 _REUSED_SPOOL_BYTES = 4 * 1024 * 1024
-_LINE_BYTES = 64 * 1024
 
 
 class Proxy:
@@ -47,16 +41,7 @@ class Proxy:
         self._channel = channel
         self._listening = listening
         self._handler = Handler(parts)
-        self._server: asyncio.Server | None = None
-        self._door = web.Server(
-            self._answer,
-            request_factory=self._request,
-            handler_cancellation=True,
-            keepalive_timeout=_KEEPALIVE_SECONDS,
-            max_line_size=_LINE_BYTES,
-            max_field_size=_LINE_BYTES,
-            access_log=None,
-        )
+        self._door = Door(self._answer, parts.settings.max_body)
 
     @classmethod
     async def start(
@@ -77,20 +62,12 @@ class Proxy:
             listening.close()
             raise
         channel = open_channel(settings.store)
-        session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=settings.connect_timeout, sock_read=settings.read_timeout
-            ),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            read_bufsize=256 * 1024,
-        )
+        client = EngineClient(settings.connect_timeout, settings.read_timeout)
         journal = Journal(AppendTransport(channel), spool, settings.ack_timeout)
         parts = Parts(
             settings=settings,
-            session=session,
-            upstreams=Upstreams(session, upstreams),
+            client=client,
+            upstreams=Upstreams(client, upstreams),
             journal=journal,
             attempts=Attempts(channel),
             versions=PolicyVersions(channel, settings.run_id, settings.policy_version),
@@ -100,9 +77,7 @@ class Proxy:
             else None,
         )
         proxy = cls(parts, channel, listening)
-        proxy._server = await asyncio.get_running_loop().create_server(
-            proxy._door, sock=listening, backlog=2048
-        )
+        await proxy._door.open(listening)
         return proxy
 
     @property
@@ -144,42 +119,30 @@ class Proxy:
         if self._handler.draining:
             return
         self._handler.draining = True
-        if self._server is not None:
-            self._server.close()
+        self._door.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._handler.idle.wait(), self._parts.settings.drain_timeout)
-        await self._door.shutdown(1.0)
+        await self._door.shutdown()
         if self._parts.external is not None:
             await self._parts.external.close()
         await self._parts.journal.close()
         await self._parts.attempts.close()
         await self._parts.versions.close()
         await self._parts.upstreams.close()
-        await self._parts.session.close()
+        await self._parts.client.close()
         await self._channel.close()
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        path = request.rel_url.raw_path
+    async def _answer(self, request: Incoming) -> None:
+        path = request.target.partition("?")[0]
         if path == STATUS_PATH:
-            return web.Response(body=orjson.dumps(self.describe()), content_type="application/json")
-        if path == "/health":
+            request.answer(200, JSON, orjson.dumps(self.describe()))
+        elif path == "/health":
             well = (
                 any(engine.healthy for engine in self._parts.upstreams.all()) and not self._handler.draining
             )
-            return web.Response(status=200 if well else 503)
-        return await self._handler.handle(request)
-
-    def _request(
-        self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: RequestHandler,
-        writer: AbstractStreamWriter,
-        task: asyncio.Task[None],
-    ) -> web.BaseRequest:
-        loop = asyncio.get_running_loop()
-        limit = self._parts.settings.max_body
-        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=limit)
+            request.answer(200 if well else 503, (), b"")
+        else:
+            await self._handler.handle(request)
 
 
 def _listen(host: str, port: int) -> socket.socket:

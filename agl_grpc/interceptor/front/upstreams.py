@@ -8,8 +8,9 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import aiohttp
+import orjson
 
+from agl_grpc.interceptor.front.http.engines import EngineClient, EngineError
 from agl_grpc.interceptor.front.settings import UpstreamSpec
 from agl_grpc.interceptor.refusals import Refusal
 
@@ -52,8 +53,8 @@ def rank(key: str, urls: Iterable[str]) -> list[str]:
 class Upstreams:
     """The engines by model; probes each one's ``/health`` every 5 s, a sick one twice a second."""
 
-    def __init__(self, session: aiohttp.ClientSession, specs: Sequence[UpstreamSpec]) -> None:
-        self._session = session
+    def __init__(self, client: EngineClient, specs: Sequence[UpstreamSpec]) -> None:
+        self._client = client
         self._engines: dict[tuple[str, str], Upstream] = {}
         self._probes: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.set(specs)
@@ -121,22 +122,27 @@ class Upstreams:
 
     async def _is_well(self, engine: Upstream) -> bool:
         """Any answer but a server error will do: hosted engines have no such path."""
-        try:
-            async with self._session.get(
-                f"{engine.spec.url}/health", timeout=aiohttp.ClientTimeout(total=_PROBE_TIMEOUT)
-            ) as answer:
-                return answer.status < 500
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+        answer = await self._get(engine, "/health")
+        return answer is not None and answer[0] < 500
 
     async def _version(self, engine: Upstream) -> str:
         """What vLLM says of itself; ``unknown`` elsewhere."""
+        answer = await self._get(engine, "/version")
         try:
-            async with self._session.get(
-                f"{engine.spec.url}/version", timeout=aiohttp.ClientTimeout(total=_PROBE_TIMEOUT)
-            ) as answer:
-                said = await answer.json(content_type=None) if answer.status == 200 else {}
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            said = orjson.loads(answer[1]) if answer is not None and answer[0] == 200 else {}
+        except orjson.JSONDecodeError:
             return "unknown"
         version = said.get("version") if isinstance(said, dict) else None
         return f"vllm {version}" if isinstance(version, str) else "unknown"
+
+    async def _get(self, engine: Upstream, path: str) -> tuple[int, bytes] | None:
+        """Status and body; None when the engine does not answer."""
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT):
+                answer = await self._client.request(engine.spec.url, "GET", path, ())
+                try:
+                    return answer.status, await answer.read()
+                finally:
+                    answer.close()
+        except (EngineError, TimeoutError):
+            return None

@@ -90,7 +90,8 @@ class PostgresDatabase:
 
     def is_shared(self, connection: Connection) -> bool:
         """Whether another server has the database open now."""
-        pid = 0 if self._follower is None else self._follower.pid
+        # A server that did not wait would now and then take its own presence for a neighbour's.
+        pid = 0 if self._follower is None else self._follower.wait_present()
         (others,) = connection.execute(locks.OTHERS, (pid,)).fetchone()
         return bool(others)
 

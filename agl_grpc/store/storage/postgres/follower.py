@@ -56,11 +56,17 @@ class Follower:
         self._on_news = on_news
         self._next_due = next_due
         self._stop = threading.Event()
+        self._tried = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="store-follow", daemon=True)
 
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
+
+    def wait_present(self) -> int:
+        """The backend of the connection; waits until the first one is known to others, or has failed."""
+        self._tried.wait()
+        return self.pid
 
     def close(self) -> None:
         """Ends the thread."""
@@ -73,6 +79,7 @@ class Follower:
                 self._follow()
             except psycopg.Error as error:
                 self.pid = 0
+                self._tried.set()
                 _log.warning("other servers cannot be followed now: %s", str(error).partition("\n")[0])
                 self._stop.wait(_AGAIN_SECONDS)
 
@@ -81,6 +88,7 @@ class Follower:
         with raw:
             self.pid = raw.info.backend_pid
             raw.execute(locks.PRESENT)
+            self._tried.set()
             raw.execute(f"LISTEN {locks.CHANNEL}")
             connection = PostgresConnection(raw)
             looked = 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +154,10 @@ def evaluate(
             run_dir=run_dir,
             resume=resume,
         )
-        other = _evaluation(compare, f"{name}-other", settings, None) if compare else None
-        found = _evaluation(checkpoint, name, settings, output)
+        # What is shown on the way goes beside JSON, not into it.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            other = _evaluation(compare, f"{name}-other", settings, None) if compare else None
+            found = _evaluation(checkpoint, name, settings, output)
         comparison = compare_two(other, found, seed) if other else None
         folder = _write(output or run_dir / name, found, other, comparison)
     except (TrainerError, EvaluationError) as error:

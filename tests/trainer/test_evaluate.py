@@ -158,7 +158,7 @@ async def test_ctrl_c_ends_everything_and_the_same_command_goes_on(tmp_path: Pat
         "import pathlib, time\n"
         "from agl_grpc import rollout\n"
         "@rollout\n"
-        "def agent(task):\n"
+        "def agent(task, resources):\n"
         "    while task['wait'] and not pathlib.Path('go').exists():\n"
         "        time.sleep(0.02)\n"
         "    pathlib.Path(f\"done-{task['wait']}\").open('a').write('x')\n"

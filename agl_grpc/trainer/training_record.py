@@ -105,10 +105,9 @@ class TrainingRecord:
             for event in self._alarms.step(step, numbers):
                 self._alarm_file.write(event)
                 self.say(event.line)
-            item = StepMetrics(step=step, metrics={**numbers, **self._alarms.numbers()})
-            self.history[step] = item
+            self.history[step] = StepMetrics(step=step, metrics=numbers)
             self._progress.step(step, total, numbers)
-            self._queue.put_nowait(item)
+            self._queue.put_nowait(StepMetrics(step=step, metrics={**numbers, **self._alarms.numbers()}))
             if stops := self._alarms.stops:
                 self._on_stop(RunStopped(f"alarm {stops} is in alarms.stop_on"))
 

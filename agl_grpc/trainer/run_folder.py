@@ -79,7 +79,8 @@ class RunFolder:
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Writes the manifest, at once or not at all."""
         draft = self.manifest.with_suffix(".new")
-        draft.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
+        options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+        draft.write_bytes(orjson.dumps(manifest, option=options))
         draft.replace(self.manifest)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import orjson
 
 from agl_grpc.algorithm.base import Algorithm
+from agl_grpc.dataset import CurriculumRules
+from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import (
     CheckLimits,
@@ -35,15 +37,20 @@ class VERL(Algorithm):
         visible_devices: GPUs that the learner may use, such as ``"4,5,6,7"``; empty = all.
         ray_address: a Ray cluster that runs already, for a learner on several nodes; empty = none.
         seed: of data order and initialisation.
+        rollouts_per_task: an expression over a task that says how many rollouts its group has, for example
+            ``8 if level > 3 else 4``; empty = ``actor_rollout_ref.rollout.n``.
+        curriculum: which tasks are preferred, by how often they are solved.
         engines: how many engines, and how they are reached.
         rollouts: rules of every rollout's life.
         samples: what is trained of an attempt.
         checks: limits between sampled and recomputed logprobs.
         deadlines: of the learner's phases.
+        alarms: limits of the alarms, and which of them end the run.
+        trajectories: best, worst and random rollouts each, written down at every step; 0 = none.
         keep_checkpoints: how many finished checkpoints stay; None = all.
 
-    ``engines``, ``rollouts``, ``samples``, ``checks`` and ``deadlines`` may also be given as mappings of
-    their fields, as a configuration file has them.
+    ``engines``, ``rollouts``, ``samples``, ``checks``, ``alarms`` and ``deadlines`` may also be given as
+    mappings of their fields, as a configuration file has them.
     """
 
     def __init__(
@@ -55,11 +62,15 @@ class VERL(Algorithm):
         visible_devices: str = "",
         ray_address: str = "",
         seed: int = 0,
+        rollouts_per_task: str = "",
+        curriculum: CurriculumRules | Mapping[str, Any] | None = None,
         engines: EngineConfig | Mapping[str, Any] | None = None,
         rollouts: RolloutConfig | Mapping[str, Any] | None = None,
         samples: TrainedTokens | Mapping[str, Any] | None = None,
         checks: CheckLimits | Mapping[str, Any] | None = None,
         deadlines: Deadlines | Mapping[str, Any] | None = None,
+        alarms: AlarmLimits | Mapping[str, Any] | None = None,
+        trajectories: int = 2,
         keep_checkpoints: int | None = 3,
     ) -> None:
         super().__init__()
@@ -70,10 +81,14 @@ class VERL(Algorithm):
         self.visible_devices = visible_devices
         self.ray_address = ray_address
         self.seed = seed
+        self.rollouts_per_task = rollouts_per_task
+        self.curriculum = settings("curriculum", curriculum, CurriculumRules)
         self.engines = settings("engines", engines, EngineConfig)
         self.rollouts = settings("rollouts", rollouts, RolloutConfig)
         self.samples = settings("samples", samples, TrainedTokens)
         self.checks = settings("checks", checks, CheckLimits)
+        self.alarms = settings("alarms", alarms, AlarmLimits)
+        self.trajectories = trajectories
         self.deadlines = settings("deadlines", deadlines, Deadlines)
         self.keep_checkpoints = keep_checkpoints
 
@@ -108,12 +123,16 @@ class VERL(Algorithm):
             "visible_devices": self.visible_devices,
             "ray_address": self.ray_address,
             "seed": self.seed,
+            "rollouts_per_task": self.rollouts_per_task,
+            "curriculum": asdict(self.curriculum),
             "keep_checkpoints": self.keep_checkpoints,
             "engines": asdict(self.engines),
             "rollouts": asdict(self.rollouts),
             "samples": asdict(self.samples),
             "checks": asdict(self.checks),
             "deadlines": asdict(self.deadlines),
+            "alarms": asdict(self.alarms),
+            "trajectories": self.trajectories,
             "validation": asdict(validation or ValidationConfig()),
             "verl": {**self.config, **(more or {})},
         }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from agl_grpc.learner.trainer import AglTrainer
 
 STATE_FILE = "learner.json"
+ORDER_FILE = "curriculum.npz"
 # What makes the weights of one model unusable for another, in its ``config.json``.
 _SHAPE_KEYS = (
     "model_type",
@@ -146,6 +147,8 @@ class Checkpoints:
             if trainer.use_critic:
                 trainer.critic_wg.save_checkpoint(str(place / "critic"), None, step, max_ckpt_to_keep=None)
             torch.save(trainer.train_dataloader.state_dict(), place / "data.pt")
+            if trainer.order is not None:
+                (place / ORDER_FILE).write_bytes(trainer.order.curriculum.state())
             outstanding = trainer.outstanding_prompts()
             return LearnerState(step, trainer.prompts_fetched, outstanding, batch_ids, trainer.hooks.origin)
 

@@ -20,6 +20,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from agl_grpc.learner.dataset import ROLLOUTS_KEY
 from agl_grpc.learner.errors import FidelityError, LearnerError
 from agl_grpc.learner.rollouts import FinishedGroup, FinishedRollout, GroupRequest, RolloutSource, Row
 from agl_grpc.learner.rows import QueueRow, queue_rows
@@ -73,6 +74,9 @@ class RolloutManager:
         self._open: dict[str, GroupRequest] = {}
         self._rollouts: dict[str, FinishedRollout] = {}
         self._sources: dict[str, str] = {}
+        # By training group, until they are settled; only for a curriculum.
+        self.keep_rewards = False
+        self._rewards: dict[str, list[float]] = {}
         self._counts: Counter[str] = Counter()
         # Since when no rollout is asked for: the engines have nothing to do.
         self._idle_since: float | None = time.monotonic()
@@ -89,11 +93,14 @@ class RolloutManager:
         validate = bool(tensordict_utils.get_non_tensor_data(batch, "validate", False))
         tasks, sources, uids = _texts(batch, "task"), _texts(batch, "data_source"), _texts(batch, "uid")
         indices = [int(getattr(value, "data", value)) for value in batch["index"]]
+        # The size of a prompt's own group: verl names it for every prompt, in validation too.
+        own = list(batch[ROLLOUTS_KEY]) if ROLLOUTS_KEY in batch.keys() and not validate else None  # noqa: SIM118  # a TensorDict
+        sizes = [int(getattr(n, "data", n)) for n in own] if own else [self._sizes[validate]] * len(uids)
         requests = []
-        for uid, index, task, source in zip(uids, indices, tasks, sources, strict=True):
+        for uid, index, task, source, size in zip(uids, indices, tasks, sources, sizes, strict=True):
             if "_" in uid:
                 raise LearnerError(f"group id {uid!r} holds an underscore, where verl splits keys")
-            request = GroupRequest(uid, index, orjson.loads(task), self._sizes[validate], step, validate)
+            request = GroupRequest(uid, index, orjson.loads(task), size, step, validate)
             self._open[uid], self._sources[uid] = request, source
             requests.append(request)
         if requests and self._idle_since is not None:
@@ -135,6 +142,10 @@ class RolloutManager:
     def rollout(self, rollout_id: str) -> FinishedRollout:
         """A rollout that was published and not yet forgotten."""
         return self._rollouts[rollout_id]
+
+    def take_rewards(self, uid: str) -> list[float]:
+        """Rewards of a group's rollouts that have one, once; none when they were not kept."""
+        return self._rewards.pop(uid, [])
 
     def forget(self, rollout_ids: list[str]) -> None:
         """Drops what is remembered of rollouts that were trained or discarded."""
@@ -225,6 +236,9 @@ class RolloutManager:
         source = self._sources.pop(request.uid)
         usable = [(n, rollout) for n, rollout in enumerate(group.rollouts) if self._usable(request, rollout)]
         self._counts["rollouts/finished"] += len(group.rollouts)
+        if self.keep_rewards and not request.validate:
+            judged = (each for each in group.rollouts if not each.failure and each.reward is not None)
+            self._rewards[request.uid] = [each.reward for each in judged if each.reward is not None]
         if len(usable) < min(2, request.size) and not request.validate:
             self._counts["groups/dropped"] += 1
             return [] if self._keep_empty else None

@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from agl_grpc.client import StoreError
 from agl_grpc.evaluation import Pass
 from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
 from agl_grpc.learner.errors import StoppedError
-from agl_grpc.learner.progress import SAID, step_line, with_summary
+from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
+from agl_grpc.manifest.describe import CONTRACT, LEARNER_PACKAGES, git_state, hardware, now, versions_here
 from agl_grpc.model.enums import TrainingRunStatus
 from agl_grpc.model.reward import PRIMARY
 from agl_grpc.sample import SampleRules
@@ -32,6 +33,7 @@ from agl_grpc.sample import SampleRules
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from agl_grpc.learner.reporting import Reporting, TrajectorySamples
     from agl_grpc.learner.trainer import AglTrainer
 
 
@@ -136,6 +138,7 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
             "train_files": str(Path(config.train_tasks).expanduser()),
             "val_files": str(Path(config.val_tasks or config.train_tasks).expanduser()),
             "seed": config.seed,
+            "agl_rollouts_per_task": config.rollouts_per_task,
         },
         "actor_rollout_ref": {
             "model": {"path": str(Path(config.model.path).expanduser())},
@@ -167,7 +170,7 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     if resume:
         check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
-    manifest = {"config": verl, "device": device, "seed": config.seed}
+    manifest = {"config": verl, **_made_by(config, device)}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
     say("importing verl")
     os.environ.update(worker_environment(device))
@@ -178,16 +181,21 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     with local_ray(device=device, gpus=gpus, address=config.ray_address):
         import transfer_queue as tq
 
+        from agl_grpc.learner.reporting import Reporting, TrajectorySamples
+
         tq.init(verl.transfer_queue)
         validate(verl)
-        trainer, manager = _assemble(config, verl, output, link, training, step)
-        try:
+        samples = TrajectorySamples(output, config.trajectories, config.model.path, say)
+        about = {"algorithm": "verl", "run": config.run_id, "seed": config.seed, "model": config.model.name}
+        with closing(Reporting(training, output, config.alarms, about, say)) as reporting, closing(samples):
+            trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
             say("starting verl's workers, loading the model, publishing its weights")
-            trainer.init()
-            say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
-            trainer.fit(manager)
-        finally:
-            tq.close()
+            try:
+                trainer.init()
+                say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
+                trainer.fit(manager)
+            finally:
+                tq.close()
 
 
 def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
@@ -197,7 +205,7 @@ def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, trainin
     verl = _verl_config(config, device, output, {})
     _write_manifest(
         output / f"learner-{training.identity.trainer_epoch}.json",
-        {"config": verl, "device": device, "seed": config.seed, "sft": asdict(config.sft)},
+        {"config": verl, **_made_by(config, device), "sft": asdict(config.sft)},
     )
     found = sft.collect(link, config.run_id, config.samples.rules(config.model.name), config.sft)
     say(f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
@@ -232,6 +240,21 @@ def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[d
     return resume, step
 
 
+def _made_by(config: RunConfig, device: str) -> dict[str, Any]:
+    """What this trainer's results depend on beside verl's configuration."""
+    return {
+        "device": device,
+        "seed": config.seed,
+        "started": now(),
+        "contract": CONTRACT,
+        "versions": {"learner": versions_here(LEARNER_PACKAGES)},
+        "git": git_state(),
+        "hardware": hardware(),
+        "rollouts_per_task": config.rollouts_per_task,
+        "curriculum": asdict(config.curriculum),
+    }
+
+
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     from omegaconf import OmegaConf
 
@@ -246,15 +269,19 @@ def _assemble(
     link: StoreLink,
     training: TrainingRun,
     step: int,
+    reporting: Reporting,
+    samples: TrajectorySamples,
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.checks import LogprobLimits
+    from agl_grpc.learner.curriculum import TaskOrder, begin_with, stored_rewards
     from agl_grpc.learner.followed_source import FollowedSource, leaders_origin
+    from agl_grpc.learner.hooks import Hooks
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.tokens import decoder, vocabulary_size
-    from agl_grpc.learner.trainer import AglTrainer, Hooks
+    from agl_grpc.learner.trainer import AglTrainer
     from agl_grpc.learner.validation import StoreValidation, sampling_of
 
     identity = training.identity
@@ -316,10 +343,15 @@ def _assemble(
     )
 
     def on_metrics(at: int, metrics: dict[str, float]) -> bool:
-        numbers = with_summary(metrics)
-        say(step_line(at, trainer.total_training_steps, numbers))
-        training.report(at, numbers)
-        return training.stop_requested
+        return reporting.step(at, trainer.total_training_steps, metrics)
+
+    def order(dataset: Any) -> TaskOrder:
+        made = TaskOrder(config.curriculum, len(dataset), config.seed, manager)
+        manager.keep_rewards = True
+        if step == 0:
+            known = begin_with(made, dataset, stored_rewards(link, config.curriculum.runs))
+            say(f"curriculum: {known} of {len(dataset)} tasks were tried before")
+        return made
 
     hooks = Hooks(
         source=source,
@@ -331,9 +363,11 @@ def _assemble(
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         deadlines=config.deadlines,
         failure_limit=config.failure_limit,
+        order=order if config.curriculum.enabled else None,
         on_metrics=on_metrics,
+        on_rollouts=samples.step,
         # A run that follows another is told by its source that it cannot validate.
-        validate=None if config.follows else validation.run,
+        validation=None if config.follows else validation,
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
     )
     trainer = AglTrainer(verl, hooks)

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import orjson
 
+from agl_grpc.dataset import CurriculumRules, DatasetError, expression
+from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.model.rollout import RolloutConfig
 from agl_grpc.sample import OverLong, SampleRules, Truncated
@@ -140,10 +142,12 @@ class RunConfig:
     """One training run. Paths may be relative to the working directory.
 
     ``train_tasks`` and ``val_tasks`` are JSONL files, one task a line. ``verl`` holds verl's keys as they
-    are. ``failure_limit`` groups in a row that cannot be trained end the run. ``keep_checkpoints`` None keeps
-    all. ``visible_devices`` are the GPUs of this machine that the learner may use (``"4,5,6,7"``; empty =
-    all). ``ray_address`` names a Ray cluster that runs already, for trainers on several nodes (empty = Ray is
-    started here).
+    are. ``rollouts_per_task`` is an expression over a task that says how many rollouts its group has (empty =
+    ``actor_rollout_ref.rollout.n``), ``curriculum`` which tasks are preferred. ``failure_limit`` groups in a
+    row that cannot be trained end the run. ``keep_checkpoints`` None keeps all. ``visible_devices`` are the
+    GPUs of this machine that the learner may use (``"4,5,6,7"``; empty = all). ``ray_address`` names a Ray
+    cluster that runs already, for trainers on several nodes (empty = Ray is started here). ``trajectories``
+    best, worst and random rollouts each are written down at every step (0 = none).
 
     Several models of one run: each has a training run and a learner of its own. ``follows`` names the
     training run whose rollouts this one trains its model on; that one names the others' models in
@@ -164,6 +168,8 @@ class RunConfig:
     follows: str = ""
     followers: tuple[str, ...] = ()
     seed: int = 0
+    rollouts_per_task: str = ""
+    curriculum: CurriculumRules = field(default_factory=CurriculumRules)
     failure_limit: int = 64
     keep_checkpoints: int | None = 3
     engines: EngineConfig = field(default_factory=EngineConfig)
@@ -172,6 +178,8 @@ class RunConfig:
     checks: CheckLimits = field(default_factory=CheckLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
     sft: SftConfig = field(default_factory=SftConfig)
+    alarms: AlarmLimits = field(default_factory=AlarmLimits)
+    trajectories: int = 2
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     verl: dict[str, Any] = field(default_factory=dict)
 
@@ -223,6 +231,16 @@ def from_mapping(data: Mapping[str, Any]) -> RunConfig:
     config = _build(RunConfig, data, "")
     if config.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"'device' must be auto, cpu or cuda, not {config.device!r}")
+    if config.trajectories < 0:
+        raise ConfigError(f"'trajectories' {config.trajectories} must be 0 or more")
+    if config.curriculum.enabled and (config.follows or config.followers):
+        raise ConfigError(
+            "a curriculum is not possible where several models are trained: leave curriculum out"
+        )
+    try:
+        expression(config.rollouts_per_task or "1")
+    except DatasetError as error:
+        raise ConfigError(f"'rollouts_per_task': {error}") from error
     if not Path(config.model.path).expanduser().is_dir():
         raise ConfigError(f"model folder {config.model.path} does not exist")
     for path in filter(None, (config.train_tasks, config.val_tasks)):

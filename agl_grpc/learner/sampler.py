@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import transfer_queue as tq
@@ -50,6 +50,8 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         # What the last training batch took from the outstanding groups.
         self._sampled: dict[str, tuple[int, int]] = {}
         self._last_arrival = time.monotonic()
+        # Told of groups that leave, and whether they are trained; the curriculum's.
+        self.on_settled: Callable[[dict[str, tuple[int, int]], bool], None] | None = None
 
     def bind(self, manager: RolloutManager) -> None:
         """Names the manager whose groups are waited for; once, before training."""
@@ -122,9 +124,10 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         self._outstanding = {**self._sampled, **self._outstanding}
         self._sampled = {}
 
-    def _settle(self, uids: Iterable[str]) -> None:
-        for uid in uids:
-            self._outstanding.pop(uid, None)
+    def _settle(self, uids: Iterable[str], *, trained: bool = False) -> None:
+        settled = {uid: self._outstanding.pop(uid) for uid in uids if uid in self._outstanding}
+        if settled and self.on_settled is not None:
+            self.on_settled(settled, trained)
 
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
         super()._clear_groups(partition_id, uids)
@@ -152,5 +155,5 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         tags = [partition_snapshot[key] for key in keys]
         if partition_id != "val":
             self._sampled = {uid: self._outstanding[uid] for uid in selected_prompt_uids}
-        self._settle(selected_prompt_uids)
+        self._settle(selected_prompt_uids, trained=partition_id != "val")
         return KVBatchMeta(partition_id=partition_id, keys=keys, tags=tags)

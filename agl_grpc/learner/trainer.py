@@ -7,12 +7,9 @@ leave.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -32,9 +29,8 @@ from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
-from agl_grpc.learner.checkpoint import LearnerState
+from agl_grpc.learner.checkpoint import ORDER_FILE, LearnerState
 from agl_grpc.learner.checks import (
-    LogprobLimits,
     LogprobRow,
     SealedRow,
     account,
@@ -44,12 +40,14 @@ from agl_grpc.learner.checks import (
     staleness,
 )
 from agl_grpc.learner.correction import correct_over_rollouts
+from agl_grpc.learner.curriculum import TaskOrder
 from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
+from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.phases import phase
-from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
-from agl_grpc.learner.run_config import Deadlines
+from agl_grpc.learner.rollouts import ClaimedBatch
 from agl_grpc.learner.sampler import StoreSampler
+from agl_grpc.learner.step_metrics import batch_metrics, sampler_distance, unfinished
 from agl_grpc.learner.turn_credit import NAME as TURNS
 from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
 
@@ -70,48 +68,6 @@ class NoServers(LLMServerManager):  # type: ignore[misc]  # verl is untyped
     async def _init_global_load_balancer(self) -> None:
         # verl's would be a process of its own that imports all of verl.
         self.global_load_balancer = None
-
-
-class WeightPublication(Protocol):
-    """Brings the trainer's weights to the engines; stands where verl has its checkpoint-engine manager."""
-
-    def bind(self, actors: Any) -> None:
-        """Names verl's actor worker group, whose ranks send."""
-
-    def update_weights(self, version: int) -> dict[str, float]:
-        """Publishes the weights as policy version ``version``; returns when every engine serves them."""
-
-
-class CheckpointStore(Protocol):
-    """Keeps checkpoints; see ``checkpoint.py``."""
-
-    def save(self, trainer: AglTrainer) -> None:
-        """Saves the trainer's state as one checkpoint."""
-
-    def commit(self, trainer: AglTrainer) -> None:
-        """Commits the batches that the checkpoint saved last contains, if that is still to be done."""
-
-
-@dataclass
-class Hooks:
-    """What the learner process gives to the trainer."""
-
-    source: RolloutSource
-    publication: WeightPublication
-    checkpoints: CheckpointStore
-    run_name: str
-    origin: int = 1
-    # Groups of the batches that an earlier trainer claimed and did not commit, by step, in their order.
-    replay: dict[int, list[list[str]]] = field(default_factory=dict)
-    limits: LogprobLimits = field(default_factory=LogprobLimits)
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    failure_limit: int = 64
-    # Called after each step (0 = before training); answers whether to stop.
-    on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
-    # Scores tasks after a step, and says whether its checkpoint is to be kept; None = verl's own, by source.
-    validate: Callable[[int, Sequence[Any]], tuple[dict[str, float], bool]] | None = None
-    # Called with the step and the name of an error that ends training, before the last checkpoint.
-    on_error: Callable[[int, str], None] = lambda _step, _name: None
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -144,6 +100,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._saved_step = -1
         self._counts: Counter[str] = Counter()
         self._left_over: deque[tuple[int, int]] = deque()
+        self.order: TaskOrder | None = None
         if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
             config.algorithm.adv_estimator = PREFIX + config.algorithm.adv_estimator
         super().__init__(config)
@@ -191,12 +148,22 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def fit(self, agent_loop_manager: RolloutManager) -> None:
         self.replay_buffer.bind(agent_loop_manager)
+        self.replay_buffer.on_settled = self._settled if self.order is not None else None
         try:
             super().fit(agent_loop_manager)
         except (MemoryExhaustedError, FidelityError, ConfigError) as error:
             # Workers live, and data or configuration are at fault: what was trained before is kept.
             self.hooks.on_error(self.global_steps, _ERRORS[type(error)])
             raise type(error)(f"{error}; {self._save_before_failed_step()}") from error
+
+    def _settled(self, groups: dict[str, tuple[int, int]], trained: bool) -> None:
+        assert self.order is not None
+        self.order.settle(groups, trained=trained)
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        if self.hooks.order is not None:
+            self.order = self.hooks.order(self.train_dataset)
 
     def _save_before_failed_step(self) -> str:
         """Saves what was trained before the step that failed, if that state is still there; says what
@@ -211,6 +178,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         failed = self.global_steps
         self.global_steps = failed - 1
         self.replay_buffer.put_back()
+        if self.order is not None:
+            self.order.put_back()
         try:
             self._save_checkpoint()
             self.hooks.checkpoints.commit(self)
@@ -231,10 +200,10 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         """
         if self._left_over:
             place, index = self._left_over.popleft()
-            items = collate_fn([self.train_dataset[index]])
-            items["uid"] = np.array([""], dtype=object)
-            batch = tensordict_utils.get_tensordict(items)
-            places = [place]
+            batch, places = self._prompt(index), [place]
+        elif self.order is not None:
+            batch, places = self._prompt(self.order.take()), [self.prompts_fetched]
+            self.prompts_fetched += 1
         else:
             batch = super()._fetch_one_gen_batch()
             places = list(range(self.prompts_fetched, self.prompts_fetched + len(batch["index"])))
@@ -246,6 +215,11 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             self.replay_buffer.expect(uids[-1], place, index)
         batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
         return batch
+
+    def _prompt(self, index: int) -> TensorDict:
+        items = collate_fn([self.train_dataset[index]])
+        items["uid"] = np.array([""], dtype=object)
+        return tensordict_utils.get_tensordict(items)
 
     def outstanding_prompts(self) -> list[tuple[int, int]]:
         """Place and dataset index of prompts that were fetched and neither trained nor dropped, in order."""
@@ -340,6 +314,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         rows = [LogprobRow(key, *values) for key, *values in zip(keys, *columns, strict=True)]
         version = self.global_steps - 1
         metrics.update(check_logprobs(rows, version=version, limits=self.hooks.limits))
+        metrics.update(sampler_distance(rows, version=version))
         self._counts.update(staleness(rows, version=version))
         trained: Counter[str] = Counter()
         for rollout_id, mask in zip(data["rollout_id"], columns[2], strict=True):
@@ -425,9 +400,8 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         output = rename_dict(self.actor_rollout_wg.update_actor(batch)["metrics"], "actor/")
         output["perf/mfu/actor"] = output.pop("actor/mfu")
         self._updating = True
+        self._counts["loss/skipped_updates"] += unfinished(output.get("actor/grad_norm", ()))
         metrics.update(reduce_metrics(output))
-        if not math.isfinite(float(metrics.get("actor/grad_norm", 0.0))):
-            metrics["actor/skipped_updates"] = 1.0
         return batch
 
     @phase("updating the critic", "compute")
@@ -447,6 +421,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._updating = True
         output = rename_dict(self.critic_wg.train_mini_batch(batch).get()["metrics"], "critic/")
         output["perf/mfu/critic"] = output.pop("critic/mfu")
+        self._counts["loss/skipped_updates"] += unfinished(output.get("critic/grad_norm", ()))
         metrics.update(reduce_metrics(output))
         return batch
 
@@ -461,13 +436,25 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             state = LearnerState.read(Path(self.config.trainer.resume_from_path))
             self.prompts_fetched = state.prompts_fetched
             self._left_over.extend((place, index) for place, index in state.outstanding)
+            self._restore_order(Path(self.config.trainer.resume_from_path) / ORDER_FILE)
+
+    def _restore_order(self, file: Path) -> None:
+        if self.order is None:
+            return
+        if not file.is_file():
+            raise ConfigError(
+                f"the checkpoint was saved without a curriculum ({file} is missing): begin anew"
+            )
+        self.order.restore(file.read_bytes())
 
     def _validate(self) -> dict[str, float]:
-        if self.hooks.validate is None:
-            metrics: dict[str, float] = super()._validate()
+        metrics: dict[str, float]
+        if self.hooks.validation is None:
+            metrics = super()._validate()
         else:
-            tasks = [orjson.loads(self.val_dataset[at]["task"]) for at in range(len(self.val_dataset))]
-            metrics, keep = self.hooks.validate(self.global_steps, tasks)
+            items = (self.val_dataset[number] for number in range(len(self.val_dataset)))
+            tasks = [orjson.loads(item["task"]) for item in items]
+            metrics, keep = self.hooks.validation.run(self.global_steps, tasks)
             if keep and self.config.trainer.save_freq > 0 and self._saved_step != self.global_steps:
                 self._save_checkpoint()
         if not self.config.trainer.val_only and self.global_steps == 0:
@@ -480,7 +467,16 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         metrics.update(self.agent_loop_manager.drain_counts())
         metrics.update(self._counts)
+        if self.order is not None:
+            metrics.update(self.order.curriculum.metrics())
         metrics["idle/optimiser_seconds"] = metrics.get("timing_s/gen", 0.0)
+        trained = [
+            self.agent_loop_manager.rollout(entry.rollout_id)
+            for claimed in self._claimed_in_step
+            for entry in claimed.entries
+        ]
+        metrics.update(batch_metrics(trained))
+        self.hooks.on_rollouts(self.global_steps, trained)
         for claimed in self._claimed_in_step:
             self.agent_loop_manager.forget([entry.rollout_id for entry in claimed.entries])
         stop = self.hooks.on_metrics(self.global_steps, _numbers(metrics))

@@ -10,6 +10,7 @@ from typing import Any
 
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.learner.errors import LearnerError
+from agl_grpc.manifest.describe import without_secrets
 from agl_grpc.runner.load import LoadError, load_object
 from agl_grpc.trainer.configuration import Configuration, read_configuration
 from agl_grpc.trainer.errors import TrainerError
@@ -62,6 +63,7 @@ def fit_configuration(
     val = read_dataset("val_dataset", configuration.val_dataset)
     trainer = configuration.make_trainer()
     trainer.training_run = training_run
+    trainer.configuration = {"file": without_secrets(configuration.resolved)}
     try:
         return trainer.fit(agent, train, val_dataset=val)
     except (AlgorithmError, LearnerError) as error:

@@ -52,6 +52,12 @@ class Configuration:
     text: str
     """All keys with their values, defaults included, as YAML."""
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """All keys with their values, defaults included."""
+        found: dict[str, Any] = yaml.safe_load(self.text)
+        return found
+
     def make_trainer(self) -> Trainer:
         """The trainer."""
         return Trainer(**self.trainer)

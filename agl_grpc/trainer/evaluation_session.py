@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, describe, evaluate, write_report
-from agl_grpc.model import LLM
+from agl_grpc.model import LLM, ProxyLLM
 from agl_grpc.runner.load import LoadError, load_object
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
@@ -17,7 +17,7 @@ from agl_grpc.trainer.evaluated_model import check_tokenizer, decoder, find_mode
 from agl_grpc.trainer.options import find_python
 from agl_grpc.trainer.plan import Plan
 from agl_grpc.trainer.progress import Progress
-from agl_grpc.trainer.run_folder import dataset_digests, describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_session
 from agl_grpc.trainer.session import Session
 
 _LABEL = "evaluation"
@@ -73,7 +73,7 @@ class EvaluationSession(Session[Evaluation]):
         # Rollouts that wait name the endpoint that they were enqueued with: an engine that goes on is there.
         port = int(old.get("engine_port") or plan.engine.port or commands.free_port(plan.engine.host))
         self.plan = dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, port=port))
-        session = describe_run(self._engine_python or None, None)
+        session = describe_session(self._engine_python or None, None)
         self._manifest = {
             "run": plan.run_id,
             **settled,
@@ -109,6 +109,7 @@ class EvaluationSession(Session[Evaluation]):
     async def _evaluated_by(self, llm: LLM | None) -> Evaluation:
         plan = self.plan
         about = {"model": str(self._evaluated.model or ""), "run": str(plan.folder.path), **self._manifest}
+        about["seeded"] = isinstance(llm, ProxyLLM)
         about.pop("sessions", None)
         wanted = dataclasses.replace(
             self._wanted,

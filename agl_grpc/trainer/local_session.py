@@ -13,7 +13,9 @@ from typing import Any
 
 from agl_grpc.algorithm import Algorithm
 from agl_grpc.client import StoreClient
+from agl_grpc.manifest.describe import without_secrets
 from agl_grpc.model import TrainingRunStatus
+from agl_grpc.model.training import StepMetrics
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
 from agl_grpc.runner.load import LoadError, load_agent, load_hooks, load_tracer
 from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
@@ -23,7 +25,7 @@ from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.result import FitResult
-from agl_grpc.trainer.run_folder import dataset_digests, describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_session, summary
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.strategy import (
     ClientServerExecutionStrategy,
@@ -50,6 +52,8 @@ class LocalSession(Session[FitResult]):
     ) -> None:
         super().__init__(plan, progress)
         self._algorithm = algorithm
+        self._manifest: dict[str, Any] = {}
+        self._record: TrainingRecord | None = None
         self._strategy = strategy
         self._runner = runner
         self._adapter = adapter
@@ -75,7 +79,8 @@ class LocalSession(Session[FitResult]):
 
     async def _recorded(self, algorithm: Algorithm) -> FitResult:
         """Runs the algorithm as a training run of the store, which hears of its end whatever that is."""
-        record = TrainingRecord(self.client, self.plan.folder, self.progress, self.stack.fail)
+        record = self._record = TrainingRecord(self.client, self.plan.folder, self.progress, self.stack.fail)
+        record.metadata = summary(self._manifest)
         await record.begin(algorithm.name, self.plan.training_run_id, self.plan.trainer_id)
         algorithm.set_reporter(record)
         value = None
@@ -104,9 +109,27 @@ class LocalSession(Session[FitResult]):
             return
         old = plan.folder.open(resume=plan.resume)
         datasets = dataset_digests(plan.train_dataset, plan.val_dataset)
-        session = describe_run(None, None)
+        config = self._configuration()
+        session = {**describe_session(None, None), "seed": config["settings"].get("seed"), "config": config}
         sessions = [*old.get("sessions", []), session]
-        plan.folder.write_manifest({"run": plan.run_id, "datasets": datasets, "sessions": sessions})
+        self._manifest = {**old, "run": plan.run_id, "datasets": datasets, "sessions": sessions}
+        plan.folder.write_manifest(self._manifest)
+
+    def _configuration(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "algorithm": self._algorithm.name if self._algorithm else None,
+            "settings": plain_settings(self._algorithm),
+            "strategy": type(self._strategy).__name__,
+            "model": plan.llm.model if plan.llm else None,
+            "n_runners": plan.n_runners,
+            "concurrency": plan.runner.concurrency,
+            **plan.configuration,
+        }
+
+    def _last_step(self) -> StepMetrics | None:
+        steps = self._record.history if self._record is not None else {}
+        return steps[max(steps)] if steps else None
 
     @contextlib.asynccontextmanager
     async def _workers(self) -> AsyncIterator[None]:
@@ -230,3 +253,10 @@ class WorkerThreads:
             runner.run_context(agent=self._agent, store=store, hooks=self._hooks, worker_id=index),
         ):
             await runner.iter(self._stop)
+
+
+def plain_settings(algorithm: Algorithm | None) -> dict[str, Any]:
+    """Numbers and texts that an algorithm was made with, by name, for the run's manifest."""
+    plain = {name.lstrip("_"): value for name, value in vars(algorithm).items()} if algorithm else {}
+    found = {name: value for name, value in plain.items() if isinstance(value, str | int | float)}
+    return dict(without_secrets(found))

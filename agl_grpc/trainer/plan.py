@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ class Plan:
     ``store`` is the address of a store that runs already, empty = start one on ``store_host``; ``llm`` an
     endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be,
     ``allowed_exit_codes`` with what they may leave; ``stop_seconds`` passes between SIGTERM and SIGKILL;
-    ``training_run_id`` the training run to take up, empty = one is made, and ``trainer_id`` who takes it.
+    ``training_run_id`` the training run to take up, empty = one is made, and ``trainer_id`` who takes it;
+    ``configuration`` the file's keys, for the manifest.
     """
 
     folder: RunFolder
@@ -54,6 +55,7 @@ class Plan:
     training_run_id: str = ""
     trainer_id: str = ""
     graders: Graders | None = None
+    configuration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def run_id(self) -> str:

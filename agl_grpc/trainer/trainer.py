@@ -133,6 +133,8 @@ class Trainer:
         self.port = port
         self.training_run: tuple[str, str] | None = None
         """The training run of the store to take up, and who takes it; None = `fit` makes one."""
+        self.configuration: Mapping[str, Any] = {}
+        """The keys of the file that this run comes from, for its manifest."""
         if resume and run_name is None:
             raise TrainerError("resume needs run_name: which run goes on?")
 
@@ -296,6 +298,7 @@ class Trainer:
             resume=self.resume,
             tracer=self.tracer,
             **of_processes,
+            configuration=self.configuration,
         )
         try:
             plan.runner_config(store or "127.0.0.1:1")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import captured
 from agl_grpc.trainer.relay import end_of, relay
 from agl_grpc.trainer.result import FitResult, Scores
-from agl_grpc.trainer.run_folder import dataset_digests, describe_run
+from agl_grpc.trainer.run_folder import dataset_digests, describe_session, summary
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.settings import setting
 
@@ -76,6 +78,7 @@ class VerlSession(Session[FitResult]):
             self.progress.say(self._workers_command())
         self.progress.phase("starting engine, learner and workers")
         following = asyncio.create_task(self._follow(training.training_run_id, training.trainer_epoch))
+        reading = asyncio.create_task(self._read_log(training.training_run_id))
         try:
             await self.stack.until(self._engine_ready())
             self.progress.say(f"the engine serves policy version {version}")
@@ -86,15 +89,18 @@ class VerlSession(Session[FitResult]):
             self.progress.phase("training")
             training = await self._trained(training.training_run_id, following)
         finally:
-            for task in (following, relaying):
+            for task in (following, relaying, reading):
                 task.cancel()
-            await asyncio.wait({following, relaying})
+            await asyncio.wait({following, relaying, reading})
         after = {}
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
             after = await self.stack.until(self._validate("after"))
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
         return self._result(training, before, after, counters)
+
+    def _last_step(self) -> StepMetrics | None:
+        return self._history[max(self._history)] if self._history else None
 
     @property
     def _validates_by_itself(self) -> bool:
@@ -113,7 +119,7 @@ class VerlSession(Session[FitResult]):
                 f"{plan.folder.path} was trained on other datasets (see manifest.json): use the same ones"
             )
         session = {
-            **describe_run(self._engine_python or None, self._learner_python),
+            **describe_session(self._engine_python or None, self._learner_python),
             "seed": algorithm.seed,
             "config": {
                 "model": algorithm.model_path,
@@ -121,6 +127,9 @@ class VerlSession(Session[FitResult]):
                 "engine": [*plan.engine.arguments],
                 "n_runners": plan.n_runners,
                 "concurrency": plan.runner.concurrency,
+                "curriculum": asdict(algorithm.curriculum),
+                "rollouts_per_task": algorithm.rollouts_per_task,
+                **plan.configuration,
             },
         }
         self._manifest = {
@@ -150,7 +159,7 @@ class VerlSession(Session[FitResult]):
             run_id=self.plan.run_id,
             algorithm="verl",
             config=self._algorithm.config,
-            metadata={"seed": self._algorithm.seed, "model": self._algorithm.model_path},
+            metadata={"model": self._algorithm.model_path, **summary(self._manifest)},
         )
         return await self.client.create_training_run(wanted)
 
@@ -250,6 +259,13 @@ class VerlSession(Session[FitResult]):
                     return
             # The end that the watch has shown is the one that is being resumed; the learner is on its way.
             await asyncio.sleep(_TAKE_UP_SECONDS)
+
+    async def _read_log(self, training_run_id: str) -> None:
+        """Shows lines of the training run's log, alarms for example, that are written from now on."""
+        begin = time.time()
+        async for line in self.client.watch_training_log(training_run_id):
+            if line.time is None or line.time >= begin:
+                self.progress.say(line.text)
 
     def _total_steps(self) -> int | None:
         config = self._algorithm.config

@@ -48,9 +48,13 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "sample": CommandEntry("agl_grpc_cli.sample", "Explain tokens; export samples."),
     "workers": CommandEntry("agl_grpc_cli.workers", "List workers, and order them to leave."),
     "leases": CommandEntry("agl_grpc_cli.leases", "List and expire leases."),
-    "runs": CommandEntry("agl_grpc_cli.runs", "List, make, change, pause and resume runs."),
+    "runs": CommandEntry("agl_grpc_cli.runs", "List, make, change, pause, resume and compare runs."),
     "blobs": CommandEntry("agl_grpc_cli.blobs", "Store and read blobs."),
 }
+
+
+# Other names of commands, not shown in the list.
+ALIASES: Mapping[str, str] = {"run": "runs"}
 
 
 class LazyGroup(TyperGroup):
@@ -62,6 +66,7 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | TyperGroup | None:
         """The command called `cmd_name`, imported now; None when there is none."""
+        cmd_name = ALIASES.get(cmd_name, cmd_name)
         entry = COMMANDS.get(cmd_name)
         return load(cmd_name, entry) if entry else None
 

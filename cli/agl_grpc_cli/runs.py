@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agl_grpc_cli import run_diff
 from agl_grpc_cli.connect import with_store
 from agl_grpc_cli.errors import CliError
 from agl_grpc_cli.filters import parse_span
@@ -124,6 +125,9 @@ def resume(
 ) -> None:
     """Take delivery up again."""
     _tell(with_store(store, run_id, lambda client: client.resume_dispatch(queue=queue)), as_json)
+
+
+run_diff.add_commands(app)
 
 
 def _tell(run: Run, as_json: bool) -> None:

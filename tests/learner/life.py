@@ -12,13 +12,16 @@ import transfer_queue as tq
 from ray.util import remove_placement_group
 from transfer_queue import KVBatchMeta
 
+from agl_grpc.dataset import CurriculumRules
 from agl_grpc.learner import checkpoint
 from agl_grpc.learner.checkpoint import Checkpoints, check_fits, resume_keys
+from agl_grpc.learner.curriculum import TaskOrder
 from agl_grpc.learner.errors import LearnerError
+from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.progress import with_summary
 from agl_grpc.learner.run_config import Deadlines
-from agl_grpc.learner.trainer import AglTrainer, Hooks
+from agl_grpc.learner.trainer import AglTrainer
 from agl_grpc.learner.verl_config import compose
 from tests.learner.local_engine import LocalEngine
 
@@ -82,8 +85,9 @@ class KillableTrainer(AglTrainer):
 class Life:
     """A trainer on a local engine.
 
-    ``options``: ``verl`` keys, ``resume`` (a checkpoint's name), ``stop_after`` a step, ``deadlines``, and
-    ``kill``: the point and step at which it ends.
+    ``options``: ``verl`` keys, ``resume`` (a checkpoint's name), ``stop_after`` a step, ``deadlines``,
+    ``curriculum`` (its rules), ``rollouts`` (of a task, an expression) and ``kill``: the point and step at
+    which it ends.
     """
 
     def __init__(
@@ -102,7 +106,12 @@ class Life:
         checkpoints = folder / options.get("checkpoints", "checkpoints")
         resume = resume_keys(checkpoints, options["resume"]) if options.get("resume") else {}
         fixed = {
-            "data": {"train_files": tasks, "val_files": tasks, "seed": 0},
+            "data": {
+                "train_files": tasks,
+                "val_files": tasks,
+                "seed": 0,
+                "agl_rollouts_per_task": options.get("rollouts", ""),
+            },
             "trainer": {"default_local_dir": str(checkpoints), **resume},
         }
         user = {
@@ -128,6 +137,10 @@ class Life:
             on_step(step)
             return step >= stop_after
 
+        def order(dataset: Any) -> TaskOrder:
+            self.manager.keep_rewards = True
+            return TaskOrder(CurriculumRules(**options["curriculum"]), len(dataset), 0, self.manager)
+
         hooks = Hooks(
             engine,
             engine,
@@ -136,6 +149,7 @@ class Life:
             replay=options.get("replay", {}),
             deadlines=Deadlines(**{"sample": 60, **options.get("deadlines", {})}),
             on_metrics=on_metrics,
+            order=order if "curriculum" in options else None,
             on_error=lambda step, name: self.errors.append((step, name)),
         )
         tq.init(config.transfer_queue)

@@ -42,12 +42,24 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All runs of this module, made once: a Ray session takes half a minute to start."""
     folder = tmp_path_factory.mktemp("learner")
     short = {"trainer.total_training_steps": 2}
+    ordered: Run = {
+        "checkpoints": "ordered",
+        "repeat": True,
+        "curriculum": {"outside": 0.02, "solved_at": 0.3},
+        "rollouts": "4 + 4 * (n % 2)",
+    }
     runs: dict[str, Run] = {
         "learning": {
             "verl": {"trainer.total_training_steps": 16, "trainer.save_freq": 8},
             "mix_ups": ["shift", "rewards", "groups", "foreign"],
         },
         "resumed": {"verl": {"trainer.total_training_steps": 10}, "resume": "global_step_8"},
+        "curriculum": {"verl": {"trainer.total_training_steps": 12, "trainer.save_freq": 8}, **ordered},
+        "curriculum_resumed": {
+            "verl": {"trainer.total_training_steps": 12},
+            "resume": "global_step_8",
+            **ordered,
+        },
         "split": {
             "verl": {
                 "trainer.total_training_steps": 3,
@@ -138,6 +150,21 @@ def test_a_resumed_run_goes_on_with_the_next_prompts_and_the_same_weights(outcom
     assert resumed["groups"] == learning["groups"][8:10]
     assert _column(resumed, "reward/mean")[0] > _column(learning, "reward/mean")[0] + 0.1
     assert max(_column(resumed, "check/logprob_max_difference")) < 1e-5
+
+
+def test_a_curriculum_goes_on_with_the_same_tasks_and_groups_of_their_own_sizes(
+    outcomes: dict[str, Any],
+) -> None:
+    whole, resumed = outcomes["curriculum"], outcomes["curriculum_resumed"]
+    assert (whole["error"], resumed["error"]) == ("", "")
+    assert resumed["groups"] == whole["groups"][8:]
+    assert _column(resumed, "reward/mean") == _column(whole, "reward/mean")[8:]
+    # The first round has every task once; after it those that are never or always solved are left out.
+    indices = [int(group.rpartition(".i")[2]) for step in whole["groups"] for group in dict.fromkeys(step)]
+    assert sorted(indices[:48]) == list(range(48))
+    assert _column(whole, "curriculum/tried")[5:] == [1.0] * 7
+    sizes = {group: step.count(group) for step in whole["groups"] for group in step}
+    assert {group: 4 + 4 * (int(group.rpartition(".i")[2]) % 2) for group in sizes} == sizes
 
 
 def test_a_stopped_run_keeps_what_it_trained(outcomes: dict[str, Any]) -> None:

@@ -1,0 +1,123 @@
+"""What made a run is written down, and what differs between two runs is said."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from agl_grpc_cli.main import app
+from typer.testing import CliRunner
+
+from agl_grpc.manifest import ManifestError, RunRecord, compare, git_state
+from agl_grpc.manifest.describe import CONTRACT, without_secrets
+from agl_grpc.trainer import Trainer
+from tests.support.store_process import StoreProcess
+from tests.trainer import agents
+
+TASKS = [{"number": number} for number in (2, 4, 6)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[StoreProcess]:
+    with StoreProcess(tmp_path / "store.db") as started:
+        yield started
+
+
+def test_two_runs_are_compared_by_their_folders_and_in_the_store(tmp_path: Path, store: StoreProcess) -> None:
+    for name, tasks in (("one", TASKS), ("two", TASKS[:2])):
+        trainer = Trainer(
+            algorithm=agents.telling,
+            strategy="shm",
+            store=store.address,
+            run_name=name,
+            run_dir=tmp_path,
+            runner={"concurrency": len(tasks)},
+        )
+        trainer.fit(agents.halver, tasks)
+    manifest = orjson.loads((tmp_path / "one" / "manifest.json").read_bytes())
+    session = manifest["sessions"][-1]
+    assert session["contract"] == CONTRACT
+    assert session["hardware"]["cores"] >= 1
+    assert session["started"] <= session["ended"]
+    assert session["config"]["algorithm"] == "telling"
+    for names in ([str(tmp_path / "one"), str(tmp_path / "two")], ["one-training", "two-training"]):
+        done = CliRunner().invoke(app, ["run", "diff", *names, "--store", store.address, "--json"])
+        assert done.exit_code == 0, done.output
+        found = orjson.loads(done.stdout)
+        keys = {(each["section"], each["key"]): (each["a"], each["b"]) for each in found["differences"]}
+        assert keys.pop(("datasets", "train.tasks")) == (3, 2)
+        digests = keys.pop(("datasets", "train.sha256"))
+        assert digests[0] != digests[1]
+        keys.pop(("config", "concurrency"), None)
+        assert keys == {}
+        assert found["metrics"]["reward/mean"] == {"a": 2.0, "b": 1.5}
+    table = CliRunner().invoke(app, ["runs", "diff", str(tmp_path / "one"), str(tmp_path / "two")])
+    assert "config" in table.stdout
+    assert "concurrency" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "must hold a mapping")]
+)
+def test_a_folder_without_a_manifest_is_an_error(content: str | None, words: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ManifestError, match=words):
+        RunRecord.read(tmp_path)
+    done = CliRunner().invoke(app, ["runs", "diff", str(tmp_path), str(tmp_path)])
+    assert done.exit_code == 1
+
+
+def record(**changes: Any) -> RunRecord:
+    session = {"seed": 1, "config": {"verl": {"lr": 1e-6}, "n": 2}, "versions": {"learner": {"verl": "1"}}}
+    return RunRecord("r", {"datasets": {"train": {"sha256": "a"}}, "sessions": [{}, {**session, **changes}]})
+
+
+def test_differences_name_section_and_key_and_the_last_session_counts() -> None:
+    assert compare(record(started="now"), record(started="then")) == []
+    other = record(seed=2, config={"verl": {"lr": 1e-5}}, versions={"learner": {"verl": "2"}}, host="x")
+    found = [(each.section, each.key, each.a, each.b) for each in compare(record(), other)]
+    assert found == [
+        ("seed", "", 1, 2),
+        ("config", "verl.lr", 1e-6, 1e-5),
+        ("config", "n", 2, None),
+        ("versions", "learner.verl", "1", "2"),
+        ("other", "host", None, "x"),
+    ]
+
+
+def test_the_state_of_git_tells_two_changes_apart(tmp_path: Path) -> None:
+    assert git_state(str(tmp_path)) is None
+    file = tmp_path / "a.py"
+
+    def git(*arguments: str) -> None:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *names, "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    git("init", "-q")
+    file.write_text("1\n")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = git_state(str(tmp_path))
+    assert clean is not None
+    assert (clean["dirty"], clean["diff_sha256"]) == (False, "")
+    digests = set()
+    for text in ("2\n", "3\n"):
+        file.write_text(text)
+        state = git_state(str(tmp_path))
+        assert state is not None
+        assert (state["commit"], state["dirty"], state["changed_files"]) == (clean["commit"], True, 1)
+        digests.add(state["diff_sha256"])
+    assert len(digests) == 2
+
+
+def test_credentials_are_left_out() -> None:
+    given = {"llm_proxy": {"api_key": "sk-1", "model": "m"}, "list": [{"hub_token": "t", "max_tokens": 5}]}
+    assert without_secrets(given) == {
+        "llm_proxy": {"api_key": "(left out)", "model": "m"},
+        "list": [{"hub_token": "(left out)", "max_tokens": 5}],
+    }

@@ -35,6 +35,35 @@ GO_MODULE := github.com/agl-grpc/agl-grpc/clients/go
 .PHONY: go-tools
 go-tools: .venv-go/ready ## Unpack Go and gRPC for it from Debian's packages into .venv-go
 
+# The sandbox of graders that are commands.
+.venv-sandbox/ready:
+	mkdir -p .venv-sandbox
+	cd .venv-sandbox && { apt-get download -q bubblewrap || { apt-get update -q && apt-get download -q bubblewrap; }; }
+	cd .venv-sandbox && dpkg-deb -x bubblewrap_*.deb . && rm -f ./*.deb
+	touch $@
+
+.PHONY: sandbox
+sandbox: .venv-sandbox/ready ## Unpack bubblewrap from Debian's package into .venv-sandbox
+
+# gRPC and protobuf for C++, likewise; g++, cmake, ninja and OpenSSL's headers are the system's. What is built with
+# `.venv-cpp/with` finds them, and so does what it runs.
+CPP_PACKAGES := libgrpc++-dev libgrpc++1.51 libgrpc-dev libgrpc29 libprotobuf-dev libprotobuf32 libprotobuf-lite32 \
+  libprotoc32 libprotoc-dev protobuf-compiler protobuf-compiler-grpc libabsl-dev libabsl20220623 libc-ares-dev \
+  libc-ares2 libre2-dev libre2-9
+
+.venv-cpp/ready:
+	@for tool in g++ cmake ninja; do command -v $$tool > /dev/null || { echo "$$tool is missing: install it (Debian: apt install g++ cmake ninja-build libssl-dev)"; exit 1; }; done
+	mkdir -p .venv-cpp
+	cd .venv-cpp && { apt-get download -q $(CPP_PACKAGES) || { apt-get update -q && apt-get download -q $(CPP_PACKAGES); }; }
+	cd .venv-cpp && for package in *.deb; do dpkg-deb -x "$$package" .; done && rm -f ./*.deb
+	printf '%s\n' '#!/bin/sh' "export LD_LIBRARY_PATH='$$(echo $$PWD/.venv-cpp/usr/lib/*-linux-gnu)'" 'export LIBRARY_PATH="$$LD_LIBRARY_PATH"' \
+	  "export CMAKE_PREFIX_PATH='$$PWD/.venv-cpp/usr' CMAKE_GENERATOR=Ninja" 'exec "$$@"' > .venv-cpp/with
+	chmod +x .venv-cpp/with
+	touch $@
+
+.PHONY: cpp-tools
+cpp-tools: .venv-cpp/ready ## Unpack gRPC for C++ from Debian's packages into .venv-cpp
+
 clients/typescript/node_modules/.package-lock.json: clients/typescript/package-lock.json
 	cd clients/typescript && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
@@ -86,7 +115,7 @@ lint: .venv/dev-ready ## Format, lint and types
 	.venv/bin/mypy
 
 .PHONY: test-fast
-test-fast: .venv/dev-ready ## The fast suite: no vLLM, no verl
+test-fast: .venv/dev-ready .venv-sandbox/ready ## The fast suite: no vLLM, no verl
 	.venv/bin/python -m pytest -n 2 -m 'not e2e'
 
 .PHONY: engines
@@ -129,16 +158,16 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 .PHONY: test
-test: check-proto check-protoc lint test-fast engines peers frameworks ## Everything: lint, the fast suite, real vLLM and real verl
+test: check-proto check-protoc lint test-fast engines peers frameworks cpp-tools ## Everything: lint, the fast suite, real vLLM and real verl
 	.venv/bin/python -m pytest -m 'e2e and not alone' -n 2 --dist loadfile
 	.venv/bin/python -m pytest -m 'e2e and alone'
 
 .PHONY: conformance
-conformance: .venv/dev-ready .venv-go/ready ## Replay the shared vectors in every language; prints a matrix
+conformance: .venv/dev-ready .venv-go/ready .venv-cpp/ready ## Replay the shared vectors in every language; prints a matrix
 	.venv/bin/python -m tests.conformance
 
 .PHONY: bench
-bench: .venv/dev-ready ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
+bench: .venv/dev-ready .venv-go/ready .venv-cpp/ready .venv-sandbox/ready clients/typescript/node_modules/.package-lock.json ## Measure, and write the figures to benchmarks/results/ (NAMES=... for some)
 	.venv/bin/python -m benchmarks $(NAMES)
 
 # COUNT=... for one NAME, SCALE=0.1 for a tenth of everything, SEED=N to repeat a run.

@@ -23,7 +23,7 @@ class WatchEnded(RuntimeError):
 async def run_rollouts(
     store: StoreClient, requests: Sequence[EnqueueRolloutRequest], *, label: str | None = None
 ) -> AsyncGenerator[Rollout, None]:
-    """Enqueues rollouts and yields each as soon as it is finished, in the order of their ends.
+    """Enqueues rollouts and yields each as soon as it is finished (and judged, where the run names graders).
 
     Args:
         store: client of the run.
@@ -51,11 +51,14 @@ async def run_rollouts(
     left = {request.rollout_id for request in wanted}
     if not left:
         return
+    run = await store.get_run_by_id(store.run_id)
+    judged = bool(run and run.graders)  # by others, who may take their time: such a rollout is sealed then
     changes = store.watch_rollouts(filter=mine, include_existing=True)
     async with contextlib.aclosing(changes):  # type: ignore[type-var]  # every watch is an async generator
         async for change in changes:
             for rollout in change.items:
-                if rollout.status.is_terminal and rollout.rollout_id in left:
+                over = rollout.sealed if judged else rollout.status.is_terminal
+                if over and rollout.rollout_id in left:
                     left.remove(rollout.rollout_id)
                     yield rollout
             if not left:
@@ -71,13 +74,23 @@ async def cancel_rest(store: StoreClient, label: str) -> None:
 
 
 async def primary_rewards(store: StoreClient, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The reward that counts of each rollout that has one: of its latest attempt, and of no single step."""
+    """The reward that counts of each rollout that has one: of its latest attempt, and of no single step.
+
+    Where the run names graders, their weighted sum counts; one that any of them has not judged has none.
+    """
     last = {rollout.rollout_id: rollout.latest_attempt_id for rollout in rollouts}
+    run = await store.get_run_by_id(store.run_id)
+    weights = (run.reward_weights if run else {}) or {PRIMARY: 1.0}
+    found: dict[str, dict[str, float]] = {}
+    for reward in await store.query_rewards([*last]):
+        whole = reward.step is None and not reward.target_span_id
+        if whole and reward.attempt_id == last[reward.rollout_id] and reward.name in weights:
+            values = found.setdefault(reward.rollout_id, {})
+            values.pop(reward.name, None)  # the one written last counts, and a failure is none
+            if reward.value is not None:
+                values[reward.name] = reward.value
     return {
-        reward.rollout_id: reward.value
-        for reward in await store.query_rewards([*last])
-        if reward.name == PRIMARY
-        and reward.attempt_id == last[reward.rollout_id]
-        and reward.step is None
-        and not reward.target_span_id
+        rollout_id: sum(weight * values[name] for name, weight in weights.items())
+        for rollout_id, values in found.items()
+        if len(values) == len(weights)
     }

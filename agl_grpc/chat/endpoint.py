@@ -103,18 +103,36 @@ class ChatEndpoint:
         self._retries = retries
 
     async def ask(
-        self, model: str, system: str, prompt: str, temperature: float, max_tokens: int | None = None
+        self,
+        model: str,
+        system: str,
+        prompt: str,
+        temperature: float,
+        max_tokens: int | None = None,
+        schema: Mapping[str, Any] | None = None,
     ) -> Answer:
         """The model's answer; asked again while it is empty, three times in all.
+
+        Args:
+            model: The model's name at the endpoint.
+            system: What comes before the question.
+            prompt: The question.
+            temperature: Of sampling.
+            max_tokens: Most tokens of the answer; None = the endpoint's own limit.
+            schema: A JSON schema to which the endpoint holds the answer; None = free text.
 
         Raises:
             ChatError: or what ``failure`` is: the endpoint is not there, refuses, or does not know the model.
         """
+        options: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
+        if schema is not None:
+            form = {"name": "reply", "schema": dict(schema)}
+            options["response_format"] = {"type": "json_schema", "json_schema": form}
         used = Usage()
         text = ""
         for _ in range(_EMPTY_ANSWERS):
             async with self._slots:
-                text, usage = await self._call(model, system, prompt, temperature, max_tokens)
+                text, usage = await self._call(model, system, prompt, temperature, options)
             used += usage
             if text:
                 break
@@ -152,19 +170,18 @@ class ChatEndpoint:
         return self._made
 
     async def _call(
-        self, model: str, system: str, prompt: str, temperature: float, max_tokens: int | None
+        self, model: str, system: str, prompt: str, temperature: float, options: Mapping[str, Any]
     ) -> tuple[str, Usage]:
         client = self._client()
         import openai
 
-        limit: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
         messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
         try:
             reply = await client.chat.completions.create(
                 model=model,
                 messages=messages,
                 temperature=temperature,
-                **limit,
+                **options,
             )
         except openai.APIStatusError as error:
             said = " ".join(str(error.message).split())[:300]

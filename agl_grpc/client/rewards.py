@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from agl_grpc.client.connection import Connection
 from agl_grpc.model.reward import Reward
+from agl_grpc.model.times import to_duration
 from agl_grpc.v1 import store_service_pb2 as pb
 
 _ROLLOUTS_PER_CALL = 1000
@@ -23,6 +24,20 @@ class RewardCalls(Connection):
         )
         response = await self.call(self.bound.store.PutRewards, request)
         return [Reward.from_proto(reward) for reward in response.rewards]
+
+    async def create_grader_credential(
+        self, run_id: str | None = None, *, lifetime_seconds: float | None = None
+    ) -> str:
+        """A credential that may read the store and put rewards on attempts of one run; only operators may.
+
+        It lasts 7 days unless ``lifetime_seconds`` says otherwise, and cannot be taken back.
+        """
+        request = pb.IssueCredentialRequest(
+            run_id=self.run_or_default(run_id),
+            role=pb.ROLE_GRADER,
+            lifetime=to_duration(lifetime_seconds),
+        )
+        return (await self.call(self.bound.store.IssueCredential, request)).credential
 
     async def query_rewards(
         self, rollout_ids: Sequence[str], *, attempt_id: str | None = None, all_revisions: bool = False

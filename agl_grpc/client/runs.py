@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from agl_grpc.client.connection import Connection
 from agl_grpc.client.errors import NotFound
 from agl_grpc.model.enums import Durability
-from agl_grpc.model.run import Group, Run
+from agl_grpc.model.run import Group, Run, RunGrader, graders_to_proto
 from agl_grpc.model.times import from_duration, from_timestamp, to_duration
 from agl_grpc.model.unset import UNSET, Unset
 from agl_grpc.model.value import to_key_values
@@ -121,16 +122,20 @@ class RunCalls(Connection):
         retention_seconds: float | Unset | None = UNSET,
         seal_timeout_seconds: float | Unset | None = UNSET,
         replay_retention_seconds: float | Unset | None = UNSET,
+        graders: Sequence[RunGrader] | Unset = UNSET,
+        grading_timeout_seconds: float | Unset | None = UNSET,
     ) -> Run:
         """Change what is given and nothing else; ``None`` clears."""
         changes: dict[str, Any] = {
             "metadata": UNSET if isinstance(metadata, Unset) else to_key_values(metadata, "metadata"),
             "allow_self_grading": allow_self_grading,
+            "graders": UNSET if isinstance(graders, Unset) else graders_to_proto(graders),
         }
         for name, seconds in (
             ("retention", retention_seconds),
             ("seal_timeout", seal_timeout_seconds),
             ("replay_retention", replay_retention_seconds),
+            ("grading_timeout", grading_timeout_seconds),
         ):
             changes[name] = UNSET if isinstance(seconds, Unset) else to_duration(seconds)
         given = {name: value for name, value in changes.items() if value is not UNSET}

@@ -148,6 +148,7 @@ class SyncStoreClient:
 
     put_rewards = _Blocking(StoreClient.put_rewards)
     query_rewards = _Blocking(StoreClient.query_rewards)
+    create_grader_credential = _Blocking(StoreClient.create_grader_credential)
 
     add_resources = _Blocking(StoreClient.add_resources)
     update_resources = _Blocking(StoreClient.update_resources)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from agl_grpc.grader.base import Grader
+from agl_grpc.model import RunGrader
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,14 @@ class Graders:
 
     def __len__(self) -> int:
         return len(self.graders)
+
+    def of_run(self) -> list[RunGrader]:
+        """As a run names them, so that it waits for them and knows what counts."""
+        counts = self.reward_weights
+        whole = [RunGrader(g.name, g.version, counts.get(g.name, 0.0)) for g in self.graders]
+        versions = {g.name: g.version for g in self.graders}
+        parts = [n for n in counts if "/" in n]
+        return whole + [RunGrader(n, versions[n.partition("/")[0]], counts[n]) for n in parts]
 
     @property
     def reward_weights(self) -> dict[str, float]:

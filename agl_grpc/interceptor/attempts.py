@@ -72,8 +72,6 @@ class Attempts:
         self._asked: dict[str, asyncio.Task[KnownAttempt]] = {}
         self._credentials: OrderedDict[str, bool] = OrderedDict()
         self._sets: OrderedDict[tuple[str, int], Mapping[str, ProxyLLM]] = OrderedDict()
-        self._refused: OrderedDict[tuple[str, str], Refusal] = OrderedDict()
-        self._background: set[asyncio.Task[None]] = set()
         self._failed = -_AFTER_FAILURE_SECONDS
         self._task = asyncio.create_task(self._follow())
 
@@ -88,28 +86,10 @@ class Attempts:
         self._check_running(attribution, known)
         return known
 
-    def admit_at_once(self, attribution: Attribution) -> None:
-        """As `admit`, by what is known: what is not is asked for meanwhile and counts from the next call."""
-        refusal = self._refused.get((attribution.attempt_id, attribution.credential))
-        if refusal is not None:
-            raise refusal
-        known = self._known.get(attribution.attempt_id)
-        self._check_running(attribution, known)
-        if self._must_ask(attribution) and attribution.attempt_id not in self._asked:
-            task = asyncio.create_task(self._look_up_quietly(attribution, known))
-            self._background.add(task)
-            task.add_done_callback(self._background.discard)
-
     def _must_ask(self, attribution: Attribution) -> bool:
         good = not _is_credential(attribution.credential) or attribution.credential in self._credentials
         unknown = attribution.attempt_id not in self._known or not good
         return unknown and time.monotonic() - self._failed > _AFTER_FAILURE_SECONDS
-
-    async def _look_up_quietly(self, attribution: Attribution, known: KnownAttempt | None) -> None:
-        try:
-            await self._look_up(attribution, known)
-        except Refusal as refusal:
-            _keep(self._refused, (attribution.attempt_id, attribution.credential), refusal)
 
     @staticmethod
     def _check_running(attribution: Attribution, known: KnownAttempt | None) -> None:
@@ -123,7 +103,7 @@ class Attempts:
 
     async def close(self) -> None:
         """Stop following."""
-        tasks = {self._task, *self._background, *self._asked.values()}
+        tasks = {self._task, *self._asked.values()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
+
+if TYPE_CHECKING:
+    from agl_grpc.interceptor.attempts import KnownAttempt
+    from agl_grpc.interceptor.held import HeldAnswer
 
 _BASE = re.compile(
     r"^/rollout/(?P<rollout>[^/]+)/attempt/(?P<attempt>[^/]+)"
@@ -45,10 +49,10 @@ class Attribution:
 
 @dataclass
 class CallContext:
-    """One HTTP request of an attempt while it is served: `durable` resolve when its calls are on disk.
+    """One HTTP request of an attempt while it is served.
 
-    `external` is set where the request names no attempt but is recorded all the same: its session, which may
-    be empty.
+    Inside the engine `answer` is on the way, and `known` is what the store says of the attempt. `external` is
+    set where the request names no attempt but is recorded all the same: its session, which may be empty.
     """
 
     attribution: Attribution
@@ -56,7 +60,8 @@ class CallContext:
     trace_id: bytes = b""
     parent_span_id: bytes = b""
     external: str | None = None
-    durable: list[asyncio.Future[None]] = field(default_factory=list)
+    answer: HeldAnswer | None = None
+    known: KnownAttempt | None = None
 
 
 CURRENT: ContextVar[CallContext | None] = ContextVar("agl_interceptor_call", default=None)
@@ -80,6 +85,12 @@ def parse_path(path: str) -> tuple[Attribution, str] | None:
         notrain=match["notrain"] is not None,
     )
     return attribution, match["rest"]
+
+
+def names_mode(path: str) -> bool:
+    """Whether an attributed path says in which mode it samples; else the rollout's own counts."""
+    match = _BASE.match(path)
+    return match is not None and match["mode"] is not None
 
 
 def attribution_of_credential(credential: str) -> Attribution | None:

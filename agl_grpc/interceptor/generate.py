@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from agl_grpc.interceptor import engine_state
 from agl_grpc.interceptor.attribution import CURRENT, CallContext
-from agl_grpc.interceptor.record import CallRecord, EngineIdentity, to_span
+from agl_grpc.interceptor.record import CallRecord, EngineIdentity, note_experts, to_span
 from agl_grpc.interceptor.resume import AbortResumer
+from agl_grpc.interceptor.retries import Retries
 from agl_grpc.interceptor.sampling import capture_params, sampling_message, untrainable_reasons
 from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.interceptor.versions import runs_from_starts
@@ -47,6 +48,7 @@ class _OpenCall:
     states: dict[int, Any] = field(default_factory=dict)
     starts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     ends: dict[int, tuple[str, str]] = field(default_factory=dict)
+    experts: dict[int, Any] = field(default_factory=dict)
     failure: str = ""
 
 
@@ -81,10 +83,12 @@ class GenerateWrapper:
         self._refuse = refuse
         self._fail = fail
         self._resumer = AbortResumer(engine_client, resume_timeout)
+        self._retries = Retries()
         self._generate: Callable[..., OutputStream] = engine_client.generate
         self._update_weight_version = getattr(engine_client, "update_weight_version", None)
         self._open: dict[str, _OpenCall] = {}
         self.captured = 0
+        self.retries = 0
         self.unattributed = 0
 
     @property
@@ -140,11 +144,17 @@ class GenerateWrapper:
                 )
             self.unattributed += 1
             return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
-        imposed = context.attribution.mode == "train" and context.external is None
-        override = self._temperature if imposed else None
-        params = capture_params(sampling_params, override)
+        params = capture_params(sampling_params, self._imposed(context))
         call = self._begin(context, prompt, params, sampling_params, request_id, kwargs.get("lora_request"))
         return self._capture(call, self._generate(prompt, params, request_id, *args, **kwargs))
+
+    def _imposed(self, context: CallContext) -> dict[str, Any]:
+        """What the resource of the attempt says of sampling in this mode; in training the operator's word."""
+        known, mode = context.known, context.attribution.mode
+        imposed = {} if known is None else known.sampling(self._identity.model, mode)
+        if self._temperature is not None and mode == "train" and context.external is None:
+            imposed["temperature"] = self._temperature
+        return imposed
 
     def _begin(
         self, context: CallContext, prompt: Any, params: Any, asked: Any, request_id: str, lora: Any
@@ -161,9 +171,13 @@ class GenerateWrapper:
             if prompt.get("mm_kwargs"):
                 record.untrainable("multimodal prompt: only its token ids are captured")
         call = self._open[request_id] = _OpenCall(record, asked.logprobs is not None)
+        number = 0 if context.answer is None else context.answer.begun()
         if context.external is None:
             attempt = (attribution.rollout_id, attribution.attempt_id)
             self._sink.announce(attempt, record.span_id, record.started)
+            if context.answer is not None:
+                digest = hash((context.answer.digest(), number))
+                self.retries += self._retries.mark(record, attempt, digest, context.answer.tries)
         return call
 
     def _on_sequence(self, request_id: str, state: Any, request: Any) -> None:
@@ -182,21 +196,20 @@ class GenerateWrapper:
         self._resumer.track(state, request, fail)
 
     async def _capture(self, call: _OpenCall, outputs: OutputStream) -> OutputStream:
-        """Pass outputs on as they come; the last one when the call is durable, unless it is the first."""
+        """Pass outputs on as they come; the end of the answer is held where it leaves (see `held`)."""
         record = call.record
-        passed = submitted = False
+        ended = False
         try:
             async for output in outputs:
                 self._guard(call, self._take, output)
                 if output.finished:
-                    durable = self._finish(call)
-                    submitted = True
-                    if passed:
-                        await asyncio.wait([durable])
-                passed = True
+                    ended = True
+                    self._finish(call)
                 yield output
         except (asyncio.CancelledError, GeneratorExit):
-            record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_CUT
+            if not ended:
+                record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_CUT
+            self._lost(record)
             raise
         except Exception as error:
             if call.failure:
@@ -208,8 +221,13 @@ class GenerateWrapper:
             raise
         finally:
             await outputs.aclose()
-            if not submitted:
+            if not ended:
                 self._finish(call)
+
+    def _lost(self, record: CallRecord) -> None:
+        """Its client did not wait for the end: an equal call after it repeats it."""
+        attribution = record.context.attribution
+        self._retries.lost((attribution.rollout_id, attribution.attempt_id), record.span_id)
 
     @staticmethod
     def _guard(call: _OpenCall, step: Callable[..., None], *args: Any) -> None:
@@ -229,22 +247,24 @@ class GenerateWrapper:
             if each.finish_reason is not None:
                 stop = "" if each.stop_reason is None else str(each.stop_reason)
                 call.ends[each.index] = (each.finish_reason, stop)
+                call.experts[each.index] = getattr(each, "routed_experts", None)
         stats = output.metrics if output.finished else None
         if stats is not None:
             record.queue_ns = max(0, int((stats.scheduled_ts - stats.queued_ts) * 1e9))
             record.first_token_ns = int(stats.first_token_latency * 1e9)
 
-    def _finish(self, call: _OpenCall) -> asyncio.Future[None]:
-        """Complete the record and hand it to the sink."""
+    def _finish(self, call: _OpenCall) -> None:
+        """Complete the record; it goes to the sink with the end of its answer."""
         record = call.record
+        answer = record.context.answer
         record.end()
         self._open.pop(record.request_id, None)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
         if not call.states:
             # Refused before it reached the engine: there are no tokens to keep.
             self._sink.abandon(record.span_id)
-            return done
+            if answer is not None:
+                answer.abandoned()
+            return
         for index, state in call.states.items():
             self._resumer.forget(state)
             self._guard(call, self._complete_choice, index, state)
@@ -254,15 +274,21 @@ class GenerateWrapper:
         ):
             record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_CUT
         self.captured += 1
+        if answer is None:
+            self._submit(record)
+        else:
+            answer.ended(record, self._submit)
+
+    def _submit(self, record: CallRecord) -> asyncio.Future[None] | None:
+        """Hand a record over; what resolves when it is durable, None where the answer waits for nothing."""
         attribution, session = record.context.attribution, record.context.external
         attempt, span = (attribution.rollout_id, attribution.attempt_id), to_span(record, self._identity)
         captured = CapturedCall(attempt, span, record.prompt_ids, record.responses())
-        if session is not None and self._record_external is not None:
+        if session is None:
+            return self._sink.submit(captured)
+        if self._record_external is not None:
             self._record_external(session, captured)
-            return done
-        durable = self._sink.submit(captured)
-        record.context.durable.append(durable)
-        return durable
+        return None
 
     @staticmethod
     def _complete_choice(call: _OpenCall, index: int, state: Any) -> None:
@@ -271,6 +297,7 @@ class GenerateWrapper:
         record.prompt_ids = record.prompt_ids or list(state.prompt_token_ids or ())
         choice = record.choices[index] = engine_state.snapshot(state)
         choice.finish_reason, choice.stop_reason = call.ends.get(index, ("abort", ""))
+        note_experts(record, choice, call.experts.get(index))
         own = runs_from_starts(call.starts[index], len(choice.token_ids))
         if choice.runs and choice.runs != own:
             record.untrainable(f"policy versions disagree: engine {choice.runs}, interceptor {own}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import uuid
@@ -10,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Protocol
 from urllib.parse import unquote
 
+from agl_grpc.interceptor.attempts import KnownAttempt
 from agl_grpc.interceptor.attribution import (
     CURRENT,
     Attribution,
@@ -17,16 +17,16 @@ from agl_grpc.interceptor.attribution import (
     api_of,
     attribution_of_credential,
     attribution_of_headers,
+    names_mode,
     parse_path,
     parse_traceparent,
 )
 from agl_grpc.interceptor.external import EXTERNAL
+from agl_grpc.interceptor.held import HeldAnswer, Message, Receive, Send
 from agl_grpc.interceptor.refusals import Refusal
+from agl_grpc.interceptor.retries import tries_of
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER_SECONDS = 5
@@ -51,8 +51,16 @@ class Running(Protocol):
         """What becomes of calls that name no attempt: ``serve``, ``record`` or ``refuse``."""
         ...
 
-    def admit(self, attribution: Attribution) -> None:
-        """Raises Refusal for an attempt that is known to be over, unknown, or not the credential's."""
+    @property
+    def keep_raw(self) -> bool:
+        """Whether requests and answers are kept as they came and went."""
+        ...
+
+    async def admit(self, attribution: Attribution) -> KnownAttempt | None:
+        """The attempt as far as it is known.
+
+        Raises Refusal for one that is over, unknown, or not the credential's, and while no calls are taken.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -68,8 +76,8 @@ class AttributionMiddleware:
     """vLLM's ``--middleware``: rewrites ``/rollout/ID/attempt/ID/v1/…`` to ``/v1/…``, noting whose it is.
 
     An attempt credential as API key and the headers ``x-rollout-id`` and ``x-attempt-id`` attribute plain
-    ``/v1/…`` paths. Other requests pass untouched, unless they are to be recorded or refused. The final body
-    message of an attributed answer waits until its calls are durable. ``GET /agl/interceptor`` answers what
+    ``/v1/…`` paths. Other requests pass untouched, unless they are to be recorded or refused. The end of an
+    attributed answer waits until its calls are durable. ``GET /agl/interceptor`` answers what
     was captured and where it is; the interceptor is stopped with the server.
     """
 
@@ -103,21 +111,24 @@ class AttributionMiddleware:
             if scope["type"] != "http" or api is None:
                 raise Refusal(404, "no_such_path", _CLOSED)
             attribution, path = parsed
-            self._admit(attribution)
+            known = await self._admit(attribution)
         except Refusal as refusal:
             await _refuse(send, scope["type"], refusal, api or "")
             return
-        traceparent = parse_traceparent(headers.get("traceparent", ""))
-        await self._serve(
-            self._rewrite(scope, path), receive, send, CallContext(attribution, api, *traceparent)
+        mode_given = names_mode(raw_path) or "x-agl-mode" in headers
+        if known is not None and known.mode and not mode_given:
+            attribution = dataclasses.replace(attribution, mode=known.mode)
+        context = CallContext(
+            attribution, api, *parse_traceparent(headers.get("traceparent", "")), known=known
         )
+        await self._serve(self._rewrite(scope, path), receive, send, context, headers)
 
-    def _admit(self, attribution: Attribution) -> None:
+    async def _admit(self, attribution: Attribution) -> KnownAttempt | None:
         if self.interceptor is None:
-            return
+            return None
         if not self.interceptor.accepting():
             raise Refusal(503, "spool_full", _FULL, retry_after=RETRY_AFTER_SECONDS)
-        self.interceptor.admit(attribution)
+        return await self.interceptor.admit(attribution)
 
     async def _pass(
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], api: str | None
@@ -136,7 +147,8 @@ class AttributionMiddleware:
         session = headers.get("x-agl-session", "")
         attribution = dataclasses.replace(EXTERNAL, rollout_id=session or uuid.uuid4().hex)
         traceparent = parse_traceparent(headers.get("traceparent", ""))
-        await self._serve(scope, receive, send, CallContext(attribution, api, *traceparent, external=session))
+        context = CallContext(attribution, api, *traceparent, external=session)
+        await self._serve(scope, receive, send, context, headers)
 
     def _stopping_first(self, receive: Receive) -> Receive:
         """The interceptor ends before the application: vLLM's own end takes the engine's state away."""
@@ -149,12 +161,22 @@ class AttributionMiddleware:
 
         return received
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, context: CallContext) -> None:
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, context: CallContext, headers: Mapping[str, str]
+    ) -> None:
+        answer = context.answer = HeldAnswer(
+            receive,
+            send,
+            path=scope["path"],
+            tries=tries_of(headers),
+            keep_raw=self.interceptor is not None and self.interceptor.keep_raw,
+        )
         token = CURRENT.set(context)
         try:
-            await self._app(scope, receive, _holding_last_byte(send, context))
+            await self._app(scope, answer.receive, answer.send)
         finally:
             CURRENT.reset(token)
+            answer.close()
 
     def _rewrite(self, scope: Scope, path: str) -> Scope:
         rewritten = dict(scope)
@@ -183,16 +205,6 @@ def _credential(headers: dict[str, str]) -> str:
     if bearer[:7].lower() == "bearer ":
         return bearer[7:].strip()
     return headers.get("x-api-key", "").strip()
-
-
-def _holding_last_byte(send: Send, context: CallContext) -> Send:
-    async def held(message: Message) -> None:
-        last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if last and context.durable:
-            await asyncio.wait(context.durable)
-        await send(message)
-
-    return held
 
 
 async def _refuse(send: Send, kind: str, refusal: Refusal, api: str) -> None:

@@ -16,6 +16,9 @@ from agl_grpc.interceptor.wire import field as wire_field
 from agl_grpc.interceptor.wire import packed_floats, packed_ids
 from agl_grpc.v1 import common_pb2, model_call_pb2, span_pb2
 
+_MOST_EXPERT_BYTES = 2 * 1024 * 1024
+"""A span has at most 4 MiB."""
+
 
 @dataclass
 class ChoiceRecord:
@@ -27,6 +30,7 @@ class ChoiceRecord:
     finish_reason: str = ""
     stop_reason: str = ""
     runs: list[VersionRun] = field(default_factory=list)
+    routed_experts: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class CallRecord:
     weights_digest: str = ""
     cache_salt: str = ""
     retry_of: bytes = b""
+    notes: list[common_pb2.KeyValue] = field(default_factory=list)
     raw_request: common_pb2.Payload | None = None
     raw_response: common_pb2.Payload | None = None
 
@@ -106,6 +111,7 @@ def to_span(record: CallRecord, identity: EngineIdentity) -> span_pb2.Span:
     call = span.model_call
     call.model = record.model
     call.sampling.CopyFrom(record.sampling)
+    call.sampling.other.extend(record.notes)
     call.logprob_semantics = (
         model_call_pb2.LOGPROB_SEMANTICS_PROCESSED
         if identity.processed_logprobs
@@ -136,7 +142,10 @@ def to_span(record: CallRecord, identity: EngineIdentity) -> span_pb2.Span:
 
 def _add_choice(call: model_call_pb2.ModelCall, choice: ChoiceRecord) -> None:
     added = call.choices.add(
-        index=choice.index, finish_reason=choice.finish_reason, stop_reason=choice.stop_reason
+        index=choice.index,
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+        routed_experts=choice.routed_experts,
     )
     added.MergeFromString(
         wire_field(added.TOKEN_IDS_FIELD_NUMBER, packed_ids(choice.token_ids))
@@ -144,6 +153,20 @@ def _add_choice(call: model_call_pb2.ModelCall, choice: ChoiceRecord) -> None:
     )
     for run in choice.runs:
         added.policy_runs.add(start=run.start, end=run.end, policy_version=run.policy_version)
+
+
+def note_experts(record: CallRecord, choice: ChoiceRecord, experts: Any) -> None:
+    """The experts that an engine of a mixture model routed each token to: an array of tokens (of the prompt,
+    then of the answer), layers and experts; None elsewhere. Its shape and type stand beside the sampling.
+    """
+    if experts is None:
+        return
+    if experts.nbytes > _MOST_EXPERT_BYTES:
+        record.notes.append(key_value("routed_experts", f"not kept: {experts.nbytes} bytes"))
+        return
+    choice.routed_experts = experts.tobytes()
+    shape = "x".join(map(str, experts.shape))
+    record.notes.append(key_value(f"routed_experts.{choice.index}", f"{shape} {experts.dtype}"))
 
 
 def key_value(key: str, value: Any) -> common_pb2.KeyValue:

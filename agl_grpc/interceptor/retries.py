@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agl_grpc.interceptor.deltas import AttemptKey
+from agl_grpc.interceptor.record import CallRecord
 
 RETRY_COUNT_HEADERS = ("x-stainless-retry-count", "x-retry-count")
 """By these headers SDKs say how often they have asked before; OpenAI's and Anthropic's send the first."""
@@ -55,6 +56,14 @@ class Retries:
         if len(self._calls) > self._limit:
             self._calls.popitem(last=False)
         return retry
+
+    def mark(self, record: CallRecord, attempt: AttemptKey, digest: int, tries: int) -> bool:
+        """As `note` for a call's record, which is told what it repeats; whether it is a retry."""
+        retry = self.note(attempt, digest, record.span_id, tries)
+        record.retry_of = retry.span_id
+        if retry.candidates > 1:
+            record.untrainable(f"a retry of one of {retry.candidates} equal calls: which one is not known")
+        return bool(retry.candidates)
 
     def lost(self, attempt: AttemptKey, span_id: bytes) -> None:
         """The call's client went away before it had its whole answer."""

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from agl_grpc.interceptor.attempts import Attempts
+from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
 from agl_grpc.interceptor.attribution import Attribution
 from agl_grpc.interceptor.control import EngineControl
 from agl_grpc.interceptor.external import ExternalTraffic
 from agl_grpc.interceptor.generate import GenerateWrapper
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.record import EngineIdentity
+from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
 from agl_grpc.interceptor.sink import CaptureSink
 from agl_grpc.interceptor.spool import Spool
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     import grpc
 
 logger = logging.getLogger("agl_grpc.interceptor")
+
+_SWAPPING = "new weights are being loaded: try again in a moment"
+_SWAP_RETRY_SECONDS = 1
 
 
 class Interceptor:
@@ -114,12 +118,21 @@ class Interceptor:
         """What becomes of calls that name no attempt."""
         return self._settings.unattributed
 
-    def admit(self, attribution: Attribution) -> None:
-        """Raises Refusal for an attempt that is known to be over, unknown, or not the credential's.
+    @property
+    def keep_raw(self) -> bool:
+        """Whether requests and answers are kept as they came and went."""
+        return self._settings.keep_raw
 
-        It does not wait for the store: what is not known is asked for meanwhile.
+    async def admit(self, attribution: Attribution) -> KnownAttempt | None:
+        """The attempt as the store knows it.
+
+        The first call of an attempt waits for the store's word, for at most half a second; a store that is
+        away is not waited for. Raises Refusal for an attempt that is over, unknown, or not the credential's,
+        and while weights are loaded where new calls are to be refused then.
         """
-        self._attempts.admit_at_once(attribution)
+        if self._swapper.swapping and self._settings.on_swap == "refuse":
+            raise Refusal(429, "weights_changing", _SWAPPING, retry_after=_SWAP_RETRY_SECONDS)
+        return await self._attempts.admit(attribution)
 
     def describe(self) -> dict[str, Any]:
         """Counters for people and tests."""
@@ -132,6 +145,7 @@ class Interceptor:
             "unattributed": self._wrapper.unattributed,
             "external": self._external.recorded if self._external else 0,
             "resumed": self._wrapper.resumed,
+            "retries": self._wrapper.retries,
             "store_away": self._sink.away,
             "spool_bytes": self._spool.size,
             "spool_waiting": self._spool.waiting,

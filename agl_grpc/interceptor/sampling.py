@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from agl_grpc.interceptor.record import key_value
@@ -26,16 +27,37 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 """Sampling parameters that reshape the distribution, with the values by which they do nothing."""
 
 
-def capture_params(params: Any, temperature: float | None) -> Any:
+_IMPOSABLE = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "max_tokens",
+        "min_tokens",
+        "seed",
+    }
+)
+
+
+def capture_params(params: Any, imposed: Mapping[str, Any]) -> Any:
     """A copy of vLLM's sampling parameters that also yields each sampled token's logprob.
 
-    With `temperature` the agent's own is overridden.
+    What is `imposed` takes the place of what the agent asked for, as far as it is a number that concerns
+    sampling; of two token limits the smaller one counts, as the context may have no room for the larger.
     """
     captured = copy.copy(params)
     if captured.logprobs is None:
         captured.logprobs = 0
-    if temperature is not None:
-        captured.temperature = temperature
+    for name, value in imposed.items():
+        if name not in _IMPOSABLE or not isinstance(value, int | float):
+            continue
+        if name == "max_tokens" and captured.max_tokens is not None:
+            value = min(value, captured.max_tokens)
+        setattr(captured, name, value)
     return captured
 
 
@@ -68,8 +90,10 @@ def sampling_message(params: Any, asked: Any) -> model_call_pb2.SamplingParamete
         seed=params.seed,
         n=params.n,
     )
-    if asked.temperature != params.temperature:
-        message.other.append(key_value("requested.temperature", float(asked.temperature)))
+    for name in sorted(_IMPOSABLE):
+        wanted = getattr(asked, name, None)
+        if wanted is not None and wanted != getattr(params, name, None):
+            message.other.append(key_value(f"requested.{name}", wanted))
     named = set(message.DESCRIPTOR.fields_by_name)
     for name, neutral in _NEUTRAL.items():
         value = getattr(params, name, neutral[0])

@@ -13,6 +13,9 @@ PREFIX = "AGL_INTERCEPTOR_"
 UNATTRIBUTED = ("serve", "record", "refuse")
 """What may become of calls that name no attempt."""
 
+ON_SWAP = ("wait", "refuse")
+"""What may become of new calls while weights are loaded."""
+
 DEFAULT_SPOOL_BYTES = 10 * 1000**3
 
 FAILURE_FILE = "AGL_INTERCEPTOR_FAILURE_FILE"
@@ -32,7 +35,9 @@ class Settings:
     itself; `keep_weights` whether the weights that serve are also kept beside the spool, for a restart;
     `loader` how vLLM is entered: ``auto``, or ``class`` also where it has endpoint plugins; `unattributed`
     what becomes of calls that name no attempt: ``serve`` them, ``record`` them too, as rollouts of the run
-    `external_run`, or ``refuse`` them.
+    `external_run`, or ``refuse`` them; `keep_raw` whether requests and answers are kept as they came and
+    went; `on_swap` what becomes of new calls while weights are loaded: they ``wait``, or are refused with 429
+    (``refuse``).
     """
 
     store: str
@@ -49,6 +54,8 @@ class Settings:
     loader: str = "auto"
     unattributed: str = "serve"
     external_run: str = "external"
+    keep_raw: bool = True
+    on_swap: str = "wait"
 
     def environment(self) -> dict[str, str]:
         """As environment variables, for `from_environment` in another process."""
@@ -81,6 +88,8 @@ class Settings:
             loader=given.get("loader", "auto"),
             unattributed=given.get("unattributed", "serve"),
             external_run=given.get("external_run", "external"),
+            keep_raw=given.get("keep_raw", "True") == "True",
+            on_swap=given.get("on_swap", "wait"),
         )
 
     def spool_path(self) -> Path:

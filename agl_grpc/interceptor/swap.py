@@ -76,6 +76,8 @@ class WeightSwapper:
         self._preparing: asyncio.Task[None] | None = None
         self._preparing_version = -1
         self._expiry: asyncio.TimerHandle | None = None
+        self.swapping = False
+        """Whether generation stands still for new weights."""
 
     async def on_version(self, version: policy_pb2.PolicyVersion) -> None:
         """Follow one state of a policy version. Raises EngineBroken when the model is half-loaded."""
@@ -211,17 +213,27 @@ class WeightSwapper:
     async def _swap(self, staging: Staging) -> int:
         """Pause, load, set the version, resume; nanoseconds of standstill."""
         started = time.monotonic_ns()
-        await self._client.pause_generation(mode="keep", clear_cache=True)
+        self.swapping = True
         try:
+            await self._pause()
             errors = await self._load(staging)
             if not errors:
                 self._wrapper.set_policy_version(staging.policy_version, staging.digest)
                 await self._client.update_weight_version(str(staging.policy_version))
         finally:
             await self._client.resume_generation()
+            self.swapping = False
         if errors:
             raise SwapError(f"{errors[0]} (the old weights were restored)")
         return time.monotonic_ns() - started
+
+    async def _pause(self) -> None:
+        """Stand still; sequences under way keep their place. Raises SwapError when the engine does not."""
+        try:
+            async with asyncio.timeout(_RPC_TIMEOUT):
+                await self._client.pause_generation(mode="keep", clear_cache=True)
+        except TimeoutError:
+            raise SwapError(f"the engine did not pause within {_RPC_TIMEOUT:g} s") from None
 
     async def _load(self, staging: Staging) -> list[str]:
         """Load on every worker; what went wrong and was undone. Raises EngineBroken otherwise."""

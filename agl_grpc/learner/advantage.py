@@ -9,7 +9,7 @@ these sequences, and its advantages go back to the tokens they belong to.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,11 @@ import torch
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 
 from agl_grpc.learner.errors import ConfigError, FidelityError
-from agl_grpc.learner.sequences import RolloutSequences
+from agl_grpc.learner.rollouts import FinishedRollout
+from agl_grpc.learner.sequences import SEPARATOR, RolloutSequences
 from agl_grpc.learner.sequences import label_group as label_group
 from agl_grpc.learner.sequences import row_label as row_label
+from agl_grpc.learner.turn_credit import advantages_by_rollout
 
 PREFIX = "agl_"
 # Those that judge a rollout by its outcome; gae works on values and stays verl's own.
@@ -70,6 +72,42 @@ def over_rollouts(
         options["norm_adv_by_std_in_grpo"] = config.get("norm_adv_by_std_in_grpo", True)
     advantages, returns = estimator(token_level_rewards=flat_rewards, response_mask=flat_mask, **options)
     return sequences.scatter(advantages.to(rewards.dtype)), sequences.scatter(returns.to(rewards.dtype))
+
+
+def credit_turns(
+    labels: Sequence[str],
+    rollout_ids: Sequence[str],
+    mask: torch.Tensor,
+    rollout_of: Callable[[str], FinishedRollout],
+    *,
+    by_deviation: bool,
+) -> torch.Tensor:
+    """Advantages of ``grpo_turns``, shape (rows, tokens): each trained token has that of its answer.
+
+    Args:
+        labels: ``row_label`` of each row; padding rows have none, and get zeros.
+        rollout_ids: the rollout of each row.
+        mask: 1 where a token is trained, shape (rows, tokens).
+        rollout_of: the rollout of an id, with the turns of its rows.
+        by_deviation: whether to divide by the group's standard deviation.
+    """
+    groups = {
+        name: label_group(label)
+        for name, label in zip(rollout_ids, labels, strict=True)
+        if SEPARATOR in label
+    }
+    rollouts = {name: rollout_of(name) for name in groups}
+    returns = {name: [turn[2] for row in each.rows for turn in row.turns] for name, each in rollouts.items()}
+    found = advantages_by_rollout(groups, returns, by_deviation=by_deviation)
+    advantages = torch.zeros(mask.shape, dtype=torch.float32)
+    for place, (name, label) in enumerate(zip(rollout_ids, labels, strict=True)):
+        if SEPARATOR not in label:
+            continue
+        rows, number = rollouts[name].rows, int(label.rpartition(SEPARATOR)[2])
+        before = sum(len(row.turns) for row in rows[:number])
+        for turn, (start, end, _) in enumerate(rows[number].turns):
+            advantages[place, start:end] = found[name][before + turn]
+    return advantages * mask
 
 
 def _register(name: str) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model.rollout import AttemptedRollout, Rollout
-from agl_grpc.sample import AttemptRecord, AttemptSamples, SampleRules, build_attempt
+from agl_grpc.sample import AttemptRecord, AttemptSamples, Decode, SampleRules, build_attempt
 from agl_grpc.v1 import reward_pb2, span_pb2
 from agl_grpc.v1 import store_service_pb2 as store_pb2
 
 
 async def read_attempts(
-    client: StoreClient, rollouts: Sequence[Rollout], rules: SampleRules
+    client: StoreClient, rollouts: Sequence[Rollout], rules: SampleRules, decode: Decode | None = None
 ) -> list[AttemptSamples]:
     """The latest attempt of each rollout, in their order.
 
@@ -21,6 +21,7 @@ async def read_attempts(
         client: of the store that holds them.
         rollouts: sealed ones, with their attempts where it is to count that a capture is incomplete.
         rules: what is trained of an attempt.
+        decode: text of tokens, by which breaks between rows are told apart.
     """
     ids = [rollout.rollout_id for rollout in rollouts]
     spans, rewards = await asyncio.gather(_spans(client, ids), _rewards(client, ids))
@@ -35,7 +36,7 @@ async def read_attempts(
             rewards=[item for item in rewards if (item.rollout_id, item.attempt_id) == place],
             capture_incomplete=isinstance(rollout, AttemptedRollout) and rollout.attempt.capture_incomplete,
         )
-        made.append(build_attempt(record, rules))
+        made.append(build_attempt(record, rules, decode))
     return made
 
 

@@ -43,11 +43,13 @@ def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobL
     """Compares the logprobs of all trained tokens that were sampled under ``version``, the weights in force.
 
     Tokens of other versions cannot be recomputed from these weights; they are counted, not compared.
+    ``check/kl_sampler_trainer`` is the mean of exp(d) - 1 - d with d = recomputed - sampled: an estimate,
+    never negative, of the divergence of the sampler from the trainer (Schulman 2020, "k3"), in nats.
 
     Raises:
         FidelityError: a difference above the limits, or a token from a version that does not exist yet.
     """
-    worst, worst_key, total, compared, older = 0.0, "", 0.0, 0, 0
+    worst, worst_key, total, divergence, compared, older = 0.0, "", 0.0, 0.0, 0, 0
     for row in rows:
         trained = row.mask.astype(bool)
         newest = int(row.versions[trained].max(initial=-1))
@@ -57,12 +59,14 @@ def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobL
             )
         same = trained & (row.versions == version)
         older += int(trained.sum() - same.sum())
-        difference = np.abs(row.sampled[same].astype(np.float64) - row.recomputed[same])
+        change = row.recomputed[same] - row.sampled[same].astype(np.float64)
+        difference = np.abs(change)
         if not np.isfinite(difference).all():
             raise FidelityError(f"row {row.key} has a logprob that is not a finite number")
         if len(difference) and difference.max() >= worst:
             worst, worst_key = float(difference.max()), row.key
         total += float(difference.sum())
+        divergence += float((np.expm1(change) - change).sum())
         compared += len(difference)
     mean = total / compared if compared else 0.0
     if worst > limits.maximum or mean > limits.mean:
@@ -74,6 +78,7 @@ def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobL
     return {
         "check/logprob_max_difference": worst,
         "check/logprob_mean_difference": mean,
+        "check/kl_sampler_trainer": divergence / compared if compared else 0.0,
         "check/logprob_tokens_compared": float(compared),
         "check/logprob_tokens_of_older_versions": float(older),
     }
@@ -91,6 +96,27 @@ def staleness(rows: Iterable[LogprobRow], *, version: int) -> dict[str, float]:
         ):
             behind[str(version - int(found)) if found >= 0 else "unknown"] += int(count)
     return {f"staleness/tokens/{age}": float(count) for age, count in behind.items()}
+
+
+# Rows that begin here because of what agent and template did to the tokens, not because there are several.
+_WHOLE = frozenset({"first", "branch"})
+
+
+def row_starts(rollouts: Iterable[FinishedRollout]) -> dict[str, float]:
+    """Why the rows of a batch began: ``rows/start/REASON``, and ``rows/breaks``, those that a broken
+    conversation began.
+
+    ``reward/unplaced`` counts rewards of steps or calls that are none of the trained answers.
+    """
+    starts: Counter[str] = Counter()
+    unplaced = 0
+    for rollout in rollouts:
+        starts.update(rollout.row_starts)
+        unplaced += rollout.unplaced_rewards
+    metrics = {f"rows/start/{reason}": float(count) for reason, count in starts.items()}
+    metrics["rows/breaks"] = float(sum(count for reason, count in starts.items() if reason not in _WHOLE))
+    metrics["reward/unplaced"] = float(unplaced)
+    return metrics
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def export(checkpoint: Path, target: Path, *, dtype: str = "") -> dict[str, Any]
 
 def _merge(actor: Path, target: Path) -> None:
     """verl's merge of the ranks' shards."""
-    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    command = [sys.executable, "-m", "agl_grpc.learner.merge_shards", "merge", "--backend", "fsdp"]
     command += ["--local_dir", str(actor), "--target_dir", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -20,7 +20,7 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.store_source import StoreSource
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingIdentity
 from agl_grpc.model.rollout import Rollout, RolloutConfig
-from agl_grpc.sample import SampleRules
+from agl_grpc.sample import Decode, SampleRules
 
 _PAUSE_SECONDS = 0.2
 
@@ -29,7 +29,7 @@ class FollowedSource(StoreSource):
     """``RolloutSource`` that asks for nothing.
 
     Args:
-        link, identity, rules, samples, lineage, rewards: as `StoreSource` takes them.
+        link, identity, rules, samples, lineage, rewards, decode: as `StoreSource` takes them.
         labels: the label of the leader's rollouts.
     """
 
@@ -43,8 +43,17 @@ class FollowedSource(StoreSource):
         lineage: PolicyLineage,
         rewards: Mapping[str, float],
         labels: Mapping[str, str],
+        decode: Decode | None = None,
     ) -> None:
-        super().__init__(link, identity, rules=rules, samples=samples, lineage=lineage, rewards=rewards)
+        super().__init__(
+            link,
+            identity,
+            rules=rules,
+            samples=samples,
+            lineage=lineage,
+            rewards=rewards,
+            decode=decode,
+        )
         self._labels = dict(labels)
 
     async def _submit(self, groups: list[GroupRequest]) -> None:

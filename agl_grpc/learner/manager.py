@@ -7,6 +7,7 @@ sampler drains it while it waits. Nothing polls.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from collections import Counter
@@ -51,6 +52,7 @@ class RolloutManager:
         validation_size: rollouts of a validation group.
         temperature: the sampling temperature of training; rows sampled at another one are refused.
         keep_empty: whether a group with too little to train counts, with no rows, instead of being replaced.
+        vocabulary: tokens of the model; rows with ids beyond are refused. 0 = not known.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class RolloutManager:
         validation_size: int,
         temperature: float = 1.0,
         keep_empty: bool = False,
+        vocabulary: int = 0,
     ) -> None:
+        self._vocabulary = vocabulary
         self._keep_empty = keep_empty
         self._source = source
         self._sizes = {False: group_size, True: validation_size}
@@ -165,6 +169,10 @@ class RolloutManager:
             self._counts[f"rollouts/excluded/{reason}"] += 1
             self.last_failure = f"{rollout.rollout_id}: {rollout.failure or 'no reward was given'}"
             return False
+        if not math.isfinite(rollout.reward):
+            self._counts["rollouts/excluded/reward_not_finite"] += 1
+            self.last_failure = f"{rollout.rollout_id}: its reward is {rollout.reward}"
+            return False
         if request.validate:
             return True
         if not rollout.rows:
@@ -183,6 +191,7 @@ class RolloutManager:
                     "been published"
                 )
                 return False
+            self._check_ids(rollout, row)
             if row.temperature != self._temperature:
                 raise FidelityError(
                     f"rollout {rollout.rollout_id} was sampled at temperature {row.temperature}, the batch "
@@ -190,6 +199,14 @@ class RolloutManager:
                     f"{self._temperature}: set actor_rollout_ref.rollout.temperature to the engines' value"
                 )
         return True
+
+    def _check_ids(self, rollout: FinishedRollout, row: Row) -> None:
+        largest = int(max(row.prompt_ids.max(initial=0), row.response_ids.max(initial=0)))
+        if self._vocabulary and largest >= self._vocabulary:
+            raise FidelityError(
+                f"rollout {rollout.rollout_id} holds token {largest}, and the trained model has "
+                f"{self._vocabulary} tokens: its engine serves another model or tokenizer"
+            )
 
     def _publish(self, groups: list[FinishedGroup], validate: bool) -> None:
         """Puts the groups' rows and then their ends into the TransferQueue."""

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.manifest.describe import CONTRACT, LEARNER_PACKAGES, git_state, hardware, now, versions_here
 from agl_grpc.model.enums import TrainingRunStatus
+from agl_grpc.model.reward import PRIMARY
+from agl_grpc.sample import SampleRules
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -268,12 +270,14 @@ def _assemble(
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
+    from agl_grpc.learner.tokens import decoder, vocabulary_size
     from agl_grpc.learner.trainer import AglTrainer, Hooks
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
     replay = training.released(step) if identity.is_resumed else {}
     rollout = verl.actor_rollout_ref.rollout
+    model = Path(config.model.path).expanduser()
     name, origin = identity.training_run_id, identity.origin
     make_source: Callable[..., StoreSource] = StoreSource
     if config.follows:
@@ -284,9 +288,10 @@ def _assemble(
         link,
         identity,
         rules=config.rollouts,
-        samples=config.samples.rules(config.model.name),
+        samples=_rules(link, identity.run_id, config),
         lineage=lineage,
         rewards=frozen_rewards(replay),
+        decode=decoder(model),
     )
     manager = RolloutManager(
         source,
@@ -294,6 +299,7 @@ def _assemble(
         validation_size=int(rollout.val_kwargs.n),
         temperature=float(rollout.temperature),
         keep_empty=bool(config.follows),
+        vocabulary=vocabulary_size(model),
     )
     source.start(manager.deliver)
     publisher = Publisher(
@@ -340,3 +346,13 @@ def _assemble(
     )
     trainer = AglTrainer(verl, hooks)
     return trainer, manager
+
+
+def _rules(link: StoreLink, run_id: str, config: RunConfig) -> SampleRules:
+    """What is trained; where the configuration says nothing of rewards, the run's graders do."""
+    samples = config.samples
+    if not samples.reward_weights and samples.reward_name == PRIMARY:
+        run = link.run(link.client.get_run_by_id(run_id))
+        if run is not None and run.reward_weights:
+            samples = replace(samples, reward_weights=run.reward_weights)
+    return samples.rules(config.model.name)

@@ -48,7 +48,8 @@ class Row:
     ``response_ids``, ``response_mask``, ``logprobs`` and ``policy_versions`` have one entry per response
     token; the mask is 1 where the token was sampled by the policy and is trained. Logprobs are natural
     logarithms and 0 where the mask is 0; policy versions are -1 there. A policy version is the optimiser step
-    of the weights, `UNKNOWN_STEP` for weights that are none of this trainer's.
+    of the weights, `UNKNOWN_STEP` for weights that are none of this trainer's. ``turns`` are the row's
+    answers: first token and one past the last, within the response, and the answer's return.
     """
 
     prompt_ids: IntArray
@@ -57,6 +58,7 @@ class Row:
     logprobs: FloatArray
     policy_versions: IntArray
     temperature: float = 1.0
+    turns: tuple[tuple[int, int, float], ...] = ()
 
     @property
     def oldest_step(self) -> int:
@@ -70,7 +72,8 @@ class FinishedRollout:
 
     ``reward`` is None when none was given; ``failure`` says why a rollout cannot be trained (empty = it can).
     ``captured``, ``observed`` and ``dropped`` count response-side tokens: captured = trained + observed +
-    dropped.
+    dropped. ``row_starts`` counts why its rows began; ``unplaced_rewards`` are rewards of steps or calls that
+    are none of its trained answers.
     """
 
     rollout_id: str
@@ -82,6 +85,8 @@ class FinishedRollout:
     captured: int = 0
     observed: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    row_starts: dict[str, int] = field(default_factory=dict)
+    unplaced_rewards: int = 0
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,10 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         """Place and dataset index of every group asked for and neither trained nor dropped."""
         return list(self._outstanding.values())
 
+    def begin_step(self) -> None:
+        """Forgets what the last training batch took: its step is over."""
+        self._sampled = {}
+
     def put_back(self) -> None:
         """Makes the groups of the last training batch outstanding again: they were not trained."""
         self._outstanding = {**self._sampled, **self._outstanding}

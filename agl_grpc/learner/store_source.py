@@ -25,7 +25,7 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from agl_grpc.sample import AttemptSamples, Sample, SampleRules
+from agl_grpc.sample import AttemptSamples, Decode, DropReason, Sample, SampleRules
 from agl_grpc.sample.wire import rules_to_proto
 
 
@@ -39,6 +39,7 @@ class StoreSource:
         samples: what is trained of an attempt.
         lineage: steps of policy versions; rows carry steps.
         rewards: by rollout, rewards that an earlier trainer's batches froze; they count.
+        decode: the model's tokenizer, by which breaks between rows are told apart.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class StoreSource:
         samples: SampleRules,
         lineage: PolicyLineage | None = None,
         rewards: Mapping[str, float] | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._link = link
         self._client = link.client
@@ -61,6 +63,7 @@ class StoreSource:
         self._samples = samples
         self._lineage = lineage or PolicyLineage()
         self._frozen = dict(rewards or {})
+        self._decode = decode
         self._open: dict[str, OpenGroup] = {}
         self._fetches: set[asyncio.Task[None]] = set()
 
@@ -153,7 +156,7 @@ class StoreSource:
 
     async def _fetch(self, group: OpenGroup) -> FinishedGroup:
         rollouts = [group.sealed[rollout_id] for rollout_id in group.members]
-        samples = await read_attempts(self._client, rollouts, self._samples)
+        samples = await read_attempts(self._client, rollouts, self._samples, self._decode)
         finished = [self._finished(*each) for each in zip(rollouts, samples, strict=True)]
         return FinishedGroup(group.request, tuple(finished))
 
@@ -164,11 +167,13 @@ class StoreSource:
             group_id=samples.group_id,
             reward=self._frozen.get(samples.rollout_id, samples.reward),
             rows=tuple(self._row(sample) for sample in samples.rows),
-            failure=_failure(rollout, samples.reward),
+            failure=_failure(rollout, samples),
             attempt_id=samples.attempt_id,
             captured=account.captured,
             observed=account.observation,
             dropped=dict(account.dropped),
+            row_starts=dict(samples.row_starts),
+            unplaced_rewards=samples.unplaced_rewards,
         )
 
     def _row(self, sample: Sample) -> Row:
@@ -179,6 +184,7 @@ class StoreSource:
             logprobs=sample.logprobs,
             policy_versions=self._lineage.steps(sample.policy_versions.astype(np.int64)),
             temperature=sample.temperature,
+            turns=tuple((turn.start, turn.end, turn.ret) for turn in sample.turns),
         )
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:
@@ -203,13 +209,15 @@ def _undeliverable(item: FinishedGroup | BaseException) -> None:
     raise LearnerError(f"the source was used before it was started: {item!r}")
 
 
-def _failure(rollout: Rollout, reward: float | None) -> str:
+def _failure(rollout: Rollout, samples: AttemptSamples) -> str:
     """Why a rollout cannot be trained; an agent that failed after it was judged can."""
     if rollout.status is RolloutStatus.SUCCEEDED:
+        if DropReason.GRADER_FAILED in samples.account.dropped:
+            return f"{FailureKind.GRADER.value}: {DropReason.GRADER_FAILED.sentence}"
         return ""
     if rollout.status is RolloutStatus.CANCELLED or rollout.failure is None:
         return f"{rollout.status.value}: no failure was recorded"
     failure = rollout.failure
-    if failure.kind in (FailureKind.AGENT, FailureKind.TRUNCATED) and reward is not None:
+    if failure.kind in (FailureKind.AGENT, FailureKind.TRUNCATED) and samples.reward is not None:
         return ""
     return f"{failure.kind.value}: {(failure.message.splitlines() or ['no message'])[0]}"

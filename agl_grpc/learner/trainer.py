@@ -30,8 +30,8 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, label_group
-from agl_grpc.learner.checkpoint import ORDER_FILE, LearnerState
+from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
+from agl_grpc.learner.checkpoint import LearnerState
 from agl_grpc.learner.checks import (
     LogprobLimits,
     LogprobRow,
@@ -39,17 +39,26 @@ from agl_grpc.learner.checks import (
     account,
     check_logprobs,
     check_seals,
+    row_starts,
     staleness,
 )
 from agl_grpc.learner.correction import correct_over_rollouts
-from agl_grpc.learner.curriculum import TaskOrder
-from agl_grpc.learner.errors import ConfigError, LearnerError, MemoryExhaustedError
+from agl_grpc.learner.curriculum import OrderedTasks, TaskOrder
+from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.phases import phase
 from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
 from agl_grpc.learner.run_config import Deadlines
 from agl_grpc.learner.sampler import StoreSampler
+from agl_grpc.learner.turn_credit import NAME as TURNS
 from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
+
+# Errors that end training at a step whose predecessor can still be saved, and what they are counted as.
+_ERRORS = {
+    MemoryExhaustedError: "out_of_memory",
+    FidelityError: "fidelity",
+    ConfigError: "configuration",
+}
 
 # verl looks the class up by name even when it creates no replica of it.
 RolloutReplicaRegistry.register("agl_external", lambda: RolloutReplica)
@@ -112,7 +121,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 @register_trainer("agl")
-class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is untyped
+class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is untyped
     """Trains on sealed rollouts of a store and publishes weights as policy versions.
 
     Args:
@@ -133,7 +142,6 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._updating = False
         self._counts: Counter[str] = Counter()
         self._left_over: deque[tuple[int, int]] = deque()
-        self.order: TaskOrder | None = None
         if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
             config.algorithm.adv_estimator = PREFIX + config.algorithm.adv_estimator
         super().__init__(config)
@@ -181,34 +189,25 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def fit(self, agent_loop_manager: RolloutManager) -> None:
         self.replay_buffer.bind(agent_loop_manager)
-        self.replay_buffer.on_settled = self._settled if self.order is not None else None
         try:
             super().fit(agent_loop_manager)
-        except MemoryExhaustedError as error:
-            self.hooks.on_error(self.global_steps, "out_of_memory")
-            raise MemoryExhaustedError(f"{error}; {self._save_before_failed_step()}") from error
-
-    def _settled(self, groups: dict[str, tuple[int, int]], trained: bool) -> None:
-        assert self.order is not None
-        self.order.settle(groups, trained=trained)
-
-    def _init_dataloader(self) -> None:
-        super()._init_dataloader()
-        if self.hooks.order is not None:
-            self.order = self.hooks.order(self.train_dataset)
+        except (MemoryExhaustedError, FidelityError, ConfigError) as error:
+            # Workers live, and data or configuration are at fault: what was trained before is kept.
+            self.hooks.on_error(self.global_steps, _ERRORS[type(error)])
+            raise type(error)(f"{error}; {self._save_before_failed_step()}") from error
 
     def _save_before_failed_step(self) -> str:
         """Saves what was trained before the step that failed, if that state is still there; says what
         came of it.
         """
-        trained = [batch for batch in self.uncommitted if batch is not self._claimed]
+        trained = [batch for batch in self.uncommitted if batch not in self._claimed_in_step]
+        self.uncommitted = trained if not self._updating else self.uncommitted
         if not trained:
             return "nothing that is not in a checkpoint was trained"
         if self._updating:
             return "the failed step may have changed weights: nothing was saved, resume from the checkpoint"
         failed = self.global_steps
         self.global_steps = failed - 1
-        self.uncommitted = trained
         self.replay_buffer.put_back()
         if self.order is not None:
             self.order.put_back()
@@ -224,6 +223,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._updating = False
         self._counts.clear()
         self._claimed_in_step.clear()
+        self.replay_buffer.begin_step()
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """One prompt under a deterministic group id; first those that the resumed checkpoint left
@@ -351,6 +351,7 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             trained[str(getattr(rollout_id, "data", rollout_id))] += int(mask.sum())
         rollouts = [self.agent_loop_manager.rollout(rollout_id) for rollout_id in trained]
         self._counts.update(account(rollouts, trained))
+        self._counts.update(row_starts(rollouts))
 
     @phase("computing the reference's logprobs", "compute")
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -362,13 +363,27 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     @phase("computing advantages", "compute")
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        with patch.object(trainer_base, "compute_rollout_correction_and_add_to_batch", correct_over_rollouts):
+        ours: dict[str, Any] = {"compute_rollout_correction_and_add_to_batch": correct_over_rollouts}
+        if self.config.algorithm.adv_estimator == TURNS:
+            ours["compute_advantage_for_multi_trajectories"] = self._credit_turns
+        with patch.multiple(trainer_base, **ours):
             result = super()._compute_advantage(batch, metrics)
         rejected = metrics.pop("tokens/rejected", 0.0)
         if rejected:
             self._counts.update({"tokens/dropped/rejected": rejected, "tokens/dropped": rejected})
             self._counts.subtract({"tokens/trained": rejected})
         return result
+
+    def _credit_turns(self, data: Any, batch_keys: list[str], **_options: Any) -> Any:
+        """Stands where verl computes advantages: every answer's own, from the returns of turns."""
+        ids = tq.kv_batch_get(keys=batch_keys, partition_id="train", select_fields=["rollout_id"])
+        names = [str(getattr(item, "data", item)) for item in ids["rollout_id"]]
+        labels = data.non_tensor_batch["uid"].tolist()
+        by_std = bool(self.config.algorithm.get("norm_adv_by_std_in_grpo", True))
+        mask = data.batch["response_mask"]
+        found = credit_turns(labels, names, mask, self.agent_loop_manager.rollout, by_deviation=by_std)
+        data.batch["advantages"] = data.batch["returns"] = found
+        return data
 
     def _prove_seals(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
         assert self._claimed is not None
@@ -450,16 +465,6 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             state = LearnerState.read(Path(self.config.trainer.resume_from_path))
             self.prompts_fetched = state.prompts_fetched
             self._left_over.extend((place, index) for place, index in state.outstanding)
-            self._restore_order(Path(self.config.trainer.resume_from_path) / ORDER_FILE)
-
-    def _restore_order(self, file: Path) -> None:
-        if self.order is None:
-            return
-        if not file.is_file():
-            raise ConfigError(
-                f"the checkpoint was saved without a curriculum ({file} is missing): begin anew"
-            )
-        self.order.restore(file.read_bytes())
 
     def _validate(self) -> dict[str, float]:
         metrics: dict[str, float] = super()._validate()

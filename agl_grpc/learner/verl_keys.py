@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.turn_credit import NAME as TURNS
 
 # Advantage estimators whose inputs exist for rollouts from the store.
 ESTIMATORS = (
@@ -22,6 +23,7 @@ ESTIMATORS = (
     "opo",
     "gpg",
     "grpo_passk",
+    TURNS,
 )
 _BY_ROWS = "it compares rows, so a rollout of several rows would count several times: use {}"
 _NO_GRADIENT_TERMS = "it needs the sums of squared probabilities, which verl's v1 trainer does not fetch"
@@ -123,6 +125,11 @@ def check_names(config: DictConfig) -> None:
         raise ConfigError(
             f"algorithm.adv_estimator={estimator!r} is not supported with rollouts from the store{because}; "
             f"choose one of {', '.join(ESTIMATORS)}"
+        )
+    if estimator == TURNS and config.algorithm.use_kl_in_reward:
+        raise ConfigError(
+            f"algorithm.use_kl_in_reward changes rewards of rows, and {TURNS} judges turns: set it to False, "
+            "or use actor_rollout_ref.actor.use_kl_loss"
         )
     policy = config.actor_rollout_ref.actor.policy_loss
     # A module that the user's configuration makes verl import may bring losses of its own.

@@ -41,7 +41,7 @@ from agl_grpc.model.resource import (
 )
 from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from agl_grpc.model.run import Group, Run
+from agl_grpc.model.run import Group, Run, RunGrader
 from agl_grpc.model.span import Event, Link, Span, SpanCoreFields, TraceStatus
 from agl_grpc.model.training import Batch, LogLine, ManifestEntry, StepMetrics, TrainingRun
 from agl_grpc.model.value import BlobReference, RawPayload
@@ -93,6 +93,7 @@ __all__ = [
     "RolloutMode",
     "RolloutStatus",
     "Run",
+    "RunGrader",
     "SortOrder",
     "Span",
     "SpanCoreFields",

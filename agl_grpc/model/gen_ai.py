@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from agl_grpc.model import semconv
 from agl_grpc.v1 import model_call_pb2
 
 MARK = b"token_ids"
@@ -46,6 +47,11 @@ _MODEL = ("gen_ai.response.model", "gen_ai.request.model", "llm.hosted_vllm.mode
 _FINISH = ("gen_ai.response.finish_reasons", "gen_ai.completion.0.finish_reason")
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 _COUNTS = ("top_k", "max_tokens", "seed")
+_UNKNOWN = model_call_pb2.LOGPROB_SEMANTICS_UNSPECIFIED
+_SEMANTICS = {
+    "raw": model_call_pb2.LOGPROB_SEMANTICS_RAW,
+    "processed": model_call_pb2.LOGPROB_SEMANTICS_PROCESSED,
+}
 _MOST_ID = 2**32 - 1
 
 Attributes = Mapping[str, Any]
@@ -69,13 +75,17 @@ def response_id(attributes: Attributes) -> str | None:
 def model_call(attributes: Attributes) -> model_call_pb2.ModelCall | None:
     """The call that a span's attributes tell of; None when it has no token ids of both sides.
 
-    Nobody says of which distribution such logprobs are nor which weights sampled: the call can be read,
-    exported and turned into triplets, and is not trained as it is.
+    It can be read, exported and turned into triplets. It is trained only where its span says as well which
+    weights sampled it and of which distribution its logprobs are; else `untrainable_reason` names what is
+    missing.
     """
     prompt, response = prompt_token_ids(attributes), response_token_ids(attributes)
     if not prompt or not response:
         return None
     logprobs = _logprobs(attributes.get(LOGPROBS), len(response))
+    version = _policy_version(attributes)
+    semantics = _SEMANTICS.get(str(attributes.get(semconv.LOGPROBS)), _UNKNOWN)
+    runs = [] if version is None else [model_call_pb2.PolicyRun(end=len(response), policy_version=version)]
     return model_call_pb2.ModelCall(
         model=_first_text(attributes, _MODEL) or "",
         prompt=model_call_pb2.PromptTokens(token_ids=prompt),
@@ -84,15 +94,37 @@ def model_call(attributes: Attributes) -> model_call_pb2.ModelCall | None:
                 token_ids=response,
                 logprobs=logprobs or [0.0] * len(response),
                 finish_reason=_finish_reason(attributes),
+                policy_runs=runs,
             )
         ],
         sampling=_sampling(attributes),
+        logprob_semantics=semantics,
         outcome=model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE,
-        untrainable_reason="" if logprobs else "its span has no logprobs",
+        untrainable_reason=_untrainable(bool(logprobs), version, semantics),
+        mode=_first_text(attributes, (semconv.MODE,)) or "train",
         api=_api(attributes),
         request_id=response_id(attributes) or "",
         agent_name=_first_text(attributes, ("gen_ai.agent.name", "agent.name")) or "",
     )
+
+
+def _policy_version(attributes: Attributes) -> int | None:
+    """The optimiser step whose weights sampled; None = the span does not say."""
+    value = attributes.get(semconv.POLICY_VERSION)
+    if isinstance(value, str) and value.isdecimal() and len(value) < 19:
+        value = int(value)
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return value if good else None
+
+
+def _untrainable(logprobs: bool, version: int | None, semantics: int) -> str:
+    if not logprobs:
+        return "its span has no logprobs"
+    if version is None:
+        return f"its span does not say which weights sampled it: no version in {semconv.POLICY_VERSION}"
+    if semantics == _UNKNOWN:
+        return f"its span does not say of what its logprobs are: raw or processed in {semconv.LOGPROBS}"
+    return ""
 
 
 def _ids(attributes: Attributes, name: str) -> list[int]:

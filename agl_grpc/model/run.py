@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -10,10 +11,24 @@ from agl_grpc.model.value import from_key_values, to_key_values
 from agl_grpc.v1 import run_pb2
 
 
+@dataclass(frozen=True, slots=True)
+class RunGrader:
+    """A grader whose verdicts a run waits for.
+
+    name: the grader's, or ``NAME/COMPONENT`` for a component that counts by itself. version: the one that is
+    waited for; empty = any. weight: how much the reward counts; 0 = it is recorded only.
+    """
+
+    name: str
+    version: str = ""
+    weight: float = 1.0
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
     """A run. ``None`` keeps finished rollouts for ever (``retention_seconds``), pins for ever what committed
-    batches name (``replay_retention_seconds``), and means 60 s (``seal_timeout_seconds``).
+    batches name (``replay_retention_seconds``), and means 60 s (``seal_timeout_seconds``) or 600 s
+    (``grading_timeout_seconds``: how long a succeeded rollout waits for the verdicts of ``graders``).
     """
 
     run_id: str
@@ -25,6 +40,13 @@ class Run:
     paused_queues: list[str] = field(default_factory=list)
     seal_timeout_seconds: float | None = None
     replay_retention_seconds: float | None = None
+    graders: list[RunGrader] = field(default_factory=list)
+    grading_timeout_seconds: float | None = None
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """What counts of the graders' rewards, by name; empty = the run names no graders."""
+        return {grader.name: grader.weight for grader in self.graders if grader.weight}
 
     @classmethod
     def from_proto(cls, message: run_pb2.Run) -> Self:
@@ -39,6 +61,11 @@ class Run:
             paused_queues=list(message.paused_queues),
             seal_timeout_seconds=read_seconds(message, "seal_timeout"),
             replay_retention_seconds=read_seconds(message, "replay_retention"),
+            graders=[
+                RunGrader(one.name, one.version, one.weight if one.HasField("weight") else 1.0)
+                for one in message.graders
+            ],
+            grading_timeout_seconds=read_seconds(message, "grading_timeout"),
         )
 
     def to_proto(self) -> run_pb2.Run:
@@ -50,7 +77,14 @@ class Run:
             retention=to_duration(self.retention_seconds),
             seal_timeout=to_duration(self.seal_timeout_seconds),
             replay_retention=to_duration(self.replay_retention_seconds),
+            graders=graders_to_proto(self.graders),
+            grading_timeout=to_duration(self.grading_timeout_seconds),
         )
+
+
+def graders_to_proto(graders: Iterable[RunGrader]) -> list[run_pb2.RunGrader]:
+    """Write the stored form of graders."""
+    return [run_pb2.RunGrader(name=one.name, version=one.version, weight=one.weight) for one in graders]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,6 +5,11 @@ from __future__ import annotations
 ROLLOUT_ID = "agentlightning.rollout_id"
 ATTEMPT_ID = "agentlightning.attempt_id"
 SPAN_SEQUENCE_ID = "agentlightning.span_sequence_id"
+# Of a model call in somebody else's span: the committed optimiser step whose weights sampled it, of which
+# distribution its logprobs are (raw, processed), and in which mode it was sampled (default train).
+POLICY_VERSION = "agentlightning.policy_version"
+LOGPROBS = "agentlightning.logprobs"
+MODE = "agentlightning.mode"
 TRACER_NAME = "agentlightning.tracer.name"
 
 SPAN_ANNOTATION = "agentlightning.annotation"

@@ -65,6 +65,8 @@ class RunnerConfig:
     """Records agents' spans: a `Tracer`, its class, or an import path; None = an `OtelTracer`."""
     start_method: str = "spawn"
     """How worker processes start: `spawn`, or `fork` from a process that has never used gRPC."""
+    allowed_exit_codes: Sequence[int] = (0,)
+    """Exit codes, negative for signals, with which a worker process has left; others are crashes."""
     restart_seconds: float = 1.0
     """First pause before a worker that died is started again; it doubles up to 30 s."""
 

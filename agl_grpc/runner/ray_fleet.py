@@ -7,12 +7,12 @@ import contextlib
 import ipaddress
 import logging
 import math
-import signal
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from agl_grpc.client import StoreError, SyncStoreClient
@@ -22,6 +22,8 @@ from agl_grpc.runner.load import LoadError
 from agl_grpc.runner.logs import configure_logging
 from agl_grpc.runner.process import load_parts, loop_factory
 from agl_grpc.runner.restarts import Start, WorkerStartError, end_leases, start_again
+from agl_grpc.runner.signals import stopping_at_signals
+from agl_grpc.runner.sweep import end_programs
 from agl_grpc.runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ LOOK_SECONDS = 1.0
 
 SURPLUS_SECONDS = 30.0
 """How long there must be too many workers before some are drained."""
+
+SWEEP_SECONDS = 20.0
+"""How long a node may take to end the programs of a worker that was lost there."""
 
 _UNFINISHED = (
     RolloutStatus.QUEUING,
@@ -75,14 +80,17 @@ class RayWorker:
         self._wanted: list[bool] = []
         self._lock = threading.Lock()
 
-    def node(self) -> str:
-        """The node that it runs on."""
+    def place(self) -> tuple[str, int]:
+        """The node that it runs on, and its process there."""
         import ray
 
-        return str(ray.get_runtime_context().get_node_id())
+        return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
     def run(self) -> tuple[str, str]:
         """Works until it leaves; `left`, `worn out`, or `refused` with the reason."""
+        if sys.version_info < (3, 14):
+            # Ray installs uvloop's policy, under which the agents' own loop cannot start programs.
+            asyncio.set_event_loop_policy(None)
         try:
             agent, hooks, tracer = load_parts(self.config)
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -130,7 +138,8 @@ class _Actor:
     handle: Any
     start: Start
     draining: bool = False
-    node: Any = None
+    asked: Any = None  # what its `place` will answer; None = told already
+    place: tuple[str, int] | None = None
     began: float = field(default_factory=time.monotonic)
     began_wall: float = field(default_factory=time.time)
 
@@ -138,8 +147,9 @@ class _Actor:
 class RayFleet:
     """Runs workers as Ray actors until they have all left or `stop` is called.
 
-    An actor that is lost, with its process or its node, is placed anew with back-off, and its leases are
-    ended at once. With `placement.min_workers` their number follows the run's unfinished rollouts.
+    An actor that is lost, with its process or its node, is placed anew with back-off. Its leases are ended at
+    once, and so are programs that it left on a node that is still there. With `placement.min_workers` their
+    number follows the run's unfinished rollouts.
     """
 
     def __init__(self, config: RunnerConfig, placement: Placement) -> None:
@@ -164,7 +174,7 @@ class RayFleet:
             WorkerStartError: Ray cannot be used, or a worker cannot run at all; the others have been stopped.
         """
         # Ray sets handlers of its own when it connects; ours come afterwards.
-        with _ray(self._placement) as ray, self._signals():
+        with _ray(self._placement) as ray, stopping_at_signals(self.stop):
             self._warn_of_loopback(ray)
             with SyncStoreClient(self._config.store, run_id=self._config.run_id) as store:
                 while not self._over():
@@ -177,22 +187,6 @@ class RayFleet:
         if self._actors:
             return False
         return bool(self._stops) or len(self._left) >= self._config.workers
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_signal(number: int, _frame: FrameType | None) -> None:
-            self.stop()
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _warn_of_loopback(self, ray: Any) -> None:
         host = self._config.store.rpartition(":")[0].strip("[]")
@@ -246,20 +240,23 @@ class RayFleet:
 
     # Life and death
 
+    @property
+    def _runtime(self) -> dict[str, str]:
+        return {"working_dir": self._placement.working_dir} if self._placement.working_dir else {}
+
     def _start_due(self, ray: Any) -> None:
         for index, start in list(self._due.items()):
             if start.due > time.monotonic():
                 continue
             del self._due[index]
-            runtime = {"working_dir": self._placement.working_dir} if self._placement.working_dir else {}
             made = ray.remote(RayWorker).options(
                 num_cpus=self._placement.cpus_per_worker,
                 num_gpus=self._placement.gpus_per_worker,
                 max_concurrency=4,
-                runtime_env=runtime,
+                runtime_env=self._runtime,
             )
             handle = made.remote(self._config, self._config.worker_id(index))
-            self._actors[handle.run.remote()] = _Actor(index, handle, start, node=handle.node.remote())
+            self._actors[handle.run.remote()] = _Actor(index, handle, start, asked=handle.place.remote())
 
     def _collect(self, ray: Any, store: SyncStoreClient) -> None:
         if not self._actors:
@@ -273,6 +270,7 @@ class RayFleet:
             except ray.exceptions.RayError as error:
                 # One that is only out of reach must not come back beside its successor.
                 ray.kill(actor.handle)
+                self._sweep(ray, actor)
                 self._died(actor, error, store)
             else:
                 self._judge(actor, verdict, reason)
@@ -281,15 +279,15 @@ class RayFleet:
     def _tell_places(self, ray: Any) -> None:
         pending = 0
         for actor in self._actors.values():
-            if actor.node is None:
+            if actor.asked is None:
                 continue
-            if not ray.wait([actor.node], timeout=0)[0]:
+            if not ray.wait([actor.asked], timeout=0)[0]:
                 pending += 1
                 continue
             with contextlib.suppress(ray.exceptions.RayError):
-                place = ray.get(actor.node)
-                log.info("worker %s runs on node %s", self._config.worker_id(actor.index), place)
-            actor.node = None
+                actor.place = ray.get(actor.asked)
+                log.info("worker %s runs on node %s", self._config.worker_id(actor.index), actor.place[0])
+            actor.asked = None
         if pending and pending != self._told_pending and not self._stops:
             log.info("%d workers wait for room in the cluster", pending)
         self._told_pending = pending
@@ -306,6 +304,28 @@ class RayFleet:
         log.info("worker %s left", name)
         if not actor.draining:
             self._left.add(actor.index)
+
+    def _sweep(self, ray: Any, actor: _Actor) -> None:
+        """Ends programs that a lost worker has left running on its node, if the node is still there."""
+        if actor.asked is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                actor.place = ray.get(actor.asked, timeout=0)
+        if actor.place is None:
+            return  # lost before it was placed: it has started nothing
+        node, pid = actor.place
+        if not any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
+            return
+        on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        task = ray.remote(end_programs).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=on_node, runtime_env=self._runtime
+        )
+        name = self._config.worker_id(actor.index)
+        try:
+            ended = ray.get(task.remote(pid), timeout=SWEEP_SECONDS)
+        except ray.exceptions.RayError as error:
+            log.warning("programs of %s may still run on node %s: %s", name, node, _story(error))
+        else:
+            log.info("worker %s left %d programs on node %s, which were killed", name, ended, node)
 
     def _died(self, actor: _Actor, error: Exception, store: SyncStoreClient) -> None:
         name = self._config.worker_id(actor.index)
@@ -336,7 +356,7 @@ class RayFleet:
             return
         self._passed_on = self._stops
         for reference, actor in list(self._actors.items()):
-            if actor.node is not None and not ray.wait([actor.node], timeout=0)[0]:
+            if actor.asked is not None and not ray.wait([actor.asked], timeout=0)[0]:
                 # It was never placed: there is nothing to drain.
                 ray.kill(actor.handle)
                 del self._actors[reference]
@@ -358,6 +378,7 @@ def _ray(placement: Placement) -> Iterator[Any]:
     try:
         import ray
         import ray.exceptions
+        import ray.util.scheduling_strategies
     except ImportError as error:
         raise WorkerStartError(
             "Ray is not installed: install agl-grpc[ray], here and on the cluster's nodes"

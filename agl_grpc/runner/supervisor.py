@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any
 
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.runner.exits import describe_exit
 from agl_grpc.runner.process import EXIT_FATAL, EXIT_RECYCLE, TOOK, run_worker_process
 from agl_grpc.runner.restarts import Start, WorkerStartError, end_leases, start_again
+from agl_grpc.runner.signals import stopping_at_signals
 from agl_grpc.runner.sweep import end_programs
 
 log = logging.getLogger(__name__)
@@ -54,7 +51,7 @@ class Supervisor:
     A worker that dies is restarted after `config.restart_seconds`, doubling up to 30 s; its leases are ended
     at once, so that its rollouts are delivered elsewhere without waiting for their expiry, and programs
     that it left running are killed. A worker that dies again and again before it takes a rollout will never
-    work: all stop.
+    work: all stop. One that ends with one of `config.allowed_exit_codes` has left and is not restarted.
     """
 
     def __init__(self, config: RunnerConfig) -> None:
@@ -87,7 +84,7 @@ class Supervisor:
         Raises:
             WorkerStartError: a worker cannot run at all; the others have been stopped.
         """
-        with self._signals():
+        with stopping_at_signals(self.stop):
             try:
                 for index in range(self._config.workers):
                     self._start(index, Start())
@@ -100,22 +97,6 @@ class Supervisor:
                 self._kill_all()
                 self._wake_end.close()
                 self._waker.close()
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_signal(number: int, _frame: FrameType | None) -> None:
-            self.stop()
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _start(self, index: int, due: Start) -> None:
         ours, theirs = self._context.Pipe(duplex=False)
@@ -150,15 +131,19 @@ class Supervisor:
         if code == 0:
             log.info("worker %s left", name)
             return
-        if code == EXIT_FATAL:
-            raise WorkerStartError(child.report or f"worker {name} could not start")
+        # Without a report it was the agent that exited with this code.
+        if code == EXIT_FATAL and child.report:
+            raise WorkerStartError(child.report)
         self._end_leases(name)
         if child.process.pid is not None:
             end_programs(child.process.pid)
         if self._stops:
             log.warning("worker %s %s while it was stopping", name, describe_exit(code))
             return
-        if code == EXIT_RECYCLE:
+        if code in self._config.allowed_exit_codes:
+            log.info("worker %s left: it %s, which is allowed", name, describe_exit(code))
+            return
+        if code == EXIT_RECYCLE and child.report:
             log.warning("worker %s is replaced: %s", name, child.report)
             self._due[child.index] = Start()
             return

@@ -21,13 +21,14 @@ _JSON = json.JSONDecoder()
 def classify(tree: TokenTree, answer: Answer, earlier: Sequence[Answer], decode: Decode | None) -> RowStart:
     """The kind of break between an answer that continues none of the earlier ones and those before it.
 
-    Compared with the earlier answer whose prompt its own prompt keeps whole (the longest such prompt counts).
-    Without `decode` only cut and truncated answers are told from other changes.
+    Compared with the earlier answer whose prompt its own prompt keeps whole (the longest such prompt counts);
+    where there is none, with the one of which most came back. Without `decode` only cut and truncated answers
+    are told from other changes.
     """
     above = {id(node) for node in answer.prompt.upwards()}
     kept = [other for other in earlier if other.prompt is not answer.prompt and id(other.prompt) in above]
     if not kept:
-        return RowStart.PROMPT_CHANGED
+        return _prompt_break(tree, answer, earlier, decode)
     longest = max(other.prompt.end for other in kept)
     # Of several answers to that prompt the one of which most tokens came back, then the newest.
     base = max(
@@ -42,6 +43,24 @@ def classify(tree: TokenTree, answer: Answer, earlier: Sequence[Answer], decode:
         return RowStart.RESPONSE_CHANGED
     returned = tree.tokens(answer.prompt, base.prompt.end)
     return compare_texts(decode(base.response.tolist()), decode(returned.tolist()))
+
+
+def _prompt_break(
+    tree: TokenTree, answer: Answer, earlier: Sequence[Answer], decode: Decode | None
+) -> RowStart:
+    """The kind of break where no earlier prompt came back whole.
+
+    A template may write the end of a prompt otherwise once an answer follows it (thinking that is switched
+    off), and tokens may merge over the border of prompt and answer: the texts of whole sequences tell.
+    """
+    if decode is None:
+        return RowStart.PROMPT_CHANGED
+    base = max(earlier, key=lambda other: (shared_length(other.end, answer.prompt), other.place))
+    if shared_length(base.end, answer.prompt) == 0:
+        return RowStart.PROMPT_CHANGED
+    before, returned = decode(tree.tokens(base.end).tolist()), decode(tree.tokens(answer.prompt).tolist())
+    found = compare_texts(before, returned)
+    return RowStart.PROMPT_CHANGED if found is RowStart.RESPONSE_CHANGED else found
 
 
 def compare_texts(sampled: str, returned: str) -> RowStart:

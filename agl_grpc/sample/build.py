@@ -53,7 +53,7 @@ def read_attempt(record: AttemptRecord, rules: SampleRules, decode: Decode | Non
     tree = TokenTree()
     answers = read_answers(record.spans, rules, tree)
     judgement = judge(record.rewards, rules)
-    refusal = _refusal(record, judgement.value)
+    refusal = _refusal(record, judgement)
     if refusal is not None:
         return Reading(tree, answers, judgement, Merge([], []), [], refusal)
     # Late calls are counted, but change nothing: a batch that was frozen before they came knows none of them.
@@ -87,7 +87,8 @@ def build_attempt(
             captured=captured, dropped=Counter({reason.value: captured} if captured else {})
         )
         return AttemptSamples(record.rollout_id, record.attempt_id, record.group_id, value, [], account)
-    trained = sorted((a for t in reading.kept for a in t.answers), key=lambda answer: answer.place)
+    trained = [answer for trajectory in reading.kept for answer in trajectory.answers]
+    trained.sort(key=lambda answer: answer.place)
     credits, unplaced = credit([a.span_id for a in trained], reading.judgement, rules.discount)
     credit_of = {answer.place: pair for answer, pair in zip(trained, credits, strict=True)}
     rows = [_row(record, reading, trajectory, value, rules, credit_of) for trajectory in reading.kept]
@@ -142,12 +143,12 @@ def left_out(answer: Answer, rules: SampleRules) -> bool:
     return answer.truncated and rules.truncated is Truncated.MASK
 
 
-def _refusal(record: AttemptRecord, reward: float | None) -> DropReason | None:
+def _refusal(record: AttemptRecord, judgement: Judgement) -> DropReason | None:
     if record.capture_incomplete:
         return DropReason.CAPTURE_INCOMPLETE
-    if reward is None:
-        return DropReason.NO_REWARD
-    return None if math.isfinite(reward) else DropReason.REWARD_NOT_FINITE
+    if judgement.value is None:
+        return DropReason.GRADER_FAILED if judgement.failed else DropReason.NO_REWARD
+    return None if math.isfinite(judgement.value) else DropReason.REWARD_NOT_FINITE
 
 
 def _drop_rows(attempt: AttemptSamples) -> AttemptSamples:
@@ -237,6 +238,10 @@ def _fill(
 
 
 def _account(captured: int, reading: Reading, rows: Sequence[Sample], rules: SampleRules) -> TokenAccount:
+    if len(reading.answers) == len(rows) == 1 and not left_out(reading.answers[0], rules):
+        # Nothing but one trained answer, as most attempts of one call are.
+        trained = rows[0].trained_tokens
+        return TokenAccount(captured, trained, rows[0].length - trained)
     dropped: Counter[str] = Counter()
     for answer, reason in reading.merge.excluded:
         dropped[reason.value] += answer.length

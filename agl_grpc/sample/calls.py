@@ -178,19 +178,28 @@ def _answer(
 
 
 def _excluded(span: CallSpan, length: int, versions: Int64Array, rules: SampleRules) -> DropReason | None:
+    # One test after the other: a table of all would cost more than the rest of an answer.
     call = span.call
-    checks = (
-        (span.late, DropReason.LATE),
-        (bool(rules.model) and call.model != rules.model, DropReason.OTHER_MODEL),
-        (call.mode != "train", DropReason.NOT_TRAIN_MODE),
-        (bool(rules.agents) and call.agent_name not in rules.agents, DropReason.OTHER_AGENT),
-        (bool(call.untrainable_reason), DropReason.UNTRAINABLE),
-        (call.outcome != MODEL_CALL_OUTCOME_COMPLETE, DropReason.NOT_COMPLETE),
-        (length == 0, DropReason.EMPTY_RESPONSE),
-        (not _logprobs_usable(call), DropReason.LOGPROBS_UNKNOWN),
-        (bool(length) and versions.min() < 0, DropReason.POLICY_VERSION_UNKNOWN),
-    )
-    return next((reason for failed, reason in checks if failed), None)
+    reason: DropReason | None = None
+    if span.late:
+        reason = DropReason.LATE
+    elif rules.model and call.model != rules.model:
+        reason = DropReason.OTHER_MODEL
+    elif call.mode != "train":
+        reason = DropReason.NOT_TRAIN_MODE
+    elif rules.agents and call.agent_name not in rules.agents:
+        reason = DropReason.OTHER_AGENT
+    elif call.untrainable_reason:
+        reason = DropReason.UNTRAINABLE
+    elif call.outcome != MODEL_CALL_OUTCOME_COMPLETE:
+        reason = DropReason.NOT_COMPLETE
+    elif not length:
+        reason = DropReason.EMPTY_RESPONSE
+    elif not _logprobs_usable(call):
+        reason = DropReason.LOGPROBS_UNKNOWN
+    elif versions.min() < 0:
+        reason = DropReason.POLICY_VERSION_UNKNOWN
+    return reason
 
 
 def _logprobs_usable(call: Any) -> bool:

@@ -1,6 +1,7 @@
-"""Samples as files that other tools read: one JSON object a line, or Parquet (needs `pyarrow`).
+"""Samples as files that other tools read: one JSON object a line, Parquet (needs `pyarrow`), or tensors.
 
-Both hold the same columns and come back bit for bit: `read_samples(path)`.
+All hold the same columns and come back bit for bit: `read_samples(path)`. A tensor file (`.safetensors`, or
+`.pt` for torch) holds the packed columns of `wire.pack`: one tensor a column, all rows one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import orjson
 
 from agl_grpc.sample.types import RowStart, Sample, Turn
 
-FORMATS = ("jsonl", "parquet")
+FORMATS = ("jsonl", "parquet", "safetensors", "pt")
 _ROWS_AT_ONCE = 1024
 _ARRAYS = {
     "prompt_ids": np.int32,
@@ -31,12 +32,21 @@ def write_samples(path: Path, samples: Iterable[Sample], form: str) -> int:
     """Writes samples to a file; returns how many. ValueError for a format that is none of `FORMATS`."""
     if form not in FORMATS:
         raise ValueError(f"format {form!r} is none of {', '.join(FORMATS)}")
+    if form in ("safetensors", "pt"):
+        from agl_grpc.sample.tensors import write_tensors
+
+        return write_tensors(path, samples, form)
     rows = map(_to_row, samples)
     return _write_parquet(path, rows) if form == "parquet" else _write_jsonl(path, rows)
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
     """The samples of a file that `write_samples` made; its name says the format."""
+    if path.suffix in (".safetensors", ".pt"):
+        from agl_grpc.sample.tensors import read_tensors
+
+        yield from read_tensors(path)
+        return
     if path.suffix == ".parquet":
         from pyarrow import parquet
 

@@ -18,7 +18,8 @@ class Judgement:
 
     value: the attempt's reward by the rules; None = it has none. own: the part of it that judges the attempt
     as a whole. named: rewards of the whole attempt by name, those that do not count too. by_span and by_step:
-    rewards that count, of single calls by span id and of steps by number.
+    rewards that count, of single calls by span id and of steps by number. failed: rewards that count and that
+    their graders failed to give.
     """
 
     value: float | None = None
@@ -26,6 +27,7 @@ class Judgement:
     named: dict[str, float] = field(default_factory=dict)
     by_span: dict[bytes, float] = field(default_factory=dict)
     by_step: dict[int, float] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
 
 
 def judge(rewards: Iterable[Reward], rules: SampleRules) -> Judgement:
@@ -37,7 +39,7 @@ def judge(rewards: Iterable[Reward], rules: SampleRules) -> Judgement:
     """
     newest: dict[tuple[str, bytes, int | None], Reward] = {}
     for reward in rewards:
-        if reward.HasField("value"):
+        if reward.HasField("value") or reward.HasField("failure"):
             step = reward.step if reward.HasField("step") else None
             key = (reward.name or PRIMARY, reward.target_span_id, step)
             if key not in newest or _age(reward) >= _age(newest[key]):
@@ -45,7 +47,9 @@ def judge(rewards: Iterable[Reward], rules: SampleRules) -> Judgement:
     counted = rules.counted_rewards
     found = Judgement()
     for (name, span_id, step), reward in newest.items():
-        if not span_id and step is None:
+        if reward.HasField("failure"):
+            found.failed.update({name} & counted.keys() or _parts_of(name, counted))
+        elif not span_id and step is None:
             found.named[name] = reward.value
         elif name in counted and span_id:
             found.by_span[span_id] = found.by_span.get(span_id, 0.0) + counted[name] * reward.value
@@ -53,6 +57,11 @@ def judge(rewards: Iterable[Reward], rules: SampleRules) -> Judgement:
             found.by_step[step] = found.by_step.get(step, 0.0) + counted[name] * reward.value
     _settle(found, counted)
     return found
+
+
+def _parts_of(grader: str, counted: Mapping[str, float]) -> set[str]:
+    """Components that count of a grader, none of which is there when it has failed."""
+    return {name for name in counted if name.startswith(f"{grader}/")}
 
 
 def _settle(found: Judgement, counted: Mapping[str, float]) -> None:
@@ -89,6 +98,12 @@ def credit(
     The attempt's own reward comes with its last answer, undiscounted there. Each of several answers of one
     call has the call's reward.
     """
+    if not judgement.by_step and not judgement.by_span:
+        # As nearly all attempts are: the end's reward, discounted back.
+        returns = [judgement.own] * len(span_ids)
+        for place in range(len(returns) - 2, -1, -1):
+            returns[place] = discount * returns[place + 1]
+        return [(0.0, each) for each in returns], 0
     own = [
         judgement.by_step.get(step, 0.0) + judgement.by_span.get(span_id, 0.0)
         for step, span_id in enumerate(span_ids)

@@ -57,6 +57,7 @@ class DropReason(StrEnum):
     LENGTH = "length", "the answer was cut off by the length limit"
     OVER_LONG = "over_long", "the row would be longer than the rules allow"
     NO_REWARD = "no_reward", "the attempt has none of the rewards that count"
+    GRADER_FAILED = "grader_failed", "a grader failed to give a reward that counts"
     REWARD_NOT_FINITE = "reward_not_finite", "the attempt's reward is NaN or infinite"
     CAPTURE_INCOMPLETE = "capture_incomplete", "the attempt was sealed while a model call was open"
     GROUP_TOO_SMALL = "group_too_small", "too few rollouts of the group can be trained"

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from agl_grpc.store import errors
+from agl_grpc.store.rollouts import grading
+from agl_grpc.store.rollouts.attempts import limited
 from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_time
 from agl_grpc.store.rollouts.rows import AttemptRow, RolloutRow
 from agl_grpc.store.spans.check import id_of, ref_of
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.sql import by_key, marks, padded
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.v1 import event_pb2, reward_pb2
+from agl_grpc.v1 import attempt_pb2, event_pb2, reward_pb2
 
 PRIMARY = "primary"
 """Name of the reward that is trained on."""
@@ -26,8 +28,8 @@ NO_STEP = -1
 
 _SELECT = (
     "SELECT w.reward_key, r.rollout_id, a.attempt_id, w.name, w.target_ref, w.step, w.grader, w.revision, "
-    "w.value, w.create_time, w.metadata FROM rewards w JOIN attempts a ON a.attempt_key = w.attempt_key "
-    "JOIN rollouts r ON r.rollout_key = a.rollout_key "
+    "w.value, w.create_time, w.metadata, w.failure, w.grader_version FROM rewards w "
+    "JOIN attempts a ON a.attempt_key = w.attempt_key JOIN rollouts r ON r.rollout_key = a.rollout_key "
 )
 
 
@@ -42,6 +44,14 @@ class _Name(NamedTuple):
     target_ref: int
     step: int
     grader: str
+
+
+class _Said(NamedTuple):
+    """What one revision says."""
+
+    value: float
+    version: str
+    failure: bytes | None
 
 
 def put_rewards(
@@ -87,13 +97,16 @@ def _put(
     stored = []
     for reward, name, (attempt, rollout_id) in zip(rewards, names, targets, strict=True):
         before = stands.setdefault((attempt.key, *name), {})
+        says = _Said(reward.value, reward.grader_version, _failure_blob(reward))
         revision = reward.revision or max(before, default=0) + 1
         if revision not in before:
-            before[revision] = reward.value
+            before[revision] = says
             metadata = key_values_blob(reward.metadata)
-            rows.append((attempt.key, *name, revision, reward.value, tx.now, metadata))
+            rows.append(
+                (attempt.key, *name, revision, says.value, tx.now, metadata, says.failure, says.version)
+            )
             events.append(attempt.run_key)
-        elif before[revision] != reward.value:
+        elif before[revision] != says:
             raise errors.exists("reward", f"{name.name} revision {revision}")
         one = reward_pb2.Reward()
         one.CopyFrom(reward)
@@ -102,21 +115,31 @@ def _put(
         set_time(one.create_time, tx.now)
         stored.append(one)
     keys = _insert(tx, rows)
+    answered = {attempt.key: attempt for attempt, _ in targets} if any(r.grader for r in rewards) else {}
+    for attempt in answered.values():
+        grading.answered(tx, attempt)
     for run_key, key in zip(events, keys, strict=True):
         tx.event(run_key, event_pb2.ENTITY_KIND_REWARD, event_pb2.EVENT_KIND_CREATED, key)
     return stored
 
 
-def _revisions(db: Connection, attempt_keys: Sequence[int]) -> dict[tuple[Any, ...], dict[int, float]]:
-    """What the attempts have: values by attempt's key and name, and by revision."""
-    found: dict[tuple[Any, ...], dict[int, float]] = {}
+def _failure_blob(reward: reward_pb2.Reward) -> bytes | None:
+    """A failure within the contract's limits, for storing; None = there is a value."""
+    if not reward.HasField("failure"):
+        return None
+    return limited(reward.failure).SerializeToString(deterministic=True)
+
+
+def _revisions(db: Connection, attempt_keys: Sequence[int]) -> dict[tuple[Any, ...], dict[int, _Said]]:
+    """What the attempts have, by attempt's key and name, and by revision."""
+    found: dict[tuple[Any, ...], dict[int, _Said]] = {}
     for part in padded(list(dict.fromkeys(attempt_keys)), _AT_ONCE):
-        for *name, revision, value in db.execute(
-            "SELECT attempt_key, name, target_ref, step, grader, revision, value FROM rewards "
-            f"WHERE attempt_key IN ({marks(len(part))})",
+        for *name, revision, value, version, failure in db.execute(
+            "SELECT attempt_key, name, target_ref, step, grader, revision, value, grader_version, failure "
+            f"FROM rewards WHERE attempt_key IN ({marks(len(part))})",
             part,
         ):
-            found.setdefault(tuple(name), {})[revision] = value
+            found.setdefault(tuple(name), {})[revision] = _Said(value, version, failure)
     return found
 
 
@@ -128,7 +151,7 @@ def _insert(tx: Tx, rows: Sequence[tuple[object, ...]]) -> list[int]:
         one = f"({marks(len(part[0]))})"
         made = tx.execute(
             "INSERT INTO rewards (attempt_key, name, target_ref, step, grader, revision, value, create_time, "
-            f"metadata) VALUES {','.join([one] * len(part))} RETURNING reward_key",
+            f"metadata, failure, grader_version) VALUES {','.join([one] * len(part))} RETURNING reward_key",
             [value for row in part for value in row],
         )
         # Rows get rising keys in the order given; in which order they come back nobody promises.
@@ -137,7 +160,10 @@ def _insert(tx: Tx, rows: Sequence[tuple[object, ...]]) -> list[int]:
 
 
 def _check(reward: reward_pb2.Reward, path: str) -> _Name:
-    if not reward.HasField("value") or not math.isfinite(reward.value):
+    if reward.HasField("failure"):
+        if reward.HasField("value") or reward.failure.kind != attempt_pb2.FAILURE_KIND_GRADER:
+            raise errors.invalid_field(f"{path}.failure", "must have kind GRADER and stand without a value")
+    elif not reward.HasField("value") or not math.isfinite(reward.value):
         raise errors.invalid_field(f"{path}.value", "must be a finite number")
     if len(reward.name.encode()) > 128:
         raise errors.invalid_field(f"{path}.name", "must have at most 128 bytes")
@@ -171,6 +197,8 @@ def _message(
     value: float,
     create_time: int,
     metadata: bytes | None,
+    failure: bytes | None,
+    grader_version: str,
 ) -> reward_pb2.Reward:
     reward = reward_pb2.Reward(
         rollout_id=rollout_id,
@@ -178,13 +206,16 @@ def _message(
         name=name,
         grader=grader,
         revision=revision,
-        value=value,
+        value=None if failure is not None else value,
+        grader_version=grader_version,
         target_span_id=id_of(target_ref) if target_ref != NO_TARGET else b"",
         step=None if step == NO_STEP else step,
     )
     set_time(reward.create_time, create_time)
     if metadata:
         reward.metadata.extend(key_values(metadata))
+    if failure is not None:
+        reward.failure.MergeFromString(failure)
     return reward
 
 

@@ -36,9 +36,6 @@ from agl_grpc.trainer.training_record import RunStopped, TrainingRecord, result_
 
 log = logging.getLogger(__name__)
 
-# After the agents' grace: to deliver what has finished and hand back the rest.
-_THREAD_END_SECONDS = 15.0
-
 
 class LocalSession(Session):
     """Runs an `Algorithm` here, or, without one, only the workers."""
@@ -140,7 +137,14 @@ class LocalSession(Session):
             self.progress.say(f"workers elsewhere: agl-grpc runner start --agent … --store {self.address}")
             yield
         elif isinstance(self._strategy, SharedMemoryExecutionStrategy):
-            threads = WorkerThreads(self.plan, self.address, self._runner, self._trainer, self.stack.fail)
+            threads = WorkerThreads(
+                self.plan,
+                self.address,
+                self._runner,
+                self._trainer,
+                self.stack.fail,
+                self._strategy.join_timeout,
+            )
             threads.start()
             try:
                 yield
@@ -174,7 +178,8 @@ class LocalSession(Session):
 class WorkerThreads:
     """Workers in threads of this process, each with an event loop of its own.
 
-    ``fail`` is told why a worker ended that should not have.
+    ``fail`` is told why a worker ended that should not have; ``join_timeout`` is how many seconds after its
+    agents' time a thread may take to deliver what has finished and hand back the rest.
     """
 
     def __init__(
@@ -184,6 +189,7 @@ class WorkerThreads:
         runner: LitAgentRunner | None,
         trainer: Any,
         fail: Callable[[Exception], None],
+        join_timeout: float,
     ) -> None:
         if runner is not None and plan.n_runners > 1:
             raise TrainerError(
@@ -200,6 +206,7 @@ class WorkerThreads:
         self._plan = plan
         self._store = store
         self._fail = fail
+        self._join_timeout = join_timeout
         self._stop = threading.Event()
         runners = [runner or self._make_runner(tracer) for _ in range(plan.n_runners)]
         self._threads = [
@@ -225,7 +232,7 @@ class WorkerThreads:
     def stop(self) -> None:
         """Has all workers drain; TrainerError when one does not end."""
         self._stop.set()
-        deadline = time.monotonic() + self._plan.runner.drain_seconds + _THREAD_END_SECONDS
+        deadline = time.monotonic() + self._plan.runner.drain_seconds + self._join_timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if stuck := [thread.name for thread in self._threads if thread.is_alive()]:

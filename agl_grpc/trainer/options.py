@@ -48,12 +48,32 @@ class RunnerOptions:
         lease_seconds: how long a lease lasts without renewal.
         drain_seconds: time for agents to finish when the trainer stops.
         log_level: of the workers' log.
+        isolation: where agents run: ``thread`` (in the worker), ``process``, ``command`` or ``kubernetes``;
+            empty = ``command`` or ``kubernetes`` where that field is given, else ``thread``.
+        command: for isolation ``command``: the shell command that is the agent.
+        job_template: for isolation ``kubernetes``: file with the Job that each rollout becomes.
+        namespace: for isolation ``kubernetes``; None = that of the cluster's configuration.
     """
 
     concurrency: int = 16
     lease_seconds: float = 30.0
     drain_seconds: float = 5.0
     log_level: str = "info"
+    isolation: str = ""
+    command: str = ""
+    job_template: str = ""
+    namespace: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The isolation that is meant."""
+        implied = "command" if self.command else "kubernetes" if self.job_template else "thread"
+        return self.isolation or implied
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether the program or Job that is named here is the agent."""
+        return self.where in ("command", "kubernetes")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.grader import Graders
 from agl_grpc.model import LLM, NamedResources, Resource
 from agl_grpc.runner.config import RunnerConfig
 from agl_grpc.trainer.errors import TrainerError
@@ -23,7 +24,8 @@ class Plan:
     """One run as `Trainer` was told to make it.
 
     ``store`` is the address of a store that runs already, empty = start one on ``store_host``; ``llm`` an
-    endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be;
+    endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be,
+    ``allowed_exit_codes`` with what they may leave; ``stop_seconds`` passes between SIGTERM and SIGKILL;
     ``training_run_id`` the training run to take up, empty = one is made, and ``trainer_id`` who takes it;
     ``configuration`` the file's keys, for the manifest.
     """
@@ -48,8 +50,11 @@ class Plan:
     resume: bool = False
     tracer: Any = None
     start_method: str = "spawn"
+    allowed_exit_codes: Sequence[int] = (0,)
+    stop_seconds: float = 20.0
     training_run_id: str = ""
     trainer_id: str = ""
+    graders: Graders | None = None
     configuration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,6 +83,11 @@ class Plan:
             log_level=self.runner.log_level,
             tracer=self.tracer,
             start_method=self.start_method,
+            isolation=self.runner.where,
+            command=self.runner.command,
+            job_template=self.runner.job_template,
+            namespace=self.runner.namespace,
+            allowed_exit_codes=self.allowed_exit_codes,
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from agl_grpc.client import StoreClient, StoreError
+from agl_grpc.grader import GraderFailed, GraderWorker
 from agl_grpc.model import LLM, NamedResources, ProxyLLM
 from agl_grpc.model.training import StepMetrics
 from agl_grpc.trainer import commands
@@ -26,6 +27,7 @@ from agl_grpc.trainer.validate import Score, validate
 
 T = TypeVar("T")
 _STORE_START_SECONDS = 60.0
+_GRADER_SECONDS = 365 * 24 * 3600.0
 
 
 class Session:
@@ -37,11 +39,13 @@ class Session:
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self.plan = plan
         self.progress = progress
-        self.stack = Stack(progress.say)
+        self.stack = Stack(progress.say, grace=plan.stop_seconds)
         self.address = plan.store
         self._client: StoreClient | None = None
         self._resources: dict[str, str] = {}
         self._forked: Forked | None = None
+        self._grading: GraderWorker | None = None
+        self._grading_task: asyncio.Task[None] | None = None
 
     def prepare(self) -> None:
         """Before any event loop and gRPC: forks the workers' parent where workers are to be forked."""
@@ -72,6 +76,7 @@ class Session:
                 finally:
                     end_session(self.plan.folder, self._last_step())
             finally:
+                await self._stop_graders()
                 if self._client is not None:
                     await self._client.close()
 
@@ -113,6 +118,35 @@ class Session:
             ) from error
         self.stack.ready("store")
         await self._client.create_run(plan.run_id)
+        await self._start_graders()
+
+    async def _start_graders(self) -> None:
+        """Has the run wait for its graders, and lets them work beside everything else."""
+        graders = self.plan.graders
+        if graders is None:
+            return
+        await self.client.update_run(self.plan.run_id, graders=graders.of_run())
+        credential = await self.client.create_grader_credential(lifetime_seconds=_GRADER_SECONDS)
+        client = StoreClient(self.client.target, run_id=self.plan.run_id, credential=credential)
+        try:
+            self._grading = GraderWorker(client, graders)
+            await self._grading.open()
+        except GraderFailed as error:
+            raise TrainerError(str(error)) from error
+        task = asyncio.create_task(self._grading.run())
+        task.add_done_callback(self._grading_ended)
+        self._grading_task = task
+
+    def _grading_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.stack.fail(TrainerError(f"grading ended: {error}"))
+
+    async def _stop_graders(self) -> None:
+        if self._grading_task is not None:
+            self._grading_task.cancel()
+        if self._grading is not None:
+            await self._grading.close()
+            await self._grading.client.close()
 
     def _start_runners(self) -> None:
         if self._forked is not None:

@@ -14,6 +14,7 @@ from agl_grpc.agent import LitAgent
 from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
+from agl_grpc.grader import Graders
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
 from agl_grpc.sample.adapter import Adapter
@@ -46,6 +47,8 @@ class Trainer:
         algorithm: `VERL` (or ``{"type": "verl", "config": …}``), or one that runs in this process; None =
             only workers.
         store: ``host:port`` or a client of a store that runs; None = one is started in the run's folder.
+        isolation: where agents run: ``thread`` (in the worker, the default), ``process``, ``command`` or
+            ``kubernetes``; as ``isolation`` of ``runner``, which names command and Job template.
         runner: a dict of `RunnerOptions` for worker processes; a `LitAgentRunner` for `dev` and for threads.
         initial_resources: published for agents, by name.
         n_runners: worker processes (or threads).
@@ -75,6 +78,7 @@ class Trainer:
         algorithm: Any = None,
         store: str | StoreClient | None = None,
         runner: Any = None,
+        isolation: str | None = None,
         initial_resources: NamedResources | None = None,
         n_runners: int = 1,
         max_rollouts: int | None = None,
@@ -90,16 +94,20 @@ class Trainer:
         engine_python: str | Path | None = None,
         learner_python: str | Path | None = None,
         port: int | None = None,
+        graders: Any = None,
     ) -> None:
         if n_runners < 1:
             raise TrainerError(f"n_runners is {n_runners}; it must be 1 or more")
         self.algorithm = _algorithm(algorithm)
+        self.graders = _graders(graders)
         self.strategy: ExecutionStrategy = (
             build("strategy", strategy, ExecutionStrategy, registry=STRATEGIES)
             or ClientServerExecutionStrategy()
         )
         self.tracer = build("tracer", tracer, Tracer, registry=TRACERS)  # type: ignore[type-abstract]  # only looked at
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
+        if isolation is not None:
+            self.runner_options = dataclasses.replace(self.runner_options, isolation=isolation)
         self.adapter = build("adapter", adapter, Adapter)
         self.hooks = (
             list(hooks) if isinstance(hooks, Sequence) and not isinstance(hooks, str) else _one(hooks)
@@ -125,7 +133,7 @@ class Trainer:
 
     def fit(
         self,
-        agent: Any,
+        agent: Any = None,
         train_dataset: Sequence[Any] | None = None,
         *,
         val_dataset: Sequence[Any] | None = None,
@@ -134,7 +142,7 @@ class Trainer:
 
         Args:
             agent: a `LitAgent`, its class, a decorated function, or ``module:name``; importable
-                or picklable, because workers are processes.
+                or picklable, because workers are processes; None where a command or a Job is the agent.
             train_dataset: tasks; each item is a JSON value and becomes a rollout's input.
             val_dataset: tasks of validation; never trained.
 
@@ -142,7 +150,8 @@ class Trainer:
             TrainerError: something does not start, ends too early or is given wrongly.
             KeyboardInterrupt: after Ctrl-C, once everything has stopped.
         """
-        plan = self._plan(_agent(agent), train_dataset or (), val_dataset)
+        agent = None if agent is None and self.runner_options.is_agent else _agent(agent)
+        plan = self._plan(agent, train_dataset or (), val_dataset)
         if self.training_run is not None:
             training_run_id, trainer_id = self.training_run
             plan = dataclasses.replace(plan, training_run_id=training_run_id, trainer_id=trainer_id)
@@ -188,22 +197,31 @@ class Trainer:
     def _plan(self, agent: Any, train: Sequence[Any], val: Sequence[Any] | None) -> Plan:
         strategy = self.strategy
         store, port = self.store, self.port or 0
-        host, start_method = "127.0.0.1", "spawn"
-        if isinstance(strategy, ClientServerExecutionStrategy):
-            port = port or strategy.store_port
-            store = store or strategy.existing_store
-            host, start_method = strategy.server_host, strategy.start_method
+        of_processes: dict[str, Any] = {}
         runner = self.runner_options
         if strategy.graceful_timeout is not None:
             runner = dataclasses.replace(runner, drain_seconds=strategy.graceful_timeout)
-        return Plan(
+        if isinstance(strategy, ClientServerExecutionStrategy):
+            port = port or strategy.store_port
+            store = store or strategy.existing_store
+            of_processes = {
+                "store_host": strategy.server_host,
+                "start_method": strategy.start_method,
+                "allowed_exit_codes": strategy.allowed_exit_codes,
+                "stop_seconds": strategy.terminate_timeout + runner.drain_seconds,
+            }
+        elif runner.where != "thread":
+            raise TrainerError(f"isolation {runner.where} needs worker processes: leave strategy='shm' out")
+        if strategy.managed_store is False and not store:
+            raise TrainerError("managed_store=False starts no store: give the trainer's store, as host:port")
+        plan = Plan(
+            graders=self.graders,
             folder=RunFolder(self.run_dir / self.run_name),
             agent=agent,
             train_dataset=train,
             val_dataset=val,
             initial_resources=self.initial_resources,
             store=store,
-            store_host=host,
             store_port=port,
             llm=self.llm,
             engine=self.engine,
@@ -216,9 +234,14 @@ class Trainer:
             learner_python=self.learner_python,
             resume=self.resume,
             tracer=self.tracer,
-            start_method=start_method,
             configuration=self.configuration,
+            **of_processes,
         )
+        try:
+            plan.runner_config(store or "127.0.0.1:1")
+        except ValueError as error:
+            raise TrainerError(f"runner: {error}") from error
+        return plan
 
     def _session(self, plan: Plan, progress: Progress) -> Session:
         processes = isinstance(self.strategy, ClientServerExecutionStrategy)
@@ -290,3 +313,13 @@ def _agent_object(agent: Any) -> LitAgent[Any]:
 
 def _one(hooks: Any) -> list[Any]:
     return [] if hooks is None else [hooks]
+
+
+def _graders(given: Any) -> Graders | None:
+    """Graders from whatever stands for them; None = the agent judges itself."""
+    if given is None:
+        return None
+    try:
+        return Graders.of(given)
+    except (ValueError, TypeError) as error:
+        raise TrainerError(f"graders: {error}") from error

@@ -22,17 +22,18 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from agl_grpc.v1 import attempt_pb2 as agl__grpc_dot_v1_dot_attempt__pb2
 from agl_grpc.v1 import common_pb2 as agl__grpc_dot_v1_dot_common__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61gl_grpc/v1/reward.proto\x12\x0b\x61gl_grpc.v1\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x02\n\x06Reward\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x12\n\x05value\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0etarget_span_id\x18\x05 \x01(\x0c\x12\x11\n\x04step\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06grader\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08metadata\x18\n \x03(\x0b\x32\x15.agl_grpc.v1.KeyValueB\x08\n\x06_valueB\x07\n\x05_stepb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61gl_grpc/v1/reward.proto\x12\x0b\x61gl_grpc.v1\x1a\x19\x61gl_grpc/v1/attempt.proto\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcb\x02\n\x06Reward\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x12\n\x05value\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0etarget_span_id\x18\x05 \x01(\x0c\x12\x11\n\x04step\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06grader\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08metadata\x18\n \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\x12%\n\x07\x66\x61ilure\x18\x0b \x01(\x0b\x32\x14.agl_grpc.v1.Failure\x12\x16\n\x0egrader_version\x18\x0c \x01(\tB\x08\n\x06_valueB\x07\n\x05_stepb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agl_grpc.v1.reward_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REWARD']._serialized_start=101
-  _globals['_REWARD']._serialized_end=369
+  _globals['_REWARD']._serialized_start=128
+  _globals['_REWARD']._serialized_end=459
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from agl_grpc.v1 import attempt_pb2 as _attempt_pb2
 from agl_grpc.v1 import common_pb2 as _common_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -36,6 +37,8 @@ class Reward(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    GRADER_VERSION_FIELD_NUMBER: _builtins.int
     rollout_id: _builtins.str
     """The rollout."""
     attempt_id: _builtins.str
@@ -43,7 +46,7 @@ class Reward(_message.Message):
     name: _builtins.str
     """Which reward; empty = `primary`; at most 128 bytes."""
     value: _builtins.float
-    """The value; finite. 0.0 is a value."""
+    """The value; finite. 0.0 is a value. Unset exactly when `failure` is set."""
     target_span_id: _builtins.bytes
     """The span it judges, 8 bytes; empty = the whole attempt (or the step)."""
     step: _builtins.int
@@ -52,6 +55,8 @@ class Reward(_message.Message):
     """Who judged; empty = the agent itself; at most 256 bytes."""
     revision: _builtins.int
     """Larger ones replace smaller ones of the same name, target, step and grader. 0 on writing = one more than the last."""
+    grader_version: _builtins.str
+    """Version of the grader; empty = not told; at most 128 bytes."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the store took it."""
@@ -59,6 +64,10 @@ class Reward(_message.Message):
     @_builtins.property
     def metadata(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.KeyValue]:
         """Free notes, for example the judge's reasons."""
+
+    @_builtins.property
+    def failure(self) -> _attempt_pb2.Failure:
+        """Why the grader gave no value; its kind is GRADER. While it is the newest revision, there is no such reward."""
 
     def __init__(
         self,
@@ -73,10 +82,12 @@ class Reward(_message.Message):
         revision: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         metadata: _abc.Iterable[_common_pb2.KeyValue] | None = ...,
+        failure: _attempt_pb2.Failure | None = ...,
+        grader_version: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "_value", b"_value", "create_time", b"create_time", "step", b"step", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "_value", b"_value", "create_time", b"create_time", "failure", b"failure", "step", b"step", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "_value", b"_value", "attempt_id", b"attempt_id", "create_time", b"create_time", "grader", b"grader", "metadata", b"metadata", "name", b"name", "revision", b"revision", "rollout_id", b"rollout_id", "step", b"step", "target_span_id", b"target_span_id", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "_value", b"_value", "attempt_id", b"attempt_id", "create_time", b"create_time", "failure", b"failure", "grader", b"grader", "grader_version", b"grader_version", "metadata", b"metadata", "name", b"name", "revision", b"revision", "rollout_id", b"rollout_id", "step", b"step", "target_span_id", b"target_span_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
     _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015

@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61gl_grpc/v1/run.proto\x12\x0b\x61gl_grpc.v1\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc6\x02\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08metadata\x18\x03 \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\x12\x1a\n\x12\x61llow_self_grading\x18\x04 \x01(\x08\x12,\n\tretention\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06paused\x18\x06 \x01(\x08\x12\x15\n\rpaused_queues\x18\x07 \x03(\t\x12/\n\x0cseal_timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10replay_retention\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"o\n\x05Group\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x05\x12\x10\n\x08terminal\x18\x04 \x01(\x05\x12\x0e\n\x06sealed\x18\x05 \x01(\x05\x12\x13\n\x0brollout_ids\x18\x06 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61gl_grpc/v1/run.proto\x12\x0b\x61gl_grpc.v1\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x03\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08metadata\x18\x03 \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\x12\x1a\n\x12\x61llow_self_grading\x18\x04 \x01(\x08\x12,\n\tretention\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06paused\x18\x06 \x01(\x08\x12\x15\n\rpaused_queues\x18\x07 \x03(\t\x12/\n\x0cseal_timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10replay_retention\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x07graders\x18\n \x03(\x0b\x32\x16.agl_grpc.v1.RunGrader\x12\x32\n\x0fgrading_timeout\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\"J\n\tRunGrader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x06weight\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"o\n\x05Group\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x05\x12\x10\n\x08terminal\x18\x04 \x01(\x05\x12\x0e\n\x06sealed\x18\x05 \x01(\x05\x12\x13\n\x0brollout_ids\x18\x06 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agl_grpc.v1.run_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUN']._serialized_start=130
-  _globals['_RUN']._serialized_end=456
-  _globals['_GROUP']._serialized_start=458
-  _globals['_GROUP']._serialized_end=569
+  _globals['_RUN']._serialized_end=549
+  _globals['_RUNGRADER']._serialized_start=551
+  _globals['_RUNGRADER']._serialized_end=625
+  _globals['_GROUP']._serialized_start=627
+  _globals['_GROUP']._serialized_end=738
 # @@protoc_insertion_point(module_scope)

@@ -38,6 +38,8 @@ class Run(_message.Message):
     PAUSED_QUEUES_FIELD_NUMBER: _builtins.int
     SEAL_TIMEOUT_FIELD_NUMBER: _builtins.int
     REPLAY_RETENTION_FIELD_NUMBER: _builtins.int
+    GRADERS_FIELD_NUMBER: _builtins.int
+    GRADING_TIMEOUT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Chosen by the caller; 1 to 128 bytes of `[A-Za-z0-9._-]`. `default` always exists."""
     allow_self_grading: _builtins.bool
@@ -72,6 +74,18 @@ class Run(_message.Message):
         they may be deleted, and then the batch cannot be replayed (REPLAY_EXPIRED).
         """
 
+    @_builtins.property
+    def graders(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunGrader]:
+        """Graders whose verdicts are waited for: a rollout that succeeded is sealed only when each of them has
+        judged its newest attempt or failed to. At most 32.
+        """
+
+    @_builtins.property
+    def grading_timeout(self) -> _duration_pb2.Duration:
+        """How long after the end of an attempt verdicts are waited for; default 600 s. Then the store itself records
+        a failure of kind GRADER for each that is missing.
+        """
+
     def __init__(
         self,
         *,
@@ -84,14 +98,48 @@ class Run(_message.Message):
         paused_queues: _abc.Iterable[_builtins.str] | None = ...,
         seal_timeout: _duration_pb2.Duration | None = ...,
         replay_retention: _duration_pb2.Duration | None = ...,
+        graders: _abc.Iterable[Global___RunGrader] | None = ...,
+        grading_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "replay_retention", b"replay_retention", "retention", b"retention", "seal_timeout", b"seal_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "grading_timeout", b"grading_timeout", "replay_retention", b"replay_retention", "retention", b"retention", "seal_timeout", b"seal_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_self_grading", b"allow_self_grading", "create_time", b"create_time", "metadata", b"metadata", "paused", b"paused", "paused_queues", b"paused_queues", "replay_retention", b"replay_retention", "retention", b"retention", "run_id", b"run_id", "seal_timeout", b"seal_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_self_grading", b"allow_self_grading", "create_time", b"create_time", "graders", b"graders", "grading_timeout", b"grading_timeout", "metadata", b"metadata", "paused", b"paused", "paused_queues", b"paused_queues", "replay_retention", b"replay_retention", "retention", b"retention", "run_id", b"run_id", "seal_timeout", b"seal_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class RunGrader(_message.Message):
+    """A grader that a run waits for. Its reward has its name, and names it as its grader."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The grader's name, or `NAME/COMPONENT` for a component of its reward that counts by itself."""
+    version: _builtins.str
+    """The version whose verdict is waited for; empty = any; at most 128 bytes."""
+    weight: _builtins.float
+    """How much the reward counts in the run; finite; unset = 1, 0 = recorded only."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "name", b"name", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___RunGrader: _TypeAlias = RunGrader  # noqa: Y015
 
 @_typing.final
 class Group(_message.Message):

@@ -55,6 +55,26 @@ WAIT_UNTIL_SEALED: WaitUntil.ValueType  # 2
 """The rollout is finished and its newest attempt sealed: what it learned is complete."""
 Global___WaitUntil: _TypeAlias = WaitUntil  # noqa: Y015
 
+class _Role:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLE_UNSPECIFIED: _Role.ValueType  # 0
+    """Not stated."""
+    ROLE_GRADER: _Role.ValueType  # 1
+    """Read rollouts, attempts, spans, resources and rewards, and put rewards on attempts of its run."""
+
+class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+    """What the bearer of a credential may do."""
+
+ROLE_UNSPECIFIED: Role.ValueType  # 0
+"""Not stated."""
+ROLE_GRADER: Role.ValueType  # 1
+"""Read rollouts, attempts, spans, resources and rewards, and put rewards on attempts of its run."""
+Global___Role: _TypeAlias = Role  # noqa: Y015
+
 @_typing.final
 class GetServerInfoRequest(_message.Message):
     """Asks for the server's versions."""
@@ -1372,7 +1392,9 @@ class ListAttemptsRequest(_message.Message):
     page_token: _builtins.str
     """From the answer before."""
     order_by: _builtins.str
-    """`sequence_id` (default), `start_time`, `end_time`, `status`, `attempt_id`, `worker_id`."""
+    """`sequence_id` (default), `start_time`, `end_time`, `status`, `attempt_id`, `rollout_id`, `worker_id`,
+    `last_heartbeat_time`.
+    """
     order: _common_pb2.SortOrder.ValueType
     """Direction."""
     skip: _builtins.int
@@ -2119,7 +2141,9 @@ class ListSpansRequest(_message.Message):
     page_token: _builtins.str
     """From the answer before."""
     order_by: _builtins.str
-    """`sequence_id` (default), `start_time`, `end_time`, `received_time`, `name`, `trace_id`, `span_id`, `parent_id`."""
+    """`sequence_id` (default), `start_time`, `end_time`, `received_time`, `name`, `trace_id`, `span_id`, `parent_id`,
+    `attempt_id`, `rollout_id`; the last is the same for all.
+    """
     order: _common_pb2.SortOrder.ValueType
     """Direction."""
     skip: _builtins.int
@@ -2345,7 +2369,7 @@ class PutRewardsRequest(_message.Message):
     """Needed for a leased attempt by its worker; graders use their own credential."""
     @_builtins.property
     def rewards(self) -> _containers.RepeatedCompositeFieldContainer[_reward_pb2.Reward]:
-        """1 to 10 000."""
+        """1 to 10 000. Failures and graders' versions are not for credentials of attempts."""
 
     def __init__(
         self,
@@ -2453,6 +2477,66 @@ class ListRewardsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRewardsResponse: _TypeAlias = ListRewardsResponse  # noqa: Y015
+
+@_typing.final
+class IssueCredentialRequest(_message.Message):
+    """Asks for a credential."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    LIFETIME_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run; empty = `default`."""
+    role: Global___Role.ValueType
+    """The role."""
+    @_builtins.property
+    def lifetime(self) -> _duration_pb2.Duration:
+        """How long it lasts, at most 365 days; unset = 7 days."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        role: Global___Role.ValueType = ...,
+        lifetime: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lifetime", b"lifetime"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lifetime", b"lifetime", "role", b"role", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueCredentialRequest: _TypeAlias = IssueCredentialRequest  # noqa: Y015
+
+@_typing.final
+class IssueCredentialResponse(_message.Message):
+    """The credential."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREDENTIAL_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    credential: _builtins.str
+    """Sent as `authorization: Bearer …`."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it expires."""
+
+    def __init__(
+        self,
+        *,
+        credential: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credential", b"credential", "expire_time", b"expire_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueCredentialResponse: _TypeAlias = IssueCredentialResponse  # noqa: Y015
 
 @_typing.final
 class PublishResourcesRequest(_message.Message):

@@ -206,6 +206,11 @@ class StoreServiceStub(object):
                 request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsRequest.SerializeToString,
                 response_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsResponse.FromString,
                 _registered_method=True)
+        self.IssueCredential = channel.unary_unary(
+                '/agl_grpc.v1.StoreService/IssueCredential',
+                request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialRequest.SerializeToString,
+                response_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialResponse.FromString,
+                _registered_method=True)
         self.PublishResources = channel.unary_unary(
                 '/agl_grpc.v1.StoreService/PublishResources',
                 request_serializer=agl__grpc_dot_v1_dot_store__service__pb2.PublishResourcesRequest.SerializeToString,
@@ -512,6 +517,13 @@ class StoreServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def IssueCredential(self, request, context):
+        """Makes a credential for a role; only operators may. It expires and cannot be taken back before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PublishResources(self, request, context):
         """Publishes a new version of a set of resources and pushes it to every watcher.
         """
@@ -766,6 +778,11 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ListRewards,
                     request_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsRequest.FromString,
                     response_serializer=agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsResponse.SerializeToString,
+            ),
+            'IssueCredential': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueCredential,
+                    request_deserializer=agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialRequest.FromString,
+                    response_serializer=agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialResponse.SerializeToString,
             ),
             'PublishResources': grpc.unary_unary_rpc_method_handler(
                     servicer.PublishResources,
@@ -1709,6 +1726,33 @@ class StoreService(object):
             '/agl_grpc.v1.StoreService/ListRewards',
             agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsRequest.SerializeToString,
             agl__grpc_dot_v1_dot_store__service__pb2.ListRewardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueCredential(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agl_grpc.v1.StoreService/IssueCredential',
+            agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialRequest.SerializeToString,
+            agl__grpc_dot_v1_dot_store__service__pb2.IssueCredentialResponse.FromString,
             options,
             channel_credentials,
             insecure,

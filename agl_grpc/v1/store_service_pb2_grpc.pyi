@@ -109,6 +109,8 @@ class StoreServiceStub:
     """Writes rewards."""
     ListRewards: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.ListRewardsRequest, _store_service_pb2.ListRewardsResponse]
     """Newest revisions of rewards."""
+    IssueCredential: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.IssueCredentialRequest, _store_service_pb2.IssueCredentialResponse]
+    """Makes a credential for a role; only operators may. It expires and cannot be taken back before."""
     PublishResources: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.PublishResourcesRequest, _store_service_pb2.PublishResourcesResponse]
     """Publishes a new version of a set of resources and pushes it to every watcher."""
     GetResources: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.GetResourcesRequest, _store_service_pb2.GetResourcesResponse]
@@ -219,6 +221,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Writes rewards."""
     ListRewards: _aio.UnaryUnaryMultiCallable[_store_service_pb2.ListRewardsRequest, _store_service_pb2.ListRewardsResponse]  # type: ignore[assignment]
     """Newest revisions of rewards."""
+    IssueCredential: _aio.UnaryUnaryMultiCallable[_store_service_pb2.IssueCredentialRequest, _store_service_pb2.IssueCredentialResponse]  # type: ignore[assignment]
+    """Makes a credential for a role; only operators may. It expires and cannot be taken back before."""
     PublishResources: _aio.UnaryUnaryMultiCallable[_store_service_pb2.PublishResourcesRequest, _store_service_pb2.PublishResourcesResponse]  # type: ignore[assignment]
     """Publishes a new version of a set of resources and pushes it to every watcher."""
     GetResources: _aio.UnaryUnaryMultiCallable[_store_service_pb2.GetResourcesRequest, _store_service_pb2.GetResourcesResponse]  # type: ignore[assignment]
@@ -518,6 +522,14 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_service_pb2.ListRewardsResponse, _abc.Awaitable[_store_service_pb2.ListRewardsResponse]]:
         """Newest revisions of rewards."""
+
+    @_abc_1.abstractmethod
+    def IssueCredential(
+        self,
+        request: _store_service_pb2.IssueCredentialRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_service_pb2.IssueCredentialResponse, _abc.Awaitable[_store_service_pb2.IssueCredentialResponse]]:
+        """Makes a credential for a role; only operators may. It expires and cannot be taken back before."""
 
     @_abc_1.abstractmethod
     def PublishResources(

@@ -82,7 +82,8 @@ def replay(
     batch: BatchArgument,
     store: StoreOption = DEFAULT_STORE,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the samples: .jsonl or .parquet.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the samples: .jsonl, .parquet, .safetensors or .pt."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

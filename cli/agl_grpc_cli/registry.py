@@ -29,6 +29,8 @@ COMMANDS: Mapping[str, CommandEntry] = {
         "agl_grpc_cli.store", "Serve the store over gRPC; back up and verify its database."
     ),
     "runner": CommandEntry("agl_grpc_cli.runner", "Start workers that execute rollouts with your agent."),
+    "grader": CommandEntry("agl_grpc_cli.grader", "Judge sealed attempts with your graders."),
+    "grade": CommandEntry("agl_grpc_cli.grade", "Grade a run's rollouts anew."),
     "vllm": CommandEntry("agl_grpc_cli.vllm", "Serve a model with vLLM, its exact tokens captured."),
     "proxy": CommandEntry(
         "agl_grpc_cli.proxy", "Capture model calls in front of engines that somebody else runs."

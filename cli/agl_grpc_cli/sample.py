@@ -92,7 +92,10 @@ def export(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")],
     store: StoreOption = DEFAULT_STORE,
     form: Annotated[
-        str | None, typer.Option("--format", metavar="FORMAT", help="jsonl or parquet; default: by the file.")
+        str | None,
+        typer.Option(
+            "--format", metavar="FORMAT", help="jsonl, parquet, safetensors or pt; default: by the file."
+        ),
     ] = None,
     min_reward: Annotated[float | None, typer.Option(help="Only rollouts with at least this reward.")] = None,
     best_of_group: Annotated[

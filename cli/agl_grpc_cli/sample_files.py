@@ -21,6 +21,7 @@ def write(path: Path, samples: Iterable[Sample], form: str | None = None) -> int
     except ValueError as error:
         raise CliError(f"{path}: {error}") from error
     except ImportError as error:
-        raise CliError("Parquet needs pyarrow: `pip install pyarrow`, or write jsonl") from error
+        package = (error.name or "").partition(".")[0]
+        raise CliError(f"{path} needs {package}: `pip install {package}`, or write .jsonl") from error
     except OSError as error:
         raise CliError(f"{path} cannot be written: {error.strerror}") from error

@@ -78,6 +78,17 @@ def serve(
     external_run: Annotated[
         str, typer.Option(metavar="RUN", help="The run of recorded calls that name no attempt.")
     ] = "external",
+    keep_raw: Annotated[
+        bool,
+        typer.Option("--keep-raw/--no-keep-raw", help="Keep requests and answers as they came and went."),
+    ] = True,
+    on_swap: Annotated[
+        str,
+        typer.Option(
+            metavar="wait|refuse",
+            help="New calls while weights are loaded: they wait, or get 429 with Retry-After.",
+        ),
+    ] = "wait",
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
@@ -93,7 +104,7 @@ def serve(
     """
     from agl_grpc.interceptor.serve import ServeError, run_vllm
     from agl_grpc.interceptor.serve import serve as serve_vllm
-    from agl_grpc.interceptor.settings import UNATTRIBUTED, Settings, default_engine_id
+    from agl_grpc.interceptor.settings import ON_SWAP, UNATTRIBUTED, Settings, default_engine_id
 
     if show_help:
         _help(context, run_vllm)
@@ -101,6 +112,8 @@ def serve(
         raise typer.BadParameter("name the model to serve", param_hint="MODEL")
     if unattributed not in UNATTRIBUTED:
         raise typer.BadParameter("write serve, record or refuse", param_hint="--unattributed")
+    if on_swap not in ON_SWAP:
+        raise typer.BadParameter("write wait or refuse", param_hint="--on-swap")
     settings = Settings(
         store=store,
         run_id=run,
@@ -115,6 +128,8 @@ def serve(
         keep_weights=keep_weights,
         unattributed=unattributed,
         external_run=external_run,
+        keep_raw=keep_raw,
+        on_swap=on_swap,
         loader=os.environ.get("AGL_INTERCEPTOR_LOADER", "auto"),
     )
     try:

@@ -1,7 +1,7 @@
-"""The proofs under fire as a program: `python -m tests.chaos NAME --count N --seed N`, or all at scale.
+"""The proofs under fire as a program: `python -m tests.chaos NAME … --count N --seed N`, or all at scale.
 
 Each name prints its seed first and what it did at the end. `all` runs every one of them with its own count,
-one after another, and writes `benchmarks/reliability/<time>.json`.
+one after another, and writes `benchmarks/reliability/<time>.json`; `--write` does so for the ones named.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ Proof = Callable[[argparse.Namespace, int, int], Row]
 def main() -> int:
     """Runs what was asked for; 0 = every promise held."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("name", choices=(*PROOFS, "all"), help="what to run")
+    parser.add_argument("name", nargs="+", choices=(*PROOFS, "all"), help="what to run, in this order")
     parser.add_argument("--count", type=int, help="how many; default: the scale of a release")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the default counts (default 1)")
     parser.add_argument("--seed", type=int, help="seed; default: a random one, printed")
     parser.add_argument("--database", help="kills: URL of an empty database; default: an SQLite file")
+    parser.add_argument("--write", action="store_true", help="write what was proven; `all` always does")
     options = parser.parse_args()
-    names = list(PROOFS) if options.name == "all" else [options.name]
+    everything = "all" in options.name
+    names = list(PROOFS) if everything else options.name
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d-%H%M")
     results: dict[str, Row] = {}
     for name in names:
         results[name] = _prove(name, options)
-        if options.name == "all":
+        if everything or options.write:
             # After each: a run that is cut short leaves what it has proven.
             write(stamp, results)
     return 0 if all(row["held"] for row in results.values()) else 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
-from tests.conformance.languages import GO, LANGUAGES, run
+from agl_grpc.v1 import common_pb2, rollout_pb2, store_service_pb2_grpc
+from agl_grpc.v1 import store_service_pb2 as pb
+from tests.conformance.languages import CPP, CPP_BUILD, GO, LANGUAGES, ROOT, run
 from tests.conformance.stored import stored_state
 from tests.support.store_process import StoreProcess
 
@@ -32,6 +36,11 @@ def test_its_own_tests_pass(language: str) -> None:
         output = run((GO, "test", "-v", "-count=1", "-timeout", "300s", "."), folder)
         assert len(re.findall("^--- PASS", output, re.M)) >= 15
         assert "--- SKIP" not in output
+    elif language == "cpp":
+        output = run((CPP, str(CPP_BUILD / "agl_grpc_tests")), folder)
+        found = re.search(r"^(\d+) passed, 0 failed$", output, re.M)
+        assert found is not None, output
+        assert int(found[1]) >= 25
     else:
         output = run(("npm", "test"), folder)
         assert re.search(r" pass [1-9]\d+\n", output)
@@ -48,3 +57,34 @@ def test_it_replays_every_vector_and_leaves_what_python_leaves(language: str, tm
             left[name] = stored_state(store.address)
     assert left[language] == left["python"]
     assert left["python"]["spans"]["spans"] != []
+
+
+def test_the_cpp_client_is_installed_and_found(tmp_path: Path) -> None:
+    LANGUAGES["cpp"].make()
+    run(("cmake", "--install", str(CPP_BUILD), "--prefix", str(tmp_path / "there")), ROOT)
+    (tmp_path / "CMakeLists.txt").write_text(_USER)
+    (tmp_path / "user.cc").write_text((ROOT / "clients" / "cpp" / "examples" / "greeter.cc").read_text())
+    run((CPP, "cmake", "-B", "build", f"-Dagl_grpc_ROOT={tmp_path / 'there'}"), tmp_path)
+    run((CPP, "cmake", "--build", "build"), tmp_path)
+    with StoreProcess(tmp_path / "store.db") as store, grpc.insecure_channel(store.address) as channel:
+        stub = store_service_pb2_grpc.StoreServiceStub(channel)
+        spec = rollout_pb2.RolloutSpec(input=common_pb2.Payload(data=b'"you"'))
+        request = pb.EnqueueRolloutsRequest(run_id="default", rollouts=[spec])
+        (made,) = stub.EnqueueRollouts(request).rollouts
+        with subprocess.Popen((CPP, "build/user", store.address, "default"), cwd=tmp_path) as user:
+            waiting = pb.WaitRolloutsRequest(rollout_ids=[made.rollout_id])
+            waiting.timeout.FromSeconds(30)
+            (done,) = stub.WaitRollouts(waiting, timeout=60).rollouts
+            user.terminate()
+            assert user.wait(30) == 0
+        spans = stub.ListSpans(pb.ListSpansRequest(rollout_id=made.rollout_id)).spans
+    assert done.status == rollout_pb2.ROLLOUT_STATUS_SUCCEEDED
+    assert [stored.span.name for stored in spans] == ["greeting"]
+
+
+_USER = """cmake_minimum_required(VERSION 3.16)
+project(user CXX)
+find_package(agl_grpc REQUIRED)
+add_executable(user user.cc)
+target_link_libraries(user PRIVATE agl_grpc::agl_grpc)
+"""

@@ -39,6 +39,14 @@ class Language:
 GO = str(ROOT / ".venv-go" / "go")
 """Go as `make go-tools` unpacks it; it runs in the client's folder."""
 
+CPP = str(ROOT / ".venv-cpp" / "with")
+"""Runs a program with the libraries of C++ as `make cpp-tools` unpacks them."""
+
+CPP_BUILD = ROOT / ".venv-cpp" / "build"
+"""Where the C++ client is built, with its programs; what has not changed is not built again."""
+
+_CONFIGURE = ("-DAGL_GRPC_PROGRAMS=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
+
 LANGUAGES: Mapping[str, Language] = {
     "python": Language(ROOT, (), (sys.executable, "-m", "tests.conformance.replay")),
     "go": Language(
@@ -50,6 +58,14 @@ LANGUAGES: Mapping[str, Language] = {
         ROOT / "clients" / "typescript",
         (("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"), ("npm", "run", "--silent", "build")),
         ("node", "dist/conformance/replay.js"),
+    ),
+    "cpp": Language(
+        ROOT / "clients" / "cpp",
+        (
+            (CPP, "cmake", "-S", ".", "-B", str(CPP_BUILD), *_CONFIGURE),
+            (CPP, "cmake", "--build", str(CPP_BUILD), "-j", "2"),
+        ),
+        (CPP, str(CPP_BUILD / "replay")),
     ),
 }
 

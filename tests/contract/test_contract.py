@@ -18,7 +18,8 @@ from agl_grpc.v1 import error_reason_pb2, span_pb2
 PROTO = Path(__file__).parents[2] / "proto" / "agl_grpc" / "v1"
 READS = ("Get", "List", "Watch", "Wait", "Export", "Stream", "Explain", "Replay")
 # Appends are deduplicated by their natural key (R14), blobs by their hash.
-NATURALLY_IDEMPOTENT = {"AppendSpans", "PutBlob", "RenewLeases", "Heartbeat"}
+# IssueCredential stores nothing.
+NATURALLY_IDEMPOTENT = {"AppendSpans", "PutBlob", "RenewLeases", "Heartbeat", "IssueCredential"}
 
 
 def files() -> list[FileDescriptor]:

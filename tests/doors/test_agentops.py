@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import subprocess
@@ -20,21 +21,21 @@ from agl_grpc.agentops.daemon import find
 from agl_grpc.store.door.app import StoreServer
 from tests.doors.test_otlp import PROTOBUF, begin, request_of, stored
 from tests.support.environments import REPOSITORY, agentlightning_python
+from tests.support.scripted_model import ScriptedModel
 from tests.support.waiting import free_port
 
 
-def run_sdk(port: int, key: str) -> None:
+def run_sdk(port: int, key: str, program: str, *arguments: str, **variables: str) -> None:
     """Runs a program that uses the SDK, with the OpenTelemetry of its day, against a server of ours."""
     environment = {
         **os.environ,
         "AGENTOPS_API_KEY": key,
         "AGENTOPS_API_ENDPOINT": f"http://127.0.0.1:{port}",
         "AGENTOPS_EXPORTER_ENDPOINT": f"http://127.0.0.1:{port}/v1/traces",
+        **variables,
     }
-    program = str(REPOSITORY / "tests/doors/agentops_program.py")
-    process = subprocess.Popen(
-        [agentlightning_python(), program], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    command = [agentlightning_python(), str(REPOSITORY / "tests/doors" / program), *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "done\n"
     # What is left is the SDK's farewell to a service for usage counts that is out of reach.
@@ -50,11 +51,41 @@ async def test_the_sdk_works_offline_and_its_spans_reach_the_rollout(memory: Sto
         assert manager.is_alive()
         port = manager.get_port()
         assert port is not None
-        await asyncio.to_thread(run_sdk, port, started.attempt_credential)
+        await asyncio.to_thread(run_sdk, port, started.attempt_credential, "agentops_program.py")
         spans = {one.span.name: one.span for one in await stored(memory, attempt.rollout_id)}
         assert {"job.session", "Helper.agent", "think.task"} <= set(spans), spans.keys()
         assert spans["think.task"].parent_span_id == spans["Helper.agent"].span_id
     assert not manager.is_alive()
+
+
+@pytest.mark.e2e
+async def test_model_calls_that_the_sdk_instruments_land_under_the_rollout(memory: StoreServer) -> None:
+    ids = ([1, 2, 3], [4, 5])
+    with (
+        ScriptedModel(lambda _model, _message: "four", ids) as model,
+        AgentOpsServerManager(store=memory.address) as manager,
+    ):
+        port = manager.get_port()
+        assert port is not None
+        for extra in ((), ("agentlightning",)):
+            started = await begin(memory)
+            variables = {"OPENAI_BASE_URL": model.endpoint, "OPENAI_API_KEY": "none"}
+            run = functools.partial(run_sdk, port, started.attempt_credential, **variables)
+            await asyncio.to_thread(run, "agentops_llm_program.py", *extra)
+            spans = await stored(memory, started.rollout.rollout.rollout_id)
+            (call,) = [one.span for one in spans if one.span.name == "openai.chat.completion"]
+            found = {entry.key: entry.value for entry in call.attributes}
+            assert found["gen_ai.request.model"].string_value == "scripted"
+            assert found["gen_ai.prompt.0.content"].string_value == "what is 2 + 2?"
+            assert found["gen_ai.completion.0.content"].string_value == "four"
+            # The SDK alone leaves token ids out; with Agent Lightning's addition they make a model call.
+            assert call.HasField("model_call") == bool(extra)
+            if extra:
+                assert list(call.model_call.prompt.token_ids) == ids[0]
+                assert list(call.model_call.choices[0].token_ids) == ids[1]
+                assert call.model_call.sampling.temperature == 0.5
+                assert call.model_call.untrainable_reason == "its span has no logprobs"
+    assert [message for _, message in model.calls] == ["what is 2 + 2?"] * 2
 
 
 async def test_what_the_sdk_calls_is_answered(memory: StoreServer) -> None:

@@ -23,9 +23,11 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 
+from agl_grpc.sample.build import build_attempt
+from agl_grpc.sample.types import AttemptRecord, SampleRules
 from agl_grpc.store import errors
 from agl_grpc.store.door.app import ServeConfig, StoreServer
-from agl_grpc.v1 import store_service_pb2
+from agl_grpc.v1 import reward_pb2, store_service_pb2
 from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
 
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
@@ -110,6 +112,49 @@ async def test_the_stock_exporters_deliver(memory: StoreServer, kind: str) -> No
     assert list(call.choices[0].token_ids) == [3, 4]
     assert call.choices[0].finish_reason == "stop"
     assert call.untrainable_reason == "its span has no logprobs"
+
+
+SAID = {"agentlightning.policy_version": 7, "agentlightning.logprobs": "processed"}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        (SAID, ""),
+        ({**SAID, "agentlightning.policy_version": "7"}, ""),
+        (
+            {**SAID, "agentlightning.policy_version": "new"},
+            "its span does not say which weights sampled it: no version in agentlightning.policy_version",
+        ),
+        (
+            {"agentlightning.policy_version": 7},
+            "its span does not say of what its logprobs are: raw or processed in agentlightning.logprobs",
+        ),
+        ({**SAID, "agentlightning.mode": "val"}, None),
+    ],
+)
+async def test_a_call_that_says_its_weights_is_trained(
+    memory: StoreServer, attributes: dict[str, Any], reason: str | None
+) -> None:
+    attempt = (await begin(memory)).rollout.attempt
+    request = request_of(attempt, b"thespan1")
+    (span,) = request.resource_spans[0].scope_spans[0].spans
+    logprobs = json.dumps([{"logprob": -0.5}, {"logprob": -1.5}])
+    ids = {"prompt_token_ids": "[1, 2]", "response_token_ids": "[3, 4]", "logprobs.content": logprobs}
+    for key, value in {**ids, **attributes}.items():
+        entry = span.attributes.add(key=key)
+        setattr(entry.value, "int_value" if isinstance(value, int) else "string_value", value)
+    async with grpc.aio.insecure_channel(memory.address) as channel:
+        await trace_service_pb2_grpc.TraceServiceStub(channel).Export(request)  # type: ignore[no-untyped-call]  # stubs of others
+    (found,) = await stored(memory, attempt.rollout_id)
+    reward = reward_pb2.Reward(rollout_id=attempt.rollout_id, attempt_id=attempt.attempt_id, value=1.0)
+    record = AttemptRecord(attempt.rollout_id, attempt.attempt_id, "", [found], [reward])
+    made = build_attempt(record, SampleRules())
+    if reason == "":
+        assert [row.policy_versions[row.response_mask == 1].tolist() for row in made.rows] == [[7, 7]]
+    else:
+        assert made.rows == []
+        assert found.span.model_call.untrainable_reason == (reason or "")
 
 
 async def test_bad_spans_do_not_spoil_good_ones(server: StoreServer) -> None:

@@ -11,7 +11,9 @@ import grpc
 import httpx
 import pytest
 
+from agl_grpc.client import StoreClient
 from agl_grpc.store.door.app import ServeConfig, StoreServer
+from agl_grpc.store.http.rest import inputs
 from agl_grpc.v1 import store_service_pb2
 from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
 
@@ -160,6 +162,59 @@ async def test_a_cancelled_attempt_is_shown_as_failed(http: httpx.AsyncClient) -
     assert latest["metadata"] == {"agl_grpc.cancelled": "cancelled by its owner"}
     late = await http.post(path, json={"status": "running"})
     assert (late.status_code, late.json()["reason"]) == (409, "ILLEGAL_TRANSITION")
+
+
+async def test_large_inputs_go_in_and_out_as_they_are(memory: StoreServer, http: httpx.AsyncClient) -> None:
+    large = {"text": "x" * (3 << 20), "n": 1}
+    rollout = await start(http, input=large)
+    assert rollout["input"] == large
+    queued = await http.post("/agl/v1/queues/rollouts/enqueue", json={"rollouts": [{"input": large}] * 2})
+    assert [one["input"] for one in queued.json()] == [large, large], queued.text[:200]
+    taken = (await http.post("/agl/v1/queues/rollouts/dequeue", json={})).json()
+    assert [one["input"] for one in taken] == [large]
+    legacy = (await http.get("/task")).json()["task"]
+    assert legacy["input"] == large
+    path = f"/agl/v1/rollouts/{rollout['rollout_id']}"
+    assert (await http.get(path)).json()["input"] == large
+    larger = [*range(400_000)]
+    assert (await http.post(path, json={"input": larger})).json()["input"] == larger
+    page = (await http.get("/agl/v1/rollouts", params={"sort_by": "start_time"})).json()
+    assert [one["input"] for one in page["items"]] == [larger, large, large]
+    assert (await http.post(f"{path}/attempts", json={})).json()["input"] == larger
+    # The same content is kept once, and a gRPC client gets it too.
+    async with StoreClient(memory.address) as client:
+        found = await client.get_rollout_by_id(taken[0]["rollout_id"])
+    assert found is not None
+    assert found.input == large
+
+
+async def test_inputs_too_large_to_be_shown_together(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "SHOWN_BYTES", 3 << 20)
+    ids = [(await start(http, input="x" * (2 << 20)))["rollout_id"] for _ in range(2)]
+    refused = await http.get("/agl/v1/rollouts")
+    assert (refused.status_code, refused.json()["reason"]) == (400, "ANSWER_TOO_LARGE")
+    assert "ask for fewer at once" in refused.json()["detail"]
+    one = (await http.get("/agl/v1/rollouts", params={"rollout_id_in": ids[1]})).json()["items"]
+    assert len(one[0]["input"]) == 2 << 20
+
+
+async def test_spans_are_sorted_by_their_attempt(http: httpx.AsyncClient) -> None:
+    rollout = await start(http)
+    rollout_id = rollout["rollout_id"]
+    second = (await http.post(f"/agl/v1/rollouts/{rollout_id}/attempts", json={})).json()
+    for place, attempt in enumerate((rollout["attempt"], second["attempt"], rollout["attempt"])):
+        sent = span_of(attempt, span_id=f"{place + 1:016x}", sequence_id=place + 1)
+        assert (await http.post("/agl/v1/spans", json=sent)).status_code == 201
+    for order in ("asc", "desc"):
+        asked = {"rollout_id": rollout_id, "sort_by": "attempt_id", "sort_order": order}
+        shown = (await http.get("/agl/v1/spans", params=asked)).json()["items"]
+        ids = [one["attempt_id"] for one in shown]
+        assert ids == sorted(ids, reverse=order == "desc")
+        assert len(set(ids)) == 2
+    asked = {"rollout_id": rollout_id, "sort_by": "rollout_id"}
+    assert (await http.get("/agl/v1/spans", params=asked)).json()["total"] == 3
 
 
 async def test_an_idempotency_key_is_honoured(http: httpx.AsyncClient) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from agl_grpc.model.value import RawPayload, from_payload
 from agl_grpc.v1 import model_call_pb2, span_pb2
 from tests.interceptor.engine import Engine
 from tests.interceptor.scripted_store import ScriptedStore
@@ -298,6 +299,28 @@ def test_a_call_is_announced_before_it_ends(
     ended = store.request_with(lambda g: any(s.span_id == span.span_id for s in g.spans))
     assert announced < ended
     assert ("announced", "at-1") not in store.open_calls.values()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_and_answer_are_kept_as_they_came_and_went(
+    running: Engine, store: ScriptedStore, http: httpx.Client, stream: bool
+) -> None:
+    rollout = f"raw-{stream}"
+    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 40, "stream": stream}).encode()
+    url = f"{running.base(rollout)}/v1/chat/completions"
+    headers = {"content-type": "application/json"}
+    first = http.post(url, content=body, headers=headers)
+    again = http.post(url, content=body, headers={**headers, "x-stainless-retry-count": "1"})
+    alike = http.post(url, content=body, headers=headers)
+    spans = [span for span, _ in recorded(store, rollout, 3)]
+    for answer, span in zip((first, again, alike), spans, strict=True):
+        call = span.model_call
+        assert from_payload(call.raw_request) == json.loads(body)
+        media_type = answer.headers["content-type"].split(";")[0]
+        kept = from_payload(call.raw_response)
+        assert kept == (RawPayload(media_type, answer.content) if stream else answer.json())
+    # The client has said that the first answer never reached it; an equal request alone is a sample.
+    assert [span.model_call.retry_of for span in spans] == [b"", spans[0].span_id, b""]
 
 
 def leave_without_answer(running: Engine, store: ScriptedStore, rollout: str, body: dict[str, Any]) -> None:

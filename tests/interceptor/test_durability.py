@@ -126,7 +126,7 @@ def test_a_spool_survives_the_engine_and_a_full_one_refuses_new_attributed_calls
     with ScriptedStore() as own, httpx.Client(timeout=60) as client:
         own.stop()
         with engine(
-            tiny_model, own.address, tmp_path, "--spool-bytes", "1500", "--ack-timeout", "0.2"
+            tiny_model, own.address, tmp_path, "--spool-bytes", "4000", "--ack-timeout", "0.2"
         ) as first:
             served = 0
             while (answer := ask(client, first, f"full-{served}")).status_code == 200:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from agl_grpc.interceptor.attempts import KnownAttempt
 from agl_grpc.interceptor.attribution import CURRENT, Attribution
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.refusals import Refusal
@@ -20,13 +21,16 @@ class Interceptor:
         self.unattributed = unattributed
         self.full = False
         self.over: set[str] = set()
+        self.known: KnownAttempt | None = None
+        self.keep_raw = True
 
     def accepting(self) -> bool:
         return not self.full
 
-    def admit(self, attribution: Attribution) -> None:
+    async def admit(self, attribution: Attribution) -> KnownAttempt | None:
         if attribution.attempt_id in self.over:
             raise Refusal(409, "attempt_ended", "it is over")
+        return self.known
 
     def describe(self) -> dict[str, Any]:
         return {"enabled": True}

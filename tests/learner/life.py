@@ -126,7 +126,7 @@ class Life:
         self.config = config = compose(user, device="cpu", fixed=fixed)
         if resume:
             check_fits(checkpoints / options["resume"], Path(model), int(config.trainer.n_gpus_per_node))
-        self.manager = RolloutManager(engine, group_size=GROUP_SIZE, validation_size=1)
+        self.manager = RolloutManager(engine, group_size=GROUP_SIZE, validation_size=1, vocabulary=64)
         engine.deliver, engine.on_claim = self.manager.deliver, self._claimed
         engine.on_published = lambda: self._reached("published")
         stop_after = options.get("stop_after", 1 << 30)

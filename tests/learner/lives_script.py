@@ -19,7 +19,7 @@ from agl_grpc.learner.rollouts import FinishedGroup
 from agl_grpc.learner.verl_keys import POLICY_LOSSES
 from tests.learner.life import Killed, Ledger, Life
 from tests.learner.local_engine import LocalEngine
-from tests.learner.trainer_script import make_tasks
+from tests.learner.trainer_script import SplitRows, make_tasks
 
 STEPS, SAVE = 8, 2
 # Where a trainer dies, and in which step; each next one goes on from what the one before left.
@@ -146,7 +146,7 @@ class Script:
         }
         before = self.engine().weights
         gradients = {ranks: _moved(before, engine.history[1]) for ranks, engine in engines.items()}
-        from tests.learner.verl_alone import losses, padded, single_rank, step, worker
+        from tests.learner.verl_alone import losses, padded, single_rank, step, step_of_ours, worker
 
         first = {entry.group_id for entry in engines[1].batches[0].entries}
         groups = [group for uid, group in recorded.items() if uid in first]
@@ -155,6 +155,11 @@ class Script:
         keys = [
             f"{group.request.uid}_{number}_0" for group in groups for number in range(len(group.rollouts))
         ]
+        split = {
+            parts: step_of_ours(worker(self.model, 100.0), [SplitRows(parts)(group) for group in groups])
+            for parts in (1, 2, 5)
+        }
+        split_gradients = {parts: _moved(before, each["weights"]) for parts, each in split.items()}
         theirs = dict(zip(keys, alone["advantages"].tolist(), strict=True))
         ours = outcomes[1]["advantages"][0]
         return {
@@ -173,6 +178,15 @@ class Script:
             ],
             "gradients": _difference(gradients[1], _moved(before, alone["weights"])),
             "gradients_of_two_ranks": _difference(gradients[1], gradients[2]),
+            "split": {
+                parts: [
+                    each["rows"],
+                    each["updates"],
+                    _difference(split_gradients[1], split_gradients[parts]),
+                ]
+                for parts, each in split.items()
+            },
+            "split_from_verl": _difference(split_gradients[1], _moved(before, alone["weights"])),
             "policy_losses": losses(self.model, groups, POLICY_LOSSES),
             "steps": [outcome["steps"] for outcome in outcomes.values()],
             "last_weights_of_two_ranks": _difference(engines[1].history[3], engines[2].history[3]),
@@ -206,6 +220,12 @@ class Script:
 
         engine = self.engine()
         outcome = self.once("lora", LORA, engine)
+        resumed = self.once(
+            "lora",
+            {**LORA, "trainer.total_training_steps": 4, "trainer.save_freq": -1},
+            self.engine(),
+            resume="global_step_3",
+        )
         actor = self.folder / "lora" / "global_step_3" / "actor"
         base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
         whole = AutoModelForCausalLM.from_pretrained(actor / "huggingface", dtype=torch.float32)
@@ -220,6 +240,7 @@ class Script:
         return {
             **outcome,
             "differences": [float((each - found).abs().max()) for each in logits.values()],
+            "resumed": resumed,
             "learned": float((before - found).abs().max()),
         }
 

@@ -31,6 +31,8 @@ from agl_grpc.weights.wire import ReceiverState
 TARGET = 10
 """Tokens below this id are rewarded: the share of them is the reward."""
 RESPONSE_LENGTH = 8
+TURNS = ((0, 3), (3, 8))
+"""Two answers a row: the return of each counts the rewarded tokens from its beginning on."""
 
 
 class LocalEngine:
@@ -167,4 +169,7 @@ class LocalEngine:
             response_mask=np.ones(RESPONSE_LENGTH, dtype=np.int64),
             logprobs=logprobs.numpy(),
             policy_versions=np.full(RESPONSE_LENGTH, self.version, dtype=np.int64),
+            turns=tuple(
+                (start, end, float((response[start:] < TARGET).float().sum())) for start, end in TURNS
+            ),
         )

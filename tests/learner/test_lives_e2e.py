@@ -107,6 +107,16 @@ def test_one_update_is_verls_own_and_that_of_two_ranks(outcomes: dict[str, Any])
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
 
 
+def test_23_splitting_a_rollout_into_rows_changes_no_gradient(outcomes: dict[str, Any]) -> None:
+    """1, 2 and 5 rows a rollout: one update each, and every parameter's gradient is the same."""
+    split = outcomes["fidelity"]["split"]
+    assert [split[parts][0] for parts in ("1", "2", "5")] == [64, 128, 320]
+    for _, updates, difference in split.values():
+        assert updates == 1
+        assert difference <= 1e-5
+    assert outcomes["fidelity"]["split_from_verl"] <= 1e-5
+
+
 def test_every_policy_loss_of_verl_gets_from_our_rows_what_it_gets_from_verls(
     outcomes: dict[str, Any],
 ) -> None:
@@ -180,6 +190,12 @@ def test_of_a_model_with_lora_only_the_adapter_travels_and_its_checkpoint_is_who
     assert max(sizes) < min(step["weights/bytes"] for step in outcomes["undisturbed"]["steps"]) / 5
     # Every token is proven against the base and the adapter, which the engine has added up.
     assert max(step["check/logprob_max_difference"] for step in outcome["steps"]) < 1e-5
+    # A trainer that goes on from it publishes the very adapter, and trains the next step on its tokens.
+    resumed = outcome["resumed"]
+    assert resumed["error"] == ""
+    assert [step["step"] for step in resumed["steps"]] == [4]
+    assert resumed["steps"][0]["check/logprob_max_difference"] < 1e-5
+    assert resumed["digests"]["3"] == outcome["digests"]["3"]
     # What transformers loads, and what peft puts on the base, is what the engine served.
     assert outcome["learned"] > 1e-2
     assert max(outcome["differences"]) < 1e-5

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.environments import learner_python
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 Run = dict[str, Any]
 
@@ -29,7 +29,7 @@ def train(folder: Path, runs: list[Run]) -> list[dict[str, Any]]:
         env={**os.environ, "PYTHONPATH": str(repository)},
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -51,7 +51,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     runs: dict[str, Run] = {
         "learning": {
             "verl": {"trainer.total_training_steps": 16, "trainer.save_freq": 8},
-            "mix_ups": ["shift", "rewards", "groups"],
+            "mix_ups": ["shift", "rewards", "groups", "foreign"],
         },
         "resumed": {"verl": {"trainer.total_training_steps": 10}, "resume": "global_step_8"},
         "curriculum": {"verl": {"trainer.total_training_steps": 12, "trainer.save_freq": 8}, **ordered},
@@ -61,9 +61,20 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             **ordered,
         },
         "split": {
-            "verl": {"trainer.total_training_steps": 3, "actor_rollout_ref.actor.optim.lr": 0.0},
+            "verl": {
+                "trainer.total_training_steps": 3,
+                "actor_rollout_ref.actor.optim.lr": 0.0,
+                "trainer.save_freq": 3,
+                # Shards of the ranks alone, nothing that transformers loads.
+                "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra"],
+            },
+            "checkpoints": "split",
             "repeat": True,
             "changes": ["none", "split2", "split5"],
+        },
+        "groups": {
+            "verl": {"trainer.total_training_steps": 4},
+            "changes": ["none", "one_broke", "one_is_left", "unusable"],
         },
         "minibatches": {
             "verl": {
@@ -81,6 +92,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "trainer.v1.separate_async.num_warmup_batches": 2,
                 "trainer.v1.sampler.max_off_policy_threshold": 3,
             },
+        },
+        "turns": {
+            "verl": {"trainer.total_training_steps": 8, "algorithm.adv_estimator": "grpo_turns"},
         },
         "stopped": {
             "verl": {
@@ -173,12 +187,15 @@ def test_a_critic_is_trained_and_tokens_are_proven_in_bypass_mode_too(outcomes: 
         ("shift", "sampled and recomputed logprobs differ"),
         ("rewards", "the batch says group"),
         ("groups", "would be trained with group"),
+        ("foreign", "holds token 64, and the trained model has 64 tokens: its engine serves another model"),
     ],
 )
 def test_mix_ups_are_caught_before_the_update(outcomes: dict[str, Any], spoiled: str, words: str) -> None:
     error = outcomes["learning"]["mix_ups"][spoiled]
     assert error.startswith("FidelityError")
     assert words in error
+    assert error.endswith("nothing that is not in a checkpoint was trained")
+    assert "\n" not in error
 
 
 def test_splitting_rollouts_into_rows_changes_nothing(outcomes: dict[str, Any]) -> None:
@@ -190,6 +207,82 @@ def test_splitting_rollouts_into_rows_changes_nothing(outcomes: dict[str, Any]) 
     whole, *split = _column(outcome, "actor/grad_norm")
     assert split == pytest.approx([whole, whole], rel=1e-4)
     assert len(set(_column(outcome, "reward/mean"))) == 1
+    assert outcome["optimiser_steps"] == [3]
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16"])
+def test_a_checkpoint_of_shards_alone_is_exported_for_transformers(
+    outcomes: dict[str, Any], tmp_path: Path, dtype: str
+) -> None:
+    """verl merges the shards; the weights are the model's, which a learning rate of 0 left as it was."""
+    repository = Path(__file__).parents[2]
+    saved = outcomes["folder"] / "split"
+    assert not list(saved.rglob("*.safetensors"))
+    target = tmp_path / "exported"
+    command = [
+        learner_python(),
+        "-m",
+        "agl_grpc_cli",
+        "checkpoint",
+        "export",
+        str(saved),
+        str(target),
+        "--json",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{repository}:{repository / 'cli'}"}
+    command += ["--dtype", dtype] if dtype else []
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["checkpoint"], report["dtype"]) == ("global_step_3", dtype or "float32")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "T.from_pretrained(sys.argv[2]); a, b = (M.from_pretrained(p).state_dict() for p in sys.argv[1:]); "
+        "assert a.keys() == b.keys(); "
+        "assert all(torch.equal(a[n].to(b[n].dtype), b[n]) for n in a), 'other weights'; "
+        "print({t.dtype for t in b.values()})"
+    )
+    model = str(outcomes["folder"] / "model")
+    loaded = subprocess.run(
+        [learner_python(), "-c", code, model, str(target)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert f"torch.{report['dtype']}" in loaded.stdout
+
+
+def test_22_what_cannot_be_trained_shrinks_its_group_or_has_it_replaced_and_is_counted(
+    outcomes: dict[str, Any],
+) -> None:
+    """An infrastructure failure is never a reward of 0; a group of one is dropped and asked for anew."""
+    outcome = outcomes["groups"]
+    assert outcome["error"] == ""
+    assert _column(outcome, "training/rollouts") == [64, 63, 64, 61]
+    whole, shrunk, replaced, unusable = outcome["steps"]
+    assert shrunk["rollouts/excluded/infrastructure"] == 1
+    assert (replaced["rollouts/excluded/infrastructure"], replaced["groups/dropped"]) == (7, 1)
+    for reason in ("no_reward", "reward_not_finite", "no_trainable_tokens"):
+        assert unusable[f"rollouts/excluded/{reason}"] == 1
+    assert not [name for name in whole if "excluded" in name or name == "groups/dropped"]
+    assert {len(set(groups)) for groups in outcome["groups"]} == {8}
+
+
+def test_answers_are_credited_with_their_own_returns(outcomes: dict[str, Any]) -> None:
+    """`grpo_turns`: of a row of two answers each has its own advantage, and the policy learns by them."""
+    turns = outcomes["turns"]
+    assert turns["error"] == ""
+    rewards = _column(turns, "reward/mean")
+    assert rewards[-1] > rewards[0] + 0.1
+    rows = list(turns["advantages"].values())
+    assert len(rows) == 8
+    for row in rows:
+        assert len(set(row[:3])) == len(set(row[3:8])) == 1
+    assert any(row[0] != row[3] for row in rows)
+    # Within a group they add up to nothing, each rollout weighing the same.
+    assert sum(row[0] + row[3] for row in rows) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_several_updates_between_publications_keep_one_old_policy(outcomes: dict[str, Any]) -> None:

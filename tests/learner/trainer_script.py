@@ -18,7 +18,7 @@ import transfer_queue as tq
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agl_grpc.learner.ray_runtime import local_ray
-from agl_grpc.learner.rollouts import FinishedGroup, Row
+from agl_grpc.learner.rollouts import FinishedGroup, FinishedRollout, Row
 from tests.learner.life import Ledger, Life
 from tests.learner.local_engine import LocalEngine
 
@@ -57,6 +57,45 @@ def shift_ids(group: FinishedGroup) -> FinishedGroup:
         return replace(old, response_ids=np.roll(old.response_ids, 1))
 
     return replace(group, rollouts=tuple(replace(r, rows=tuple(map(row, r.rows))) for r in group.rollouts))
+
+
+def foreign_ids(group: FinishedGroup) -> FinishedGroup:
+    """A token that the model does not have, in the prompt of one row."""
+    first, *rest = group.rollouts
+    (row,) = first.rows
+    wrong = replace(row, prompt_ids=np.append(row.prompt_ids, 64))
+    return replace(group, rollouts=(replace(first, rows=(wrong,)), *rest))
+
+
+def spoil_first(
+    change: Callable[[int, FinishedRollout], FinishedRollout],
+) -> Callable[[list[FinishedGroup]], list[FinishedGroup]]:
+    """A change of the first group's rollouts, by number; groups that are asked for anew come whole."""
+
+    def spoil(groups: list[FinishedGroup]) -> list[FinishedGroup]:
+        first, *rest = groups
+        if not rest:
+            return groups
+        rollouts = tuple(change(number, rollout) for number, rollout in enumerate(first.rollouts))
+        return [replace(first, rollouts=rollouts), *rest]
+
+    return spoil
+
+
+def one_broke(number: int, rollout: FinishedRollout) -> FinishedRollout:
+    """The machine of the group's first rollout failed, after a reward of 0."""
+    return replace(rollout, reward=0.0, failure="infrastructure: it is gone") if number == 0 else rollout
+
+
+def one_is_left(number: int, rollout: FinishedRollout) -> FinishedRollout:
+    """All but one rollout of the group failed."""
+    return replace(rollout, failure="infrastructure: it is gone") if number else rollout
+
+
+def unusable(number: int, rollout: FinishedRollout) -> FinishedRollout:
+    """No reward, one that is no number, nothing sampled."""
+    changes: list[dict[str, Any]] = [{"reward": None}, {"reward": float("nan")}, {"rows": ()}]
+    return replace(rollout, **changes[number]) if number < len(changes) else rollout
 
 
 def swap_rewards(group: FinishedGroup) -> FinishedGroup:
@@ -113,6 +152,10 @@ CHANGES: dict[str, Callable[[list[FinishedGroup]], list[FinishedGroup]] | None] 
     "shift": each(shift_ids),
     "rewards": each(swap_rewards),
     "groups": swap_groups,
+    "one_broke": spoil_first(one_broke),
+    "one_is_left": spoil_first(one_is_left),
+    "unusable": spoil_first(unusable),
+    "foreign": each(foreign_ids),
     "split2": each(SplitRows(2)),
     "split5": each(SplitRows(5)),
 }
@@ -141,6 +184,7 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             tq.kv_clear(keys=list((tq.kv_list("train") or {}).get("train", {})), partition_id="train")
     finally:
         life.close()
+    saved = sorted((folder / options.get("checkpoints", "checkpoints")).glob("*/actor/optim_*.pt"))
     groups = [[entry.group_id for entry in batch.entries] for batch in engine.batches]
     return {
         "error": error,
@@ -148,7 +192,21 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         "commits": ledger.commits,
         "groups": groups,
         "mix_ups": mix_ups,
+        "optimiser_steps": _optimiser_steps(saved[-1]) if options.get("checkpoints") else [],
+        # Of one group of the first batch.
+        "advantages": _of_one_group(life.trainer.advantages[0]) if life.trainer.advantages else {},
     }
+
+
+def _optimiser_steps(file: Path) -> list[int]:
+    """How many steps the optimiser has made, by its own count."""
+    state = torch.load(file, weights_only=False)["state"]
+    return sorted({int(each["step"]) for each in state.values()})
+
+
+def _of_one_group(advantages: dict[str, list[float]]) -> dict[str, list[float]]:
+    first = next(iter(advantages)).split("_")[0]
+    return {key: row for key, row in advantages.items() if key.split("_")[0] == first}
 
 
 def make_tasks(folder: Path) -> None:

@@ -210,6 +210,19 @@ def rows_of_ours(groups: Sequence[FinishedGroup]) -> TensorDict:
     return batch
 
 
+def step_of_ours(training: TrainingWorker, groups: Sequence[FinishedGroup]) -> dict[str, Any]:
+    """One update on our rows, however many each rollout has: rows, updates, and the parameters afterwards."""
+    rows = rows_of_ours(groups)
+    rows["old_log_probs"] = rows["rollout_log_probs"]
+    metrics = update(training, rows, "vanilla")
+    parameters, _ = training.engine.get_per_tensor_param()
+    return {
+        "rows": len(rows),
+        "updates": int(np.size(metrics["grad_norm"])),
+        "weights": {name: tensor.detach().clone() for name, tensor in parameters},
+    }
+
+
 def _jagged(values: torch.Tensor, batch: TensorDict) -> torch.Tensor:
     lengths = batch["responses"].offsets().diff().tolist()
     rows = [row[:length] for row, length in zip(values, lengths, strict=True)]

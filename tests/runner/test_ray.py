@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agl_grpc.client import StoreClient
@@ -105,6 +106,27 @@ async def test_workers_over_a_cluster_that_loses_a_node(
         assert await asyncio.to_thread(runner.wait, LONG) == 0, runner.log.read_text()
         workers = await client.query_workers(worker_id_contains="w-")
         assert {worker.idle_reason for worker in workers if worker.last_dequeue_time} <= {"it has left"}
+
+
+async def test_programs_of_a_killed_actor_are_ended_on_its_node(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path, cluster: RayCluster
+) -> None:
+    # The program notes itself and its worker's process, and would stay for ever.
+    note = f"echo $$ $AGL_GRPC_WORKER_PID >> {folder}/programs; exec sleep 1000000"
+    options = ["--run", run_id, "--ray", "--address", cluster.address, "--workers", "1", "--command", note]
+    options += ["--drain", "1"]
+    with RunnerProcess(store.address, None, folder, *options, python=learner_python()) as runner:
+        await client.enqueue_rollout(1, config=RolloutConfig(max_redeliveries=10))
+        await eventually(lambda: runner.notes("programs"), within=LONG, what="the program runs")
+        program, worker = map(int, runner.notes("programs")[0].split())
+        left = psutil.Process(program)
+        await eventually(lambda: runner.says("w-0 runs on node"), within=LONG, what="its place is told")
+        psutil.Process(worker).kill()
+        await eventually(lambda: len(runner.notes("programs")) >= 2, within=LONG, what="it is done again")
+        assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+        assert runner.says("worker w-0 left 1 programs on node")
+        runner.terminate()
+        assert await asyncio.to_thread(runner.wait, LONG) == 0, runner.log.read_text()
 
 
 def _places(runner: RunnerProcess) -> dict[str, str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
+from agl_grpc_cli import workers
+from typer.testing import CliRunner
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model import AttemptStatus, ProxyLLM, Rollout, RolloutConfig, RolloutStatus
+from tests.runner.gateway import Gateway
 from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
@@ -186,10 +190,10 @@ async def test_a_worker_says_why_it_idles(
         worker = await client.get_worker_by_id(f"{run_id}-0")
         return "" if worker is None else worker.idle_reason or ""
 
-    with RunnerProcess(store.address, "AsyncAgent", folder, "--run", run_id, name=run_id):
-        await eventually(lambda: _equals(reason, "no work"), within=LONG, what="it has no work")
+    with RunnerProcess(store.address, "AsyncAgent", folder, "--run", run_id, name=run_id) as runner:
+        await told_everywhere(store, client, runner, "no work")
         await client.pause_dispatch()
-        await eventually(lambda: _equals(reason, "paused"), within=LONG, what="it is paused")
+        await told_everywhere(store, client, runner, "paused")
         await client.resume_dispatch()
         await eventually(lambda: _equals(reason, "no work"), within=LONG, what="it goes on")
     # A queue of its own: the worker before, which was killed, may still count as waiting.
@@ -201,14 +205,25 @@ async def test_a_worker_says_why_it_idles(
         assert runner.says(f"{run_id}-0 idles: {what}")
 
 
+async def test_a_worker_that_gets_no_leases_says_so_and_goes_on_when_it_may(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path
+) -> None:
+    async with Gateway(store.address, "StreamLeases") as gateway:
+        with RunnerProcess(gateway.address, "AsyncAgent", folder, "--run", run_id, name=run_id) as runner:
+            await told_everywhere(store, client, runner, "not permitted: this gateway gives you no work")
+            rollout = await client.enqueue_rollout({"do": "nothing"})
+            gateway.denied.clear()
+            (done,) = await ended(client, rollout)
+            assert (done.status, done.attempt_count) == (RolloutStatus.SUCCEEDED, 1)
+
+
 async def test_a_worker_waits_for_resources(
     store: StoreProcess, client: StoreClient, run_id: str, folder: Path
 ) -> None:
     rollout = await client.enqueue_rollout({"do": "resources"})
-    with RunnerProcess(
-        store.address, "AsyncAgent", folder, "--run", run_id, "--wait-for-resources"
-    ) as runner:
-        await eventually(lambda: runner.says("w-0 idles: no resources"), within=LONG, what="it waits")
+    options = ("--run", run_id, "--wait-for-resources")
+    with RunnerProcess(store.address, "AsyncAgent", folder, *options, name=run_id) as runner:
+        await told_everywhere(store, client, runner, "no resources")
         await client.add_resources({"llm": ProxyLLM(endpoint="http://127.0.0.1:9/v1", model="m")})
         (done,) = await ended(client, rollout)
         assert (done.status, done.attempt_count) == (RolloutStatus.SUCCEEDED, 1)
@@ -271,6 +286,24 @@ async def test_workers_leave_when_their_supervisor_is_killed(
         (done,) = await ended(client, rollout)
         assert done.status is RolloutStatus.SUCCEEDED
         await eventually(lambda: not worker.is_running(), within=LONG, what="the worker leaves")
+
+
+async def told_everywhere(
+    store: StoreProcess, client: StoreClient, runner: RunnerProcess, reason: str
+) -> None:
+    """Waits until the heartbeat of a runner's first worker, the command and the log say why it idles."""
+    worker_id = f"{runner.name}-0"
+
+    async def heartbeat() -> str:
+        worker = await client.get_worker_by_id(worker_id)
+        return "" if worker is None else worker.idle_reason or ""
+
+    await eventually(lambda: _equals(heartbeat, reason), within=LONG, what=reason)
+    arguments = ["workers", "ls", "--store", store.address, "--contains", worker_id]
+    listed = await asyncio.to_thread(CliRunner().invoke, workers.app, arguments[1:])
+    (line,) = [line for line in listed.output.splitlines() if worker_id in line]
+    assert line.rstrip().endswith(reason), listed.output
+    assert runner.says(f"{worker_id} idles: {reason}")
 
 
 async def _equals(read: Any, expected: str) -> bool:

@@ -65,7 +65,10 @@ def conversation(number: int) -> list[span_pb2.Span]:
 async def claimed(client: StoreClient, count: int, rules: SampleRules) -> Batch:
     """A batch of sealed rollouts."""
     await client.enqueue_many_rollouts(
-        [EnqueueRolloutRequest(input=number, mode=RolloutMode.TRAIN) for number in range(count)]
+        [
+            EnqueueRolloutRequest(input=number, mode=RolloutMode.TRAIN, group_id=f"g{number % 2}")
+            for number in range(count)
+        ]
     )
     leased = await client.bound.runner.LeaseRollouts(
         runner_service_pb2.LeaseRolloutsRequest(worker_id="w", session_id="s", limit=count)
@@ -216,15 +219,20 @@ def commands(address: str, batch: Batch, samples: list[Sample], folder: Path) ->
 
     assert batch.content_hash in run("batch", "ls", "tr")
     assert batch.entries[1].attempt_id in run("batch", "show", batch.batch_id)
-    file = folder / "again.jsonl"
-    said = run("batch", "replay", batch.content_hash, "--output", str(file))
-    assert token_digest(samples) in said
-    same(list(read_samples(file)), samples)
+    for form in ("parquet", "safetensors", "jsonl"):
+        file = folder / f"again.{form}"
+        said = run("batch", "replay", batch.content_hash, "--output", str(file))
+        assert token_digest(samples) in said
+        same(list(read_samples(file)), samples)
     entry = batch.entries[0]
     stretches = json.loads(run("sample", "explain", entry.rollout_id, "--token", "0", "--json"))
     assert [each["fate"] for each in stretches] == ["observation", "dropped", "dropped"]
     assert run("sample", "export", "default", "--output", str(file)) == f"{file}  4 rows of 4 rollouts\n"
     run("sample", "export", "default", "--output", str(file), "--min-reward", "2")
     assert [sample.reward for sample in read_samples(file)] == [2.1, 3.1]
+    run("sample", "export", "default", "--output", str(file), "--best-of-group", "1")
+    assert [(sample.group_id, sample.reward) for sample in read_samples(file)] == [("g0", 2.1), ("g1", 3.1)]
+    run("sample", "export", "default", "--output", str(file), "--best-of-group", "1", "--min-reward", "3")
+    assert [sample.reward for sample in read_samples(file)] == [3.1]
     assert "no batch 'ba-0'" in run("batch", "show", "ba-0", code=1)
     assert "format 'txt'" in run("batch", "replay", batch.batch_id, "--output", "x.txt", code=1)

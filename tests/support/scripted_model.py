@@ -16,10 +16,11 @@ Script = Callable[[str, str], str | int]
 class ScriptedModel:
     """Serves ``/v1/chat/completions`` on a random port of the loopback interface; a context manager.
 
-    ``calls`` are the model and the user message of every call, in their order.
+    ``calls`` are the model and the user message of every call, in their order. ``token_ids``, of the prompt
+    and of the answer, are put into each answer where vLLM puts them when it is asked for them.
     """
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, token_ids: tuple[list[int], list[int]] | None = None) -> None:
         self.calls: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         outer = self
@@ -34,7 +35,9 @@ class ScriptedModel:
                     outer.calls.append((body["model"], message))
                 answer = script(body["model"], message)
                 status = answer if isinstance(answer, int) else 200
-                data = json.dumps(_refusal(status) if status != 200 else _completion(body, str(answer)))
+                data = json.dumps(
+                    _refusal(status) if status != 200 else _completion(body, str(answer), token_ids)
+                )
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data.encode())))
@@ -61,14 +64,21 @@ class ScriptedModel:
         self._server.server_close()
 
 
-def _completion(body: dict[str, Any], text: str) -> dict[str, Any]:
+def _completion(
+    body: dict[str, Any], text: str, token_ids: tuple[list[int], list[int]] | None
+) -> dict[str, Any]:
     words = sum(len(message["content"].split()) for message in body["messages"])
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    ids: dict[str, Any] = {}
+    if token_ids is not None:
+        ids, choice["token_ids"] = {"prompt_token_ids": token_ids[0]}, token_ids[1]
     return {
+        **ids,
         "id": "scripted",
         "object": "chat.completion",
         "created": 0,
         "model": body["model"],
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "choices": [choice],
         "usage": {
             "prompt_tokens": words,
             "completion_tokens": len(text.split()),

@@ -68,7 +68,7 @@ def make(folder: str, seed: int = 0, size: str = "tiny") -> None:
     tokenizer.chat_template = TEMPLATE
     config = Qwen2Config(
         **SIZES[size],
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
-from agl_grpc import Hook, NamedResources, PromptTemplate, StoreClient, rollout
+from agl_grpc import Hook, LitAgent, NamedResources, PromptTemplate, StoreClient, rollout
 from agl_grpc.algorithm import Reporter, algo
 from agl_grpc.model import RolloutMode
 
@@ -15,6 +16,22 @@ def halver(task: Any, resources: NamedResources) -> float:
     if task["number"] < 0:
         raise ValueError("negative numbers cannot be halved")
     return float(task["number"]) / 2
+
+
+@rollout
+def own_process(task: Any, resources: NamedResources) -> float:
+    """1 where it runs in the process of isolation ``process``, which leads a session; the worker does not."""
+    return float(os.getsid(0) == os.getpid())
+
+
+class Exiting(LitAgent[Any]):
+    """Halves, after the first attempt has ended its worker's process."""
+
+    def rollout(self, task: Any, resources: NamedResources, rollout: Any) -> float:
+        """Half the number."""
+        if rollout.attempt.sequence_id == 1:
+            os._exit(task["exit"])
+        return float(task["number"]) / 2
 
 
 @rollout

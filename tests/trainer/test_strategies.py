@@ -149,6 +149,88 @@ def test_nonsense_in_the_environment_is_named(
         Trainer(strategy="cs")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({"type": "shm", "main_thread": "runner"}, "main_thread='runner' is not supported: an agent in"),
+        ({"type": "shm", "main_thread": "both"}, "main_thread 'both' is none of algorithm, runner"),
+        ({"type": "shm", "join_timeout": -1.0}, r"join_timeout is -1.0; it must be 0 or more seconds"),
+        (
+            {"type": "cs", "main_process": "runner"},
+            "main_process='runner' is not supported: .*strategy='shm'",
+        ),
+        ({"type": "cs", "terminate_timeout": float("nan")}, "terminate_timeout is nan; it must be 0 or more"),
+        (
+            {"type": "cs", "allowed_exit_codes": (0, 999)},
+            "allowed_exit_codes holds 999, which is no exit code",
+        ),
+    ],
+)
+def test_arguments_of_strategies_that_cannot_be_had(strategy: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainerError, match=message):
+        Trainer(strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "shm", "isolation": "process"}, "isolation process needs worker processes"),
+        ({"isolation": "vault"}, "isolation 'vault' is none of thread, process, command, kubernetes"),
+        ({"isolation": "command"}, "isolation command needs a command"),
+        ({"runner": {"command": "true"}}, "the agent is a command; leave the other one out"),
+        ({"strategy": {"type": "shm", "managed_store": False}}, "give the trainer's store, as host:port"),
+    ],
+)
+def test_isolation_that_does_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    trainer = Trainer(algorithm=agents.summing, run_name="n", run_dir=tmp_path, **options)
+    with pytest.raises(TrainerError, match=message):
+        trainer.fit(None if options.get("isolation") == "command" else agents.halver, [{"number": 1}])
+    assert not (tmp_path / "n").exists()
+
+
+def test_every_rollout_in_a_process_of_its_own(tmp_path: Path) -> None:
+    trainer = Trainer(
+        algorithm=agents.summing, isolation="process", n_runners=1, run_name="n", run_dir=tmp_path
+    )
+    assert trainer.fit("tests.trainer.agents:own_process", [{"number": n} for n in (1, 2)]).value == 2.0
+
+
+def test_a_program_is_the_agent(tmp_path: Path) -> None:
+    half = "import json, sys; print(json.load(sys.stdin)['number'] / 2)"
+    command = f'{sys.executable} -c "{half}" > "$AGL_GRPC_REWARD_FILE"'
+    trainer = Trainer(algorithm=agents.summing, runner={"command": command}, run_name="n", run_dir=tmp_path)
+    assert trainer.fit(train_dataset=[{"number": 3}, {"number": 5}]).value == 4.0
+
+
+@algo
+async def left_behind(store: StoreClient, train_dataset: Any) -> float:
+    """Has a worker exit in the first attempt of one rollout; the reward of the second."""
+    rollout = await store.enqueue_rollout(train_dataset[0])
+    await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60)
+    first, second = await store.query_attempts(rollout.rollout_id)
+    assert first.lease_lost
+    assert not second.lease_lost
+    (reward,) = await store.query_rewards([rollout.rollout_id])
+    return reward.value
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (7, "left: it exited with code 7, which is allowed"),
+        # The code by which a worker says that it can never run, used by an agent.
+        (3, "exited with code 3 after"),
+    ],
+)
+def test_an_agent_that_exits_ends_its_worker_and_no_other(tmp_path: Path, code: int, message: str) -> None:
+    strategy = {"type": "cs", "allowed_exit_codes": (0, 7), "n_runners": 2, "terminate_timeout": 5.0}
+    trainer = Trainer(algorithm=left_behind, strategy=strategy, run_name="n", run_dir=tmp_path)
+    assert trainer.fit("tests.trainer.agents:Exiting", [{"number": 4, "exit": code}]).value == 2.0
+    log = (tmp_path / "n" / "logs" / "runner.log").read_text()
+    assert message in log, log
+    assert ("restart in" in log) == (code == 3)
+
+
 @algo
 async def resources_of_spans(store: StoreClient) -> set[str]:
     """Who recorded the spans of a rollout."""

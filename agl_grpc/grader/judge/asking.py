@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import json
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ SYSTEM = (
     "JSON object and nothing else."
 )
 _KEPT = 8_000
+_REASONS = 300
 
 
 class JudgeEndpoint(ChatEndpoint):
@@ -41,6 +43,8 @@ class Judge(Grader):
         reference: Where the task holds an answer known to be good, which the judge is shown. Empty = none.
         temperature: Of the judge's answers.
         max_tokens: Most tokens of one reply; None = the endpoint's own limit.
+        structured: Whether the endpoint is asked to hold replies to the form (`response_format` with a JSON
+            schema, as vLLM and OpenAI take it).
         tries: How often it is asked for one verdict, while its reply cannot be read.
         prices: US dollars for a million prompt tokens and a million answer tokens, by model.
         concurrency: Questions under way at once.
@@ -63,6 +67,7 @@ class Judge(Grader):
         reference: str = "",
         temperature: float = 0.0,
         max_tokens: int | None = None,
+        structured: bool = False,
         tries: int = 3,
         prices: Mapping[str, tuple[float, float]] | None = None,
         concurrency: int = 16,
@@ -80,6 +85,7 @@ class Judge(Grader):
         self.reference = reference
         self.temperature = temperature
         self.max_tokens = max_tokens
+        self.structured = structured
         self.tries = tries
         self.usage = Usage()
         self._endpoint = JudgeEndpoint(
@@ -99,6 +105,10 @@ class Judge(Grader):
         """The task as the judge is shown it."""
         return as_text(look_up(submission.input, self.task))
 
+    @abc.abstractmethod
+    def form(self) -> dict[str, Any]:
+        """What a reply holds beside `reasons`: the JSON schema of each of its properties."""
+
     async def ask(self, prompt: str, read: Callable[[Any], T]) -> tuple[T, dict[str, Any]]:
         """Asks until the reply can be read, `tries` times at most.
 
@@ -117,7 +127,7 @@ class Judge(Grader):
         for _ in range(self.tries):
             try:
                 answer = await self._endpoint.ask(
-                    self.model, SYSTEM, question, self.temperature, self.max_tokens
+                    self.model, SYSTEM, question, self.temperature, self.max_tokens, self._schema()
                 )
             except ChatError as error:
                 raise GraderFailed(str(error), outcome="endpoint") from error
@@ -137,6 +147,17 @@ class Judge(Grader):
             detail=text[:_KEPT],
             final=True,
         )
+
+    def _schema(self) -> dict[str, Any] | None:
+        if not self.structured:
+            return None
+        properties = {"reasons": {"type": "string", "maxLength": _REASONS}, **self.form()}
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
 
     def _notes(self, prompt: str, reply: str, spent: Usage) -> dict[str, Any]:
         return {

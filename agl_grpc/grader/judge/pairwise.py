@@ -77,6 +77,10 @@ class PairwiseJudge(Judge):
             for each in won
         ]
 
+    def form(self) -> dict[str, Any]:
+        """The winner."""
+        return {"winner": {"enum": list(_SHARES)}}
+
     async def _compare(self, submission: Submission, ours: str, theirs: str) -> tuple[float, dict[str, Any]]:
         """How much the first is better, from 0 to 1, by both orders."""
         task = self.task_text(submission)

@@ -77,6 +77,19 @@ class RubricJudge(Judge):
         )
         return "\n\n".join(parts)
 
+    def form(self) -> dict[str, Any]:
+        """A whole number for each criterion."""
+        score = {"type": "integer", "minimum": 0, "maximum": self.scale}
+        names = [one.name for one in self.criteria]
+        return {
+            "scores": {
+                "type": "object",
+                "properties": dict.fromkeys(names, score),
+                "required": names,
+                "additionalProperties": False,
+            }
+        }
+
     def _read(self, reply: Mapping[str, Any]) -> tuple[dict[str, float], str]:
         scores = reply.get("scores")
         if not isinstance(scores, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agl_grpc.grader.library.answers import AnswerGrader, find_answer
+from agl_grpc.grader.library.code import UnitTests
 from agl_grpc.grader.library.numbers import Maths, Numeric
 from agl_grpc.grader.library.schema import JsonSchema
 from agl_grpc.grader.library.sql import SqlMatch
@@ -14,6 +15,7 @@ maths = Maths()
 json_schema = JsonSchema()
 regular_expression = RegularExpression()
 sql_match = SqlMatch()
+unit_tests = UnitTests()
 
 __all__ = [
     "AnswerGrader",
@@ -23,6 +25,7 @@ __all__ = [
     "Numeric",
     "RegularExpression",
     "SqlMatch",
+    "UnitTests",
     "exact_match",
     "find_answer",
     "json_schema",
@@ -30,4 +33,5 @@ __all__ = [
     "numeric",
     "regular_expression",
     "sql_match",
+    "unit_tests",
 ]

@@ -137,13 +137,9 @@ class Recorder:
         for number, record in enumerate(turn.capture.records):
             self._parts.journal.announce(turn.capture.attempt, record.span_id, record.started)
             digest = hash((turn.digest(), number))
-            retry = self._retries.note(turn.capture.attempt, digest, record.span_id, tries_of(turn.headers))
-            record.retry_of = retry.span_id
-            self._counters.retries += bool(retry.candidates)
-            if retry.candidates > 1:
-                record.untrainable(
-                    f"a retry of one of {retry.candidates} equal calls: which one is not known"
-                )
+            self._counters.retries += self._retries.mark(
+                record, turn.capture.attempt, digest, tries_of(turn.headers)
+            )
 
     def complete(
         self, turn: Turn, engine: Upstream, raw: bytes, media_type: str = "application/json"

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from agl_grpc.store import errors
-from agl_grpc.store.door.credentials import AttemptCredential, CredentialSigner, looks_like_credential
+from agl_grpc.store.door.credentials import (
+    AttemptCredential,
+    CredentialSigner,
+    RoleCredential,
+    looks_like_credential,
+    looks_like_role,
+)
 
 DEADLINE_MARGIN = 0.25
 """Seconds before the caller's deadline at which a long poll answers, at most a tenth of what remains."""
@@ -20,18 +26,33 @@ _ATTEMPT_METHODS = frozenset(
 )
 
 
+_ROLE_METHODS = {
+    "grader": frozenset(
+        {
+            *("GetServerInfo", "GetRun", "GetGroup", "GetRollout", "ListRollouts", "WaitRollouts"),
+            *("WatchRollouts", "ListAttempts", "GetAttempt", "WatchAttempts", "ListSpans", "ExportSpans"),
+            *("WatchSpans", "ListRewards", "PutRewards", "GetResources", "GetLatestResources"),
+            *("ListResources", "WatchResources", "GetBlob"),
+        }
+    )
+}
+"""What the bearers of roles may call."""
+
+
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: an operator, or an agent that holds the credential of one attempt."""
+    """Who calls: an operator, an agent that holds the credential of one attempt, or one with a role."""
 
     principal: str = "operator"
     """Name under which request ids are remembered (R13)."""
     credential: AttemptCredential | None = None
     """Set when the caller speaks for one attempt only."""
+    role: RoleCredential | None = None
+    """Set when the caller has a role in one run."""
 
     def require_operator(self, needs: str) -> None:
         """Refuse callers who hold an attempt credential; `needs` says what would be required."""
-        if self.credential is not None:
+        if self.credential is not None or self.role is not None:
             raise errors.not_permitted(needs)
 
     def require_attempt(self, attempt_id: str) -> None:
@@ -86,6 +107,11 @@ class Authenticator:
             if method not in _ATTEMPT_METHODS:
                 raise errors.not_permitted(f"an operator's credential for {method}")
             return Caller(f"attempt:{credential.attempt_id}", credential)
+        if looks_like_role(token):
+            role = self._signer.verify_role(token)
+            if method not in _ROLE_METHODS.get(role.role, ()):
+                raise errors.not_permitted(f"an operator's credential for {method}")
+            return Caller(f"{role.role}:{role.credential_id}", role=role)
         if self._operator_token is not None and not hmac.compare_digest(
             token.encode(), self._operator_token.encode()
         ):

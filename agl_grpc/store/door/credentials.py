@@ -30,6 +30,27 @@ KEY_BYTES = 32
 """Length of a signing key."""
 
 
+ROLE_PREFIX = "agl1r"
+"""First part of the credentials of roles."""
+
+MOST_LIFETIME = 365 * 24 * 3600.0
+"""Seconds that the credential of a role lasts at most."""
+
+
+@dataclass(frozen=True)
+class RoleCredential:
+    """What the credential of a role says: what its bearer may do, and in which run."""
+
+    role: str
+    """The role, for example `grader`."""
+    run_id: str
+    """The run."""
+    credential_id: str
+    """Tells two credentials of one role apart."""
+    expires: float
+    """Seconds since the epoch after which it is refused."""
+
+
 @dataclass(frozen=True)
 class AttemptCredential:
     """What a credential says: the one attempt that its bearer speaks for."""
@@ -54,6 +75,11 @@ def looks_like_credential(text: str) -> bool:
     return text.startswith(f"{PREFIX}.")
 
 
+def looks_like_role(text: str) -> bool:
+    """Whether the text claims to be the credential of a role."""
+    return text.startswith(f"{ROLE_PREFIX}.")
+
+
 class CredentialSigner:
     """Mints and checks attempt credentials with one key.
 
@@ -70,8 +96,14 @@ class CredentialSigner:
 
     def mint(self, run_id: str, rollout_id: str, attempt_id: str, lifetime: float = DEFAULT_LIFETIME) -> str:
         """A credential for one attempt that lasts `lifetime` seconds."""
-        claims = orjson.dumps([run_id, rollout_id, attempt_id, int(self._clock() + lifetime)])
-        body = f"{PREFIX}.{_encode(claims)}"
+        return self._signed(PREFIX, [run_id, rollout_id, attempt_id, int(self._clock() + lifetime)])
+
+    def mint_role(self, role: str, run_id: str, lifetime: float = DEFAULT_LIFETIME) -> str:
+        """A credential of a role in one run that lasts `lifetime` seconds."""
+        return self._signed(ROLE_PREFIX, [role, run_id, secrets.token_hex(6), int(self._clock() + lifetime)])
+
+    def _signed(self, prefix: str, claims: list[str | int]) -> str:
+        body = f"{prefix}.{_encode(orjson.dumps(claims))}"
         return f"{body}.{_encode(self._sign(body))}"
 
     def verify(self, text: str) -> AttemptCredential:
@@ -80,24 +112,31 @@ class CredentialSigner:
         Raises:
             StoreError: UNAUTHENTICATED when it is malformed, not signed by this key, or expired.
         """
+        return AttemptCredential(*self._checked(text, PREFIX, "attempt credential"))
+
+    def verify_role(self, text: str) -> RoleCredential:
+        """The claims of a role's credential; raises as `verify`."""
+        return RoleCredential(*self._checked(text, ROLE_PREFIX, "credential"))
+
+    def _checked(self, text: str, prefix: str, what: str) -> tuple[str, str, str, int]:
         body, _, signature = text.rpartition(".")
         if not hmac.compare_digest(_decode(signature), self._sign(body)):
-            raise errors.unauthenticated("the attempt credential is not one of this store")
-        credential = _claims(body)
-        if credential.expires <= self._clock():
-            raise errors.unauthenticated("the attempt credential has expired")
-        return credential
+            raise errors.unauthenticated(f"the {what} is not one of this store")
+        claims = _claims(body, prefix)
+        if claims[3] <= self._clock():
+            raise errors.unauthenticated(f"the {what} has expired")
+        return claims
 
     def _sign(self, body: str) -> bytes:
         return hmac.new(self._key, body.encode(), hashlib.sha256).digest()
 
 
-def _claims(body: str) -> AttemptCredential:
+def _claims(body: str, wanted: str) -> tuple[str, str, str, int]:
     prefix, _, encoded = body.partition(".")
-    if prefix != PREFIX:
+    if prefix != wanted:
         raise errors.unauthenticated("the attempt credential is of an unknown scheme")
-    run_id, rollout_id, attempt_id, expires = orjson.loads(_decode(encoded))
-    return AttemptCredential(run_id, rollout_id, attempt_id, expires)
+    first, second, third, expires = orjson.loads(_decode(encoded))
+    return first, second, third, expires
 
 
 def _encode(raw: bytes) -> str:

@@ -53,11 +53,14 @@ class Methods:
         self.authenticator = authenticator
         self.draining = draining
         self._targets: dict[str, _Target] = {}
+        self._streaming: dict[str, Any] = {}
         for service, handlers in services.items():
             for method in service.methods:
                 if not method.client_streaming and not method.server_streaming:
                     checked = parser_of(method, parsers) is None
                     self._targets[method.input_type.name] = _Target.of(method, handlers, checked)
+                else:
+                    self._streaming[method.name] = _Target.of(method, handlers, checked=False).handler
 
     def call_of(self, method: str, metadata: Metadata, deadline: float | None = None) -> Call:
         """The call that a handler is told about.
@@ -66,6 +69,13 @@ class Methods:
             StoreError: UNAUTHENTICATED or NOT_PERMITTED.
         """
         return Call(self.authenticator.caller(method, metadata), method, deadline, self.draining)
+
+    def streaming(self, method: str) -> Any:
+        """What serves a streaming method; it takes the requests (or the request) and a call."""
+        handler = self._streaming[method]
+        if handler is None:
+            raise errors.method_unimplemented(method)
+        return handler
 
     async def __call__(self, request: Any, metadata: Metadata = (), deadline: float | None = None) -> Any:
         """Carries a request out; its type names the method.

@@ -14,6 +14,7 @@ from agl_grpc.store.door.service import Parser
 from agl_grpc.store.handlers.attempts import AttemptHandlers
 from agl_grpc.store.handlers.batches import BatchHandlers
 from agl_grpc.store.handlers.blobs import BlobHandlers
+from agl_grpc.store.handlers.credentials import CredentialHandlers
 from agl_grpc.store.handlers.lease_stream import LeaseStreamHandlers
 from agl_grpc.store.handlers.policies import PolicyHandlers
 from agl_grpc.store.handlers.resources import ResourceHandlers
@@ -68,6 +69,7 @@ def handlers(
             span_writes,
             SpanReadHandlers(side.store),
             RewardHandlers(side.store),
+            CredentialHandlers(side.store, side.signer),
             ResourceHandlers(side),
             BlobHandlers(side.store),
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Iterable
 
 from google.protobuf.message import Message
 
@@ -17,7 +18,7 @@ from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.sql import marks
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
-from agl_grpc.v1 import store_service_pb2
+from agl_grpc.v1 import reward_pb2, store_service_pb2
 
 _SOURCE = (
     "rewards w JOIN attempts a ON a.attempt_key = w.attempt_key "
@@ -50,6 +51,7 @@ class RewardHandlers:
                 if not attempt_id:
                     raise errors.invalid_field(f"rewards[{index}].attempt_id", "is required")
             targets = attempts_by_name(tx.connection, names)
+            _check_origin(request.rewards, call)
             for attempt, _ in {pair[0].key: pair for pair in targets}.values():
                 _authorise(tx, attempt, request.lease_token, call)
             stored = put_all_rewards(tx, targets, request.rewards)
@@ -83,12 +85,24 @@ class RewardHandlers:
         return await self._store.read(read)
 
 
+def _check_origin(rewards: Iterable[reward_pb2.Reward], call: Call) -> None:
+    """An agent cannot speak as a grader: it could answer for those that its run waits for."""
+    if call.caller.credential is None:
+        return
+    if any(reward.grader or reward.grader_version or reward.HasField("failure") for reward in rewards):
+        raise errors.not_permitted("a grader's credential to write in a grader's name")
+
+
 def _authorise(tx: Tx, attempt: AttemptRow, lease_token: bytes, call: Call) -> None:
     """A worker shows its lease; an agent may judge itself only where its run allows it."""
     if lease_token:
         if attempt.lease_token is None or not hmac.compare_digest(attempt.lease_token, lease_token):
             raise errors.lease_lost(attempt.attempt_id, attempt_status(attempt.status))
         return
+    if call.caller.role is not None:
+        (run_id,) = tx.execute("SELECT run_id FROM runs WHERE run_key = ?", (attempt.run_key,)).fetchone()
+        if run_id != call.caller.role.run_id:
+            raise errors.not_permitted(f"a credential for run {run_id}")
     if call.caller.credential is None:
         return
     call.caller.require_attempt(attempt.attempt_id)

@@ -8,7 +8,7 @@ from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.handlers.common import change, mask_paths
-from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts import grading, lifecycle
 from agl_grpc.store.rollouts.dispatch import Waiter
 from agl_grpc.store.rollouts.encode import duration_of, key_values_blob, load_run, load_runs
 from agl_grpc.store.rollouts.filters import run_key_of
@@ -22,7 +22,10 @@ _RUN = int(event_pb2.ENTITY_KIND_RUN)
 _CREATED = int(event_pb2.EVENT_KIND_CREATED)
 _UPDATED = int(event_pb2.EVENT_KIND_UPDATED)
 _BY_ID = Order("u.run_id", "u.run_key", descending=False)
-_UPDATABLE = ("metadata", "allow_self_grading", "retention", "seal_timeout", "replay_retention")
+_UPDATABLE = (
+    *("metadata", "allow_self_grading", "retention", "seal_timeout", "replay_retention"),
+    *("graders", "grading_timeout"),
+)
 
 
 class RunHandlers:
@@ -85,6 +88,8 @@ class RunHandlers:
         def run(tx: Tx) -> store_service_pb2.UpdateRunResponse:
             row = self._side.catalog.run(tx, request.run.run_id)
             _write(tx, row.run_key, request.run, paths)
+            if "graders" in paths:
+                grading.look_again(tx, row.run_key)
             self._changed(tx, row)
             return store_service_pb2.UpdateRunResponse(run=load_run(tx.connection, row.run_key))
 
@@ -155,6 +160,8 @@ def _is_given(wanted: run_pb2.Run, path: str) -> bool:
         "retention": wanted.HasField("retention"),
         "seal_timeout": wanted.HasField("seal_timeout"),
         "replay_retention": wanted.HasField("replay_retention"),
+        "graders": len(wanted.graders) > 0,
+        "grading_timeout": wanted.HasField("grading_timeout"),
     }[path]
 
 
@@ -172,6 +179,12 @@ def _write(tx: Tx, run_key: int, wanted: run_pb2.Run, paths: list[str]) -> None:
             _require_positive(value, path)
         elif path == "seal_timeout":
             value = duration_of(wanted.seal_timeout) if wanted.HasField("seal_timeout") else 60_000_000
+            _require_positive(value, path)
+        elif path == "graders":
+            value = grading.graders_blob(wanted.graders)
+        elif path == "grading_timeout":
+            given = wanted.HasField("grading_timeout")
+            value = duration_of(wanted.grading_timeout) if given else grading.DEFAULT_TIMEOUT
             _require_positive(value, path)
         else:
             raise invalid_field("update_mask", f"may name {', '.join(_UPDATABLE)}; not {path!r}")

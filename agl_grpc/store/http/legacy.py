@@ -18,6 +18,7 @@ from agl_grpc.store.door.methods import Methods
 from agl_grpc.store.http.problems import HttpProblem, malformed
 from agl_grpc.store.http.request import Request
 from agl_grpc.store.http.rest import show
+from agl_grpc.store.http.rest.inputs import Inputs
 from agl_grpc.store.http.rest.spans import rejection
 from agl_grpc.store.http.routing import Answer, Handler
 from agl_grpc.store.http.shape import Fields
@@ -37,6 +38,7 @@ class LegacyRoutes:
 
     def __init__(self, methods: Methods) -> None:
         self._methods = methods
+        self._inputs = Inputs(methods)
 
     def routes(self) -> Mapping[tuple[str, str], Handler]:
         """Handlers by method and path."""
@@ -54,6 +56,7 @@ class LegacyRoutes:
         if not response.rollouts:
             return Answer(b'{"is_available":false,"task":null}')
         rollout = response.rollouts[0].rollout.rollout
+        await self._inputs.fill([rollout], http.metadata)
         shown = show.rollout(rollout)
         task = {
             **{name: shown[name] for name in ("rollout_id", "input", "mode", "resources_id", "metadata")},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agl_grpc.store.rollouts import lifecycle
+from agl_grpc.store.rollouts.grading import seal_rollout
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent, Outcome, RolloutEvent
 from agl_grpc.store.rollouts.rows import (
     AttemptRow,
@@ -109,12 +110,6 @@ def settle(tx: Tx, attempt: AttemptRow) -> None:
         seal_rollout(tx, rollout)
 
 
-def seal_rollout(tx: Tx, rollout: RolloutRow) -> None:
-    """Marks a finished rollout as sealed."""
-    tx.execute("UPDATE rollouts SET sealed = 1 WHERE rollout_key = ?", (rollout.key,))
-    tx.event(rollout.run_key, ROLLOUT, SEALED, rollout.key)
-
-
 def seal_timeout(tx: Tx, attempt: AttemptRow) -> int:
     """Microseconds that the attempt's open calls are waited for; 0 when it has none."""
     if attempt.open_calls <= 0:
@@ -133,10 +128,17 @@ def complete_failure(event: AttemptEvent, failure: attempt_pb2.Failure | None) -
         full.CopyFrom(failure)
     if not full.kind:
         full.kind = attempt_pb2.FailureKind.ValueType(kind)
-    full.message = clip(full.message, 4 << 10)
-    full.type = clip(full.type, 256)
-    full.detail = clip(full.detail, 64 << 10, keep_end=True)
-    return full
+    return limited(full)
+
+
+def limited(failure: attempt_pb2.Failure) -> attempt_pb2.Failure:
+    """The failure with its texts cut to the contract's limits."""
+    return attempt_pb2.Failure(
+        kind=failure.kind,
+        message=clip(failure.message, 4 << 10),
+        type=clip(failure.type, 256),
+        detail=clip(failure.detail, 64 << 10, keep_end=True),
+    )
 
 
 def clip(text: str, limit: int, *, keep_end: bool = False) -> str:

@@ -235,7 +235,7 @@ def key_values_blob(values: Iterable[common_pb2.KeyValue]) -> bytes | None:
 
 _RUN = (
     "SELECT run_key, run_id, create_time, metadata, allow_self_grading, retention, paused, seal_timeout, "
-    "replay_retention FROM runs WHERE run_key IN ({keys})"
+    "replay_retention, graders, grading_timeout FROM runs WHERE run_key IN ({keys})"
 )
 _PAUSED = "SELECT run_key, name FROM queues WHERE paused = 1 AND run_key IN"
 
@@ -256,7 +256,8 @@ def load_runs(db: Connection, keys: Sequence[int]) -> list[run_pb2.Run]:
 
 
 def _run_message(row: Any) -> run_pb2.Run:
-    _, run_id, create_time, metadata, self_grading, retention, paused, seal_timeout, replay = row
+    _, run_id, create_time, metadata, self_grading, retention, paused, *rest = row
+    seal_timeout, replay, graders, grading_timeout = rest
     run = run_pb2.Run(run_id=run_id, allow_self_grading=bool(self_grading), paused=bool(paused))
     set_time(run.create_time, create_time)
     if metadata:
@@ -264,4 +265,7 @@ def _run_message(row: Any) -> run_pb2.Run:
     set_duration(run.retention, retention)
     set_duration(run.seal_timeout, seal_timeout)
     set_duration(run.replay_retention, replay)
+    if graders:
+        run.MergeFromString(graders)
+        set_duration(run.grading_timeout, grading_timeout)
     return run

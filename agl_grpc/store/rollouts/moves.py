@@ -18,7 +18,6 @@ from agl_grpc.store.rollouts.attempts import (
     UPDATED,
     complete_failure,
     revivable,
-    seal_rollout,
     seal_timeout,
     settle,
 )
@@ -26,6 +25,7 @@ from agl_grpc.store.rollouts.bindings import ResourceCache
 from agl_grpc.store.rollouts.commands import CANCEL, Commands
 from agl_grpc.store.rollouts.dispatch import Dispatcher, Waiter
 from agl_grpc.store.rollouts.encode import set_duration, set_time
+from agl_grpc.store.rollouts.grading import hold, seal_rollout
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent, Outcome, RolloutEvent
 from agl_grpc.store.rollouts.names import attempt_status, rollout_status
 from agl_grpc.store.rollouts.rows import (
@@ -400,6 +400,10 @@ class Moves:
                 seal_rollout(tx, rollout)
             return
         terminal = move.status in lifecycle.ROLLOUT_TERMINAL
+        if terminal and sealed:
+            # A run without graders is known to have none: no row is read for it.
+            awaited = self.catalog.run_by_key(tx, rollout.run_key).graded
+            sealed = not (awaited and hold(tx, rollout, move.status))
         waiting = move.status in lifecycle.ROLLOUT_WAITING
         ready_time = tx.now + verdict.delay
         due = None

@@ -9,10 +9,11 @@ from google.protobuf import duration_pb2
 from agl_grpc.store import blobs
 from agl_grpc.store.errors import exists, illegal_transition, invalid_field
 from agl_grpc.store.rollouts import lifecycle
-from agl_grpc.store.rollouts.attempts import CREATED, ROLLOUT, UPDATED, seal_rollout, settle
+from agl_grpc.store.rollouts.attempts import CREATED, ROLLOUT, UPDATED, settle
 from agl_grpc.store.rollouts.bindings import named_key
 from agl_grpc.store.rollouts.dispatch import Waiter
 from agl_grpc.store.rollouts.encode import load_rollout, load_rollouts
+from agl_grpc.store.rollouts.grading import seal_rollout
 from agl_grpc.store.rollouts.lifecycle import AttemptEvent, Outcome, RolloutEvent
 from agl_grpc.store.rollouts.moves import Beginnings, Moves, write_begun
 from agl_grpc.store.rollouts.names import rollout_status

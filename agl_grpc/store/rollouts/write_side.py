@@ -5,7 +5,7 @@ from __future__ import annotations
 from agl_grpc.store import rewards
 from agl_grpc.store.door.credentials import CredentialSigner
 from agl_grpc.store.events.timers import FIRE_LIMIT
-from agl_grpc.store.rollouts import commands
+from agl_grpc.store.rollouts import commands, grading
 from agl_grpc.store.rollouts.commands import Commands
 from agl_grpc.store.rollouts.deletion import Deletion, Retention
 from agl_grpc.store.rollouts.dispatch import Dispatcher
@@ -26,6 +26,7 @@ class WriteSide:
 
     Attributes:
         store: The store it writes to.
+        signer: Makes credentials.
         catalog: Keys of named things.
         dispatcher: Who waits for work.
         commands: Orders to workers.
@@ -37,6 +38,7 @@ class WriteSide:
 
     def __init__(self, store: Store, signer: CredentialSigner) -> None:
         self.store = store
+        self.signer = signer
         self.catalog = Catalog()
         self.dispatcher = Dispatcher(self.catalog)
         self.commands = Commands()
@@ -69,12 +71,14 @@ class WriteSide:
         if not self.store.database.is_shared(tx.connection):
             self.leases.extend_all(tx)
         tx.arm(next_rollout_due(tx.connection))
+        tx.arm(grading.next_due(tx.connection))
 
     def _sweep(self, tx: Tx) -> None:
         self.moves.sweep(tx, FIRE_LIMIT)
         self.rollouts.sweep(tx, FIRE_LIMIT)
+        grading.sweep(tx, FIRE_LIMIT, rewards.put_rewards)
 
 
 def _next_due(db: Connection) -> int | None:
-    moments = (next_attempt_due(db), next_rollout_due(db))
+    moments = (next_attempt_due(db), next_rollout_due(db), grading.next_due(db))
     return min((moment for moment in moments if moment is not None), default=None)

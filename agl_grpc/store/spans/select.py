@@ -26,6 +26,7 @@ _KEYS: dict[str, Callable[[Any], Sortable]] = {
     "trace_id": lambda span: (not span.trace_id, span.trace_id.hex()),
     "span_id": lambda span: (False, span.span_id.hex()),
     "parent_id": lambda span: (not span.parent_span_id, span.parent_span_id.hex()),
+    "rollout_id": lambda _: (False, 0),  # one list is of one rollout
 }
 
 Test = Callable[[Any], bool]
@@ -38,8 +39,9 @@ def sort_name(order_by: str) -> str:
         StoreError: INVALID_FIELD for an unknown one.
     """
     name = order_by or "sequence_id"
-    if name not in COLUMNS and name not in _KEYS:
-        raise invalid_field("order_by", f"must be one of {', '.join(sorted([*COLUMNS, *_KEYS]))}")
+    known = sorted([*COLUMNS, *_KEYS, "attempt_id"])
+    if name not in known:
+        raise invalid_field("order_by", f"must be one of {', '.join(known)}")
     return name
 
 
@@ -77,13 +79,14 @@ def scan(
     tests = tests_of(chosen)
     combine = any if chosen.logic == common_pb2.FILTER_LOGIC_OR else all
     flags = MODEL_CALL if chosen.model_calls_only else 0
+    ids = _attempt_ids(db, attempt_keys) if order == "attempt_id" else {}
     found: list[tuple[Sortable, int]] = []
     rows = db.execute(
-        "SELECT span_key, sequence_id, received_time, data FROM spans "
+        "SELECT span_key, attempt_key, sequence_id, received_time, data FROM spans "
         f"WHERE attempt_key IN ({marks(len(attempt_keys))}) AND flags & ? = ?",
         [*attempt_keys, flags, flags],
     )
-    for key, sequence, received, data in rows:
+    for key, attempt_key, sequence, received, data in rows:
         span = raw.RawSpanKeys.FromString(data)
         if tests and not combine(test(span) for test in tests):
             continue
@@ -91,8 +94,18 @@ def scan(
             value: Sortable = (False, sequence)
         elif order == "received_time":
             value = (False, received)
+        elif order == "attempt_id":
+            value = (False, ids[attempt_key])
         else:
             value = _KEYS[order](span)
         found.append((value, key))
     found.sort(reverse=descending)
     return [key for _, key in found]
+
+
+def _attempt_ids(db: Connection, attempt_keys: Sequence[int]) -> dict[int, str]:
+    chosen = marks(len(attempt_keys))
+    rows = db.execute(
+        f"SELECT attempt_key, attempt_id FROM attempts WHERE attempt_key IN ({chosen})", attempt_keys
+    )
+    return {int(key): str(name) for key, name in rows}

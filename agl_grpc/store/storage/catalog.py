@@ -27,6 +27,7 @@ class RunRow:
     run_id: str
     paused: bool
     seal_timeout: int
+    graded: bool
 
 
 @dataclass(slots=True)
@@ -92,11 +93,12 @@ class Catalog:
 
     def _load_run(self, tx: Tx, where: str, value: str | int) -> RunRow | None:
         row = tx.execute(
-            f"SELECT run_key, run_id, paused, seal_timeout FROM runs WHERE {where}", (value,)
+            f"SELECT run_key, run_id, paused, seal_timeout, graders IS NOT NULL FROM runs WHERE {where}",
+            (value,),
         ).fetchone()
         if row is None:
             return None
-        run = RunRow(row[0], row[1], bool(row[2]), row[3])
+        run = RunRow(row[0], row[1], bool(row[2]), row[3], bool(row[4]))
         self._runs[run.run_id] = self._runs_by_key[run.run_key] = run
         tx.after_rollback(lambda: self.forget_run(run))
         return run

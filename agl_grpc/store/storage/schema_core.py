@@ -69,4 +69,10 @@ ALTER TABLE workers ADD COLUMN stream_session TEXT;
 ALTER TABLE workers ADD COLUMN stream_epoch INTEGER NOT NULL DEFAULT 0;
 """
 
-FAMILY = Family("core", (_V1, _V2, _V3))
+# Graders that the run waits for (a serialised Run with only them), and for how long.
+_V4 = """
+ALTER TABLE runs ADD COLUMN graders BLOB;
+ALTER TABLE runs ADD COLUMN grading_timeout INTEGER NOT NULL DEFAULT 600000000;
+"""
+
+FAMILY = Family("core", (_V1, _V2, _V3, _V4))

@@ -20,4 +20,19 @@ CREATE TABLE rewards (
 CREATE UNIQUE INDEX rewards_natural ON rewards (attempt_key, name, target_ref, step, grader, revision);
 """
 
-FAMILY = Family("rewards", (_V1,))
+# A grader's failure has no value: `value` is then 0 and never read. Attempts that wait for their graders
+# stand in `gradings`, with the moment at which the wait is over.
+_V2 = """
+ALTER TABLE rewards ADD COLUMN failure BLOB;
+ALTER TABLE rewards ADD COLUMN grader_version TEXT NOT NULL DEFAULT '';
+
+CREATE TABLE gradings (
+    attempt_key INTEGER PRIMARY KEY,
+    run_key INTEGER NOT NULL,
+    due INTEGER NOT NULL
+) STRICT;
+CREATE INDEX gradings_due ON gradings (due);
+CREATE INDEX gradings_run ON gradings (run_key);
+"""
+
+FAMILY = Family("rewards", (_V1, _V2))

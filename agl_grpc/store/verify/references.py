@@ -44,6 +44,7 @@ _REFERENCES = (
     _Reference("open_calls", "attempt_key", "attempts"),
     _Reference("span_sequences", "rollout_key", "rollouts"),
     _Reference("rewards", "attempt_key", "attempts"),
+    _Reference("gradings", "attempt_key", "attempts"),
     _Reference("training_metrics", "training_key", "training_runs"),
     _Reference("training_log", "training_key", "training_runs"),
     _Reference("training_results", "training_key", "training_runs"),

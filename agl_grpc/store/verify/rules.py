@@ -43,11 +43,12 @@ _ROLLOUTS = (
     ),
     by_sql(
         "rollouts.sealed",
-        "a rollout is sealed exactly when it is finished and its newest attempt, if there is one, is sealed",
+        "a rollout is sealed exactly when it is finished and its newest attempt, if any, sealed and judged",
         "rollout {0} has status {1}, sealed {2}, and its newest attempt has sealed {3}",
         "SELECT r.rollout_id, r.status, r.sealed, a.sealed FROM rollouts r "
         "LEFT JOIN attempts a ON a.attempt_key = r.latest_attempt_key WHERE (r.sealed <> 0) <> "
-        f"(r.status IN {_TERMINAL} AND (a.attempt_key IS NULL OR a.sealed <> 0))",
+        f"(r.status IN {_TERMINAL} AND (a.attempt_key IS NULL OR a.sealed <> 0) AND NOT EXISTS "
+        "(SELECT 1 FROM gradings g WHERE g.attempt_key = a.attempt_key))",
     ),
     by_sql(
         "rollouts.ready",

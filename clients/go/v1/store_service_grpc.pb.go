@@ -81,6 +81,8 @@ type StoreServiceClient interface {
 	PutRewards(ctx context.Context, in *PutRewardsRequest, opts ...grpc.CallOption) (*PutRewardsResponse, error)
 	// Newest revisions of rewards.
 	ListRewards(ctx context.Context, in *ListRewardsRequest, opts ...grpc.CallOption) (*ListRewardsResponse, error)
+	// Makes a credential for a role; only operators may. It expires and cannot be taken back before.
+	IssueCredential(ctx context.Context, in *IssueCredentialRequest, opts ...grpc.CallOption) (*IssueCredentialResponse, error)
 	// Publishes a new version of a set of resources and pushes it to every watcher.
 	PublishResources(ctx context.Context, in *PublishResourcesRequest, opts ...grpc.CallOption) (*PublishResourcesResponse, error)
 	// One version of a set of resources.
@@ -520,6 +522,15 @@ func (c *storeServiceClient) ListRewards(ctx context.Context, in *ListRewardsReq
 	return out, nil
 }
 
+func (c *storeServiceClient) IssueCredential(ctx context.Context, in *IssueCredentialRequest, opts ...grpc.CallOption) (*IssueCredentialResponse, error) {
+	out := new(IssueCredentialResponse)
+	err := c.cc.Invoke(ctx, "/agl_grpc.v1.StoreService/IssueCredential", in, out, opts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *storeServiceClient) PublishResources(ctx context.Context, in *PublishResourcesRequest, opts ...grpc.CallOption) (*PublishResourcesResponse, error) {
 	out := new(PublishResourcesResponse)
 	err := c.cc.Invoke(ctx, "/agl_grpc.v1.StoreService/PublishResources", in, out, opts...)
@@ -776,6 +787,8 @@ type StoreServiceServer interface {
 	PutRewards(context.Context, *PutRewardsRequest) (*PutRewardsResponse, error)
 	// Newest revisions of rewards.
 	ListRewards(context.Context, *ListRewardsRequest) (*ListRewardsResponse, error)
+	// Makes a credential for a role; only operators may. It expires and cannot be taken back before.
+	IssueCredential(context.Context, *IssueCredentialRequest) (*IssueCredentialResponse, error)
 	// Publishes a new version of a set of resources and pushes it to every watcher.
 	PublishResources(context.Context, *PublishResourcesRequest) (*PublishResourcesResponse, error)
 	// One version of a set of resources.
@@ -905,6 +918,9 @@ func (UnimplementedStoreServiceServer) PutRewards(context.Context, *PutRewardsRe
 }
 func (UnimplementedStoreServiceServer) ListRewards(context.Context, *ListRewardsRequest) (*ListRewardsResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method ListRewards not implemented")
+}
+func (UnimplementedStoreServiceServer) IssueCredential(context.Context, *IssueCredentialRequest) (*IssueCredentialResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method IssueCredential not implemented")
 }
 func (UnimplementedStoreServiceServer) PublishResources(context.Context, *PublishResourcesRequest) (*PublishResourcesResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method PublishResources not implemented")
@@ -1554,6 +1570,24 @@ func _StoreService_ListRewards_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _StoreService_IssueCredential_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueCredentialRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(StoreServiceServer).IssueCredential(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: "/agl_grpc.v1.StoreService/IssueCredential",
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(StoreServiceServer).IssueCredential(ctx, req.(*IssueCredentialRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _StoreService_PublishResources_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(PublishResourcesRequest)
 	if err := dec(in); err != nil {
@@ -1913,6 +1947,10 @@ var _StoreService_serviceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListRewards",
 			Handler:    _StoreService_ListRewards_Handler,
+		},
+		{
+			MethodName: "IssueCredential",
+			Handler:    _StoreService_IssueCredential_Handler,
 		},
 		{
 			MethodName: "PublishResources",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import openai
 import pytest
 
 from agl_grpc.interceptor.front.settings import UpstreamSpec
+from agl_grpc.model.value import from_payload
 from agl_grpc.v1 import model_call_pb2
 from tests.interceptor.front.fake_engine import (
     LOGPROBS,
@@ -155,6 +157,41 @@ async def test_other_dialects_pass_byte_identical_and_are_marked(
         f"no token ids: from outside {name} does not give them"
         for name in ("responses", "messages", "embeddings")
     }
+
+
+async def test_images_reach_the_engine_as_they_are(
+    scripted: ScriptedStore, engine: FakeEngine, tmp_path: Path
+) -> None:
+    image = base64.b64encode(bytes(range(256)) * 400).decode()
+    parts = [
+        {"type": "text", "text": "what is it?"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}", "detail": "low"}},
+    ]
+    source = {"type": "base64", "media_type": "image/png", "data": image}
+    messages = {
+        "model": "tiny",
+        "max_tokens": 5,
+        "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}],
+    }
+    bodies: list[bytes] = []
+
+    async def keep(request: Any, body: dict[str, Any]) -> Any:
+        from aiohttp import web
+
+        bodies.append(await request.read())
+        return web.json_response(answer_of(request.path, body) if "chat" in request.path else {"id": "x"})
+
+    engine.script = keep
+    async with proxy_before(scripted.address, tmp_path, engine) as rig:
+        chat = {**HELLO, "messages": [{"role": "user", "content": parts}]}
+        assert (await rig.http.post(rig.base() + CHAT, json=chat)).status_code == 200
+        # Indented, as no JSON library would write it again.
+        text = json.dumps(messages, indent=3).encode()
+        assert (await rig.http.post(rig.base() + "/v1/messages", content=text)).status_code == 200
+        calls = await recorded(scripted, count=2)
+    assert json.loads(bodies[0])["messages"] == chat["messages"]
+    assert bodies[1] == text
+    assert from_payload(calls[1][0].raw_request) == messages
 
 
 async def test_the_base_url_names_agent_and_mode_and_the_temperature_is_imposed_in_training_only(

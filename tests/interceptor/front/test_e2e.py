@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
 
 from agl_grpc import LLM, LitAgentRunner, ProxyLLM, StoreClient, llm_rollout
 from agl_grpc.interceptor.front.settings import UpstreamSpec
+from agl_grpc.model.value import from_payload
 from agl_grpc.v1 import model_call_pb2
 from tests.interceptor.engine import Engine, engine
 from tests.interceptor.front.rig import CHAT, proxy_before
@@ -188,6 +190,40 @@ async def compared(
     assert logprobs_of(calls) == pytest.approx(logprobs_of(within), abs=1e-5)
     assert all(call.engine_version.startswith("vllm 0.") for call, _ in calls)
     return calls
+
+
+async def test_the_anthropic_sdk_through_the_proxy(
+    parsing: Engine, scripted: ScriptedStore, tmp_path: Path
+) -> None:
+    """Its answers are the engine's own; the records say that no ids are to be had from outside."""
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "messages": HELLO}
+    greedy = {"extra_body": {"temperature": 0}}
+
+    def said(message: anthropic.types.Message) -> list[Any]:
+        # The engine signs each thought with a number of its own.
+        blocks = [{**block.to_dict(), "signature": None} for block in message.content]
+        return [message.stop_reason, message.usage.output_tokens, *blocks]
+
+    async with proxy_before(scripted.address, tmp_path, UpstreamSpec(parsing.url)) as rig:
+        with anthropic.Anthropic(base_url=parsing.url, api_key="x") as bare:
+            expected = said(await asyncio.to_thread(bare.messages.create, **asked, **greedy))
+        with anthropic.Anthropic(base_url=rig.base(), api_key="x") as client:
+            assert said(await asyncio.to_thread(client.messages.create, **asked, **greedy)) == expected
+        async with anthropic.AsyncAnthropic(base_url=rig.base(), api_key="x", max_retries=0) as client:
+            assert said(await client.messages.create(**asked, **greedy)) == expected
+            async with client.messages.stream(**asked, **greedy) as stream:
+                events = [event async for event in stream]
+                assert said(await stream.get_final_message()) == expected
+            counted = await client.messages.count_tokens(model="tiny", messages=asked["messages"])
+            with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+                await client.messages.create(**{**asked, "model": "nobody"})
+        calls = [call for call, _ in await recorded(scripted, count=4)]
+    assert len(events) > 4
+    assert counted.input_tokens > 0
+    assert {call.api for call in calls} == {"messages"}
+    assert all("no token ids" in call.untrainable_reason for call in calls)
+    kept = [from_payload(call.raw_response) for call in calls[:2]]
+    assert all(each["role"] == "assistant" for each in kept)
 
 
 async def test_a_client_that_leaves_cuts_the_engines_generation(

@@ -1,25 +1,33 @@
 """Ways in which token-level training data goes wrong, one named test each; the number is the pitfall's.
 
-Numbers that are missing concern engines, weights, groups or credentials, not samples. Marked as recorded are
-cases that a small model on a CPU cannot show.
+Numbers that are missing concern engines, weights, groups or credentials, not samples: `docs/pitfalls.md` says
+where their tests are. Marked as recorded are cases that a small model on a CPU cannot show.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from agl_grpc.client import StoreClient
+from agl_grpc.learner.checks import LogprobLimits, LogprobRow, check_logprobs
+from agl_grpc.learner.errors import FidelityError
 from agl_grpc.sample import (
     DropReason,
     OverLong,
     RowStart,
+    Sample,
     SampleError,
     SampleRules,
     Truncated,
     build_attempt,
     judge,
+    token_digest,
 )
 from agl_grpc.sample.breaks import compare_texts
 from agl_grpc.v1.model_call_pb2 import (
@@ -29,7 +37,9 @@ from agl_grpc.v1.model_call_pb2 import (
     SamplingParameters,
 )
 from agl_grpc.v1.reward_pb2 import Reward
+from agl_grpc.v1.span_pb2 import StoredSpan
 from tests.sample.calls import call, choice, record
+from tests.store.span_support import group, make_attempts, serving
 
 WORDS = {1: "<user>", 2: "a", 3: "b", 23: "ab", 4: "<end>", 5: "<think>x</think>", 6: '{"k":1,"l":2}'}
 WORDS |= {7: '{"l": 2, "k": 1}', 8: "c"}
@@ -214,3 +224,89 @@ def test_32_rewards_of_steps_and_calls_are_credited_to_their_answers() -> None:
     out = build_attempt(attempt, SampleRules(discount=0.5))
     assert [(turn.reward, turn.ret) for turn in out.rows[0].turns] == [(0.5, 1.125), (0.25, 1.25)]
     assert (out.reward, out.unplaced_rewards) == (1.0, 1)
+
+
+def logprob(prefix: Sequence[int], token: int) -> float:
+    """What a toy model, for which every earlier token matters, says of a token."""
+    digest = hashlib.blake2b(repr((*prefix, token)).encode(), digest_size=4).digest()
+    return -1.0 - int.from_bytes(digest) / 2**32
+
+
+def sampled(prompt: list[int], answer: list[int], at: int) -> StoredSpan:
+    """A call whose logprobs are the toy model's under the prompt that it was sampled from."""
+    made = call(prompt, answer, at=at)
+    lps = [logprob([*prompt, *answer[:place]], token) for place, token in enumerate(answer)]
+    made.span.model_call.choices[0].logprobs[:] = lps
+    return made
+
+
+def recomputed(row: Sample) -> LogprobRow:
+    """The toy model's logprobs of a row's tokens, each under the tokens before it in the row."""
+    tokens = [*row.prompt_ids.tolist(), *row.response_ids.tolist()]
+    first = len(row.prompt_ids)
+    lps = np.array([logprob(tokens[:place], tokens[place]) for place in range(first, len(tokens))], "<f4")
+    return LogprobRow("g_0_0", row.logprobs, lps, row.response_mask.astype(np.int64), row.policy_versions)
+
+
+def test_12_every_trained_token_stands_behind_the_tokens_it_was_sampled_behind() -> None:
+    """Histories that grow, branch, are re-tokenised and rewritten: no row splices an answer into another."""
+    spans = [
+        sampled([1, 2], [3, 4], at=1),
+        sampled([1, 2, 3, 4, 5], [6, 7], at=2),
+        sampled([1, 2, 3, 4, 8], [9], at=3),
+        sampled([1, 2, 34, 5], [6, 7], at=4),
+        sampled([9, 9], [3, 4], at=5),
+    ]
+    out = build_attempt(record(*spans))
+    assert len(out.rows) == 4
+    for row in out.rows:
+        found = check_logprobs([recomputed(row)], version=3, limits=LogprobLimits())
+        assert found["check/logprob_tokens_compared"] == row.trained_tokens
+        assert found["check/logprob_max_difference"] < 1e-6
+    # The answer to the re-rendered history, put behind the tokens of the first: what the check is for.
+    whole, broken = out.rows[0], out.rows[2]
+    spliced = replace(broken, prompt_ids=np.array([*whole.prompt_ids, 3, 4, 5], np.int32))
+    with pytest.raises(FidelityError, match="sampled and recomputed logprobs differ"):
+        check_logprobs([recomputed(spliced)], version=3, limits=LogprobLimits())
+
+
+def test_15_the_divergence_of_sampler_and_trainer_is_reported_and_zero_for_the_same_weights() -> None:
+    (row,) = build_attempt(record(sampled([1], list(range(2, 40)), at=1))).rows
+    same = recomputed(row)
+    lax = LogprobLimits(maximum=9.0, mean=9.0)
+    assert check_logprobs([same], version=3, limits=lax)["check/kl_sampler_trainer"] < 1e-12
+    # Errors of both signs do not cancel.
+    off = replace(same, recomputed=same.recomputed + np.array([0.1, -0.1] * 19, "<f4"))
+    found = check_logprobs([off], version=3, limits=lax)
+    assert found["check/kl_sampler_trainer"] == pytest.approx(math.cosh(0.1) - 1, rel=1e-4)
+
+
+@pytest.mark.parametrize("per_token", [2 * 8, 0])
+async def test_18_recorded_routing_of_experts_is_stored_whole_and_changes_no_row(per_token: int) -> None:
+    """Recorded: no mixture model runs on a small CPU. Two layers, the eight best experts of each."""
+    routing = np.random.default_rng(0).integers(0, 64, (3, per_token), dtype=np.uint8).tobytes()
+    answer = choice([2, 3, 4])
+    answer.routed_experts = routing
+    async with serving() as (server, _), StoreClient(server.address) as client:
+        await make_attempts(server, "x")
+        stored = await client.append_spans([group("x", call([1], answer).span)])
+        assert not stored.rejected
+        (back,) = [span async for span in client.export_spans(rollout_ids=["ro-x"])]
+    (found,) = back.span.model_call.choices
+    assert np.frombuffer(found.routed_experts, np.uint8).reshape(3, -1).shape == (3, per_token)
+    assert found.routed_experts == routing
+    assert token_digest(build_attempt(record(back)).rows) == token_digest(
+        build_attempt(record(call([1], [2, 3, 4]))).rows
+    )
+
+
+def test_27_recorded_images_keep_their_placeholders_and_are_not_trained() -> None:
+    """Recorded: two images over two turns, four and six patches, as an engine expands them."""
+    image, reason = 9, "multimodal prompt: only its token ids are captured"
+    first = call([1, *[image] * 4, 2], [3], at=1, untrainable_reason=reason)
+    second = call([1, *[image] * 4, 2, 3, *[image] * 6, 2], [4], at=2, untrainable_reason=reason)
+    text = call([1, 7], [5], at=3)
+    out = build_attempt(record(first, second, text))
+    assert [row.response_ids.tolist() for row in out.rows] == [[5]]
+    assert out.account.dropped == {DropReason.UNTRAINABLE: 7 + 15}
+    assert list(second.span.model_call.prompt.token_ids).count(image) == 4 + 6

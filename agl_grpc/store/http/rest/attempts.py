@@ -13,6 +13,7 @@ from agl_grpc.store.errors import StoreError
 from agl_grpc.store.http.problems import invalid
 from agl_grpc.store.http.request import Request
 from agl_grpc.store.http.rest import show
+from agl_grpc.store.http.rest.inputs import Inputs
 from agl_grpc.store.http.rest.lists import envelope, list_fields, nothing, paging
 from agl_grpc.store.http.rest.rollouts import notes_of
 from agl_grpc.store.http.routing import Answer, Handler
@@ -40,6 +41,7 @@ class AttemptRoutes:
 
     def __init__(self, methods: Methods) -> None:
         self._methods = methods
+        self._inputs = Inputs(methods)
 
     def routes(self) -> Mapping[tuple[str, str], Handler]:
         """Handlers by method and path below the API's prefix."""
@@ -60,6 +62,7 @@ class AttemptRoutes:
             request_id=http.header(b"idempotency-key"),
         )
         response = await self._methods(request, http.metadata)
+        await self._inputs.fill([response.rollout.rollout], http.metadata)
         return Answer(show.dump(show.attempted(response.rollout)), 201)
 
     async def search(self, http: Request) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from agl_grpc.store.door.methods import Methods
@@ -65,6 +65,7 @@ async def envelope(
     page_size: int,
     items_of: Callable[[Any], Sequence[Any]],
     shown: Callable[[Any], Any],
+    complete: Callable[[Sequence[Any]], Awaitable[None]] | None = None,
 ) -> Answer:
     """Reads as many of the contract's pages as are asked for; answers a PaginatedResult.
 
@@ -76,6 +77,7 @@ async def envelope(
         page_size: Largest page of the method.
         items_of: The items of a response.
         shown: An item as JSON.
+        complete: Fetches what the items of a page lack; changes them in place.
     """
     request.order_by, request.order = chosen.order_by, chosen.order
     request.skip, request.include_total = chosen.offset, True
@@ -87,7 +89,10 @@ async def envelope(
         page = await methods(request, http.metadata)
         if total is None:
             total = page.total_size
-        items += map(shown, items_of(page))
+        found = items_of(page)
+        if complete is not None:
+            await complete(found)
+        items += map(shown, found)
         if not page.next_page_token or len(items) == chosen.limit:
             return answer_page(items, chosen, total)
         request.page_token, request.include_total = page.next_page_token, False

@@ -14,6 +14,7 @@ from agl_grpc.store.door.methods import Methods
 from agl_grpc.store.http.problems import invalid, malformed
 from agl_grpc.store.http.request import ClientGone, Request
 from agl_grpc.store.http.rest import show
+from agl_grpc.store.http.rest.inputs import Inputs
 from agl_grpc.store.http.rest.lists import envelope, list_fields, logic, nothing, paging
 from agl_grpc.store.http.routing import Answer, Handler
 from agl_grpc.store.http.shape import Fields
@@ -33,6 +34,7 @@ class RolloutRoutes:
 
     def __init__(self, methods: Methods) -> None:
         self._methods = methods
+        self._inputs = Inputs(methods)
 
     def routes(self) -> Mapping[tuple[str, str], Handler]:
         """Handlers by method and path below the API's prefix."""
@@ -57,8 +59,10 @@ class RolloutRoutes:
         specs = [spec_of(Fields(item, f"rollouts[{place}]")) for place, item in enumerate(items)]
         if not specs:
             return Answer(b"[]", 201)
+        await self._inputs.spill((spec.input for spec in specs), http.metadata)
         request = store_service_pb2.EnqueueRolloutsRequest(rollouts=specs, request_id=_key(http))
         response = await self._methods(request, http.metadata)
+        await self._inputs.fill(response.rollouts, http.metadata)
         return Answer(show.dump([show.rollout(one) for one in response.rollouts]), 201)
 
     async def dequeue(self, http: Request) -> Answer:
@@ -73,6 +77,8 @@ class RolloutRoutes:
             check_request(request)
             return Answer(b"[]")
         response = await self._methods(request, http.metadata)
+        # They are taken: whatever is too large to be shown together stays a reference, to be got by its id.
+        await self._inputs.fill([one.rollout.rollout for one in response.rollouts], http.metadata)
         return Answer(show.dump([show.attempted(one.rollout) for one in response.rollouts]))
 
     async def start(self, http: Request) -> Answer:
@@ -81,7 +87,9 @@ class RolloutRoutes:
         request = store_service_pb2.StartRolloutRequest(
             rollout=spec_of(fields), worker_id=fields.text("worker_id") or "", request_id=_key(http)
         )
+        await self._inputs.spill([request.rollout.input], http.metadata)
         response = await self._methods(request, http.metadata)
+        await self._inputs.fill([response.rollout.rollout], http.metadata)
         return Answer(show.dump(show.attempted(response.rollout)), 201)
 
     async def search(self, http: Request) -> Answer:
@@ -108,12 +116,14 @@ class RolloutRoutes:
             *(self._methods, http, request, chosen, limits.PAGE_SIZE),
             lambda page: page.rollouts,
             show.attempted,
+            lambda found: self._inputs.fill_list([one.rollout for one in found], http.metadata),
         )
 
     async def get(self, http: Request) -> Answer:
         """One rollout with its newest attempt."""
         request = store_service_pb2.GetRolloutRequest(rollout_id=http.names["rollout_id"])
         response = await self._methods(request, http.metadata)
+        await self._inputs.fill([response.rollout.rollout], http.metadata)
         return Answer(show.dump(show.attempted(response.rollout)))
 
     async def update(self, http: Request) -> Answer:
@@ -127,6 +137,7 @@ class RolloutRoutes:
                 raise invalid(name, "is invalid; it cannot be a null value.")
         if fields.has("input"):
             rollout.input.CopyFrom(payload_of(fields.any("input")))
+            await self._inputs.spill([rollout.input], http.metadata)
         if fields.has("mode"):
             rollout.mode = _number(show.MODES, fields.choice("mode", show.MODES))
         if fields.has("resources_id"):
@@ -142,11 +153,13 @@ class RolloutRoutes:
         if not paths:
             return await self._unchanged(http)
         response = await self._methods(request, http.metadata)
+        await self._inputs.fill([response.rollout], http.metadata)
         return Answer(show.dump(show.rollout(response.rollout)))
 
     async def _unchanged(self, http: Request) -> Answer:
         request = store_service_pb2.GetRolloutRequest(rollout_id=http.names["rollout_id"])
         response = await self._methods(request, http.metadata)
+        await self._inputs.fill([response.rollout.rollout], http.metadata)
         return Answer(show.dump(show.rollout(response.rollout.rollout)))
 
     async def wait(self, http: Request) -> Answer:
@@ -168,6 +181,7 @@ class RolloutRoutes:
             waiting.cancel()
             leaving.cancel()
         ended = [found[one] for one in dict.fromkeys(ids) if one in found]
+        await self._inputs.fill_list(ended, http.metadata)
         return Answer(show.dump([show.rollout(one) for one in ended]))
 
     async def _wait(

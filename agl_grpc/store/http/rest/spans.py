@@ -19,7 +19,17 @@ from agl_grpc.store.http.routing import Answer, Handler
 from agl_grpc.store.http.shape import Fields
 from agl_grpc.v1 import error_reason_pb2, store_service_pb2
 
-SORTABLE = ("sequence_id", "trace_id", "span_id", "parent_id", "name", "start_time", "end_time")
+SORTABLE = (
+    "sequence_id",
+    "rollout_id",
+    "attempt_id",
+    "trace_id",
+    "span_id",
+    "parent_id",
+    "name",
+    "start_time",
+    "end_time",
+)
 """Fields by which spans can be sorted."""
 
 _IDS = {"trace_id": ("trace_id", 16), "span_id": ("span_id", 8), "parent_id": ("parent_span_id", 8)}

@@ -4,6 +4,8 @@
 
 import type { GenFile, GenMessage } from "@bufbuild/protobuf/codegenv2";
 import { fileDesc, messageDesc } from "@bufbuild/protobuf/codegenv2";
+import type { Failure } from "./attempt_pb.js";
+import { file_agl_grpc_v1_attempt } from "./attempt_pb.js";
 import type { KeyValue } from "./common_pb.js";
 import { file_agl_grpc_v1_common } from "./common_pb.js";
 import type { Timestamp } from "@bufbuild/protobuf/wkt";
@@ -14,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file agl_grpc/v1/reward.proto.
  */
 export const file_agl_grpc_v1_reward: GenFile = /*@__PURE__*/
-  fileDesc("ChhhZ2xfZ3JwYy92MS9yZXdhcmQucHJvdG8SC2FnbF9ncnBjLnYxIowCCgZSZXdhcmQSEgoKcm9sbG91dF9pZBgBIAEoCRISCgphdHRlbXB0X2lkGAIgASgJEgwKBG5hbWUYAyABKAkSEgoFdmFsdWUYBCABKAFIAIgBARIWCg50YXJnZXRfc3Bhbl9pZBgFIAEoDBIRCgRzdGVwGAYgASgFSAGIAQESDgoGZ3JhZGVyGAcgASgJEhAKCHJldmlzaW9uGAggASgDEi8KC2NyZWF0ZV90aW1lGAkgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBInCghtZXRhZGF0YRgKIAMoCzIVLmFnbF9ncnBjLnYxLktleVZhbHVlQggKBl92YWx1ZUIHCgVfc3RlcGIGcHJvdG8z", [file_agl_grpc_v1_common, file_google_protobuf_timestamp]);
+  fileDesc("ChhhZ2xfZ3JwYy92MS9yZXdhcmQucHJvdG8SC2FnbF9ncnBjLnYxIssCCgZSZXdhcmQSEgoKcm9sbG91dF9pZBgBIAEoCRISCgphdHRlbXB0X2lkGAIgASgJEgwKBG5hbWUYAyABKAkSEgoFdmFsdWUYBCABKAFIAIgBARIWCg50YXJnZXRfc3Bhbl9pZBgFIAEoDBIRCgRzdGVwGAYgASgFSAGIAQESDgoGZ3JhZGVyGAcgASgJEhAKCHJldmlzaW9uGAggASgDEi8KC2NyZWF0ZV90aW1lGAkgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBInCghtZXRhZGF0YRgKIAMoCzIVLmFnbF9ncnBjLnYxLktleVZhbHVlEiUKB2ZhaWx1cmUYCyABKAsyFC5hZ2xfZ3JwYy52MS5GYWlsdXJlEhYKDmdyYWRlcl92ZXJzaW9uGAwgASgJQggKBl92YWx1ZUIHCgVfc3RlcGIGcHJvdG8z", [file_agl_grpc_v1_attempt, file_agl_grpc_v1_common, file_google_protobuf_timestamp]);
 
 /**
  * A judgement of an attempt, of one of its spans, or of one of its steps.
@@ -44,7 +46,7 @@ export type Reward = Message<"agl_grpc.v1.Reward"> & {
   name: string;
 
   /**
-   * The value; finite. 0.0 is a value.
+   * The value; finite. 0.0 is a value. Unset exactly when `failure` is set.
    *
    * @generated from field: optional double value = 4;
    */
@@ -91,6 +93,20 @@ export type Reward = Message<"agl_grpc.v1.Reward"> & {
    * @generated from field: repeated agl_grpc.v1.KeyValue metadata = 10;
    */
   metadata: KeyValue[];
+
+  /**
+   * Why the grader gave no value; its kind is GRADER. While it is the newest revision, there is no such reward.
+   *
+   * @generated from field: agl_grpc.v1.Failure failure = 11;
+   */
+  failure?: Failure | undefined;
+
+  /**
+   * Version of the grader; empty = not told; at most 128 bytes.
+   *
+   * @generated from field: string grader_version = 12;
+   */
+  graderVersion: string;
 };
 
 /**

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file agl_grpc/v1/run.proto.
  */
 export const file_agl_grpc_v1_run: GenFile = /*@__PURE__*/
-  fileDesc("ChVhZ2xfZ3JwYy92MS9ydW4ucHJvdG8SC2FnbF9ncnBjLnYxIsYCCgNSdW4SDgoGcnVuX2lkGAEgASgJEi8KC2NyZWF0ZV90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBInCghtZXRhZGF0YRgDIAMoCzIVLmFnbF9ncnBjLnYxLktleVZhbHVlEhoKEmFsbG93X3NlbGZfZ3JhZGluZxgEIAEoCBIsCglyZXRlbnRpb24YBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SDgoGcGF1c2VkGAYgASgIEhUKDXBhdXNlZF9xdWV1ZXMYByADKAkSLwoMc2VhbF90aW1lb3V0GAggASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjMKEHJlcGxheV9yZXRlbnRpb24YCSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ibwoFR3JvdXASDgoGcnVuX2lkGAEgASgJEhAKCGdyb3VwX2lkGAIgASgJEg0KBXRvdGFsGAMgASgFEhAKCHRlcm1pbmFsGAQgASgFEg4KBnNlYWxlZBgFIAEoBRITCgtyb2xsb3V0X2lkcxgGIAMoCWIGcHJvdG8z", [file_agl_grpc_v1_common, file_google_protobuf_duration, file_google_protobuf_timestamp]);
+  fileDesc("ChVhZ2xfZ3JwYy92MS9ydW4ucHJvdG8SC2FnbF9ncnBjLnYxIqMDCgNSdW4SDgoGcnVuX2lkGAEgASgJEi8KC2NyZWF0ZV90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBInCghtZXRhZGF0YRgDIAMoCzIVLmFnbF9ncnBjLnYxLktleVZhbHVlEhoKEmFsbG93X3NlbGZfZ3JhZGluZxgEIAEoCBIsCglyZXRlbnRpb24YBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SDgoGcGF1c2VkGAYgASgIEhUKDXBhdXNlZF9xdWV1ZXMYByADKAkSLwoMc2VhbF90aW1lb3V0GAggASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjMKEHJlcGxheV9yZXRlbnRpb24YCSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SJwoHZ3JhZGVycxgKIAMoCzIWLmFnbF9ncnBjLnYxLlJ1bkdyYWRlchIyCg9ncmFkaW5nX3RpbWVvdXQYCyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iSgoJUnVuR3JhZGVyEgwKBG5hbWUYASABKAkSDwoHdmVyc2lvbhgCIAEoCRITCgZ3ZWlnaHQYAyABKAFIAIgBAUIJCgdfd2VpZ2h0Im8KBUdyb3VwEg4KBnJ1bl9pZBgBIAEoCRIQCghncm91cF9pZBgCIAEoCRINCgV0b3RhbBgDIAEoBRIQCgh0ZXJtaW5hbBgEIAEoBRIOCgZzZWFsZWQYBSABKAUSEwoLcm9sbG91dF9pZHMYBiADKAliBnByb3RvMw", [file_agl_grpc_v1_common, file_google_protobuf_duration, file_google_protobuf_timestamp]);
 
 /**
  * The scope of everything: rollouts, resource versions, batches and policy versions belong
@@ -87,6 +87,22 @@ export type Run = Message<"agl_grpc.v1.Run"> & {
    * @generated from field: google.protobuf.Duration replay_retention = 9;
    */
   replayRetention?: Duration | undefined;
+
+  /**
+   * Graders whose verdicts are waited for: a rollout that succeeded is sealed only when each of them has
+   * judged its newest attempt or failed to. At most 32.
+   *
+   * @generated from field: repeated agl_grpc.v1.RunGrader graders = 10;
+   */
+  graders: RunGrader[];
+
+  /**
+   * How long after the end of an attempt verdicts are waited for; default 600 s. Then the store itself records
+   * a failure of kind GRADER for each that is missing.
+   *
+   * @generated from field: google.protobuf.Duration grading_timeout = 11;
+   */
+  gradingTimeout?: Duration | undefined;
 };
 
 /**
@@ -95,6 +111,41 @@ export type Run = Message<"agl_grpc.v1.Run"> & {
  */
 export const RunSchema: GenMessage<Run> = /*@__PURE__*/
   messageDesc(file_agl_grpc_v1_run, 0);
+
+/**
+ * A grader that a run waits for. Its reward has its name, and names it as its grader.
+ *
+ * @generated from message agl_grpc.v1.RunGrader
+ */
+export type RunGrader = Message<"agl_grpc.v1.RunGrader"> & {
+  /**
+   * The grader's name, or `NAME/COMPONENT` for a component of its reward that counts by itself.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * The version whose verdict is waited for; empty = any; at most 128 bytes.
+   *
+   * @generated from field: string version = 2;
+   */
+  version: string;
+
+  /**
+   * How much the reward counts in the run; finite; unset = 1, 0 = recorded only.
+   *
+   * @generated from field: optional double weight = 3;
+   */
+  weight?: number | undefined;
+};
+
+/**
+ * Describes the message agl_grpc.v1.RunGrader.
+ * Use `create(RunGraderSchema)` to create a new message.
+ */
+export const RunGraderSchema: GenMessage<RunGrader> = /*@__PURE__*/
+  messageDesc(file_agl_grpc_v1_run, 1);
 
 /**
  * How far a group of rollouts (the attempts at one task that are compared) has come.
@@ -150,5 +201,5 @@ export type Group = Message<"agl_grpc.v1.Group"> & {
  * Use `create(GroupSchema)` to create a new message.
  */
 export const GroupSchema: GenMessage<Group> = /*@__PURE__*/
-  messageDesc(file_agl_grpc_v1_run, 1);
+  messageDesc(file_agl_grpc_v1_run, 2);
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agl_grpc.client import StoreClient
 from agl_grpc.client.filters import rollout_filter
@@ -12,10 +12,12 @@ from agl_grpc.dataset import Curriculum, CurriculumRules, DatasetError, task_key
 from agl_grpc.dataset.curriculum import Before, start_from
 from agl_grpc.learner.checkpoint import ORDER_FILE
 from agl_grpc.learner.errors import ConfigError
-from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.model.enums import RolloutMode
 from agl_grpc.model.reward import PRIMARY
+
+if TYPE_CHECKING:
+    from agl_grpc.learner.manager import RolloutManager
 
 _AT_ONCE = 500
 

@@ -8,8 +8,8 @@ from agl_grpc.algorithm.baseline import Baseline, FastAlgorithm
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.gepa import GEPA
 from agl_grpc.algorithm.reporting import Reporter
-from agl_grpc.algorithm.rollouts import cancel_rest, primary_rewards, run_rollouts
 from agl_grpc.algorithm.verl import VERL
+from agl_grpc.client.rollout_batch import cancel_rest, primary_rewards, run_rollouts
 
 __all__ = [
     "APO",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from agl_grpc.algorithm.base import Algorithm, Dataset
 from agl_grpc.algorithm.concurrency import together
 from agl_grpc.algorithm.errors import AlgorithmError
-from agl_grpc.algorithm.rollouts import primary_rewards, run_rollouts
+from agl_grpc.client.rollout_batch import primary_rewards, run_rollouts
 from agl_grpc.model import EnqueueRolloutRequest, Rollout, RolloutMode, Span
 
 SpanVerbosity = Literal["none", "keys", "key_values"]

@@ -11,6 +11,7 @@ import orjson
 
 from agl_grpc.algorithm.base import Algorithm
 from agl_grpc.dataset import CurriculumRules
+from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import (
     CheckLimits,
@@ -18,6 +19,7 @@ from agl_grpc.learner.run_config import (
     EngineConfig,
     RunConfig,
     TrainedTokens,
+    ValidationConfig,
     settings,
 )
 from agl_grpc.model.rollout import RolloutConfig
@@ -44,10 +46,12 @@ class VERL(Algorithm):
         samples: what is trained of an attempt.
         checks: limits between sampled and recomputed logprobs.
         deadlines: of the learner's phases.
+        alarms: limits of the alarms, and which of them end the run.
+        trajectories: best, worst and random rollouts each, written down at every step; 0 = none.
         keep_checkpoints: how many finished checkpoints stay; None = all.
 
-    ``engines``, ``rollouts``, ``samples``, ``checks`` and ``deadlines`` may also be given as mappings of
-    their fields, as a configuration file has them.
+    ``engines``, ``rollouts``, ``samples``, ``checks``, ``alarms`` and ``deadlines`` may also be given as
+    mappings of their fields, as a configuration file has them.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class VERL(Algorithm):
         samples: TrainedTokens | Mapping[str, Any] | None = None,
         checks: CheckLimits | Mapping[str, Any] | None = None,
         deadlines: Deadlines | Mapping[str, Any] | None = None,
+        alarms: AlarmLimits | Mapping[str, Any] | None = None,
+        trajectories: int = 2,
         keep_checkpoints: int | None = 3,
     ) -> None:
         super().__init__()
@@ -83,6 +89,8 @@ class VERL(Algorithm):
         self.rollouts = settings("rollouts", rollouts, RolloutConfig)
         self.samples = settings("samples", samples, TrainedTokens)
         self.checks = settings("checks", checks, CheckLimits)
+        self.alarms = settings("alarms", alarms, AlarmLimits)
+        self.trajectories = trajectories
         self.deadlines = settings("deadlines", deadlines, Deadlines)
         self.keep_checkpoints = keep_checkpoints
 
@@ -95,12 +103,13 @@ class VERL(Algorithm):
         train_dataset: Sequence[Any],
         val_dataset: Sequence[Any] | None = None,
         more: Mapping[str, Any] | None = None,
+        validation: ValidationConfig | None = None,
     ) -> Path:
         """Writes tasks and configuration for ``agl-grpc learner --config``; answers the configuration's path.
 
         ``folder`` also becomes the learner's output folder (checkpoints, TensorBoard files). Items of the
         datasets must be JSON values: they reach agents as rollout inputs. ``more`` are dotted keys of verl
-        that this run has besides ``config``.
+        that this run has besides ``config``; ``validation`` says how the learner validates.
         """
         folder.mkdir(parents=True, exist_ok=True)
         train = _write_tasks(folder / "train.jsonl", train_dataset)
@@ -125,6 +134,9 @@ class VERL(Algorithm):
             "samples": asdict(self.samples),
             "checks": asdict(self.checks),
             "deadlines": asdict(self.deadlines),
+            "alarms": asdict(self.alarms),
+            "trajectories": self.trajectories,
+            "validation": asdict(validation or ValidationConfig()),
             "verl": {**self.config, **(more or {})},
         }
         assert set(run) <= set(RunConfig.__dataclass_fields__)

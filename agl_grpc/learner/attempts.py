@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model.rollout import AttemptedRollout, Rollout
-from agl_grpc.sample import AttemptRecord, AttemptSamples, Decode, SampleRules, build_attempt
+from agl_grpc.sample import AttemptRecord, AttemptSamples, Decode, SampleRules, build_attempt, observe
 from agl_grpc.v1 import reward_pb2, span_pb2
 from agl_grpc.v1 import store_service_pb2 as store_pb2
 
@@ -36,7 +36,9 @@ async def read_attempts(
             rewards=[item for item in rewards if (item.rollout_id, item.attempt_id) == place],
             capture_incomplete=isinstance(rollout, AttemptedRollout) and rollout.attempt.capture_incomplete,
         )
-        made.append(build_attempt(record, rules, decode))
+        samples = build_attempt(record, rules, decode)
+        samples.facts = observe(record, rules)
+        made.append(samples)
     return made
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from agl_grpc.learner.best import BestCheckpoint, read_best
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.integrity import stamp, verify
 from agl_grpc.learner.model_folder import ADAPTER, fold_adapter, model_config, state_dtype
@@ -108,7 +109,8 @@ class Checkpoints:
     Args:
         folder: where checkpoints lie.
         commit: called by ``commit`` with checkpoint id, batch ids and step; the store's ``CommitBatches``.
-        keep: how many finished checkpoints stay, the newest; None = all.
+        keep: how many finished checkpoints stay, the newest; None = all. The one with the best validation
+            score stays besides.
     """
 
     def __init__(
@@ -119,6 +121,14 @@ class Checkpoints:
         self._keep = keep
         # What was saved and not committed yet.
         self._unnamed: tuple[str, list[str], int] | None = None
+        self._best = read_best(folder)
+
+    def note_score(self, step: int, score: float) -> bool:
+        """Notes a validation score; answers whether it is the best so far: then its checkpoint is kept."""
+        if self._best is not None and score <= self._best.score:
+            return False
+        self._best = BestCheckpoint(checkpoint_id(step), step, score)
+        return True
 
     def path(self, name: str) -> Path:
         """Folder of a checkpoint."""
@@ -155,6 +165,8 @@ class Checkpoints:
         self._commit(*self._unnamed)
         self._unnamed = None
         trainer.uncommitted.clear()
+        if self._best is not None and self.path(self._best.checkpoint).is_dir():
+            self._best.write(self._folder)
         self._prune()
 
     def _prune(self) -> None:
@@ -165,6 +177,8 @@ class Checkpoints:
             for entry in self._folder.glob(f"{CHECKPOINT_PREFIX}*")
         )
         for step in steps[: -self._keep]:
+            if self._best is not None and step == self._best.step:
+                continue
             shutil.rmtree(self.path(checkpoint_id(step)))
 
 

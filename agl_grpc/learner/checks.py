@@ -188,4 +188,5 @@ def account(rollouts: Iterable[FinishedRollout], trained_by_rollout: Mapping[str
     metrics = {"tokens/captured": captured, "tokens/trained": trained, "tokens/observed": observed}
     metrics.update({f"tokens/dropped/{reason}": count for reason, count in dropped.items()})
     metrics["tokens/dropped"] = sum(dropped.values())
+    metrics["tokens/unaccounted"] = captured - trained - observed - sum(dropped.values())
     return {name: float(value) for name, value in metrics.items()}

@@ -121,9 +121,8 @@ async def _stored(client: StoreClient, run: str) -> dict[bytes, list[float]]:
         for reward in await client.query_rewards([*some]):
             rollout = some[reward.rollout_id]
             last = reward.attempt_id == rollout.latest_attempt_id
-            if reward.value is None:
-                continue
-            if reward.name == PRIMARY and last and reward.step is None and not reward.target_span_id:
+            whole = last and reward.step is None and not reward.target_span_id
+            if whole and reward.name == PRIMARY and reward.value is not None:
                 found.setdefault(task_key(rollout.input), []).append(reward.value)
     return found
 

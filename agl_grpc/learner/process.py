@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agl_grpc.client import StoreError
+from agl_grpc.evaluation import Pass
 from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
 from agl_grpc.learner.errors import StoppedError
-from agl_grpc.learner.progress import SAID, step_line, with_summary
+from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
@@ -32,6 +33,7 @@ from agl_grpc.sample import SampleRules
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from agl_grpc.learner.reporting import Reporting, TrajectorySamples
     from agl_grpc.learner.trainer import AglTrainer
 
 
@@ -179,16 +181,21 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     with local_ray(device=device, gpus=gpus, address=config.ray_address):
         import transfer_queue as tq
 
+        from agl_grpc.learner.reporting import Reporting, TrajectorySamples
+
         tq.init(verl.transfer_queue)
         validate(verl)
-        trainer, manager = _assemble(config, verl, output, link, training, step)
-        try:
+        samples = TrajectorySamples(output, config.trajectories, config.model.path, say)
+        about = {"algorithm": "verl", "run": config.run_id, "seed": config.seed, "model": config.model.name}
+        with closing(Reporting(training, output, config.alarms, about, say)) as reporting, closing(samples):
+            trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
             say("starting verl's workers, loading the model, publishing its weights")
-            trainer.init()
-            say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
-            trainer.fit(manager)
-        finally:
-            tq.close()
+            try:
+                trainer.init()
+                say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
+                trainer.fit(manager)
+            finally:
+                tq.close()
 
 
 def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
@@ -262,16 +269,20 @@ def _assemble(
     link: StoreLink,
     training: TrainingRun,
     step: int,
+    reporting: Reporting,
+    samples: TrajectorySamples,
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.checks import LogprobLimits
     from agl_grpc.learner.curriculum import TaskOrder, begin_with, stored_rewards
     from agl_grpc.learner.followed_source import FollowedSource, leaders_origin
+    from agl_grpc.learner.hooks import Hooks
     from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
     from agl_grpc.learner.store_source import StoreSource
     from agl_grpc.learner.tokens import decoder, vocabulary_size
-    from agl_grpc.learner.trainer import AglTrainer, Hooks
+    from agl_grpc.learner.trainer import AglTrainer
+    from agl_grpc.learner.validation import StoreValidation, sampling_of
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)
@@ -317,11 +328,23 @@ def _assemble(
     )
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
+    val = config.validation
+    validation = StoreValidation(
+        link,
+        f"{name.replace('_', '-')}.t{identity.trainer_epoch}",
+        Pass(
+            name=config.training_run_id or config.run_id,
+            samples=int(rollout.val_kwargs.n),
+            sampling=sampling_of(rollout.val_kwargs, val.max_tokens or None, val.seed),
+            queue=val.queue or None,
+            config=config.rollouts,
+            timeout=val.timeout,
+        ),
+        checkpoints.note_score if val.keep_best else lambda _step, _score: False,
+    )
+
     def on_metrics(at: int, metrics: dict[str, float]) -> bool:
-        numbers = with_summary(metrics)
-        say(step_line(at, trainer.total_training_steps, numbers))
-        training.report(at, numbers)
-        return training.stop_requested
+        return reporting.step(at, trainer.total_training_steps, metrics)
 
     def order(dataset: Any) -> TaskOrder:
         made = TaskOrder(config.curriculum, len(dataset), config.seed, manager)
@@ -343,6 +366,9 @@ def _assemble(
         failure_limit=config.failure_limit,
         order=order if config.curriculum.enabled else None,
         on_metrics=on_metrics,
+        on_rollouts=samples.step,
+        # A run that follows another is told by its source that it cannot validate.
+        validation=None if config.follows else validation,
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
     )
     trainer = AglTrainer(verl, hooks)

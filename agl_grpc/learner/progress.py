@@ -19,6 +19,8 @@ _SUMMARY = {
     "loss/gradient_norm": "actor/grad_norm",
     "loss/entropy": "actor/entropy",
     "loss/kl_old_new": "actor/ppo_kl",
+    "loss/clip_fraction": "actor/pg_clipfrac",
+    "loss/learning_rate": "actor/lr",
 }
 # What a learner's line of progress begins with.
 SAID = "learner: "

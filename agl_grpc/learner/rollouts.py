@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agl_grpc.model.rollout import seed_of
+from agl_grpc.sample.facts import AttemptFacts
 
 UNKNOWN_STEP = -2
 IntArray = NDArray[np.int64]
@@ -80,7 +81,7 @@ class FinishedRollout:
     ``reward`` is None when none was given; ``failure`` says why a rollout cannot be trained (empty = it can).
     ``captured``, ``observed`` and ``dropped`` count response-side tokens: captured = trained + observed +
     dropped. ``row_starts`` counts why its rows began; ``unplaced_rewards`` are rewards of steps or calls that
-    are none of its trained answers.
+    are none of its trained answers. ``facts`` are for metrics.
     """
 
     rollout_id: str
@@ -94,6 +95,7 @@ class FinishedRollout:
     dropped: dict[str, int] = field(default_factory=dict)
     row_starts: dict[str, int] = field(default_factory=dict)
     unplaced_rewards: int = 0
+    facts: AttemptFacts = field(default_factory=AttemptFacts)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 import orjson
 
 from agl_grpc.dataset import CurriculumRules, DatasetError, expression
+from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.model.rollout import RolloutConfig
 from agl_grpc.sample import OverLong, SampleRules, Truncated
@@ -121,6 +122,22 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Validation during training (``trainer.test_freq``); verl's ``rollout.val_kwargs`` say how it samples.
+
+    ``queue`` is that of its rollouts (empty = the run's own), ``max_tokens`` the longest answer of one call
+    (0 = the endpoint's), ``seed`` that of its requests, ``timeout`` the seconds for one pass. ``keep_best``
+    saves a checkpoint when the score is the best so far, and never deletes it.
+    """
+
+    queue: str = ""
+    max_tokens: int = 0
+    seed: int = 0
+    timeout: float = 1800.0
+    keep_best: bool = True
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run. Paths may be relative to the working directory.
 
@@ -130,7 +147,8 @@ class RunConfig:
     ``actor_rollout_ref.rollout.n``), ``curriculum`` which tasks are preferred. ``failure_limit`` groups in a
     row that cannot be trained end the run. ``keep_checkpoints`` None keeps all. ``visible_devices`` are the
     GPUs of this machine that the learner may use (``"4,5,6,7"``; empty = all). ``ray_address`` names a Ray
-    cluster that runs already, for trainers on several nodes (empty = Ray is started here).
+    cluster that runs already, for trainers on several nodes (empty = Ray is started here). ``trajectories``
+    best, worst and random rollouts each are written down at every step (0 = none).
 
     Several models of one run: each has a training run and a learner of its own. ``follows`` names the
     training run whose rollouts this one trains its model on; that one names the others' models in
@@ -162,6 +180,9 @@ class RunConfig:
     checks: CheckLimits = field(default_factory=CheckLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
     sft: SftConfig = field(default_factory=SftConfig)
+    alarms: AlarmLimits = field(default_factory=AlarmLimits)
+    trajectories: int = 2
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     verl: dict[str, Any] = field(default_factory=dict)
 
 
@@ -212,6 +233,8 @@ def from_mapping(data: Mapping[str, Any]) -> RunConfig:
     config = _build(RunConfig, data, "")
     if config.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"'device' must be auto, cpu or cuda, not {config.device!r}")
+    if config.trajectories < 0:
+        raise ConfigError(f"'trajectories' {config.trajectories} must be 0 or more")
     if config.curriculum.enabled and (config.follows or config.followers):
         raise ConfigError(
             "a curriculum is not possible where several models are trained: leave curriculum out"

@@ -25,7 +25,7 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
 from agl_grpc.model.rollout import SEED_LABEL, AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from agl_grpc.sample import AttemptSamples, Decode, DropReason, Sample, SampleRules
+from agl_grpc.sample import AttemptFacts, AttemptSamples, Decode, DropReason, Sample, SampleRules
 from agl_grpc.sample.wire import rules_to_proto
 
 
@@ -180,6 +180,7 @@ class StoreSource:
             dropped=dict(account.dropped),
             row_starts=dict(samples.row_starts),
             unplaced_rewards=samples.unplaced_rewards,
+            facts=samples.facts or AttemptFacts(),
         )
 
     def _row(self, sample: Sample) -> Row:

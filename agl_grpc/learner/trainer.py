@@ -7,15 +7,13 @@ leave.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import orjson
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
@@ -33,7 +31,6 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
 from agl_grpc.learner.checkpoint import LearnerState
 from agl_grpc.learner.checks import (
-    LogprobLimits,
     LogprobRow,
     SealedRow,
     account,
@@ -43,13 +40,14 @@ from agl_grpc.learner.checks import (
     staleness,
 )
 from agl_grpc.learner.correction import correct_over_rollouts
-from agl_grpc.learner.curriculum import OrderedTasks, TaskOrder
+from agl_grpc.learner.curriculum import OrderedTasks
 from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
+from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.phases import phase
-from agl_grpc.learner.rollouts import ClaimedBatch, RolloutSource
-from agl_grpc.learner.run_config import Deadlines
+from agl_grpc.learner.rollouts import ClaimedBatch
 from agl_grpc.learner.sampler import StoreSampler
+from agl_grpc.learner.step_metrics import batch_metrics, sampler_distance, unfinished
 from agl_grpc.learner.turn_credit import NAME as TURNS
 from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
 
@@ -70,48 +68,6 @@ class NoServers(LLMServerManager):  # type: ignore[misc]  # verl is untyped
     async def _init_global_load_balancer(self) -> None:
         # verl's would be a process of its own that imports all of verl.
         self.global_load_balancer = None
-
-
-class WeightPublication(Protocol):
-    """Brings the trainer's weights to the engines; stands where verl has its checkpoint-engine manager."""
-
-    def bind(self, actors: Any) -> None:
-        """Names verl's actor worker group, whose ranks send."""
-
-    def update_weights(self, version: int) -> dict[str, float]:
-        """Publishes the weights as policy version ``version``; returns when every engine serves them."""
-
-
-class CheckpointStore(Protocol):
-    """Keeps checkpoints; see ``checkpoint.py``."""
-
-    def save(self, trainer: AglTrainer) -> None:
-        """Saves the trainer's state as one checkpoint."""
-
-    def commit(self, trainer: AglTrainer) -> None:
-        """Commits the batches that the checkpoint saved last contains, if that is still to be done."""
-
-
-@dataclass
-class Hooks:
-    """What the learner process gives to the trainer."""
-
-    source: RolloutSource
-    publication: WeightPublication
-    checkpoints: CheckpointStore
-    run_name: str
-    origin: int = 1
-    # Groups of the batches that an earlier trainer claimed and did not commit, by step, in their order.
-    replay: dict[int, list[list[str]]] = field(default_factory=dict)
-    limits: LogprobLimits = field(default_factory=LogprobLimits)
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    failure_limit: int = 64
-    # Makes the order of tasks for a dataset; None = verl's own sampler.
-    order: Callable[[Any], TaskOrder] | None = None
-    # Called after each step (0 = before training); answers whether to stop.
-    on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
-    # Called with the step and the name of an error that ends training, before the last checkpoint.
-    on_error: Callable[[int, str], None] = lambda _step, _name: None
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -140,6 +96,8 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         self._claimed_in_step: list[ClaimedBatch] = []
         # Whether a parameter may have changed since the step began.
         self._updating = False
+        # The step whose state was saved last; -1 = none.
+        self._saved_step = -1
         self._counts: Counter[str] = Counter()
         self._left_over: deque[tuple[int, int]] = deque()
         if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
@@ -345,6 +303,7 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         rows = [LogprobRow(key, *values) for key, *values in zip(keys, *columns, strict=True)]
         version = self.global_steps - 1
         metrics.update(check_logprobs(rows, version=version, limits=self.hooks.limits))
+        metrics.update(sampler_distance(rows, version=version))
         self._counts.update(staleness(rows, version=version))
         trained: Counter[str] = Counter()
         for rollout_id, mask in zip(data["rollout_id"], columns[2], strict=True):
@@ -430,9 +389,8 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         output = rename_dict(self.actor_rollout_wg.update_actor(batch)["metrics"], "actor/")
         output["perf/mfu/actor"] = output.pop("actor/mfu")
         self._updating = True
+        self._counts["loss/skipped_updates"] += unfinished(output.get("actor/grad_norm", ()))
         metrics.update(reduce_metrics(output))
-        if not math.isfinite(float(metrics.get("actor/grad_norm", 0.0))):
-            metrics["actor/skipped_updates"] = 1.0
         return batch
 
     @phase("updating the critic", "compute")
@@ -452,12 +410,14 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         self._updating = True
         output = rename_dict(self.critic_wg.train_mini_batch(batch).get()["metrics"], "critic/")
         output["perf/mfu/critic"] = output.pop("critic/mfu")
+        self._counts["loss/skipped_updates"] += unfinished(output.get("critic/grad_norm", ()))
         metrics.update(reduce_metrics(output))
         return batch
 
     @phase("saving a checkpoint", "save")
     def _save_checkpoint(self) -> None:
         self.hooks.checkpoints.save(self)
+        self._saved_step = self.global_steps
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -467,7 +427,15 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
             self._left_over.extend((place, index) for place, index in state.outstanding)
 
     def _validate(self) -> dict[str, float]:
-        metrics: dict[str, float] = super()._validate()
+        metrics: dict[str, float]
+        if self.hooks.validation is None:
+            metrics = super()._validate()
+        else:
+            items = (self.val_dataset[number] for number in range(len(self.val_dataset)))
+            tasks = [orjson.loads(item["task"]) for item in items]
+            metrics, keep = self.hooks.validation.run(self.global_steps, tasks)
+            if keep and self.config.trainer.save_freq > 0 and self._saved_step != self.global_steps:
+                self._save_checkpoint()
         if not self.config.trainer.val_only and self.global_steps == 0:
             self.hooks.on_metrics(0, _numbers(metrics))
         return metrics
@@ -481,6 +449,13 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         if self.order is not None:
             metrics.update(self.order.curriculum.metrics())
         metrics["idle/optimiser_seconds"] = metrics.get("timing_s/gen", 0.0)
+        trained = [
+            self.agent_loop_manager.rollout(entry.rollout_id)
+            for claimed in self._claimed_in_step
+            for entry in claimed.entries
+        ]
+        metrics.update(batch_metrics(trained))
+        self.hooks.on_rollouts(self.global_steps, trained)
         for claimed in self._claimed_in_step:
             self.agent_loop_manager.forget([entry.rollout_id for entry in claimed.entries])
         stop = self.hooks.on_metrics(self.global_steps, _numbers(metrics))

@@ -142,12 +142,12 @@ class TrainingRun:
         )
         self._link.run(work)
 
-    def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Reports a step's metrics; then ``stop_requested`` says whether somebody asked to stop."""
+    def report(self, step: int, metrics: Mapping[str, float], log: Sequence[str] = ()) -> None:
+        """Reports a step's metrics and lines; then ``stop_requested`` says whether somebody asked to stop."""
         mine = self.identity
         numbers = StepMetrics(step=step, metrics=dict(metrics))
         record = self._link.run(
-            self._client.report_metrics(mine.training_run_id, mine.trainer_epoch, [numbers])
+            self._client.report_metrics(mine.training_run_id, mine.trainer_epoch, [numbers], log=log)
         )
         self.stop_requested = record.status is TrainingRunStatus.STOPPING
 

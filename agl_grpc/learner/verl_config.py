@@ -54,7 +54,8 @@ _DEFAULTS: dict[str, Any] = {
         "save_freq": 20,
         "total_epochs": 1,
         "project_name": "agl-grpc",
-        "logger": ["tensorboard"],
+        # Metrics go to our own sinks, with our names beside verl's.
+        "logger": [],
         "resume_mode": "disable",
         "v1": {"separate_async": {"num_warmup_batches": 0}, "sampler": {"max_off_policy_threshold": 1}},
     },

@@ -7,6 +7,7 @@ from agl_grpc.sample.build import build_attempt, prune_groups, total_account, ze
 from agl_grpc.sample.calls import CallSpan
 from agl_grpc.sample.digest import batch_digest, sample_digest, token_digest
 from agl_grpc.sample.explain import AnswerFate, Fate, Stretch, explain_attempt
+from agl_grpc.sample.facts import AttemptFacts, Verdict, observe
 from agl_grpc.sample.rewards import Judgement, final_reward, judge
 from agl_grpc.sample.types import (
     AttemptRecord,
@@ -25,6 +26,7 @@ from agl_grpc.sample.wire import Columns, pack, read_columns, unpack
 
 __all__ = [
     "AnswerFate",
+    "AttemptFacts",
     "AttemptRecord",
     "AttemptSamples",
     "CallSpan",
@@ -42,11 +44,13 @@ __all__ = [
     "TokenAccount",
     "Truncated",
     "Turn",
+    "Verdict",
     "batch_digest",
     "build_attempt",
     "explain_attempt",
     "final_reward",
     "judge",
+    "observe",
     "pack",
     "prune_groups",
     "read_columns",

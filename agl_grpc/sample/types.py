@@ -17,6 +17,7 @@ from agl_grpc.v1.span_pb2 import StoredSpan
 
 if TYPE_CHECKING:
     from agl_grpc.sample.calls import CallSpan
+    from agl_grpc.sample.facts import AttemptFacts
 
 Int8Array = npt.NDArray[np.int8]
 Int32Array = npt.NDArray[np.int32]
@@ -264,6 +265,7 @@ class AttemptSamples:
 
     row_starts counts why rows began; reward is None where the attempt has none (no rows then).
     unplaced_rewards: rewards of steps or spans that are none of the trained answers: they count nowhere.
+    facts: what else is known of it, where somebody asked (`observe`).
     """
 
     rollout_id: str
@@ -274,3 +276,4 @@ class AttemptSamples:
     account: TokenAccount
     row_starts: Counter[str] = field(default_factory=Counter)
     unplaced_rewards: int = 0
+    facts: AttemptFacts | None = None

@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.trainer.strategy import ClientServerExecutionStrategy as ClientServerExecutionStrategy
     from agl_grpc.trainer.strategy import SharedMemoryExecutionStrategy as SharedMemoryExecutionStrategy
     from agl_grpc.trainer.trainer import Trainer as Trainer
-    from agl_grpc.trainer.validate import Score as Score
 
 _MODULES = {
     "ClientServerExecutionStrategy": "strategy",
@@ -26,7 +25,6 @@ _MODULES = {
     "FitResult": "result",
     "PartDied": "errors",
     "RunnerOptions": "options",
-    "Score": "validate",
     "SharedMemoryExecutionStrategy": "strategy",
     "Trainer": "trainer",
     "TrainerError": "errors",

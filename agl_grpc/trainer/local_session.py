@@ -25,7 +25,7 @@ from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.result import FitResult
-from agl_grpc.trainer.run_folder import dataset_digests, describe, summary
+from agl_grpc.trainer.run_folder import dataset_digests, describe_session, summary
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.strategy import (
     ClientServerExecutionStrategy,
@@ -37,7 +37,7 @@ from agl_grpc.trainer.training_record import RunStopped, TrainingRecord, result_
 log = logging.getLogger(__name__)
 
 
-class LocalSession(Session):
+class LocalSession(Session[FitResult]):
     """Runs an `Algorithm` here, or, without one, only the workers."""
 
     def __init__(
@@ -110,7 +110,7 @@ class LocalSession(Session):
         old = plan.folder.open(resume=plan.resume)
         datasets = dataset_digests(plan.train_dataset, plan.val_dataset)
         config = self._configuration()
-        session = {**describe(None, None), "seed": config["settings"].get("seed"), "config": config}
+        session = {**describe_session(None, None), "seed": config["settings"].get("seed"), "config": config}
         sessions = [*old.get("sessions", []), session]
         self._manifest = {**old, "run": plan.run_id, "datasets": datasets, "sessions": sessions}
         plan.folder.write_manifest(self._manifest)

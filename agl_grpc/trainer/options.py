@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agl_grpc.evaluation import Sampling
 from agl_grpc.trainer.errors import TrainerError
 
 T = TypeVar("T")
@@ -81,21 +82,37 @@ class ValidationOptions:
     """Validation before, during and after training, on the whole validation dataset.
 
     Attributes:
-        samples: answers for each task at the training temperature; 0 = none.
+        samples: answers for each task, sampled; 0 = none.
         greedy: whether to answer each task once at temperature 0 too.
+        temperature: of the sampled answers; it is not training's.
+        top_p: of the sampled answers; None = the endpoint's.
+        max_tokens: longest answer of one call in tokens; None = the endpoint's.
+        seed: of the requests' seeds: validations of one run ask the same.
         before: whether to validate before training.
         after: whether to validate after training.
-        every: steps between two validations during training, one sampled answer for each task; 0 = none.
-            verl's own key ``trainer.test_freq`` goes before it.
+        every: steps between two validations during training; 0 = none. verl's own key
+            ``trainer.test_freq`` goes before it.
+        every_samples: sampled answers for each task in those.
+        keep_best: whether the checkpoint with the best of those scores is saved and never deleted.
         timeout_seconds: longest time of one pass.
     """
 
     samples: int = 4
     greedy: bool = True
+    temperature: float = 1.0
+    top_p: float | None = None
+    max_tokens: int | None = None
+    seed: int = 0
     before: bool = True
     after: bool = True
     every: int = 20
+    every_samples: int = 1
+    keep_best: bool = True
     timeout_seconds: float = 1800.0
+
+    def sampling(self, *, greedy: bool = False) -> Sampling:
+        """How its answers are sampled."""
+        return Sampling(0.0 if greedy else self.temperature, self.top_p, self.max_tokens, self.seed)
 
 
 def options(what: str, given: T | Mapping[str, Any] | None, kind: type[T]) -> T:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.evaluation import Evaluation
+from agl_grpc.learner.best import BestCheckpoint
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer.run_folder import RunFolder
-from agl_grpc.trainer.validate import Score
 
-Scores = dict[str, Score]
+Scores = dict[str, Evaluation]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class FitResult:
         history: metrics of all steps.
         before: validation before training, by name (``sampled``, ``greedy``).
         after: validation after training.
+        best: the checkpoint with the best validation score during training; None when there was none.
         checkpoint: folder of the last committed checkpoint; None when there is none.
         model: folder of that checkpoint's model, for ``transformers``.
         captured: the engine's counters of model calls, among them ``captured`` and ``delivered``; empty when
@@ -36,6 +38,7 @@ class FitResult:
     history: list[StepMetrics] = field(default_factory=list)
     before: Scores = field(default_factory=dict)
     after: Scores = field(default_factory=dict)
+    best: BestCheckpoint | None = None
     checkpoint: Path | None = None
     model: Path | None = None
     captured: dict[str, Any] = field(default_factory=dict)

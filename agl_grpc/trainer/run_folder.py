@@ -79,7 +79,8 @@ class RunFolder:
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Writes the manifest, at once or not at all."""
         draft = self.manifest.with_suffix(".new")
-        draft.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
+        options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+        draft.write_bytes(orjson.dumps(manifest, option=options))
         draft.replace(self.manifest)
 
 
@@ -94,7 +95,7 @@ def dataset_digests(train: Any, val: Any) -> dict[str, Any]:
         raise TrainerError(str(error)) from error
 
 
-def describe(engine_python: str | None, learner_python: str | None) -> dict[str, Any]:
+def describe_session(engine_python: str | None, learner_python: str | None) -> dict[str, Any]:
     """A session of a run for its manifest; TrainerError when an environment's Python does not run."""
     try:
         return describe_run(engine_python, learner_python)

@@ -6,10 +6,11 @@ import asyncio
 import dataclasses
 import signal
 import threading
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Sequence
+from typing import Any, Generic, TypeVar
 
 from agl_grpc.client import StoreClient, StoreError
+from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, describe, evaluate, publish_sampling
 from agl_grpc.grader import GraderFailed, GraderWorker
 from agl_grpc.model import LLM, NamedResources, ProxyLLM
 from agl_grpc.model.training import StepMetrics
@@ -19,18 +20,17 @@ from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.processes import Forked
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import engine_serves
-from agl_grpc.trainer.result import FitResult, Scores
+from agl_grpc.trainer.result import Scores
 from agl_grpc.trainer.run_folder import end_session
 from agl_grpc.trainer.stack import Stack
 from agl_grpc.trainer.strategy import reachable
-from agl_grpc.trainer.validate import Score, validate
 
 T = TypeVar("T")
 _STORE_START_SECONDS = 60.0
 _GRADER_SECONDS = 365 * 24 * 3600.0
 
 
-class Session:
+class Session(Generic[T]):
     """One run, from the first process to the last. `run` is a coroutine; `close` ends everything.
 
     Subclasses say in `_work` what happens once store and folder are there.
@@ -42,7 +42,6 @@ class Session:
         self.stack = Stack(progress.say, grace=plan.stop_seconds)
         self.address = plan.store
         self._client: StoreClient | None = None
-        self._resources: dict[str, str] = {}
         self._forked: Forked | None = None
         self._grading: GraderWorker | None = None
         self._grading_task: asyncio.Task[None] | None = None
@@ -64,7 +63,7 @@ class Session:
         assert self._client is not None, "the store is connected first"
         return self._client
 
-    async def run(self) -> FitResult:
+    async def run(self) -> T:
         """Runs to the end; whatever it raises, `close` has to follow."""
         self.stack.bind()
         with _stopped_by_sigterm():
@@ -88,7 +87,7 @@ class Session:
         if left:
             self.progress.say(f"ended {left} processes that were left over")
 
-    async def _work(self) -> FitResult:
+    async def _work(self) -> T:
         raise TypeError("Session is a base class")
 
     def _last_step(self) -> StepMetrics | None:
@@ -164,7 +163,7 @@ class Session:
         plan = self.plan
         if plan.llm is not None:
             return plan.llm
-        port = plan.engine.port or commands.free_port(plan.engine.host)
+        port = self._engine_port = plan.engine.port or commands.free_port(plan.engine.host)
         self.stack.start(
             lambda: commands.engine_part(
                 plan.folder,
@@ -178,7 +177,6 @@ class Session:
                 mark=self.stack.mark,
             )
         )
-        self._engine_port = port
         return ProxyLLM(
             endpoint=f"http://{plan.engine.host}:{port}/v1",
             model=model_name,
@@ -191,17 +189,30 @@ class Session:
             self.stack.ready("engine")
 
     async def _publish(self, llm: LLM, temperature: float) -> None:
-        """Publishes what agents work with: for greedy and sampled validation, and last for training."""
-        for name, value in (("greedy", 0.0), ("sampled", temperature), ("train", temperature)):
-            parameters = {**llm.sampling_parameters, "temperature": value}
-            endpoint = dataclasses.replace(llm, sampling_parameters=parameters)
-            resources: NamedResources = with_llm(
-                self.plan.initial_resources, self.plan.engine.resource, endpoint
-            )
-            update = await self.client.update_resources(f"{self.plan.run_id}-{name}", resources)
-            self._resources[name] = update.resources_id
+        """Publishes what agents work with in training, at its temperature."""
+        parameters = {**llm.sampling_parameters, "temperature": temperature}
+        await self.client.update_resources(
+            f"{self.plan.run_id}-train",
+            self._with_endpoint(dataclasses.replace(llm, sampling_parameters=parameters)),
+        )
 
-    async def _validate(self, when: str) -> Scores:
+    def _with_endpoint(self, llm: LLM | None) -> NamedResources:
+        if llm is None:
+            return self.plan.initial_resources
+        return with_llm(self.plan.initial_resources, self.plan.engine.resource, llm)
+
+    async def _evaluate(self, llm: LLM | None, tasks: Sequence[Any], plan: Pass, prefix: str) -> Evaluation:
+        """Has tasks done as a pass says; ``prefix`` begins the ids of what is published for it."""
+        endpoint = self.plan.engine.resource
+        resources = self._with_endpoint(llm)
+        ids: list[str] = []
+        if resources:
+            ids = await publish_sampling(
+                self.client, prefix, resources, endpoint, plan.sampling, plan.samples
+            )
+        return await evaluate(self.client, tasks, plan, resources=ids, on_progress=self.progress.count)
+
+    async def _validate(self, when: str, llm: LLM) -> Scores:
         """Sampled and greedy scores on the validation dataset."""
         plan = self.plan
         wanted = {"sampled": plan.validation.samples, "greedy": int(plan.validation.greedy)}
@@ -210,30 +221,18 @@ class Session:
             if not plan.val_dataset or not samples:
                 continue
             self.progress.phase(f"validation {when} training, {name} (mean of {samples})")
-            scores[name] = await self._validate_one(name, samples)
-            self.progress.say(f"validation {when} training, {name}: {describe_score(scores[name])}")
+            one = Pass(
+                name=f"{plan.run_id}, {when} training, {name}",
+                samples=samples,
+                sampling=plan.validation.sampling(greedy=name == "greedy"),
+                queue=plan.validation_queue,
+                timeout=plan.validation.timeout_seconds,
+            )
+            # A resumed run has another engine: what was published for an earlier one stays its own.
+            prefix = f"{plan.run_id}-{when}-{name}-{self.stack.mark[:8]}"
+            scores[name] = await self._evaluate(llm, plan.val_dataset, one, prefix)
+            self.progress.say(f"validation {when} training, {name}: {describe(scores[name])}")
         return scores
-
-    async def _validate_one(self, name: str, samples: int) -> Score:
-        plan = self.plan
-        return await validate(
-            self.client,
-            plan.val_dataset or (),
-            resources_id=self._resources[name],
-            samples=samples,
-            queue=plan.validation_queue,
-            timeout=plan.validation.timeout_seconds,
-            on_progress=self.progress.count,
-        )
-
-
-def describe_score(score: Score) -> str:
-    """For example ``0.203 (200 tasks, 800 rollouts, 4.1 s; 2 without a reward: agent 2)``."""
-    text = f"{score.mean:.3f} ({score.tasks} tasks, {score.rollouts} rollouts, {score.seconds:.1f} s"
-    if score.failures:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in score.failures.items())
-        text += f"; {sum(score.failures.values())} without a reward: {kinds}"
-    return text + ")"
 
 
 class _stopped_by_sigterm:  # lower case: it reads as a statement where it is used
@@ -259,13 +258,15 @@ class _stopped_by_sigterm:  # lower case: it reads as a statement where it is us
         self._task.cancel()
 
 
-def run_to_end(session: Session) -> FitResult:
+def run_to_end(session: Session[T]) -> T:
     """Runs a session and ends its processes, also after an error or Ctrl-C; a running loop may be there."""
     try:
         session.prepare()
         return run_anywhere(session.run())
     except StoreError as error:
         raise TrainerError(f"the store at {session.address}: {error}") from error
+    except EvaluationError as error:
+        raise TrainerError(str(error)) from error
     finally:
         session.close()
 

@@ -14,6 +14,7 @@ from agl_grpc.agent import LitAgent
 from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.client import StoreClient
+from agl_grpc.evaluation import Evaluation, Pass, Sampling
 from agl_grpc.grader import Graders
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
@@ -22,6 +23,12 @@ from agl_grpc.tracer import OtelTracer, Tracer
 from agl_grpc.trainer.components import build
 from agl_grpc.trainer.dev import dev_run
 from agl_grpc.trainer.errors import TrainerError
+from agl_grpc.trainer.evaluation_session import (
+    EvaluationSession,
+    check_tasks,
+    evaluated_model,
+    with_answers,
+)
 from agl_grpc.trainer.local_session import LocalSession
 from agl_grpc.trainer.options import EngineOptions, RunnerOptions, ValidationOptions, options
 from agl_grpc.trainer.plan import Plan, check_name
@@ -158,6 +165,62 @@ class Trainer:
         with Progress(plan.run_id) as progress:
             return run_to_end(self._session(plan, progress))
 
+    def evaluate(
+        self,
+        agent: Any,
+        dataset: Sequence[Any],
+        *,
+        checkpoint: str | Path | None = None,
+        n: int = 1,
+        sampling: Sampling | None = None,
+        ks: Sequence[int] = (1,),
+        success: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+        fields: Sequence[str] = (),
+        find_answer: str = "",
+        name: str = "",
+        output: str | Path | None = None,
+    ) -> Evaluation:
+        """How good a model is: every task is answered ``n`` times, and nothing of it is ever trained.
+
+        Store, engine and workers are started and stopped as by `fit`. With ``resume`` an evaluation that
+        was broken off goes on. Report and all numbers are written into the run's folder.
+
+        Args:
+            agent: as for `fit`.
+            dataset: tasks; each item is a JSON value. A task's ``data_source`` names its source.
+            checkpoint: a run's folder, a checkpoint, or a model in Hugging Face form; None = the endpoint
+                given as ``llm_proxy``, or what the agent itself uses.
+            n: answers for each task.
+            sampling: temperature and the like, with the seed of the requests.
+            ks: the k of pass@k.
+            success: the reward from which an answer is right.
+            weights: weights of named rewards, whose sum counts; None = the primary reward.
+            fields: keys that every task must have.
+            find_answer: ``module:name`` of a function that finds the final answer in a text, for maj@n.
+            name: of the model in reports.
+            output: folder of the report; None = the run's.
+
+        Raises:
+            TrainerError: something does not start, is given wrongly, or no rollout got a reward.
+            EvaluationError: a parameter is out of its range.
+        """
+        check_tasks(dataset, fields)
+        evaluated = evaluated_model(checkpoint, self.llm, name)
+        wanted = Pass(
+            samples=n,
+            sampling=sampling or Sampling(),
+            ks=tuple(ks),
+            success=success,
+            weights=dict(weights or {}),
+            timeout=self.validation.timeout_seconds,
+        )
+        wanted = with_answers(wanted, evaluated, find_answer)
+        plan = self._plan(_agent(agent), (), dataset)
+        with Progress(plan.run_id) as progress:
+            target = Path(output) if output is not None else None
+            return run_to_end(EvaluationSession(plan, progress, evaluated, wanted, target))
+
     def dev(
         self,
         agent: Any,
@@ -234,8 +297,8 @@ class Trainer:
             learner_python=self.learner_python,
             resume=self.resume,
             tracer=self.tracer,
-            configuration=self.configuration,
             **of_processes,
+            configuration=self.configuration,
         )
         try:
             plan.runner_config(store or "127.0.0.1:1")
@@ -243,7 +306,7 @@ class Trainer:
             raise TrainerError(f"runner: {error}") from error
         return plan
 
-    def _session(self, plan: Plan, progress: Progress) -> Session:
+    def _session(self, plan: Plan, progress: Progress) -> Session[FitResult]:
         processes = isinstance(self.strategy, ClientServerExecutionStrategy)
         if isinstance(self.algorithm, VERL) and self.strategy.runs_algorithm:
             if not processes:

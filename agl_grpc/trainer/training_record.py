@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.client import StoreClient, StoreError
+from agl_grpc.diagnosis import AlarmFile, AlarmLimits, AlarmWatch
+from agl_grpc.diagnosis.sinks import MetricSinks
 from agl_grpc.model import Failure, PromptTemplate, StepMetrics, TrainingRun, TrainingRunStatus
 from agl_grpc.model.value import to_payload
 from agl_grpc.trainer.errors import TrainerError
-from agl_grpc.trainer.metric_sinks import MetricSinks
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.run_folder import RunFolder
 
@@ -37,6 +38,7 @@ class TrainingRecord:
         folder: of the run.
         progress: shows lines and steps.
         on_stop: told that the run shall stop.
+        alarms: from when on they are raised.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class TrainingRecord:
         folder: RunFolder,
         progress: Progress,
         on_stop: Callable[[Exception], None],
+        alarms: AlarmLimits | None = None,
     ) -> None:
         self._client = client
         self._files = folder
@@ -54,6 +57,8 @@ class TrainingRecord:
         self._queue: asyncio.Queue[StepMetrics | str | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._sinks: MetricSinks | None = None
+        self._alarms = AlarmWatch(alarms)
+        self._alarm_file = AlarmFile(folder.path)
         self.training = TrainingRun()
         self.metadata: dict[str, Any] = {}
         """Of a training run that is made here."""
@@ -69,7 +74,8 @@ class TrainingRecord:
         name = training_run_id or await self._free_name(algorithm)
         trainer_id = trainer_id or f"{socket.gethostname()}-{os.getpid()}"
         self.training = await self._client.acquire_training_run(name, trainer_id)
-        self._sinks = MetricSinks(self._files, {"algorithm": algorithm, "run": self._files.name})
+        about = {"algorithm": algorithm, "run": self._files.name}
+        self._sinks = MetricSinks(self._files.path, about, self.say)
         self._tasks = [asyncio.create_task(self._deliver()), asyncio.create_task(self._watch())]
 
     async def _free_name(self, algorithm: str) -> str:
@@ -94,12 +100,16 @@ class TrainingRecord:
         """Numbers of a finished step; from any thread."""
         # A metric that is not finite says nothing, and JSON cannot hold it.
         numbers = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        item = StepMetrics(step=step, metrics=numbers)
 
         def on_loop() -> None:
-            self.history[step] = item
+            for event in self._alarms.step(step, numbers):
+                self._alarm_file.write(event)
+                self.say(event.line)
+            self.history[step] = StepMetrics(step=step, metrics=numbers)
             self._progress.step(step, total, numbers)
-            self._queue.put_nowait(item)
+            self._queue.put_nowait(StepMetrics(step=step, metrics={**numbers, **self._alarms.numbers()}))
+            if stops := self._alarms.stops:
+                self._on_stop(RunStopped(f"alarm {stops} is in alarms.stop_on"))
 
         self._loop.call_soon_threadsafe(on_loop)
 

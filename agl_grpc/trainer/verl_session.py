@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agl_grpc.algorithm import VERL
+from agl_grpc.evaluation import Evaluation
+from agl_grpc.learner.best import read_best
 from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import SAID, scores
+from agl_grpc.learner.run_config import ValidationConfig
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
@@ -23,10 +27,9 @@ from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import captured
 from agl_grpc.trainer.relay import end_of, relay
 from agl_grpc.trainer.result import FitResult, Scores
-from agl_grpc.trainer.run_folder import dataset_digests, describe, summary
+from agl_grpc.trainer.run_folder import dataset_digests, describe_session, summary
 from agl_grpc.trainer.session import Session
 from agl_grpc.trainer.settings import setting
-from agl_grpc.trainer.validate import Score
 
 # The learner reports its last step before it ends; the watch has this long to bring it.
 _LAST_METRICS_SECONDS = 10.0
@@ -37,7 +40,7 @@ _METRICS_SECONDS = 5.0
 PUBLISHED = "weights/policy_version"
 
 
-class VerlSession(Session):
+class VerlSession(Session[FitResult]):
     """Starts store, engine, learner and workers, follows the training run, validates before and after."""
 
     def __init__(
@@ -75,22 +78,23 @@ class VerlSession(Session):
             self.progress.say(self._workers_command())
         self.progress.phase("starting engine, learner and workers")
         following = asyncio.create_task(self._follow(training.training_run_id, training.trainer_epoch))
+        reading = asyncio.create_task(self._read_log(training.training_run_id))
         try:
             await self.stack.until(self._engine_ready())
             self.progress.say(f"the engine serves policy version {version}")
             if validates:
-                before = await self.stack.until(self._validate("before"))
+                before = await self.stack.until(self._validate("before", llm))
                 self._note_scores("before", before)
                 await self.client.resume_dispatch(queue=plan.run_id)
             self.progress.phase("training")
             training = await self._trained(training.training_run_id, following)
         finally:
-            for task in (following, relaying):
+            for task in (following, relaying, reading):
                 task.cancel()
-            await asyncio.wait({following, relaying})
+            await asyncio.wait({following, relaying, reading})
         after = {}
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
-            after = await self.stack.until(self._validate("after"))
+            after = await self.stack.until(self._validate("after", llm))
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
         return self._result(training, before, after, counters)
@@ -115,7 +119,7 @@ class VerlSession(Session):
                 f"{plan.folder.path} was trained on other datasets (see manifest.json): use the same ones"
             )
         session = {
-            **describe(self._engine_python or None, self._learner_python),
+            **describe_session(self._engine_python or None, self._learner_python),
             "seed": algorithm.seed,
             "config": {
                 "model": algorithm.model_path,
@@ -198,6 +202,7 @@ class VerlSession(Session):
         more: dict[str, Any] = {}
         if plan.val_dataset and plan.validation.every and not self._validates_by_itself:
             more["trainer.test_freq"] = plan.validation.every
+        more |= self._validation_sampling()
         config = self._algorithm.write_run(
             plan.folder.path,
             run_id=plan.run_id,
@@ -205,6 +210,13 @@ class VerlSession(Session):
             train_dataset=plan.train_dataset,
             val_dataset=plan.val_dataset,
             more=more,
+            validation=ValidationConfig(
+                queue=plan.validation_queue,
+                max_tokens=plan.validation.max_tokens or 0,
+                seed=plan.validation.seed,
+                timeout=plan.validation.timeout_seconds,
+                keep_best=plan.validation.keep_best,
+            ),
         )
         log = plan.folder.log("learner")
         written = end_of(log)
@@ -220,6 +232,13 @@ class VerlSession(Session):
             may_end=True,
         )
         return asyncio.create_task(relay(log, written, self._show_start))
+
+    def _validation_sampling(self) -> dict[str, Any]:
+        """How the learner samples in validation: those of verl's keys that its configuration leaves open."""
+        wanted = self.plan.validation
+        keys = {"n": wanted.every_samples, "temperature": wanted.temperature, "top_p": wanted.top_p or 1.0}
+        named = {f"actor_rollout_ref.rollout.val_kwargs.{key}": value for key, value in keys.items()}
+        return {key: value for key, value in named.items() if setting(self._algorithm.config, key) is None}
 
     def _show_start(self, line: str) -> bool:
         if line.startswith(f"{SAID}step "):
@@ -240,6 +259,13 @@ class VerlSession(Session):
                     return
             # The end that the watch has shown is the one that is being resumed; the learner is on its way.
             await asyncio.sleep(_TAKE_UP_SECONDS)
+
+    async def _read_log(self, training_run_id: str) -> None:
+        """Shows lines of the training run's log, alarms for example, that are written from now on."""
+        begin = time.time()
+        async for line in self.client.watch_training_log(training_run_id):
+            if line.time is None or line.time >= begin:
+                self.progress.say(line.text)
 
     def _total_steps(self) -> int | None:
         config = self._algorithm.config
@@ -264,10 +290,10 @@ class VerlSession(Session):
     def _recorded(self, when: str) -> Scores:
         """Scores that an earlier session of this run wrote down."""
         recorded: Mapping[str, Any] = self._manifest["validation"].get(when, {})
-        return {
-            name: Score(**{**score, "task_means": tuple(score["task_means"])})
-            for name, score in recorded.items()
-        }
+        return {name: Evaluation.read(self._validation_file(when, name)) for name in recorded}
+
+    def _validation_file(self, when: str, name: str) -> Path:
+        return self.plan.folder.path / "validation" / f"{when}-{name}.json"
 
     def _workers_command(self) -> str:
         queues = f"--queue {self.plan.run_id} --queue {self.plan.validation_queue}"
@@ -278,7 +304,9 @@ class VerlSession(Session):
 
     def _note_scores(self, when: str, scores: Scores) -> None:
         if scores:
-            self._manifest["validation"][when] = {name: asdict(score) for name, score in scores.items()}
+            for name, score in scores.items():
+                score.write(self._validation_file(when, name))
+            self._manifest["validation"][when] = {name: score.summary() for name, score in scores.items()}
             self.plan.folder.write_manifest(self._manifest)
 
     def _result(
@@ -296,6 +324,7 @@ class VerlSession(Session):
             history=history,
             before=before,
             after=after,
+            best=read_best(folder.checkpoints),
             checkpoint=checkpoint,
             model=hugging_face_folder(checkpoint) if checkpoint else None,
             captured=counters,
@@ -314,7 +343,11 @@ class VerlSession(Session):
     def _draw(self, history: list[StepMetrics], last: int) -> None:
         recorded: Mapping[str, Any] = self._manifest["validation"]
         points = {
-            step: {name: float(score["mean"]) for name, score in recorded[when].items()}
+            step: {
+                name: float(score["mean"])
+                for name, score in recorded[when].items()
+                if score["mean"] is not None
+            }
             for when, step in (("before", 0), ("after", last))
             if when in recorded
         }

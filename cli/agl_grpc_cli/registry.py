@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "learner": CommandEntry("agl_grpc_cli.learner", "Run the learner (verl) on samples from a store."),
     "checkpoint": CommandEntry("agl_grpc_cli.checkpoint", "List, check and export a run's checkpoints."),
     "train": CommandEntry("agl_grpc_cli.train", "Train an agent."),
+    "eval": CommandEntry("agl_grpc_cli.eval", "Evaluate a checkpoint on a dataset; compare two."),
     "agentops": CommandEntry("agl_grpc_cli.agentops", "Serve what the AgentOps SDK calls, offline."),
     "apo": CommandEntry("agl_grpc_cli.apo", "Look at prompt optimisation: versions, critiques, scores."),
     "env": CommandEntry("agl_grpc_cli.env", "Create the environments of engine and learner."),

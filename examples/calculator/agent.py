@@ -37,7 +37,7 @@ async def solve(question: str, llm: agl_grpc.LLM) -> str | None:
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": question}]
     for turn in range(MAX_TURNS):
         answer = await client.chat.completions.create(
-            model=llm.model, messages=messages, max_tokens=MAX_TOKENS, **llm.sampling_parameters
+            model=llm.model, messages=messages, **{"max_tokens": MAX_TOKENS, **llm.sampling_parameters}
         )
         text = answer.choices[0].message.content or ""
         if call := CALL.fullmatch(text):

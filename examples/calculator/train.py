@@ -154,8 +154,8 @@ def report(result: FitResult) -> None:
     for name, after in result.after.items():
         before = result.before.get(name)
         start = f"{before.mean:.1%} before, " if before else ""
-        label = f"{name} (mean of {after.rollouts // after.tasks})" if name == "sampled" else name
-        print(f"accuracy, {label}: {start}{after.mean:.1%} after ({after.tasks} questions)")
+        label = f"{name} (mean of {after.samples})" if name == "sampled" else name
+        print(f"accuracy, {label}: {start}{after.mean:.1%} after ({len(after.tasks)} questions)")
     folder = result.folder
     for label, path in (
         ("checkpoint", result.model),

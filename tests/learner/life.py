@@ -17,10 +17,11 @@ from agl_grpc.learner import checkpoint
 from agl_grpc.learner.checkpoint import Checkpoints, check_fits, resume_keys
 from agl_grpc.learner.curriculum import TaskOrder
 from agl_grpc.learner.errors import LearnerError
+from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.progress import with_summary
 from agl_grpc.learner.run_config import Deadlines
-from agl_grpc.learner.trainer import AglTrainer, Hooks
+from agl_grpc.learner.trainer import AglTrainer
 from agl_grpc.learner.verl_config import compose
 from tests.learner.local_engine import LocalEngine
 

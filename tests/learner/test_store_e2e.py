@@ -171,6 +171,18 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     assert len({item.weights_digest for item in committed}) == STEPS
     assert (folder / "out" / "checkpoints" / f"global_step_{STEPS}" / "learner.json").is_file()
     assert list((folder / "out" / "tensorboard").glob("events.*"))
+    lines = [orjson.loads(line) for line in (folder / "out" / "metrics.jsonl").read_bytes().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert {line["kl/sampler_trainer_k3"] < 1e-6 for line in lines} == {True}
+    assert (
+        {line["loss/skipped_updates"] for line in lines}
+        == {line["tokens/unaccounted"] for line in lines}
+        == {0.0}
+    )
+    assert {value for line in lines for name, value in line.items() if name.startswith("alarm/")} == {0.0}
+    assert lines[0]["grader/agent/primary/mean"] == lines[0]["reward/mean"]
+    pages = sorted(each.name for each in (folder / "out" / "trajectories").glob("*.html"))
+    assert pages[-1] == f"step-{STEPS:06d}.html"
     await _learns_the_best_of_its_rollouts(store, folder)
 
 

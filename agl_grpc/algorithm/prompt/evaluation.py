@@ -12,8 +12,8 @@ from agl_grpc.algorithm.concurrency import together
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.prompt.candidate import Candidate
 from agl_grpc.algorithm.prompt.traces import describe
-from agl_grpc.algorithm.rollouts import cancel_rest, primary_rewards, run_rollouts
 from agl_grpc.client import StoreClient
+from agl_grpc.client.rollout_batch import cancel_rest, primary_rewards, run_rollouts
 from agl_grpc.model import (
     EnqueueRolloutRequest,
     NamedResources,

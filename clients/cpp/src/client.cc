@@ -31,7 +31,7 @@ std::shared_ptr<grpc::Channel> connect(const std::string& target, const ClientOp
   // A restarted store is found again quickly: gRPC's own default waits up to two minutes.
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 250);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 30'000);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
@@ -120,6 +120,7 @@ grpc::Status Client::tried(google::protobuf::Message* response, const CallOption
     grpc::ClientContext context;
     limit(&context, deadline - std::chrono::steady_clock::now());
     authorise(&context);
+    context.set_wait_for_ready(options.wait_for_ready);
     const auto listener = options.stop.listen([&context] { context.TryCancel(); });
     const grpc::Status status = once(&context);
     if (status.ok() || options.stop.requested()) return status;

@@ -415,6 +415,7 @@ void LeaseStream::renew_once(const v1::RenewLeasesRequest& request, std::chrono:
   options.timeout =
       std::max(kShortestRenewal, std::chrono::duration_cast<std::chrono::milliseconds>(shortest / kRenewalsOfALease));
   options.stop = stop_;
+  options.wait_for_ready = true;  // a store that is back has given the leases their own time anew, and no more
   const auto answer = client_.call(&Runner::RenewLeases, request, options);
   for (const auto& renewal : answer.renewals()) {
     if (renewal.has_error()) lose(renewal.attempt_id(), error_from(renewal.error()).what());

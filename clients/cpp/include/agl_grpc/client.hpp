@@ -51,6 +51,9 @@ struct CallOptions {
   std::optional<std::chrono::milliseconds> timeout = std::nullopt;
   /// Ends the call early, with CANCELLED.
   Stop stop = Stop();
+  /// Waits for a connection, within the limit, rather than between tries: the call goes out the moment the store is
+  /// back.
+  bool wait_for_ready = false;
 };
 
 class LeaseStream;

@@ -1,14 +1,14 @@
-"""Rollouts for algorithms: enqueued, seen as they finish, never polled for; and what they were worth."""
+"""Batches of rollouts: enqueued, seen as they finish, never polled for; and what they were worth."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from agl_grpc.client import StoreClient
 from agl_grpc.client.filters import rollout_filter
+from agl_grpc.client.store_client import StoreClient
 from agl_grpc.model import EnqueueRolloutRequest, Rollout
 from agl_grpc.model.reward import PRIMARY
 
@@ -78,9 +78,15 @@ async def primary_rewards(store: StoreClient, rollouts: Sequence[Rollout]) -> di
 
     Where the run names graders, their weighted sum counts; one that any of them has not judged has none.
     """
-    last = {rollout.rollout_id: rollout.latest_attempt_id for rollout in rollouts}
     run = await store.get_run_by_id(store.run_id)
-    weights = (run.reward_weights if run else {}) or {PRIMARY: 1.0}
+    return await weighted_rewards(store, rollouts, (run.reward_weights if run else {}) or {PRIMARY: 1.0})
+
+
+async def weighted_rewards(
+    store: StoreClient, rollouts: Sequence[Rollout], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """The weighted sum of named rewards of each rollout's latest attempt; one that lacks a name has none."""
+    last = {rollout.rollout_id: rollout.latest_attempt_id for rollout in rollouts}
     found: dict[str, dict[str, float]] = {}
     for reward in await store.query_rewards([*last]):
         whole = reward.step is None and not reward.target_span_id

@@ -1,0 +1,230 @@
+"""Has every task of a dataset answered by a run's workers, in mode ``val``, and reads what that was worth."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from agl_grpc.client import StoreClient
+from agl_grpc.client.rollout_batch import WatchEnded, run_rollouts, weighted_rewards
+from agl_grpc.evaluation.answers import Finder, answer_of, find_answer
+from agl_grpc.evaluation.errors import EvaluationError
+from agl_grpc.evaluation.result import Answered, Evaluation, TaskResult, task_digest
+from agl_grpc.evaluation.sampling import Sampling, with_sampling
+from agl_grpc.grader.conversation import Decode
+from agl_grpc.model import (
+    EnqueueRolloutRequest,
+    FailureKind,
+    NamedResources,
+    Rollout,
+    RolloutConfig,
+    RolloutMode,
+)
+from agl_grpc.model.reward import PRIMARY
+
+# Before the training rollouts that may wait in the same workers' queues.
+_PRIORITY = 10
+_READ_AT_ONCE = 16
+NO_REWARD = "no_reward"
+# An agent that raises has answered wrongly; nobody else's failure says anything of the model.
+_COUNTED_AS_WRONG = (FailureKind.AGENT, FailureKind.TRUNCATED)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a dataset.
+
+    Attributes:
+        name: what is evaluated, for people.
+        samples: rollouts for each task.
+        sampling: how they are sampled.
+        success: the reward from which an answer is right.
+        ks: the k of pass@k.
+        weights: weights of named rewards, whose weighted sum is the reward; empty = the primary reward.
+        answers: whether to look for final answers, for maj@n; it costs a reading of each rollout's spans.
+        find: from a response's text to the final answer.
+        decode: token ids to text; None = only recorded text is read.
+        label: begins the rollouts' ids. With a label of its own an evaluation that was broken off goes on
+            where it was; None = a new one.
+        queue: of the rollouts; None = the run's own. The workers must serve it.
+        config: rules of each rollout's life.
+        timeout: seconds for the whole pass.
+        about: what is kept with the result.
+    """
+
+    name: str = "evaluation"
+    samples: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+    success: float = 1.0
+    ks: tuple[int, ...] = (1,)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    answers: bool = False
+    find: Finder = find_answer
+    decode: Decode | None = None
+    label: str | None = None
+    queue: str | None = None
+    config: RolloutConfig | None = None
+    timeout: float = 1800.0
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise EvaluationError(f"n is {self.samples}; each task needs 1 or more answers")
+        for k in self.ks:
+            if not 1 <= k <= self.samples:
+                raise EvaluationError(
+                    f"pass@{k} needs k from 1 to n, and each task has n = {self.samples} answers"
+                )
+
+
+async def publish_sampling(
+    store: StoreClient,
+    prefix: str,
+    resources: NamedResources,
+    endpoint: str,
+    sampling: Sampling,
+    samples: int,
+) -> list[str]:
+    """Publishes what agents work with for each sample of a task; the ids of the resources.
+
+    Ids that exist already are kept as they are: a broken-off evaluation goes on with the same ones.
+    """
+    ids = []
+    for sample in range(samples):
+        resources_id = f"{prefix}-{sample}"
+        if await store.get_resources_by_id(resources_id) is None:
+            await store.update_resources(resources_id, with_sampling(resources, endpoint, sampling, sample))
+        ids.append(resources_id)
+    return ids
+
+
+async def evaluate(
+    store: StoreClient,
+    tasks: Sequence[Any],
+    plan: Pass | None = None,
+    *,
+    resources: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Evaluation:
+    """Has each task answered and judged.
+
+    Args:
+        store: client of the run.
+        tasks: the dataset; each item is a rollout's input. A task's ``data_source`` names its source.
+        plan: how.
+        resources: ids of what agents work with, one for each sample (see `publish_sampling`); empty = the
+            run's latest.
+        on_progress: told how many rollouts are finished, of how many.
+
+    Raises:
+        EvaluationError: the dataset is empty, the pass was not finished in time, or no rollout got as far as
+            an answer.
+    """
+    plan = plan or Pass()
+    if not len(tasks):
+        raise EvaluationError("the dataset is empty: an evaluation needs one task or more")
+    began = time.monotonic()
+    label = plan.label or f"validation-{uuid.uuid4().hex[:12]}"
+    requests = [
+        EnqueueRolloutRequest(
+            input=task,
+            mode=RolloutMode.VAL,
+            resources_id=resources[sample] if resources else None,
+            config=plan.config,
+            rollout_id=f"{label}.{number}.{sample}",
+            group_id=f"{label}.{number}",
+            queue=plan.queue,
+            priority=_PRIORITY,
+        )
+        for number, task in enumerate(tasks)
+        for sample in range(plan.samples)
+    ]
+    ended = await _finished(store, label, requests, plan.timeout, on_progress)
+    rewards = await weighted_rewards(store, [*ended.values()], plan.weights or {PRIMARY: 1.0})
+    answers = await _answers(store, [*rewards], plan) if plan.answers else {}
+    results = tuple(
+        TaskResult(
+            index=number,
+            digest=task_digest(task),
+            source=_source(task),
+            rollouts=tuple(
+                _answered(ended[name], rewards, answers)
+                for name in (f"{label}.{number}.{sample}" for sample in range(plan.samples))
+            ),
+        )
+        for number, task in enumerate(tasks)
+    )
+    _refuse_nothing_done(results)
+    return Evaluation(
+        name=plan.name,
+        samples=plan.samples,
+        tasks=results,
+        sampling=plan.sampling,
+        success=plan.success,
+        ks=plan.ks,
+        seconds=time.monotonic() - began,
+        about=plan.about,
+    )
+
+
+def _source(task: Any) -> str:
+    return str(task.get("data_source", "default")) if isinstance(task, Mapping) else "default"
+
+
+async def _finished(
+    store: StoreClient,
+    label: str,
+    requests: Sequence[EnqueueRolloutRequest],
+    seconds: float,
+    on_progress: Callable[[int, int], None],
+) -> dict[str, Rollout]:
+    ended: dict[str, Rollout] = {}
+    rollouts = run_rollouts(store, requests, label=label)
+    try:
+        async with asyncio.timeout(seconds), contextlib.aclosing(rollouts):
+            async for rollout in rollouts:
+                ended[rollout.rollout_id] = rollout
+                on_progress(len(ended), len(requests))
+    except TimeoutError as error:
+        raise EvaluationError(
+            f"{len(ended)} of {len(requests)} rollouts were finished after {seconds:g} s; "
+            "are there workers, and does the engine answer?"
+        ) from error
+    except WatchEnded as error:
+        raise EvaluationError(str(error)) from error
+    return ended
+
+
+def _answered(rollout: Rollout, rewards: Mapping[str, float], answers: Mapping[str, str | None]) -> Answered:
+    name = rollout.rollout_id
+    if name in rewards:
+        return Answered(name, rewards[name], answers.get(name))
+    failure = rollout.failure
+    if failure is None or failure.kind is None:
+        return Answered(name, None, failure=NO_REWARD, message="it ended without a reward")
+    wrong = failure.kind in _COUNTED_AS_WRONG
+    return Answered(name, 0.0 if wrong else None, failure=failure.kind.value, message=failure.message)
+
+
+async def _answers(store: StoreClient, rollout_ids: Sequence[str], plan: Pass) -> dict[str, str | None]:
+    """The final answers, read a few rollouts at a time."""
+    slots = asyncio.Semaphore(_READ_AT_ONCE)
+
+    async def one(rollout_id: str) -> tuple[str, str | None]:
+        async with slots:
+            spans = await store.query_spans(rollout_id, "latest", omit_tokens=plan.decode is None)
+        return rollout_id, answer_of(spans.items, plan.decode, plan.find)
+
+    return dict(await asyncio.gather(*map(one, rollout_ids)))
+
+
+def _refuse_nothing_done(results: Sequence[TaskResult]) -> None:
+    """A model whose every rollout failed for reasons that are not its own has not been evaluated."""
+    rollouts = [one for task in results for one in task.rollouts]
+    if all(one.failure == FailureKind.INFRASTRUCTURE.value for one in rollouts):
+        raise EvaluationError(f"no rollout got as far as an answer: {rollouts[0].message}")

@@ -1,0 +1,145 @@
+"""Evaluation: every task by the run's own workers, scored by what the store keeps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agl_grpc import StoreClient
+from agl_grpc.evaluation import EvaluationError, Pass, Sampling, evaluate, publish_sampling
+from agl_grpc.model import LLM, NamedResources, RolloutMode
+from agl_grpc.runner import LitAgentRunner
+from tests.support.store_process import StoreProcess
+from tests.trainer import agents
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[StoreClient]:
+    with StoreProcess(tmp_path / "agl.db") as store:
+        async with StoreClient(store.address) as made:
+            yield made
+
+
+@pytest.fixture
+async def worker(client: StoreClient) -> AsyncIterator[None]:
+    """A worker of `halver` for the run's own queue."""
+    stop = asyncio.Event()
+    async with LitAgentRunner(concurrency=8).run_context(agent=agents.halver, store=client) as runner:
+        work = asyncio.create_task(runner.iter(stop))
+        yield
+        stop.set()
+        await work
+
+
+TASKS = [{"number": 2, "data_source": "small"}, {"number": 4}, {"number": -1}]
+
+
+@pytest.mark.usefixtures("worker")
+async def test_an_agents_failure_is_a_wrong_answer_and_told_apart(client: StoreClient) -> None:
+    seen: list[tuple[int, int]] = []
+    found = await evaluate(
+        client,
+        TASKS,
+        Pass(samples=2, ks=(1, 2), success=2.0, timeout=60),
+        on_progress=lambda done, of: seen.append((done, of)),
+    )
+    assert [task.mean for task in found.tasks] == [1.0, 2.0, 0.0]
+    assert found.mean == pytest.approx(1.0)
+    assert found.failures == {"agent": 2}
+    assert found.tasks[2].rollouts[0].message == "negative numbers cannot be halved"
+    assert found.figures.pass_at == {1: pytest.approx(1 / 3), 2: pytest.approx(1 / 3)}
+    assert {name: each.tasks for name, each in found.sources.items()} == {"default": 2, "small": 1}
+    assert seen[-1] == (6, 6)
+    rollouts = await client.query_rollouts()
+    assert {rollout.mode for rollout in rollouts} == {RolloutMode.VAL}
+    assert len({rollout.group_id for rollout in rollouts}) == 3
+
+
+@pytest.mark.usefixtures("worker")
+async def test_two_passes_do_not_disturb_each_other(client: StoreClient) -> None:
+    first, second = await asyncio.gather(
+        evaluate(client, [{"number": 2}], Pass(samples=3, timeout=60)),
+        evaluate(client, [{"number": 8}], Pass(timeout=60)),
+    )
+    assert (first.mean, first.figures.rollouts) == (1.0, 3)
+    assert (second.mean, second.figures.rollouts) == (4.0, 1)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_named_pass_that_comes_again_does_nothing_twice(client: StoreClient) -> None:
+    plan = Pass(samples=2, label="named", timeout=60)
+    first = await evaluate(client, [{"number": 2}], plan)
+    assert (await evaluate(client, [{"number": 2}], plan)).tasks == first.tasks
+    assert len(await client.query_rollouts()) == 2
+
+
+@pytest.mark.usefixtures("worker")
+async def test_named_rewards_are_weighed_and_who_lacks_one_has_none(client: StoreClient) -> None:
+    found = await evaluate(client, [{"number": 2}], Pass(weights={"primary": 3.0}, timeout=60))
+    assert found.mean == 3.0
+    found = await evaluate(client, [{"number": 2}], Pass(weights={"style": 1.0}, timeout=60))
+    assert found.figures.mean is None
+    assert found.failures == {"no_reward": 1}
+
+
+async def test_each_sample_has_its_seed_and_the_judge_keeps_its_own(client: StoreClient) -> None:
+    resources: NamedResources = {
+        "main_llm": LLM(endpoint="http://a", model="m", sampling_parameters={"temperature": 1.0, "top_k": 5}),
+        "judge": LLM(endpoint="http://b", model="j", sampling_parameters={"temperature": 0.0}),
+    }
+    sampling = Sampling(temperature=0.5, top_p=0.9, max_tokens=7, seed=4)
+    ids = await publish_sampling(client, "e", resources, "main_llm", sampling, 3)
+    found = [await client.get_resources_by_id(each) for each in ids]
+    llms = [each.resources["main_llm"] for each in found if each]
+    parameters = [llm.sampling_parameters for llm in llms if isinstance(llm, LLM)]
+    assert len({each["seed"] for each in parameters}) == 3
+    wanted = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7, "top_k": 5}
+    assert all({**wanted, "seed": each["seed"]} == each for each in parameters)
+    assert [each["seed"] for each in parameters] == [sampling.parameters(n)["seed"] for n in range(3)]
+    judge = found[0].resources["judge"] if found[0] else None
+    assert judge == resources["judge"]
+    assert await publish_sampling(client, "e", resources, "main_llm", sampling, 3) == ids
+    latest = await client.get_resources_by_id(ids[0])
+    assert latest is not None
+    assert latest.version == 1
+
+
+async def test_without_workers_it_says_how_far_it_came(client: StoreClient) -> None:
+    with pytest.raises(EvaluationError, match=r"0 of 1 rollouts were finished after 0\.2 s"):
+        await evaluate(client, [{"number": 2}], Pass(timeout=0.2))
+
+
+async def test_an_empty_dataset_is_refused(client: StoreClient) -> None:
+    with pytest.raises(EvaluationError, match="the dataset is empty"):
+        await evaluate(client, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"samples": 0}, "n is 0"),
+        ({"samples": 4, "ks": (5,)}, r"pass@5 needs k from 1 to n, and each task has n = 4"),
+    ],
+)
+def test_a_pass_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        Pass(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_sampling_out_of_its_range_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        Sampling(**fields)

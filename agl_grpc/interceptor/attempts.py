@@ -16,6 +16,7 @@ import grpc
 from agl_grpc.interceptor.attribution import Attribution, attribution_of_credential
 from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.model.resource import ProxyLLM, resource_from_proto
+from agl_grpc.model.rollout import SEED_LABEL, seed_of
 from agl_grpc.v1 import (
     attempt_pb2,
     resources_pb2,
@@ -47,6 +48,18 @@ class KnownAttempt:
     ended: str = ""
     mode: str = ""
     resources: Mapping[str, ProxyLLM] = field(default_factory=dict)
+    seed: str = ""
+    seeded: int = 0
+
+    def next_seed(self) -> dict[str, Any]:
+        """The seed of the attempt's next call, where its rollout names one: another for each, in their order.
+
+        Calls that an agent makes at once have it in the order in which they arrive.
+        """
+        if not self.seed:
+            return {}
+        self.seeded += 1
+        return {"seed": seed_of(self.seed, self.seeded)}
 
     def sampling(self, model: str, mode: str) -> dict[str, Any]:
         """Sampling parameters of the resource for a model: its own, then those under the mode's name."""
@@ -155,6 +168,7 @@ class Attempts:
                 "check the base URL",
             ) from error
         found = self._remember(attempt)
+        found.seed = next((each.value for each in rollout.labels if each.key == SEED_LABEL), "")
         found.mode = _MODES.get(rollout.mode, "")
         found.resources = await self._resources(
             attempt.resources_id or rollout.resources_id,

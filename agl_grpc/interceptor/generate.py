@@ -144,7 +144,10 @@ class GenerateWrapper:
                 )
             self.unattributed += 1
             return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
-        params = capture_params(sampling_params, self._imposed(context))
+        imposed = self._imposed(context)
+        if context.known is not None and sampling_params.seed is None and "seed" not in imposed:
+            imposed.update(context.known.next_seed())
+        params = capture_params(sampling_params, imposed)
         call = self._begin(context, prompt, params, sampling_params, request_id, kwargs.get("lora_request"))
         return self._capture(call, self._generate(prompt, params, request_id, *args, **kwargs))
 

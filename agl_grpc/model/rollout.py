@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -19,6 +20,15 @@ from agl_grpc.model.value import (
     to_payload,
 )
 from agl_grpc.v1 import attempt_pb2, rollout_pb2
+
+SEED_LABEL = "sampling_seed"
+"""Label of a rollout whose model calls get seeds: interceptors make one for each call of it (`seed_of`)."""
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that is made of other things, 0 to 2^31 - 1; the same in every process."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(slots=True, kw_only=True)

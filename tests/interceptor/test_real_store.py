@@ -12,6 +12,7 @@ import httpx
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from agl_grpc.model.rollout import SEED_LABEL, seed_of
 from agl_grpc.v1 import (
     attempt_pb2,
     policy_pb2,
@@ -41,9 +42,11 @@ class Together:
         self.trainer: Any = trainer_service_pb2_grpc.TrainerServiceStub(channel)
         self.credential = ""
 
-    def start_rollout(self) -> tuple[str, str]:
-        """A rollout with one attempt without a lease."""
+    def start_rollout(self, seed: str = "") -> tuple[str, str]:
+        """A rollout with one attempt without a lease; ``seed`` is its calls'."""
         request = store_service_pb2.StartRolloutRequest(run_id="run-1")
+        if seed:
+            request.rollout.labels.add(key=SEED_LABEL, value=seed)
         answer = self.store.StartRollout(request, wait_for_ready=True)
         self.credential = answer.attempt_credential
         return answer.rollout.rollout.rollout_id, answer.rollout.attempt.attempt_id
@@ -121,6 +124,22 @@ def test_a_conversation_is_stored_whole(together: Together) -> None:
     calls = [stored.span.model_call for stored in found]
     assert [(list(c.prompt.token_ids), list(c.choices[0].token_ids)) for c in calls] == expected
     assert not any(stored.late for stored in found)
+
+
+def test_the_same_seed_samples_the_same_tokens_and_every_call_others(together: Together) -> None:
+    def sampled(seed: str) -> list[list[int]]:
+        rollout, attempt = together.start_rollout(seed)
+        answers = [together.ask(rollout, attempt, temperature=1.0) for _ in range(2)]
+        own = together.ask(rollout, attempt, temperature=1.0, seed=5)
+        calls = [stored.span.model_call for stored in together.calls(rollout, 3)]
+        assert [call.sampling.seed for call in calls] == [seed_of(seed, 1), seed_of(seed, 2), 5]
+        return [answer["choices"][0]["token_ids"] for answer in (*answers, own)]
+
+    first, again, other = sampled("11"), sampled("11"), sampled("12")
+    assert first == again
+    assert len({tuple(tokens) for tokens in (*first[:2], *other[:2])}) == 4
+    # What the agent itself asks for is left as it is.
+    assert first[2] == other[2]
 
 
 def test_an_attempt_credential_as_api_key_attributes_the_call(together: Together) -> None:

@@ -79,6 +79,8 @@ class Recorder:
         changed = dict(turn.request)
         # Traffic that is only listened to is not changed in what it samples.
         own = turn.attribution is not None and turn.captured
+        if own and known is not None and changed.get("seed") is None and "seed" not in imposed:
+            imposed.update(known.next_seed())
         replaced = impose(changed, attribution.mode, imposed, explicit=explicit) if own else {}
         reasons = self._reasons(turn, changed, attribution.notrain)
         sampling, more = _sampling(changed, replaced)

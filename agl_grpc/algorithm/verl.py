@@ -36,7 +36,8 @@ class VERL(Algorithm):
         device: ``auto``, ``cpu`` or ``cuda``, of the learner.
         visible_devices: GPUs that the learner may use, such as ``"4,5,6,7"``; empty = all.
         ray_address: a Ray cluster that runs already, for a learner on several nodes; empty = none.
-        seed: of data order and initialisation.
+        seed: of data order, initialisation and sampling: every model call gets a seed made of it. None = 0,
+            and engines sample as they like (on GPUs, vLLM is a little slower with seeds).
         rollouts_per_task: an expression over a task that says how many rollouts its group has, for example
             ``8 if level > 3 else 4``; empty = ``actor_rollout_ref.rollout.n``.
         curriculum: which tasks are preferred, by how often they are solved.
@@ -61,7 +62,7 @@ class VERL(Algorithm):
         device: str = "auto",
         visible_devices: str = "",
         ray_address: str = "",
-        seed: int = 0,
+        seed: int | None = None,
         rollouts_per_task: str = "",
         curriculum: CurriculumRules | Mapping[str, Any] | None = None,
         engines: EngineConfig | Mapping[str, Any] | None = None,
@@ -80,7 +81,8 @@ class VERL(Algorithm):
         self.device = device
         self.visible_devices = visible_devices
         self.ray_address = ray_address
-        self.seed = seed
+        self.seed = seed or 0
+        self.request_seeds = seed is not None
         self.rollouts_per_task = rollouts_per_task
         self.curriculum = settings("curriculum", curriculum, CurriculumRules)
         self.engines = settings("engines", engines, EngineConfig)
@@ -123,6 +125,7 @@ class VERL(Algorithm):
             "visible_devices": self.visible_devices,
             "ray_address": self.ray_address,
             "seed": self.seed,
+            "request_seeds": self.request_seeds,
             "rollouts_per_task": self.rollouts_per_task,
             "curriculum": asdict(self.curriculum),
             "keep_checkpoints": self.keep_checkpoints,

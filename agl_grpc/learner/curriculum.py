@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from agl_grpc.client import StoreClient
 from agl_grpc.client.filters import rollout_filter
 from agl_grpc.dataset import Curriculum, CurriculumRules, DatasetError, task_key
 from agl_grpc.dataset.curriculum import Before, start_from
+from agl_grpc.learner.checkpoint import ORDER_FILE
 from agl_grpc.learner.errors import ConfigError
-from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.model.enums import RolloutMode
 from agl_grpc.model.reward import PRIMARY
+
+if TYPE_CHECKING:
+    from agl_grpc.learner.manager import RolloutManager
 
 _AT_ONCE = 500
 
@@ -36,16 +40,20 @@ class TaskOrder:
         """Dataset index of the next task."""
         return self.curriculum.take()
 
-    def settle(self, groups: Settled, *, trained: bool) -> None:
+    def settle(self, groups: Settled, trained: bool) -> None:
         """Counts the rewards of groups: place and dataset index by uid."""
         before = self.curriculum.look(index for _, index in groups.values())
         for uid, (_, index) in sorted(groups.items(), key=lambda item: item[1]):
             self.curriculum.observe(index, self._manager.take_rewards(uid))
         if trained:
-            self._before = before
+            self._before = {**before, **self._before}
+
+    def begin_step(self) -> None:
+        """What was trained before this cannot be put back any more."""
+        self._before = {}
 
     def put_back(self) -> None:
-        """The groups that were trained last do not count: their step failed."""
+        """The groups that this step would have trained do not count: it failed."""
         self.curriculum.put_back(self._before)
         self._before = {}
 
@@ -55,6 +63,44 @@ class TaskOrder:
             self.curriculum.restore(state)
         except DatasetError as error:
             raise ConfigError(str(error)) from error
+
+
+class OrderedTasks:
+    """The part of a trainer of verl's that asks a `TaskOrder` for the next task, where its hooks make one."""
+
+    hooks: Any
+    config: Any
+    train_dataset: Any
+    replay_buffer: Any
+    order: TaskOrder | None = None
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()  # type: ignore[misc]  # verl's trainer comes after this class
+        if self.hooks.order is not None:
+            self.order = self.hooks.order(self.train_dataset)
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()  # type: ignore[misc]  # as above
+        if self.order is None or self.config.trainer.resume_mode != "resume_path":
+            return
+        file = Path(self.config.trainer.resume_from_path) / ORDER_FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"the checkpoint was saved without a curriculum ({file} is missing): begin anew"
+            )
+        self.order.restore(file.read_bytes())
+
+    def fit(self, agent_loop_manager: RolloutManager) -> None:
+        """As the trainer's."""
+        if self.order is not None:
+            self.replay_buffer.on_settled = self.order.settle
+        super().fit(agent_loop_manager)  # type: ignore[misc]  # as above
+
+    def on_step_begin(self) -> None:
+        """As the trainer's."""
+        if self.order is not None:
+            self.order.begin_step()
+        super().on_step_begin()  # type: ignore[misc]  # as above
 
 
 def stored_rewards(link: StoreLink, runs: Iterable[str]) -> dict[bytes, list[float]]:

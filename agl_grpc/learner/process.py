@@ -290,7 +290,8 @@ def _assemble(
     rollout = verl.actor_rollout_ref.rollout
     model = Path(config.model.path).expanduser()
     name, origin = identity.training_run_id, identity.origin
-    make_source: Callable[..., StoreSource] = StoreSource
+    seed = config.seed if config.request_seeds else None
+    make_source: Callable[..., StoreSource] = partial(StoreSource, seed=seed)
     if config.follows:
         name = config.follows
         origin = leaders_origin(link, identity.run_id, name, config.deadlines.sample)

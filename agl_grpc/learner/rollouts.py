@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from agl_grpc.model.rollout import seed_of
 from agl_grpc.sample.facts import AttemptFacts
 
 UNKNOWN_STEP = -2
@@ -41,6 +42,11 @@ class GroupRequest:
         """Number and try of a rollout of this group: the inverse of ``rollout_id``."""
         number, _, again = rollout_id.removeprefix(f"{self.uid}.n").partition(".r")
         return int(number), int(again or 0)
+
+    def seed(self, base: int, rollout_id: str) -> int:
+        """Sampling seed of one of its rollouts: the same in every run of that seed, whatever its name."""
+        place = f"val/{self.step}/{self.index}" if self.validate else self.uid.rpartition(".s")[2]
+        return seed_of(str(base), place, self.place_of(rollout_id)[0])
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ class RunConfig:
     """One training run. Paths may be relative to the working directory.
 
     ``train_tasks`` and ``val_tasks`` are JSONL files, one task a line. ``verl`` holds verl's keys as they
-    are. ``rollouts_per_task`` is an expression over a task that says how many rollouts its group has (empty =
+    are. ``request_seeds`` gives every model call a seed that is made of ``seed``. ``rollouts_per_task`` is an
+    expression over a task that says how many rollouts its group has (empty =
     ``actor_rollout_ref.rollout.n``), ``curriculum`` which tasks are preferred. ``failure_limit`` groups in a
     row that cannot be trained end the run. ``keep_checkpoints`` None keeps all. ``visible_devices`` are the
     GPUs of this machine that the learner may use (``"4,5,6,7"``; empty = all). ``ray_address`` names a Ray
@@ -168,6 +169,7 @@ class RunConfig:
     follows: str = ""
     followers: tuple[str, ...] = ()
     seed: int = 0
+    request_seeds: bool = False
     rollouts_per_task: str = ""
     curriculum: CurriculumRules = field(default_factory=CurriculumRules)
     failure_limit: int = 64

@@ -24,7 +24,7 @@ from agl_grpc.learner.rollouts import (
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
-from agl_grpc.model.rollout import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
+from agl_grpc.model.rollout import SEED_LABEL, AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from agl_grpc.sample import AttemptFacts, AttemptSamples, Decode, DropReason, Sample, SampleRules
 from agl_grpc.sample.wire import rules_to_proto
 
@@ -39,6 +39,7 @@ class StoreSource:
         samples: what is trained of an attempt.
         lineage: steps of policy versions; rows carry steps.
         rewards: by rollout, rewards that an earlier trainer's batches froze; they count.
+        seed: from which every rollout's sampling seed is made; None = engines sample as they like.
         decode: the model's tokenizer, by which breaks between rows are told apart.
     """
 
@@ -52,6 +53,7 @@ class StoreSource:
         lineage: PolicyLineage | None = None,
         rewards: Mapping[str, float] | None = None,
         decode: Decode | None = None,
+        seed: int | None = None,
     ) -> None:
         self._link = link
         self._client = link.client
@@ -64,6 +66,7 @@ class StoreSource:
         self._lineage = lineage or PolicyLineage()
         self._frozen = dict(rewards or {})
         self._decode = decode
+        self._seed = seed
         self._open: dict[str, OpenGroup] = {}
         self._fetches: set[asyncio.Task[None]] = set()
 
@@ -89,13 +92,16 @@ class StoreSource:
                 self._note(each.rollout)
 
     def _wanted(self, group: GroupRequest, rollout_id: str) -> EnqueueRolloutRequest:
+        labels = {**self._identity.labels, STEP_LABEL: str(group.step)}
+        if self._seed is not None:
+            labels[SEED_LABEL] = str(group.seed(self._seed, rollout_id))
         return EnqueueRolloutRequest(
             input=group.task,
             mode=RolloutMode.VAL if group.validate else RolloutMode.TRAIN,
             config=self._rules,
             rollout_id=rollout_id,
             group_id=group.uid,
-            labels={**self._identity.labels, STEP_LABEL: str(group.step)},
+            labels=labels,
         )
 
     async def _watch(self) -> None:

@@ -29,7 +29,7 @@ from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
-from agl_grpc.learner.checkpoint import ORDER_FILE, LearnerState
+from agl_grpc.learner.checkpoint import LearnerState
 from agl_grpc.learner.checks import (
     LogprobRow,
     SealedRow,
@@ -40,7 +40,7 @@ from agl_grpc.learner.checks import (
     staleness,
 )
 from agl_grpc.learner.correction import correct_over_rollouts
-from agl_grpc.learner.curriculum import TaskOrder
+from agl_grpc.learner.curriculum import OrderedTasks
 from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
 from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.manager import RolloutManager
@@ -77,7 +77,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 @register_trainer("agl")
-class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is untyped
+class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is untyped
     """Trains on sealed rollouts of a store and publishes weights as policy versions.
 
     Args:
@@ -100,7 +100,6 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
         self._saved_step = -1
         self._counts: Counter[str] = Counter()
         self._left_over: deque[tuple[int, int]] = deque()
-        self.order: TaskOrder | None = None
         if config.algorithm.adv_estimator in OUTCOME_ESTIMATORS:
             config.algorithm.adv_estimator = PREFIX + config.algorithm.adv_estimator
         super().__init__(config)
@@ -148,22 +147,12 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
 
     def fit(self, agent_loop_manager: RolloutManager) -> None:
         self.replay_buffer.bind(agent_loop_manager)
-        self.replay_buffer.on_settled = self._settled if self.order is not None else None
         try:
             super().fit(agent_loop_manager)
         except (MemoryExhaustedError, FidelityError, ConfigError) as error:
             # Workers live, and data or configuration are at fault: what was trained before is kept.
             self.hooks.on_error(self.global_steps, _ERRORS[type(error)])
             raise type(error)(f"{error}; {self._save_before_failed_step()}") from error
-
-    def _settled(self, groups: dict[str, tuple[int, int]], trained: bool) -> None:
-        assert self.order is not None
-        self.order.settle(groups, trained=trained)
-
-    def _init_dataloader(self) -> None:
-        super()._init_dataloader()
-        if self.hooks.order is not None:
-            self.order = self.hooks.order(self.train_dataset)
 
     def _save_before_failed_step(self) -> str:
         """Saves what was trained before the step that failed, if that state is still there; says what
@@ -436,16 +425,6 @@ class AglTrainer(PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is unty
             state = LearnerState.read(Path(self.config.trainer.resume_from_path))
             self.prompts_fetched = state.prompts_fetched
             self._left_over.extend((place, index) for place, index in state.outstanding)
-            self._restore_order(Path(self.config.trainer.resume_from_path) / ORDER_FILE)
-
-    def _restore_order(self, file: Path) -> None:
-        if self.order is None:
-            return
-        if not file.is_file():
-            raise ConfigError(
-                f"the checkpoint was saved without a curriculum ({file} is missing): begin anew"
-            )
-        self.order.restore(file.read_bytes())
 
     def _validate(self) -> dict[str, float]:
         metrics: dict[str, float]

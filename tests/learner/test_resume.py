@@ -26,6 +26,21 @@ MINE = TrainingIdentity("default", "tr", trainer_epoch=2, origin=1)
 REQUEST = GroupRequest(uid="tr.t1.s4.i7", index=7, task={}, size=3, step=6)
 
 
+def test_seeds_depend_on_task_and_place_and_not_on_the_runs_name() -> None:
+    def seeds(request: GroupRequest, base: int = 1) -> list[int]:
+        return [request.seed(base, request.rollout_id(number)) for number in range(request.size)]
+
+    mine = seeds(REQUEST)
+    assert seeds(replace(REQUEST, uid="another.start.t3.s4.i7")) == mine
+    # A try again at the same place has the same one.
+    assert REQUEST.seed(1, REQUEST.rollout_id(2, again=1)) == mine[2]
+    others = [seeds(REQUEST, base=2), seeds(replace(REQUEST, uid="tr.t1.s5.i7"))]
+    validation = replace(REQUEST, uid="0a1b", validate=True)
+    assert seeds(validation) == seeds(replace(validation, uid="random"))
+    everything = [*mine, *others[0], *others[1], *seeds(validation)]
+    assert len(set(everything)) == len(everything) == 12
+
+
 def version(number: int, step: int, digest: str, epoch: int = 1, training: str = "tr") -> PolicyVersion:
     identity = replace(MINE, training_run_id=training, trainer_epoch=epoch)
     return PolicyVersion(

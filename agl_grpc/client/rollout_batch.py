@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 
 from agl_grpc.client.filters import rollout_filter
 from agl_grpc.client.store_client import StoreClient
-from agl_grpc.model import EnqueueRolloutRequest, Rollout
+from agl_grpc.model import EnqueueRolloutRequest, Failure, Rollout
 from agl_grpc.model.reward import PRIMARY
 
 LABEL = "batch"
@@ -78,25 +79,46 @@ async def primary_rewards(store: StoreClient, rollouts: Sequence[Rollout]) -> di
 
     Where the run names graders, their weighted sum counts; one that any of them has not judged has none.
     """
-    run = await store.get_run_by_id(store.run_id)
-    return await weighted_rewards(store, rollouts, (run.reward_weights if run else {}) or {PRIMARY: 1.0})
+    return (await judgements(store, rollouts)).rewards
 
 
-async def weighted_rewards(
-    store: StoreClient, rollouts: Sequence[Rollout], weights: Mapping[str, float]
-) -> dict[str, float]:
-    """The weighted sum of named rewards of each rollout's latest attempt; one that lacks a name has none."""
+@dataclass(frozen=True)
+class Judgements:
+    """By rollout id: ``rewards`` that count, and, for those without one, why a grader gave none."""
+
+    rewards: dict[str, float]
+    failures: dict[str, Failure]
+
+
+async def judgements(
+    store: StoreClient, rollouts: Sequence[Rollout], weights: Mapping[str, float] | None = None
+) -> Judgements:
+    """What the latest attempts of rollouts are worth.
+
+    Args:
+        store: client of the run.
+        rollouts: finished ones.
+        weights: of named rewards, whose weighted sum counts; None = as the run says, else the primary one.
+    """
+    if not weights:
+        run = await store.get_run_by_id(store.run_id)
+        weights = (run.reward_weights if run else {}) or {PRIMARY: 1.0}
     last = {rollout.rollout_id: rollout.latest_attempt_id for rollout in rollouts}
     found: dict[str, dict[str, float]] = {}
+    failures: dict[str, Failure] = {}
     for reward in await store.query_rewards([*last]):
         whole = reward.step is None and not reward.target_span_id
-        if whole and reward.attempt_id == last[reward.rollout_id] and reward.name in weights:
-            values = found.setdefault(reward.rollout_id, {})
-            values.pop(reward.name, None)  # the one written last counts, and a failure is none
-            if reward.value is not None:
-                values[reward.name] = reward.value
-    return {
+        if not whole or reward.attempt_id != last[reward.rollout_id] or reward.name not in weights:
+            continue
+        values = found.setdefault(reward.rollout_id, {})
+        values.pop(reward.name, None)  # the one written last counts, and a failure is none
+        if reward.value is not None:
+            values[reward.name] = reward.value
+        elif reward.failure is not None:
+            failures[reward.rollout_id] = reward.failure
+    rewards = {
         rollout_id: sum(weight * values[name] for name, weight in weights.items())
         for rollout_id, values in found.items()
         if len(values) == len(weights)
     }
+    return Judgements(rewards, {name: each for name, each in failures.items() if name not in rewards})

@@ -100,7 +100,9 @@ def _how(evaluations: Sequence[Evaluation]) -> list[str]:
     lines = []
     for each in evaluations:
         sampling = each.sampling
-        said = [f"temperature {sampling.temperature:g}", f"seed {sampling.seed}"]
+        # Without our capture before it nobody puts the seed into a request.
+        seed = f"seed {sampling.seed}" if each.about.get("seeded", True) else "without request seeds"
+        said = [f"temperature {sampling.temperature:g}", seed]
         said += [f"top_p {sampling.top_p:g}"] if sampling.top_p is not None else []
         said += [f"max_tokens {sampling.max_tokens}"] if sampling.max_tokens is not None else []
         lines.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, Self
 
 import orjson
 
+from agl_grpc.dataset import task_key
 from agl_grpc.evaluation.errors import EvaluationError
 from agl_grpc.evaluation.sampling import Sampling
 from agl_grpc.evaluation.statistics import Interval, bootstrap, majority, pass_at_k
@@ -24,7 +24,7 @@ ALL = "all"
 
 def task_digest(task: Any) -> str:
     """Names a task by its content, so that evaluations of other datasets find the tasks that they share."""
-    return hashlib.sha256(orjson.dumps(task, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+    return task_key(task).hex()
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,13 @@ class Figures:
             failures=dict(Counter(one.failure for task in tasks for one in task.rollouts if one.failure)),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; the k of pass@k as text, because JSON's keys are."""
+        plain = dataclasses.asdict(self)
+        for name in ("pass_at", "left_out"):
+            plain[name] = {str(k): value for k, value in plain[name].items()}
+        return plain
+
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
@@ -181,8 +188,8 @@ class Evaluation:
             "samples": self.samples,
             "mean": self.figures.mean,
             "seconds": self.seconds,
-            "figures": dataclasses.asdict(self.figures),
-            "sources": {name: dataclasses.asdict(found) for name, found in self.sources.items()},
+            "figures": self.figures.to_dict(),
+            "sources": {name: found.to_dict() for name, found in self.sources.items()},
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,8 +216,7 @@ class Evaluation:
         """Writes ``evaluation.json``, at once or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.new")
-        # A passage through text: keys of pass@k are numbers, and JSON's are text.
-        draft.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
+        draft.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2))
         draft.replace(path)
 
     @classmethod

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from agl_grpc.client import StoreClient
-from agl_grpc.client.rollout_batch import WatchEnded, run_rollouts, weighted_rewards
+from agl_grpc.client.rollout_batch import Judgements, WatchEnded, judgements, run_rollouts
 from agl_grpc.evaluation.answers import Finder, answer_of, find_answer
 from agl_grpc.evaluation.errors import EvaluationError
 from agl_grpc.evaluation.result import Answered, Evaluation, TaskResult, task_digest
@@ -25,7 +26,7 @@ from agl_grpc.model import (
     RolloutConfig,
     RolloutMode,
 )
-from agl_grpc.model.reward import PRIMARY
+from agl_grpc.model.rollout import SEED_LABEL
 
 # Before the training rollouts that may wait in the same workers' queues.
 _PRIORITY = 10
@@ -45,7 +46,8 @@ class Pass:
         sampling: how they are sampled.
         success: the reward from which an answer is right.
         ks: the k of pass@k.
-        weights: weights of named rewards, whose weighted sum is the reward; empty = the primary reward.
+        weights: weights of named rewards, whose weighted sum is the reward; empty = as the run's graders say,
+            else the primary reward.
         answers: whether to look for final answers, for maj@n; it costs a reading of each rollout's spans.
         find: from a response's text to the final answer.
         decode: token ids to text; None = only recorded text is read.
@@ -83,24 +85,15 @@ class Pass:
 
 
 async def publish_sampling(
-    store: StoreClient,
-    prefix: str,
-    resources: NamedResources,
-    endpoint: str,
-    sampling: Sampling,
-    samples: int,
-) -> list[str]:
-    """Publishes what agents work with for each sample of a task; the ids of the resources.
+    store: StoreClient, resources_id: str, resources: NamedResources, endpoint: str, sampling: Sampling
+) -> str:
+    """Publishes what agents work with in an evaluation; answers the id.
 
-    Ids that exist already are kept as they are: a broken-off evaluation goes on with the same ones.
+    An id that exists already is kept as it is: a broken-off evaluation goes on with the same resources.
     """
-    ids = []
-    for sample in range(samples):
-        resources_id = f"{prefix}-{sample}"
-        if await store.get_resources_by_id(resources_id) is None:
-            await store.update_resources(resources_id, with_sampling(resources, endpoint, sampling, sample))
-        ids.append(resources_id)
-    return ids
+    if await store.get_resources_by_id(resources_id) is None:
+        await store.update_resources(resources_id, with_sampling(resources, endpoint, sampling))
+    return resources_id
 
 
 async def evaluate(
@@ -108,7 +101,7 @@ async def evaluate(
     tasks: Sequence[Any],
     plan: Pass | None = None,
     *,
-    resources: Sequence[str] = (),
+    resources_id: str | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Evaluation:
     """Has each task answered and judged.
@@ -117,8 +110,7 @@ async def evaluate(
         store: client of the run.
         tasks: the dataset; each item is a rollout's input. A task's ``data_source`` names its source.
         plan: how.
-        resources: ids of what agents work with, one for each sample (see `publish_sampling`); empty = the
-            run's latest.
+        resources_id: what agents work with (see `publish_sampling`); None = the run's latest.
         on_progress: told how many rollouts are finished, of how many.
 
     Raises:
@@ -130,30 +122,18 @@ async def evaluate(
         raise EvaluationError("the dataset is empty: an evaluation needs one task or more")
     began = time.monotonic()
     label = plan.label or f"validation-{uuid.uuid4().hex[:12]}"
-    requests = [
-        EnqueueRolloutRequest(
-            input=task,
-            mode=RolloutMode.VAL,
-            resources_id=resources[sample] if resources else None,
-            config=plan.config,
-            rollout_id=f"{label}.{number}.{sample}",
-            group_id=f"{label}.{number}",
-            queue=plan.queue,
-            priority=_PRIORITY,
-        )
-        for number, task in enumerate(tasks)
-        for sample in range(plan.samples)
-    ]
+    digests = [task_digest(task) for task in tasks]
+    requests = [*_requests(tasks, digests, plan, label, resources_id)]
     ended = await _finished(store, label, requests, plan.timeout, on_progress)
-    rewards = await weighted_rewards(store, [*ended.values()], plan.weights or {PRIMARY: 1.0})
-    answers = await _answers(store, [*rewards], plan) if plan.answers else {}
+    judged = await judgements(store, [*ended.values()], plan.weights)
+    answers = await _answers(store, [*judged.rewards], plan) if plan.answers else {}
     results = tuple(
         TaskResult(
             index=number,
-            digest=task_digest(task),
+            digest=digests[number],
             source=_source(task),
             rollouts=tuple(
-                _answered(ended[name], rewards, answers)
+                _answered(ended[name], judged, answers)
                 for name in (f"{label}.{number}.{sample}" for sample in range(plan.samples))
             ),
         )
@@ -170,6 +150,27 @@ async def evaluate(
         seconds=time.monotonic() - began,
         about=plan.about,
     )
+
+
+def _requests(
+    tasks: Sequence[Any], digests: Sequence[str], plan: Pass, label: str, resources_id: str | None
+) -> Iterator[EnqueueRolloutRequest]:
+    seen: Counter[str] = Counter()
+    for number, task in enumerate(tasks):
+        occurrence = seen[digests[number]]
+        seen[digests[number]] += 1
+        for sample in range(plan.samples):
+            yield EnqueueRolloutRequest(
+                input=task,
+                mode=RolloutMode.VAL,
+                resources_id=resources_id,
+                config=plan.config,
+                rollout_id=f"{label}.{number}.{sample}",
+                group_id=f"{label}.{number}",
+                queue=plan.queue,
+                priority=_PRIORITY,
+                labels={SEED_LABEL: str(plan.sampling.seed_of(digests[number], occurrence, sample))},
+            )
 
 
 def _source(task: Any) -> str:
@@ -200,11 +201,11 @@ async def _finished(
     return ended
 
 
-def _answered(rollout: Rollout, rewards: Mapping[str, float], answers: Mapping[str, str | None]) -> Answered:
+def _answered(rollout: Rollout, judged: Judgements, answers: Mapping[str, str | None]) -> Answered:
     name = rollout.rollout_id
-    if name in rewards:
-        return Answered(name, rewards[name], answers.get(name))
-    failure = rollout.failure
+    if name in judged.rewards:
+        return Answered(name, judged.rewards[name], answers.get(name))
+    failure = rollout.failure or judged.failures.get(name)
     if failure is None or failure.kind is None:
         return Answered(name, None, failure=NO_REWARD, message="it ended without a reward")
     wrong = failure.kind in _COUNTED_AS_WRONG

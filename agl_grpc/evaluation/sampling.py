@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from agl_grpc.evaluation.errors import EvaluationError
 from agl_grpc.model import LLM, NamedResources
+from agl_grpc.model.rollout import seed_of
 
 _MOST_SEED = 2**31 - 1
-# Seeds of neighbouring evaluations do not overlap: a prime above any number of samples.
-_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,10 @@ class Sampling:
         temperature: 0 = the likeliest token.
         top_p: share of the probability that is sampled from; None = the endpoint's.
         max_tokens: longest answer of one call in tokens; None = the endpoint's.
-        seed: from which each sample's request seed is made: the same seed asks the same questions. The engine
-            answers the same as far as its arithmetic does not depend on what else it computes.
+        seed: from which every rollout's seed is made, another for each sample of each task: answers with one
+            seed in common would be drawn with the same random numbers, and one task would say no more than
+            all. It reaches engines with capture (`ProxyLLM`). An engine answers the same to the same requests
+            as far as its arithmetic does not depend on what else it computes.
     """
 
     temperature: float = 1.0
@@ -42,19 +42,28 @@ class Sampling:
         if not 0 <= self.seed <= _MOST_SEED:
             raise EvaluationError(f"seed is {self.seed}; it must be 0 to {_MOST_SEED}")
 
-    def parameters(self, sample: int) -> dict[str, Any]:
-        """The request's parameters of the ``sample``-th answer (from 0) to each task."""
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of every request; the seed is the rollout's."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
-        seed = (self.seed * _STRIDE + sample) % (_MOST_SEED + 1)
-        return {name: value for name, value in given.items() if value is not None} | {"seed": seed}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def seed_of(self, digest: str, occurrence: int, sample: int) -> int:
+        """The seed of one rollout: the same for the same task, wherever it stands in the dataset.
+
+        Args:
+            digest: of the task's content.
+            occurrence: how many equal tasks come before it.
+            sample: which answer to the task, from 0.
+        """
+        return seed_of(self.seed, digest, occurrence, sample)
 
 
-def with_sampling(
-    resources: NamedResources, endpoint: str, sampling: Sampling, sample: int
-) -> NamedResources:
+def with_sampling(resources: NamedResources, endpoint: str, sampling: Sampling) -> NamedResources:
     """The resources with the endpoint of that name sampling so; others, such as a judge's, are kept."""
     found = resources.get(endpoint)
     if not isinstance(found, LLM):
         return resources
-    parameters: Mapping[str, Any] = {**found.sampling_parameters, **sampling.parameters(sample)}
-    return {**resources, endpoint: dataclasses.replace(found, sampling_parameters=dict(parameters))}
+    # A seed of the endpoint's own would be every rollout's.
+    own = {name: value for name, value in found.sampling_parameters.items() if name != "seed"}
+    parameters = {**own, **sampling.parameters()}
+    return {**resources, endpoint: dataclasses.replace(found, sampling_parameters=parameters)}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.learner.best import read_best
 from agl_grpc.learner.checkpoint import (
     CHECKPOINT_PREFIX,
     LearnerState,
@@ -40,14 +41,16 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def describe(checkpoint: Path) -> dict[str, Any]:
-    """Name, step, batches and bytes of a checkpoint."""
+    """Name, step, batches and bytes of a checkpoint, and its validation score where it is the run's best."""
     state = LearnerState.read(checkpoint)
+    best = read_best(checkpoint.parent)
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     return {
         "checkpoint": checkpoint.name,
         "step": state.step,
         "batches": state.batch_ids,
         "bytes": size,
+        "best_score": best.score if best and best.checkpoint == checkpoint.name else None,
     }
 
 

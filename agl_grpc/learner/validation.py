@@ -49,27 +49,27 @@ class StoreValidation:
     async def _evaluate(self, step: int, tasks: Sequence[Any]) -> Evaluation:
         client = self._link.client
         plan = dataclasses.replace(self._plan, label=f"{self._prefix}.validation.{step}")
-        resources = await self._resources(client, plan.samples)
-        return await evaluate(client, tasks, plan, resources=resources)
+        resources_id = await self._resources(client)
+        return await evaluate(client, tasks, plan, resources_id=resources_id)
 
-    async def _resources(self, client: StoreClient, samples: int) -> list[str]:
-        """What agents work with for each sample: the run's latest resources, sampled as validation says.
+    async def _resources(self, client: StoreClient) -> str | None:
+        """What agents work with: the run's latest resources, sampled as validation says.
 
         They are published once; the latest are published again after them, so that training goes on with
         those.
         """
-        prefix = f"{self._prefix}-validation"
+        resources_id = f"{self._prefix}-validation"
+        if await client.get_resources_by_id(resources_id) is not None:
+            return resources_id
         latest = await client.get_latest_resources()
         if latest is None:
-            return []
+            return None
         endpoint = next((name for name, value in latest.resources.items() if isinstance(value, LLM)), "")
         if not endpoint:
-            return []
-        new = await client.get_resources_by_id(f"{prefix}-{samples - 1}") is None
-        ids = await publish_sampling(client, prefix, latest.resources, endpoint, self._plan.sampling, samples)
-        if new:
-            await client.update_resources(latest.resources_id, latest.resources)
-        return ids
+            return None
+        await publish_sampling(client, resources_id, latest.resources, endpoint, self._plan.sampling)
+        await client.update_resources(latest.resources_id, latest.resources)
+        return resources_id
 
 
 def metrics_of(found: Evaluation) -> dict[str, float]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, describe, write_report
-from agl_grpc.model import LLM
+from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, describe, evaluate, write_report
+from agl_grpc.model import LLM, ProxyLLM
 from agl_grpc.runner.load import LoadError, load_object
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
@@ -109,6 +109,7 @@ class EvaluationSession(Session[Evaluation]):
     async def _evaluated_by(self, llm: LLM | None) -> Evaluation:
         plan = self.plan
         about = {"model": str(self._evaluated.model or ""), "run": str(plan.folder.path), **self._manifest}
+        about["seeded"] = isinstance(llm, ProxyLLM)
         about.pop("sessions", None)
         wanted = dataclasses.replace(
             self._wanted,
@@ -117,7 +118,14 @@ class EvaluationSession(Session[Evaluation]):
             queue=plan.validation_queue,
             about=about,
         )
-        return await self._evaluate(llm, plan.val_dataset or (), wanted, f"{plan.run_id}-{_LABEL}")
+        resources_id = await self._publish_sampled(llm, wanted.sampling, f"{plan.run_id}-{_LABEL}")
+        return await evaluate(
+            self.client,
+            plan.val_dataset or (),
+            wanted,
+            resources_id=resources_id,
+            on_progress=self.progress.count,
+        )
 
 
 def _refuse_no_reward(found: Evaluation) -> None:

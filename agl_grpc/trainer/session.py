@@ -6,11 +6,11 @@ import asyncio
 import dataclasses
 import signal
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any, Generic, TypeVar
 
 from agl_grpc.client import StoreClient, StoreError
-from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, describe, evaluate, publish_sampling
+from agl_grpc.evaluation import EvaluationError, Pass, Sampling, describe, evaluate, publish_sampling
 from agl_grpc.grader import GraderFailed, GraderWorker
 from agl_grpc.model import LLM, NamedResources, ProxyLLM
 from agl_grpc.model.training import StepMetrics
@@ -43,6 +43,7 @@ class Session(Generic[T]):
         self.address = plan.store
         self._client: StoreClient | None = None
         self._forked: Forked | None = None
+        self._resources: dict[str, str | None] = {}
         self._grading: GraderWorker | None = None
         self._grading_task: asyncio.Task[None] | None = None
 
@@ -189,37 +190,43 @@ class Session(Generic[T]):
             self.stack.ready("engine")
 
     async def _publish(self, llm: LLM, temperature: float) -> None:
-        """Publishes what agents work with in training, at its temperature."""
+        """Publishes what agents work with: for validation, and last, as the latest, for training."""
+        validation = self.plan.validation
+        for name in self._passes():
+            # A resumed run has another engine: what was published for an earlier one stays its own.
+            resources_id = f"{self.plan.run_id}-{name}-{self.stack.mark[:8]}"
+            sampling = validation.sampling(greedy=name == "greedy")
+            self._resources[name] = await self._publish_sampled(llm, sampling, resources_id)
         parameters = {**llm.sampling_parameters, "temperature": temperature}
         await self.client.update_resources(
             f"{self.plan.run_id}-train",
             self._with_endpoint(dataclasses.replace(llm, sampling_parameters=parameters)),
         )
 
+    def _passes(self) -> dict[str, int]:
+        """Validation before and after training: answers for each task, by the pass's name."""
+        validation = self.plan.validation
+        wanted = {"sampled": validation.samples, "greedy": int(validation.greedy)}
+        return {name: samples for name, samples in wanted.items() if samples and self.plan.val_dataset}
+
     def _with_endpoint(self, llm: LLM | None) -> NamedResources:
         if llm is None:
             return self.plan.initial_resources
         return with_llm(self.plan.initial_resources, self.plan.engine.resource, llm)
 
-    async def _evaluate(self, llm: LLM | None, tasks: Sequence[Any], plan: Pass, prefix: str) -> Evaluation:
-        """Has tasks done as a pass says; ``prefix`` begins the ids of what is published for it."""
-        endpoint = self.plan.engine.resource
+    async def _publish_sampled(self, llm: LLM | None, sampling: Sampling, resources_id: str) -> str | None:
+        """Publishes what agents work with in an evaluation; None where they need nothing."""
         resources = self._with_endpoint(llm)
-        ids: list[str] = []
-        if resources:
-            ids = await publish_sampling(
-                self.client, prefix, resources, endpoint, plan.sampling, plan.samples
-            )
-        return await evaluate(self.client, tasks, plan, resources=ids, on_progress=self.progress.count)
+        if not resources:
+            return None
+        endpoint = self.plan.engine.resource
+        return await publish_sampling(self.client, resources_id, resources, endpoint, sampling)
 
-    async def _validate(self, when: str, llm: LLM) -> Scores:
+    async def _validate(self, when: str) -> Scores:
         """Sampled and greedy scores on the validation dataset."""
         plan = self.plan
-        wanted = {"sampled": plan.validation.samples, "greedy": int(plan.validation.greedy)}
         scores: Scores = {}
-        for name, samples in wanted.items():
-            if not plan.val_dataset or not samples:
-                continue
+        for name, samples in self._passes().items():
             self.progress.phase(f"validation {when} training, {name} (mean of {samples})")
             one = Pass(
                 name=f"{plan.run_id}, {when} training, {name}",
@@ -228,9 +235,13 @@ class Session(Generic[T]):
                 queue=plan.validation_queue,
                 timeout=plan.validation.timeout_seconds,
             )
-            # A resumed run has another engine: what was published for an earlier one stays its own.
-            prefix = f"{plan.run_id}-{when}-{name}-{self.stack.mark[:8]}"
-            scores[name] = await self._evaluate(llm, plan.val_dataset, one, prefix)
+            scores[name] = await evaluate(
+                self.client,
+                plan.val_dataset or (),
+                one,
+                resources_id=self._resources[name],
+                on_progress=self.progress.count,
+            )
             self.progress.say(f"validation {when} training, {name}: {describe(scores[name])}")
         return scores
 

@@ -83,7 +83,7 @@ class VerlSession(Session[FitResult]):
             await self.stack.until(self._engine_ready())
             self.progress.say(f"the engine serves policy version {version}")
             if validates:
-                before = await self.stack.until(self._validate("before", llm))
+                before = await self.stack.until(self._validate("before"))
                 self._note_scores("before", before)
                 await self.client.resume_dispatch(queue=plan.run_id)
             self.progress.phase("training")
@@ -94,7 +94,7 @@ class VerlSession(Session[FitResult]):
             await asyncio.wait({following, relaying, reading})
         after = {}
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
-            after = await self.stack.until(self._validate("after", llm))
+            after = await self.stack.until(self._validate("after"))
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
         return self._result(training, before, after, counters)

@@ -31,8 +31,17 @@ def list_checkpoints(folder: FolderArgument, as_json: JsonOption = False) -> Non
     if as_json:
         print_json(found)
         return
-    rows = [(each["checkpoint"], each["step"], len(each["batches"]), each["bytes"]) for each in found]
-    print_table(("CHECKPOINT", "STEP", "BATCHES", "BYTES"), rows, empty=f"no checkpoints in {folder}")
+    rows = [
+        (each["checkpoint"], each["step"], len(each["batches"]), each["bytes"], _best(each["best_score"]))
+        for each in found
+    ]
+    print_table(
+        ("CHECKPOINT", "STEP", "BATCHES", "BYTES", "VALIDATION"), rows, empty=f"no checkpoints in {folder}"
+    )
+
+
+def _best(score: float | None) -> str:
+    return "" if score is None else f"best ({score:.3f})"
 
 
 @app.command()

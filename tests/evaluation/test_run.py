@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from agl_grpc import StoreClient
 from agl_grpc.evaluation import EvaluationError, Pass, Sampling, evaluate, publish_sampling
 from agl_grpc.model import LLM, NamedResources, RolloutMode
+from agl_grpc.model.rollout import SEED_LABEL
 from agl_grpc.runner import LitAgentRunner
 from tests.support.store_process import StoreProcess
 from tests.trainer import agents
@@ -86,26 +88,48 @@ async def test_named_rewards_are_weighed_and_who_lacks_one_has_none(client: Stor
     assert found.failures == {"no_reward": 1}
 
 
-async def test_each_sample_has_its_seed_and_the_judge_keeps_its_own(client: StoreClient) -> None:
+async def test_the_endpoint_samples_as_asked_and_the_judge_keeps_its_own(client: StoreClient) -> None:
+    own = {"temperature": 1.0, "top_k": 5, "seed": 1}
     resources: NamedResources = {
-        "main_llm": LLM(endpoint="http://a", model="m", sampling_parameters={"temperature": 1.0, "top_k": 5}),
-        "judge": LLM(endpoint="http://b", model="j", sampling_parameters={"temperature": 0.0}),
+        "main_llm": LLM(endpoint="http://a", model="m", sampling_parameters=own),
+        "judge": LLM(endpoint="http://b", model="j", sampling_parameters={"seed": 2}),
     }
     sampling = Sampling(temperature=0.5, top_p=0.9, max_tokens=7, seed=4)
-    ids = await publish_sampling(client, "e", resources, "main_llm", sampling, 3)
-    found = [await client.get_resources_by_id(each) for each in ids]
-    llms = [each.resources["main_llm"] for each in found if each]
-    parameters = [llm.sampling_parameters for llm in llms if isinstance(llm, LLM)]
-    assert len({each["seed"] for each in parameters}) == 3
-    wanted = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7, "top_k": 5}
-    assert all({**wanted, "seed": each["seed"]} == each for each in parameters)
-    assert [each["seed"] for each in parameters] == [sampling.parameters(n)["seed"] for n in range(3)]
-    judge = found[0].resources["judge"] if found[0] else None
-    assert judge == resources["judge"]
-    assert await publish_sampling(client, "e", resources, "main_llm", sampling, 3) == ids
-    latest = await client.get_resources_by_id(ids[0])
-    assert latest is not None
-    assert latest.version == 1
+    for _ in range(2):
+        assert await publish_sampling(client, "e", resources, "main_llm", sampling) == "e"
+    found = await client.get_resources_by_id("e")
+    assert found is not None
+    assert found.version == 1
+    llm = found.resources["main_llm"]
+    assert isinstance(llm, LLM)
+    assert llm.sampling_parameters == {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7, "top_k": 5}
+    assert found.resources["judge"] == resources["judge"]
+
+
+@pytest.mark.usefixtures("worker")
+async def test_every_rollout_has_a_seed_of_its_own_that_its_task_determines(client: StoreClient) -> None:
+    async def seeds(tasks: list[Any], seed: int) -> dict[tuple[float, int], list[str]]:
+        plan = Pass(samples=3, sampling=Sampling(seed=seed), label=f"pass-{len(tasks)}-{seed}", timeout=60)
+        await evaluate(client, tasks, plan)
+        found: dict[tuple[float, int], list[str]] = {}
+        seen: Counter[float] = Counter()
+        for number, task in enumerate(tasks):
+            key = (task["number"], seen[task["number"]])
+            seen[task["number"]] += 1
+            for sample in range(3):
+                rollout = await client.get_rollout_by_id(f"{plan.label}.{number}.{sample}")
+                assert rollout is not None
+                found.setdefault(key, []).append((rollout.labels or {})[SEED_LABEL])
+        return found
+
+    first = await seeds([{"number": 2}, {"number": 4}, {"number": 2}], 1)
+    flat = [each for given in first.values() for each in given]
+    # One seed in two rollouts would draw both answers with the same random numbers.
+    assert len(set(flat)) == 9
+    other_order = await seeds([{"number": 4}, {"number": 2}], 1)
+    assert other_order == {key: first[key] for key in other_order}
+    another = await seeds([{"number": 4}, {"number": 2}], 2)
+    assert not {each for given in another.values() for each in given} & set(flat)
 
 
 async def test_without_workers_it_says_how_far_it_came(client: StoreClient) -> None:

@@ -34,7 +34,10 @@ def test_it_is_reported_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert found.failures == {"agent": 2}
     folder = tmp_path / "judged"
     assert Evaluation.read(folder) == found
-    assert "negative numbers cannot be halved" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "negative numbers cannot be halved" in page
+    # No engine of ours: nobody puts the seed into requests, and the report does not claim it.
+    assert "without request seeds" in page
     again = trainer(resume=True).evaluate(agents.halver, TASKS, n=2, ks=(1, 2), success=2.0, name="half")
     ids = [[one.rollout_id for one in task.rollouts] for task in again.tasks]
     assert ids == [[one.rollout_id for one in task.rollouts] for task in found.tasks]

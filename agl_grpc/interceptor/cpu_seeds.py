@@ -1,8 +1,9 @@
 """Seeds of requests on a CPU: vLLM's engine dies of one whose prompt is read in several pieces.
 
-After each piece but the last vLLM samples a token, throws it away and turns the request's generator back, which
-generators of a CPU do not offer (`CPU Generator does not use offset`, vLLM 0.32). So they are out of sight while
-such a token is sampled: nothing has to be turned back, and the seeded stream begins with the first real token.
+After each piece but the last vLLM samples a token, throws it away and turns the request's generator back,
+which generators of a CPU do not offer (`CPU Generator does not use offset`, vLLM 0.32). So they are out of
+sight while such a token is sampled: nothing has to be turned back, and the seeded stream begins with the
+first real token.
 """
 
 from __future__ import annotations

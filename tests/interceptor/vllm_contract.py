@@ -37,6 +37,21 @@ def check_swap_methods() -> None:
         assert asyncio.iscoroutinefunction(getattr(AsyncLLM, name)), name
 
 
+def check_seeds_on_a_cpu() -> None:
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from agl_grpc.interceptor import cpu_seeds
+
+    assert parameters(GPUModelRunner.sample_tokens) == ["self", "grammar_output"]
+    assert "self.discard_request_mask" in inspect.getsource(GPUModelRunner)
+    assert "self.generators: dict[int, torch.Generator]" in inspect.getsource(InputBatch)
+    cpu_seeds.install()
+    changed = GPUModelRunner.sample_tokens
+    cpu_seeds.install()
+    assert GPUModelRunner.sample_tokens is changed
+
+
 def check_output_processor() -> None:
     from vllm.v1.engine.output_processor import OutputProcessor
 

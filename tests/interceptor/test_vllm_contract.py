@@ -18,6 +18,7 @@ CHECKS = [
     "sampled_logprobs_take_the_place_of_tables",
     "outputs",
     "sampling_parameters",
+    "seeds_on_a_cpu",
     "what_continues_an_aborted_request",
     "layerwise_reload",
     "worker_extension",

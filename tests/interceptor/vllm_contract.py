@@ -145,7 +145,7 @@ def check_sampling_parameters() -> None:
     assert sampling.untrainable_reasons(params) == []
     missing = [name for name in sampling._NEUTRAL if not hasattr(params, name)]
     assert missing == []
-    captured = sampling.capture_params(params, 0.5)
+    captured = sampling.capture_params(params, {"temperature": 0.5})
     assert (captured.logprobs, captured.temperature) == (0, 0.5)
     assert (params.logprobs, params.temperature) == (None, 1.0)
     assert copy.copy(SamplingParams(seed=4)).seed == 4

@@ -179,7 +179,9 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
         == {line["tokens/unaccounted"] for line in lines}
         == {0.0}
     )
-    assert {value for line in lines for name, value in line.items() if name.startswith("alarm/")} == {0.0}
+    alarms = {name for line in lines for name, value in line.items() if name.startswith("alarm/") and value}
+    # Whether the engine waits for the learner is this machine's affair, and its store was away for a while.
+    assert alarms <= {"alarm/engine_starved", "alarm/optimiser_starved"}
     assert lines[0]["grader/agent/primary/mean"] == lines[0]["reward/mean"]
     pages = sorted(each.name for each in (folder / "out" / "trajectories").glob("*.html"))
     assert pages[-1] == f"step-{STEPS:06d}.html"

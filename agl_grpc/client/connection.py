@@ -86,6 +86,11 @@ class Connection:
     def __reduce__(self) -> tuple[Callable[..., Self], tuple[object, ...]]:
         return _rebuild, (type(self), self.target, self.run_id, self._credential, self.retry, self._tls)
 
+    def for_run(self, run_id: str) -> Self:
+        """A client of the same store with the same settings, for another run; it opens its own channel."""
+        made: Self = _rebuild(type(self), self.target, run_id, self._credential, self.retry, self._tls)
+        return made
+
     async def __aenter__(self) -> Self:
         return self
 

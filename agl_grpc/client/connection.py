@@ -103,6 +103,11 @@ class Connection:
             raise TypeError("a client of an in-process store cannot leave its process")
         return _rebuild, (type(self), self.target, self.run_id, self._credential, self.retry, self._tls)
 
+    def for_run(self, run_id: str) -> Self:
+        """A client of the same store with the same settings, for another run; it opens its own channel."""
+        made: Self = _rebuild(type(self), self.target, run_id, self._credential, self.retry, self._tls)
+        return made
+
     async def __aenter__(self) -> Self:
         return self
 

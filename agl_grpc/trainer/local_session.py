@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from agl_grpc.algorithm import Algorithm
-from agl_grpc.client import StoreClient
 from agl_grpc.manifest.describe import without_secrets
 from agl_grpc.model import TrainingRunStatus
 from agl_grpc.model.training import StepMetrics
@@ -149,7 +148,9 @@ class LocalSession(Session[FitResult]):
             try:
                 yield
             finally:
-                await asyncio.to_thread(threads.stop)
+                # No error: what the algorithm came to, or why it ended, is not lost for an agent that hangs.
+                if stuck := await asyncio.to_thread(threads.stop):
+                    self.progress.say(f"{', '.join(stuck)} did not end and is left behind: an agent blocks")
         else:
             assert isinstance(self._strategy, ClientServerExecutionStrategy)
             self._start_runners()
@@ -170,7 +171,7 @@ class LocalSession(Session[FitResult]):
             return await algorithm.run(plan.train_dataset or None, plan.val_dataset)
         # A plain function blocks, so it gets a thread, and a client of its own: each belongs to one loop. The
         # thread does not keep the program: one that would not stop is left behind.
-        algorithm.set_store(StoreClient(self.address, run_id=plan.run_id))
+        algorithm.set_store(plan.client(self.address))
         call = functools.partial(algorithm.run, plan.train_dataset or None, plan.val_dataset)
         return await run_in_thread(call, AbandonedThreads())
 
@@ -229,14 +230,13 @@ class WorkerThreads:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Has all workers drain; TrainerError when one does not end."""
+    def stop(self) -> list[str]:
+        """Has all workers drain; the names of those that do not end, which do not keep the program."""
         self._stop.set()
         deadline = time.monotonic() + self._plan.runner.drain_seconds + self._join_timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if stuck := [thread.name for thread in self._threads if thread.is_alive()]:
-            raise TrainerError(f"{', '.join(stuck)} did not end: an agent blocks")
+        return [thread.name for thread in self._threads if thread.is_alive()]
 
     def _body(self, index: int, runner: LitAgentRunner) -> None:
         try:
@@ -249,7 +249,7 @@ class WorkerThreads:
 
     async def _work(self, index: int, runner: LitAgentRunner) -> None:
         async with (
-            StoreClient(self._store, run_id=self._plan.run_id) as store,
+            self._plan.client(self._store) as store,
             runner.run_context(agent=self._agent, store=store, hooks=self._hooks, worker_id=index),
         ):
             await runner.iter(self._stop)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import Any
 
 import orjson
@@ -48,14 +57,15 @@ class HttpApp:
             answer = await self._answer(request, scope)
         except ClientGone:
             return
-        headers = [
-            (b"content-type", answer.media_type),
-            (b"content-length", str(len(answer.body)).encode()),
-            *answer.headers,
-        ]
+        headers = [(b"content-type", answer.media_type), *answer.headers]
         if self._origins:
             headers += self._cors(request)
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        start = {"type": "http.response.start", "status": answer.status, "headers": headers}
+        if not isinstance(answer.body, bytes):
+            await _send_pieces(request, answer.body, start, send)
+            return
+        headers.append((b"content-length", str(len(answer.body)).encode()))
+        await send(start)
         body = b"" if request.method == "HEAD" else answer.body
         await send({"type": "http.response.body", "body": body})
 
@@ -98,6 +108,24 @@ class HttpApp:
             (b"access-control-max-age", b"600"),
             (b"vary", b"origin"),
         ]
+
+
+async def _send_pieces(
+    request: Request, pieces: AsyncGenerator[bytes, None], start: MutableMapping[str, Any], send: Send
+) -> None:
+    """Sends a body while it is made. What fails then breaks the connection: the status is already out."""
+    await send(start)
+    gone = asyncio.ensure_future(request.gone())
+    try:
+        if request.method != "HEAD":
+            async for piece in pieces:
+                if gone.done():
+                    return
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+    finally:
+        gone.cancel()
+        await pieces.aclose()
 
 
 def refusal(error: HttpProblem | StoreError) -> Answer:

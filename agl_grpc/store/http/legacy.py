@@ -56,7 +56,7 @@ class LegacyRoutes:
         if not response.rollouts:
             return Answer(b'{"is_available":false,"task":null}')
         rollout = response.rollouts[0].rollout.rollout
-        await self._inputs.fill([rollout], http.metadata)
+        await self._inputs.fill([rollout.input], http.metadata)
         shown = show.rollout(rollout)
         task = {
             **{name: shown[name] for name in ("rollout_id", "input", "mode", "resources_id", "metadata")},

@@ -80,7 +80,7 @@ class HttpApp:
                 return await found.handler(request)
             if method == "OPTIONS" and self._origins and found.allowed:
                 return Answer(status=204)
-            raise _unserved(request, found.allowed)
+            raise self._unserved(request, found.allowed)
         except (HttpProblem, StoreError) as error:
             return refusal(error)
         except (ClientGone, asyncio.CancelledError):
@@ -88,6 +88,28 @@ class HttpApp:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return refusal(errors.internal())
+
+    def _unserved(self, request: Request, methods: Collection[str]) -> HttpProblem:
+        if methods:
+            allowed = ", ".join(sorted(methods))
+            return HttpProblem(
+                405,
+                "METHOD_NOT_ALLOWED",
+                f"{request.method} is not served at {request.path}; allowed: {allowed}",
+                headers=((b"allow", allowed.encode()),),
+            )
+        return HttpProblem(404, "ROUTE_UNKNOWN", self._hint(request.path))
+
+    def _hint(self, path: str) -> str:
+        first, _, rest = path.lstrip("/").partition("/")
+        second = rest.partition("/")[0]
+        version = second if first == "agl" else first if second == "agl" else ""
+        document = "/agl/v1/openapi.json"
+        if self._router.find("GET", document).handler is None:
+            return f"nothing is served at {path}"
+        if version and version != "v1":
+            return f"API version {version!r} is not served; use /agl/v1 or /v1/agl"
+        return f"nothing is served at {path}; {document} lists what is"
 
     def _check_origin(self, request: Request) -> None:
         """Refuses what somebody else's web page has a browser send; browsers say so, programs never do."""
@@ -132,24 +154,3 @@ def refusal(error: HttpProblem | StoreError) -> Answer:
     """An error as JSON."""
     problem = problem_of(error)
     return Answer(orjson.dumps(problem.body), problem.status, headers=tuple(problem.headers))
-
-
-def _unserved(request: Request, methods: Collection[str]) -> HttpProblem:
-    if methods:
-        allowed = ", ".join(sorted(methods))
-        return HttpProblem(
-            405,
-            "METHOD_NOT_ALLOWED",
-            f"{request.method} is not served at {request.path}; allowed: {allowed}",
-            headers=((b"allow", allowed.encode()),),
-        )
-    return HttpProblem(404, "ROUTE_UNKNOWN", _hint(request.path))
-
-
-def _hint(path: str) -> str:
-    first, _, rest = path.lstrip("/").partition("/")
-    second = rest.partition("/")[0]
-    version = second if first == "agl" else first if second == "agl" else ""
-    if version and version != "v1":
-        return f"API version {version!r} is not served; use /agl/v1 or /v1/agl"
-    return f"nothing is served at {path}; /agl/v1/openapi.json lists what is"

@@ -12,8 +12,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from agl_grpc.algorithm import Algorithm
+from agl_grpc.client import StoreError
+from agl_grpc.client.filters import rollout_filter
 from agl_grpc.manifest.describe import without_secrets
-from agl_grpc.model import TrainingRunStatus
+from agl_grpc.model import RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
 from agl_grpc.runner.load import LoadError, load_agent, load_hooks, load_tracer
@@ -34,6 +36,7 @@ from agl_grpc.trainer.strategy import (
 from agl_grpc.trainer.training_record import RunStopped, TrainingRecord, result_fields
 
 log = logging.getLogger(__name__)
+UNFINISHED = tuple(status for status in RolloutStatus if not status.is_terminal)
 
 
 class LocalSession(Session[FitResult]):
@@ -85,6 +88,8 @@ class LocalSession(Session[FitResult]):
         value = None
         try:
             value = await self.stack.until(self._run_algorithm(algorithm))
+            with contextlib.suppress(StoreError):  # it has ended well, whatever the store says of it
+                await self._tell_of_rollouts(record)
         except RunStopped as stopped:
             self.progress.say(str(stopped))
             await record.end(TrainingRunStatus.STOPPED)
@@ -99,6 +104,23 @@ class LocalSession(Session[FitResult]):
         fields = result_fields(record)
         draw_history(self.plan.folder, fields["history"], self.progress)
         return FitResult(folder=self.plan.folder, restarts=self.stack.restarts, value=value, **fields)
+
+    async def _tell_of_rollouts(self, record: TrainingRecord) -> None:
+        """Says what an algorithm may not have noticed: rollouts that failed, or that it did not wait for."""
+        name = self.plan.run_id
+        failed = await self.client.query_rollouts(
+            filter=rollout_filter(run_id=name, status_in=(RolloutStatus.FAILED,)), limit=1
+        )
+        if failed.total:
+            total = (await self.client.query_rollouts(filter=rollout_filter(run_id=name), limit=1)).total
+            failure = failed[0].failure
+            why = f", for example with: {failure.message}" if failure else ""
+            record.say(f"{failed.total} of the run's {total} rollouts failed{why}")
+        left = await self.client.query_rollouts(
+            filter=rollout_filter(run_id=name, status_in=UNFINISHED), limit=1
+        )
+        if left.total:
+            record.say(f"{left.total} rollouts are unfinished: the algorithm ended without them")
 
     def _open_folder(self) -> None:
         plan = self.plan

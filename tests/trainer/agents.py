@@ -70,6 +70,15 @@ async def endless(store: StoreClient) -> None:
 
 
 @algo
+async def waiting(reporter: Reporter) -> None:
+    """As `endless`, after a step."""
+    import asyncio
+
+    reporter.step(1, {"reward/mean": 0.0})
+    await asyncio.get_running_loop().create_future()
+
+
+@algo
 def failing(train_dataset: Any) -> None:
     """An algorithm with a defect."""
     raise RuntimeError("this algorithm is broken")

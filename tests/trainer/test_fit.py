@@ -135,6 +135,33 @@ def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
         trainer.dev(agents.halver, [{"number": -1}])
 
 
+def test_an_agent_that_needs_what_verl_does_not_publish_is_refused(tmp_path: Path) -> None:
+    algorithm = {"type": "verl", "config": {"actor_rollout_ref.model.path": str(tmp_path)}}
+    trainer = Trainer(algorithm=algorithm, run_name="mismatch", run_dir=tmp_path)
+    with pytest.raises(TrainerError, match=r"needs a PromptTemplate, .*published: main_llm \(LLM\)"):
+        trainer.fit(agents.prompted, TASKS)
+
+
+@algo
+async def hasty(store: StoreClient, train_dataset: Any) -> None:
+    """Waits for the first rollout alone."""
+    requests = [EnqueueRolloutRequest(input=task) for task in train_dataset]
+    rollouts = run_rollouts(store, requests)
+    await anext(rollouts)
+    await rollouts.aclose()
+    await store.pause_dispatch()
+    await store.enqueue_rollout("never")
+
+
+def test_what_an_algorithm_did_not_notice_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(algorithm=hasty, strategy="shm", run_name="hasty", run_dir=tmp_path)
+    trainer.fit(agents.prompted, ["one"])
+    said = capsys.readouterr().out
+    assert "1 of the run's 2 rollouts failed, for example with: the agent needs a PromptTemplate" in said
+    assert "1 rollouts are unfinished: the algorithm ended without them" in said
+    assert not _processes_of(tmp_path)
+
+
 @algo
 async def doubled(store: StoreClient, train_dataset: Any, val_dataset: Any) -> int:
     """Has every task done twice."""

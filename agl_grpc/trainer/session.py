@@ -7,12 +7,14 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from agl_grpc.client import StoreClient, StoreError
 from agl_grpc.evaluation import EvaluationError, Pass, Sampling, describe, evaluate, publish_sampling
 from agl_grpc.grader import GraderFailed, GraderWorker
-from agl_grpc.model import LLM, NamedResources, ProxyLLM
+from agl_grpc.grader.tokens import TokenDecoder
+from agl_grpc.model import LLM, NamedResources, ProxyLLM, RunGrader
 from agl_grpc.model.training import StepMetrics
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
@@ -120,22 +122,43 @@ class Session(Generic[T]):
         await self._client.create_run(plan.run_id)
         await self._start_graders()
 
+    def _model_folder(self) -> Path | None:
+        """Folder of the model that agents call, whose tokenizer reads what was captured; None = unknown."""
+        return None
+
+    def _other_graders(self) -> list[RunGrader]:
+        """Graders that the run waits for and that work elsewhere."""
+        return []
+
     async def _start_graders(self) -> None:
-        """Has the run wait for its graders, and lets them work beside everything else."""
-        graders = self.plan.graders
+        """Has the run wait for its graders, and lets ours work beside everything else."""
+        graders, others = self.plan.graders, self._other_graders()
+        if graders is not None or others:
+            named = graders.of_run() if graders is not None else []
+            await self.client.update_run(self.plan.run_id, graders=[*named, *others])
         if graders is None:
             return
-        await self.client.update_run(self.plan.run_id, graders=graders.of_run())
         credential = await self.client.create_grader_credential(lifetime_seconds=_GRADER_SECONDS)
         client = StoreClient(self.client.target, run_id=self.plan.run_id, credential=credential)
         try:
-            self._grading = GraderWorker(client, graders)
+            self._grading = GraderWorker(client, graders, decode=self._decode())
             await self._grading.open()
         except GraderFailed as error:
             raise TrainerError(str(error)) from error
         task = asyncio.create_task(self._grading.run())
         task.add_done_callback(self._grading_ended)
         self._grading_task = task
+
+    def _decode(self) -> TokenDecoder | None:
+        """What reads captured tokens for graders; None where agents' texts have to do, which is said."""
+        folder = self._model_folder()
+        if folder is None:
+            return None
+        try:
+            return TokenDecoder(folder)
+        except (ImportError, ValueError) as error:
+            self.progress.say(f"graders see no text of calls of which only tokens are captured: {error}")
+            return None
 
     def _grading_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

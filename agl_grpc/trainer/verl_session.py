@@ -16,6 +16,9 @@ from agl_grpc.learner.best import read_best
 from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import SAID, scores
 from agl_grpc.learner.run_config import ValidationConfig
+from agl_grpc.learner.verl_rewards import NAME as VERL_GRADER
+from agl_grpc.learner.verl_rewards import asks_verl, version_of
+from agl_grpc.model import RunGrader
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
@@ -58,6 +61,23 @@ class VerlSession(Session[FitResult]):
     def starts_processes(self) -> bool:
         return self._start_workers
 
+    def _model_folder(self) -> Path | None:
+        return Path(self._algorithm.model_path).expanduser()
+
+    @property
+    def _reward(self) -> dict[str, Any]:
+        """verl's own section on rewards, as far as the configuration says anything."""
+        keys = ("custom_reward_function", "reward_model", "reward_manager")
+        inner = ("path", "name", "enable", "model_path", "source", "module")
+        found = {
+            key: {name: setting(self._algorithm.config, f"reward.{key}.{name}") for name in inner}
+            for key in keys
+        }
+        return {key: values for key, values in found.items() if any(values.values())}
+
+    def _other_graders(self) -> list[RunGrader]:
+        return [RunGrader(VERL_GRADER, version_of(self._reward))] if asks_verl(self._reward) else []
+
     async def _work(self) -> FitResult:
         plan = self.plan
         training = await self._training_run()
@@ -93,7 +113,10 @@ class VerlSession(Session[FitResult]):
                 task.cancel()
             await asyncio.wait({following, relaying, reading})
         after = {}
-        if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
+        validates = bool(plan.val_dataset) and plan.validation.after
+        if validates and asks_verl(self._reward):
+            self.progress.say("no validation after training: verl's rewards ended with the learner")
+        elif validates and training.status is TrainingRunStatus.SUCCEEDED:
             after = await self.stack.until(self._validate("after"))
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,8 +14,9 @@ from agl_grpc.client import StoreClient, StoreError
 from agl_grpc.evaluation import EvaluationError, Pass, Sampling, describe, evaluate, publish_sampling
 from agl_grpc.grader import GraderFailed, GraderWorker
 from agl_grpc.grader.tokens import TokenDecoder
+from agl_grpc.manifest.diff import manifest_key
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, RunGrader
-from agl_grpc.model.training import StepMetrics
+from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
@@ -23,7 +24,7 @@ from agl_grpc.trainer.processes import Forked
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import engine_serves
 from agl_grpc.trainer.result import Scores
-from agl_grpc.trainer.run_folder import end_session
+from agl_grpc.trainer.run_folder import end_session, summary
 from agl_grpc.trainer.stack import Stack
 from agl_grpc.trainer.strategy import reachable
 
@@ -121,6 +122,15 @@ class Session(Generic[T]):
         self.stack.ready("store")
         await self._client.create_run(plan.run_id)
         await self._start_graders()
+
+    async def _note_manifest(self, training: TrainingRun, manifest: Mapping[str, Any]) -> None:
+        """Puts the manifest of a training run that was asked for elsewhere into the store, at its run."""
+        if training.metadata or "sessions" not in manifest:
+            return
+        run = await self.client.get_run_by_id(self.plan.run_id)
+        notes = dict(run.metadata) if run is not None else {}
+        notes[manifest_key(training.training_run_id)] = summary(manifest)
+        await self.client.update_run(self.plan.run_id, metadata=notes)
 
     def _model_folder(self) -> Path | None:
         """Folder of the model that agents call, whose tokenizer reads what was captured; None = unknown."""

@@ -176,6 +176,7 @@ class VerlSession(Session[FitResult]):
         if found is not None and found.status is TrainingRunStatus.SUCCEEDED:
             raise TrainerError(f"run {self.plan.run_id!r} has finished: there is nothing to resume")
         if found is not None:
+            await self._note_manifest(found, self._manifest)
             return found
         wanted = TrainingRun(
             training_run_id=name,

@@ -14,7 +14,7 @@ from agl_grpc_cli.options import DEFAULT_STORE, StoreOption
 
 if TYPE_CHECKING:
     from agl_grpc.client import StoreClient
-    from agl_grpc.diagnosis.trajectories import Decode
+    from agl_grpc.grader.conversation import Decode
     from agl_grpc.model import Reward, Rollout
     from agl_grpc.sample import AttemptSamples
 
@@ -58,15 +58,15 @@ def show(
     """
     from agl_grpc_cli.graders import load_decode
 
-    found = with_store(store, "default", lambda client: _read(client, rollout_id, model))
+    decode = load_decode(tokenizer)
+    found = with_store(store, "default", lambda client: _read(client, rollout_id, model, decode))
     if found is None:
         raise CliError(f"there is no rollout {rollout_id!r} in the store at {store}")
-    decode = load_decode(tokenizer)
     for line in _page(found, decode, colour):
         typer.echo(line, color=colour)
 
 
-async def _read(client: StoreClient, rollout_id: str, model: str) -> _Found | None:
+async def _read(client: StoreClient, rollout_id: str, model: str, decode: Decode | None) -> _Found | None:
     from agl_grpc.grader.conversation import conversation
     from agl_grpc.learner.attempts import read_attempts
     from agl_grpc.sample import SampleRules
@@ -75,9 +75,9 @@ async def _read(client: StoreClient, rollout_id: str, model: str) -> _Found | No
     if rollout is None:
         return None
     (samples,) = await read_attempts(client, [rollout], SampleRules(model=model))
-    spans = await client.query_spans(rollout_id, "latest", omit_tokens=True)
+    spans = await client.query_spans(rollout_id, "latest", omit_tokens=decode is None)
     rewards = await client.query_rewards([rollout_id])
-    return _Found(rollout, list(rewards), samples, conversation(list(spans)))
+    return _Found(rollout, list(rewards), samples, conversation(list(spans), decode))
 
 
 def _page(found: _Found, decode: Decode | None, colour: bool | None) -> Iterator[str]:

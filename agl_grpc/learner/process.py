@@ -25,7 +25,6 @@ from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_e
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
-from agl_grpc.learner.verl_rewards import asks_verl, await_verl, start_grading
 from agl_grpc.manifest.describe import CONTRACT, LEARNER_PACKAGES, git_state, hardware, now, versions_here
 from agl_grpc.model.enums import TrainingRunStatus
 from agl_grpc.model.reward import PRIMARY
@@ -171,10 +170,6 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     if resume:
         check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
-    judge = verl.reward.reward_model
-    gpus += int(judge.n_gpus_per_node) * int(judge.nnodes) if judge.enable else 0
-    if asks_verl(verl.reward):
-        await_verl(link, config.run_id, verl.reward)
     manifest = {"config": verl, **_made_by(config, device)}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
     say("importing verl")
@@ -197,20 +192,10 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
             say("starting verl's workers, loading the model, publishing its weights")
             try:
                 trainer.init()
-                if asks_verl(verl.reward):
-                    _grade_by_verl(config, verl, link, trainer)
                 say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
                 trainer.fit(manager)
             finally:
                 tq.close()
-
-
-def _grade_by_verl(config: RunConfig, verl: DictConfig, link: StoreLink, trainer: AglTrainer) -> None:
-    """Lets verl's reward workers judge what is sealed; without them nothing would ever come back."""
-    from agl_grpc.learner.tokens import decoder
-
-    decode = decoder(Path(config.model.path).expanduser())
-    start_grading(link, trainer.get_reward_handles(), verl.reward, decode, say)
 
 
 def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:

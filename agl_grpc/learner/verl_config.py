@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.verl_keys import TRAINER_MODES, check_keys, check_names
-from agl_grpc.learner.verl_rewards import asks_verl
 
 _ENGINE_CPU: dict[str, Any] = {
     "strategy": "fsdp2",
@@ -45,7 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     },
     "critic": {"strategy": "fsdp2", "fsdp": {"strategy": "fsdp2"}},
     "algorithm": {"adv_estimator": "grpo", "rollout_correction": {"bypass_mode": False}},
-    # Rewards come with the rollouts, unless verl is asked for them: else no reward worker is started.
+    # Rewards come with the rollouts: no reward worker is started.
     "reward": {"num_workers": 0},
     "trainer": {
         "n_gpus_per_node": 1,
@@ -150,8 +149,6 @@ def _complete(config: DictConfig, user: Mapping[str, Any]) -> None:
     if rollout.log_prob_micro_batch_size_per_gpu is None and not actor.use_dynamic_bsz:
         rollout.log_prob_micro_batch_size_per_gpu = actor.ppo_micro_batch_size_per_gpu
     _complete_correction(config, user)
-    if asks_verl(config.reward) and not _chosen(config, user, "reward", "num_workers"):
-        config.reward.num_workers = 1
     if config.critic.model.path == "~/models/deepseek-llm-7b-chat":
         config.critic.model.path = config.actor_rollout_ref.model.path
 
@@ -192,14 +189,11 @@ def _check_supported(config: DictConfig, user: Mapping[str, Any]) -> None:
         raise ConfigError(
             "distillation.enabled=True is not supported with engines outside verl; set it to False"
         )
-    reward_model = config.reward.reward_model
-    if reward_model.enable and not (reward_model.enable_resource_pool and reward_model.nnodes):
+    if config.reward.reward_model.enable:
         raise ConfigError(
-            "reward.reward_model.enable=True needs GPUs of its own, because rollouts are judged while the "
-            "trainer computes: set reward.reward_model.enable_resource_pool=True, n_gpus_per_node and nnodes"
+            "reward.reward_model.enable=True is not supported: rewards come with the rollouts "
+            "(emit_reward or PutRewards)"
         )
-    if asks_verl(config.reward) and not config.reward.num_workers:
-        raise ConfigError("reward.num_workers is 0, but verl is to give rewards: set it to 1 or more")
     if config.actor_rollout_ref.actor.checkpoint.async_save:
         raise ConfigError(
             "actor_rollout_ref.actor.checkpoint.async_save=True is not supported: saves are atomic"

@@ -105,13 +105,9 @@ def _hint(full: str, every: list[str]) -> str:
     return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
-# Read by verl where it is given, and in none of its files: arguments of the user's reward function.
-_OPEN = "reward.custom_reward_function.reward_kwargs"
-
-
 def check_keys(known: DictConfig, given: Mapping[str, Any]) -> None:
     """Raises ConfigError naming the keys that verl does not know, each with the nearest that it does."""
-    unknown = [key for key in _unknown_keys(known, given) if not key.startswith(_OPEN)]
+    unknown = list(_unknown_keys(known, given))
     if not unknown:
         return
     every = list(_all_keys(known))

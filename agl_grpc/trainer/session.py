@@ -15,7 +15,7 @@ from agl_grpc.evaluation import EvaluationError, Pass, Sampling, describe, evalu
 from agl_grpc.grader import GraderFailed, GraderWorker
 from agl_grpc.grader.tokens import TokenDecoder
 from agl_grpc.manifest.diff import manifest_key
-from agl_grpc.model import LLM, NamedResources, ProxyLLM, RunGrader
+from agl_grpc.model import LLM, NamedResources, ProxyLLM
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
@@ -136,18 +136,12 @@ class Session(Generic[T]):
         """Folder of the model that agents call, whose tokenizer reads what was captured; None = unknown."""
         return None
 
-    def _other_graders(self) -> list[RunGrader]:
-        """Graders that the run waits for and that work elsewhere."""
-        return []
-
     async def _start_graders(self) -> None:
         """Has the run wait for its graders, and lets ours work beside everything else."""
-        graders, others = self.plan.graders, self._other_graders()
-        if graders is not None or others:
-            named = graders.of_run() if graders is not None else []
-            await self.client.update_run(self.plan.run_id, graders=[*named, *others])
+        graders = self.plan.graders
         if graders is None:
             return
+        await self.client.update_run(self.plan.run_id, graders=graders.of_run())
         credential = await self.client.create_grader_credential(lifetime_seconds=_GRADER_SECONDS)
         client = StoreClient(self.client.target, run_id=self.plan.run_id, credential=credential)
         try:

@@ -10,22 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.agent.decorators import FunctionalLitAgent
+from agl_grpc.agent.missing import ResourceMissing
 from agl_grpc.algorithm import VERL
 from agl_grpc.evaluation import Evaluation
 from agl_grpc.learner.best import read_best
 from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import SAID, scores
 from agl_grpc.learner.run_config import ValidationConfig
-from agl_grpc.learner.verl_rewards import NAME as VERL_GRADER
-from agl_grpc.learner.verl_rewards import asks_verl, version_of
-from agl_grpc.model import RunGrader
+from agl_grpc.model import LLM
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.charts import ChartsMissing, draw_rewards
 from agl_grpc.trainer.errors import PartDied, TrainerError
 from agl_grpc.trainer.options import find_python
-from agl_grpc.trainer.plan import Plan
+from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import captured
 from agl_grpc.trainer.relay import end_of, relay
@@ -50,6 +50,7 @@ class VerlSession(Session[FitResult]):
         self, plan: Plan, progress: Progress, algorithm: VERL, *, start_workers: bool = True
     ) -> None:
         super().__init__(plan, progress)
+        _check_agent(plan)
         self._start_workers = start_workers
         self._algorithm = algorithm
         self._learner_python = find_python("learner", plan.learner_python)
@@ -63,20 +64,6 @@ class VerlSession(Session[FitResult]):
 
     def _model_folder(self) -> Path | None:
         return Path(self._algorithm.model_path).expanduser()
-
-    @property
-    def _reward(self) -> dict[str, Any]:
-        """verl's own section on rewards, as far as the configuration says anything."""
-        keys = ("custom_reward_function", "reward_model", "reward_manager")
-        inner = ("path", "name", "enable", "model_path", "source", "module")
-        found = {
-            key: {name: setting(self._algorithm.config, f"reward.{key}.{name}") for name in inner}
-            for key in keys
-        }
-        return {key: values for key, values in found.items() if any(values.values())}
-
-    def _other_graders(self) -> list[RunGrader]:
-        return [RunGrader(VERL_GRADER, version_of(self._reward))] if asks_verl(self._reward) else []
 
     async def _work(self) -> FitResult:
         plan = self.plan
@@ -113,10 +100,7 @@ class VerlSession(Session[FitResult]):
                 task.cancel()
             await asyncio.wait({following, relaying, reading})
         after = {}
-        validates = bool(plan.val_dataset) and plan.validation.after
-        if validates and asks_verl(self._reward):
-            self.progress.say("no validation after training: verl's rewards ended with the learner")
-        elif validates and training.status is TrainingRunStatus.SUCCEEDED:
+        if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
             after = await self.stack.until(self._validate("after"))
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
@@ -385,3 +369,13 @@ class VerlSession(Session[FitResult]):
             draw_rewards(picture, history, points, f"{self.plan.run_id}: reward")
         except ChartsMissing as missing:
             self.progress.say(str(missing))
+
+
+def _check_agent(plan: Plan) -> None:
+    """Refuses an agent that cannot work with what this run publishes: each of its rollouts would fail."""
+    if isinstance(plan.agent, FunctionalLitAgent):
+        endpoint = plan.llm or LLM(endpoint="", model="")
+        try:
+            plan.agent.check_resources(with_llm(plan.initial_resources, plan.engine.resource, endpoint))
+        except ResourceMissing as error:
+            raise TrainerError(str(error)) from error

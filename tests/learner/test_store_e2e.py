@@ -287,7 +287,7 @@ async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
     store: StoreProcess, folder: Path
 ) -> None:
     """Planner and solver answer one call each of every rollout; both learn from its reward."""
-    steps, batch = 6, 4 * 8
+    steps, batch = 10, 4 * 8
     config = orjson.loads(_configure(folder, steps).read_bytes())
     config["verl"]["trainer.save_freq"] = steps
     learners = []
@@ -322,50 +322,3 @@ async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
     assert len(digests["planner"]) == len(digests["solver"]) == steps
     assert not digests["planner"] & digests["solver"]
     assert rewards[steps] > rewards[1]
-
-
-VERL_REWARD = """
-async def compute_score(data_source, solution_str, ground_truth, extra_info, scale):
-    if extra_info["odd"] and ground_truth == "broken":
-        raise ValueError("this task cannot be judged")
-    share = sum(int(word[1:]) < 10 for word in solution_str.split()) / len(solution_str.split())
-    return {"score": scale * share, "format": 1.0, "source": data_source}
-"""
-
-
-async def test_verls_own_reward_function_judges_what_is_trained(
-    store: StoreProcess, engine: None, folder: Path
-) -> None:
-    """verl's reward workers are asked by a grader worker; the agent's own reward does not count."""
-    (folder / "reward.py").write_text(VERL_REWARD)
-    tasks = [{"n": n, "answer": "x", "data_source": "maths", "extra_info": {"odd": n % 2}} for n in range(48)]
-    tasks[1]["answer"] = "broken"
-    (folder / "tasks.jsonl").write_bytes(b"".join(orjson.dumps(task) + b"\n" for task in tasks))
-    config = orjson.loads(_configure(folder, 2).read_bytes())
-    config["verl"]["reward.custom_reward_function"] = {
-        "path": str(folder / "reward.py"),
-        "reward_kwargs": {"scale": 3.0},
-    }
-    config["verl"]["data.shuffle"] = False
-    path = folder / "run.json"
-    path.write_bytes(orjson.dumps(config))
-    learner = Learner(path, store.address)
-    assert learner.finish() == 0, "\n".join(learner.lines[-40:])
-    _, batches, _, means = await _state(store)
-    trained = {entry.rollout_id: entry.reward for batch in batches for entry in batch.entries}
-    async with StoreClient(store.address) as client:
-        rewards = await client.query_rewards(list(trained))
-        broken = [each for each in await client.query_rollouts() if each.input["answer"] == "broken"]
-        failures = [
-            each for each in await client.query_rewards([r.rollout_id for r in broken]) if each.failure
-        ]
-    mine = {each.rollout_id: each for each in rewards if each.name == "verl"}
-    assert {name: each.value for name, each in mine.items()} == trained
-    assert {each.grader for each in mine.values()} == {"verl"}
-    assert mine[batches[0].entries[0].rollout_id].metadata["source"] == "maths"
-    assert {each.value for each in rewards if each.name == "verl/format"} == {1.0}
-    assert means[1] == pytest.approx(sum(e.reward or 0.0 for e in batches[0].entries) / 32)
-    # What verl cannot judge is a failure of the grader, left out, and no 0.
-    assert len(failures) == len(broken) == 8
-    assert "this task cannot be judged" in failures[0].failure.message
-    assert not {each.rollout_id for each in broken} & set(trained)

@@ -1,7 +1,8 @@
 """Composes verl configurations in the learner environment; the end-to-end tests run it.
 
-Reads a JSON list of verl keys on its command line, with ``hybrid`` for what engines that verl starts are told;
-prints for each what came of it.
+Reads a JSON list of verl keys on its command line, with ``hybrid`` for what engines that verl starts are
+told; prints for each what came of it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def outcome(keys: dict[str, Any]) -> dict[str, Any]:
             name: config.actor_rollout_ref.rollout.get(name)
             for name in ("load_format", "tensor_model_parallel_size", "max_model_len", "enforce_eager")
         },
-        "told": (config.actor_rollout_ref.rollout.get("custom") or {}).get("agl"),
+        "told": dict((config.actor_rollout_ref.rollout.get("custom") or {}).get("agl") or {}),
         "lr": config.actor_rollout_ref.actor.optim.lr,
         "override": dict(config.actor_rollout_ref.model.override_config),
     }

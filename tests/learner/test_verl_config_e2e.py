@@ -94,7 +94,7 @@ def test_engines_that_verl_starts_load_the_model_and_are_told_whom_they_serve(
     assert hybrid["engines"] == {**expected, "enforce_eager": True}
     # It is a trainer like any other: its weights travel through the store's policy versions.
     assert (hybrid["mode"], hybrid["rollout"]) == ("separate_async", "agl_external")
-    assert outcomes["defaults"]["told"] is None
+    assert outcomes["defaults"]["told"] == {}
 
 
 def test_older_tokens_are_corrected_in_asynchronous_training_unless_chosen_otherwise(

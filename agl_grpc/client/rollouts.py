@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -134,7 +135,7 @@ class RolloutCalls(BlobCalls):
         taken = [
             AttemptedRollout.from_messages(one.rollout, one.attempt_credential) for one in response.rollouts
         ]
-        return [await self.with_input(rollout) for rollout in taken]
+        return await asyncio.gather(*(self.with_input(rollout) for rollout in taken))
 
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
         """Make a further attempt at a rollout, without a lease."""
@@ -175,7 +176,10 @@ class RolloutCalls(BlobCalls):
         """
         status_in = status if status_in is None else status_in
         rollout_id_in = rollout_ids if rollout_id_in is None else rollout_id_in
-        if filter is None and excludes_everything(status_in, rollout_id_in, logic=filter_logic):
+        others = bool(rollout_id_contains)
+        if filter is None and excludes_everything(
+            status_in, rollout_id_in, logic=filter_logic, others=others
+        ):
             return PaginatedResult(items=[], limit=limit, offset=offset, total=0)
         request = pb.ListRolloutsRequest(
             filter=filter

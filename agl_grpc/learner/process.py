@@ -72,7 +72,7 @@ def run(config: RunConfig, store: str, *, sft: bool = False) -> None:
     os.environ["TENSORBOARD_DIR"] = str(output / "tensorboard")
     link = StoreLink(store, config.run_id, patience=config.deadlines.store)
     try:
-        training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else "verl")
+        training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else config.algorithm)
         say(f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}")
         with _reported_end(training), _stoppable():
             (_tune if sft else _train)(config, device, output, link, training)
@@ -132,6 +132,7 @@ def _stoppable() -> Iterator[None]:
 
 def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str, Any]) -> DictConfig:
     from agl_grpc.learner.verl_config import compose
+    from agl_grpc.learner.verl_keys import check_best_of
 
     fixed: dict[str, Any] = {
         "data": {
@@ -156,7 +157,10 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
             **resume,
         },
     }
-    return compose(config.verl, device=device, fixed=fixed)
+    composed = compose(config.verl, device=device, fixed=fixed)
+    if config.best_of.keep:
+        check_best_of(composed)
+    return composed
 
 
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
@@ -186,7 +190,12 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
         tq.init(verl.transfer_queue)
         validate(verl)
         samples = TrajectorySamples(output, config.trajectories, config.model.path, say)
-        about = {"algorithm": "verl", "run": config.run_id, "seed": config.seed, "model": config.model.name}
+        about = {
+            "algorithm": config.algorithm,
+            "run": config.run_id,
+            "seed": config.seed,
+            "model": config.model.name,
+        }
         with closing(Reporting(training, output, config.alarms, about, say)) as reporting, closing(samples):
             trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
             say("starting verl's workers, loading the model, publishing its weights")
@@ -360,6 +369,7 @@ def _assemble(
         checkpoints=checkpoints,
         run_name=f"{name.replace('_', '-')}.t{origin}",
         origin=identity.origin,
+        best_of=config.best_of,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         deadlines=config.deadlines,

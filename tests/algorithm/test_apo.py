@@ -242,3 +242,31 @@ async def test_the_latest_resources_are_the_best_ones_while_others_are_tried(ben
     assert tried.count(True) == 4
     # Each is followed at once by the best: no two, and none at the end.
     assert not any(one and other for one, other in pairwise([*tried, True]))
+
+
+@pytest.mark.parametrize(
+    ("engine", "first", "suffix"),
+    [
+        ("jinja", "{% if question %}Answer {{ question }}.{% endif %}", ".jinja"),
+        ("poml", "<poml><task>Answer {{ question }}.</task></poml>", ".poml"),
+    ],
+)
+async def test_templates_of_other_engines_are_improved_and_saved_as_such(
+    engine: str, first: str, suffix: str, bench: Bench, tmp_path: Path
+) -> None:
+    with ScriptedModel(lambda model, message: "brief" if model == "critic" else _inserted(message)) as critic:
+        apo = APO(endpoint=critic.endpoint, beam_rounds=1, **SMALL)
+        template = PromptTemplate(template=first, engine=engine)
+        async with bench.ready(apo, wordy, {"prompt": template}) as notes:
+            notes.folder = tmp_path
+            await apo.run(TRAIN, VAL)
+            assert notes.steps[1]["validation/best"] == 0.25
+    best = apo.get_best_prompt()
+    assert (best.template, best.engine) == (first.replace("Answer", "In brief: answer"), engine)
+    assert (tmp_path / "best_prompt" / f"prompt{suffix}").read_text() == best.template
+
+
+def _inserted(message: str) -> str:
+    """The editor's answer: the prompt, with one good word more."""
+    prompt = message.split("```\n")[1].removesuffix("\n")
+    return f"```\n{prompt.replace('Answer', 'In brief: answer')}\n```"

@@ -16,7 +16,8 @@ from google.protobuf.duration_pb2 import Duration
 from agl_grpc.client import StoreClient
 from agl_grpc.model import Reward, TrainingRun
 from agl_grpc.model.rollout import SEED_LABEL, seed_of
-from agl_grpc.sample import read_columns, unpack
+from agl_grpc.sample import SampleRules, Truncated, read_columns, unpack
+from agl_grpc.sample.wire import rules_to_proto
 from agl_grpc.v1 import (
     attempt_pb2,
     policy_pb2,
@@ -236,13 +237,15 @@ async def _learned_from_outside(address: str) -> None:
         place = {"rollout_id": "external.s1", "attempt_id": attempt.attempt_id}
         # The interceptor does so itself after five minutes without a call.
         await client.update_attempt(**place, status="succeeded")
+        # The answers are cut by their three tokens.
+        rules = rules_to_proto(SampleRules(model="tiny", truncated=Truncated.TRAIN))
         batches = []
         for value in (1.0, -1.0):
             (reward,) = await client.put_rewards([Reward(**place, value=value)])
             made = await client.create_training_run(TrainingRun(run_id="external", algorithm="own"))
             name = made.training_run_id
             epoch = (await client.acquire_training_run(name, "trainer")).trainer_epoch
-            batches.append(await client.claim_batch(name, epoch, 1, ["external.s1"]))
+            batches.append(await client.claim_batch(name, epoch, 1, ["external.s1"], rules=rules))
         assert reward.revision == 2
         assert [batch.entries[0].reward for batch in batches] == [1.0, -1.0]
         frozen = await client.get_batch(batches[0].batch_id)

@@ -96,12 +96,16 @@ def _readable(value: Any) -> Any:
 
 def repeat_class(service: str, method: d.MethodDescriptorProto, fields: set[str]) -> str:
     """How a call may be repeated."""
+    if method.name == "PutBlob":
+        return "by key"
     if method.client_streaming or method.server_streaming:
         return "stream"
     if "request_id" in fields:
         return "with its request id"
-    if method.name in ("AppendSpans", "RenewLeases", "Heartbeat", "ReportEngineState"):
+    if method.name in ("AppendSpans", "RenewLeases", "Heartbeat"):
         return "by key"
+    if method.name == "IssueCredential":
+        return "always; each answer is another credential"
     return "read"
 
 

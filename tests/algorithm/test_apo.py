@@ -255,11 +255,11 @@ async def test_templates_of_other_engines_are_improved_and_saved_as_such(
     engine: str, first: str, suffix: str, bench: Bench, tmp_path: Path
 ) -> None:
     with ScriptedModel(lambda model, message: "brief" if model == "critic" else _inserted(message)) as critic:
-        apo = APO(endpoint=critic.endpoint, beam_rounds=1, **SMALL)
+        apo = APO(endpoint=critic.endpoint, beam_width=1, branch_factor=1, beam_rounds=1, **MODELS)
         template = PromptTemplate(template=first, engine=engine)
         async with bench.ready(apo, wordy, {"prompt": template}) as notes:
             notes.folder = tmp_path
-            await apo.run(TRAIN, VAL)
+            await apo.run(TRAIN[:1], VAL[:1])
             assert notes.steps[1]["validation/best"] == 0.25
     best = apo.get_best_prompt()
     assert (best.template, best.engine) == (first.replace("Answer", "In brief: answer"), engine)

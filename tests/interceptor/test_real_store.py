@@ -256,8 +256,12 @@ async def _learned_from_outside(address: str) -> None:
             async for answer in client.replay_batch(batches[0].content_hash)
             for row in unpack(read_columns(answer.samples))
         ]
-    # Two calls of three tokens each, as the engine sampled them.
-    assert sum(int(row.response_mask.sum()) for row in rows) == 6
+        spans = await client.query_spans("external.s1", "latest")
+    calls = [span.model_call for span in spans.items if span.model_call is not None]
+    assert len(calls) == 2
+    # Every token that the engine sampled, and no other.
+    sampled = sum(len(call.choices[0].token_ids) for call in calls)
+    assert sum(int(row.response_mask.sum()) for row in rows) == sampled > 0
     assert {row.reward for row in rows} == {1.0}
 
 

@@ -171,6 +171,12 @@ examples/frameworks/node/node_modules/.package-lock.json: examples/frameworks/no
 .PHONY: frameworks
 frameworks: .venv-frameworks/ready examples/frameworks/node/node_modules/.package-lock.json ## Make the environment of the agent frameworks
 
+# STEPS=N for a longer run.
+.PHONY: hybrid
+hybrid: .venv/dev-ready ## verl starts vLLM itself, with capture inside, and trains through it; some minutes
+	.venv/bin/agl-grpc env create hybrid --path .venv-hybrid
+	.venv/bin/python -m tests.learner.hybrid_run --write $(if $(STEPS),--steps $(STEPS))
+
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises

@@ -123,6 +123,7 @@ class Trainer:
         self.tracer = build("tracer", tracer, Tracer, registry=TRACERS)  # type: ignore[type-abstract]  # only looked at
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
         if isolation is not None:
+            _agree("isolation", isolation, "runner", self.runner_options.isolation or isolation)
             self.runner_options = dataclasses.replace(self.runner_options, isolation=isolation)
         self.adapter = build("adapter", adapter, Adapter)
         self.hooks = (
@@ -130,8 +131,12 @@ class Trainer:
         )
         self.engine, self.llm = _engine(llm_proxy)
         self.store = _address(store)
+        if self.store and port:
+            raise TrainerError("port is that of a store which is started here, but store names one that runs")
         self.store_client = store if isinstance(store, StoreClient) else None
         self.initial_resources = dict(initial_resources or {})
+        if n_runners != 1:
+            _agree("n_runners", n_runners, "strategy", self.strategy.n_runners or n_runners)
         self.n_runners = n_runners
         self.max_rollouts = max_rollouts
         self.run_name = check_name(run_name or time.strftime("%Y%m%d-%H%M%S"))
@@ -399,6 +404,11 @@ def _agent_object(agent: Any) -> LitAgent[Any]:
     made = build("agent", agent, LitAgent)
     assert made is not None, "an agent was given"
     return made
+
+
+def _agree(name: str, given: Any, other: str, its: Any) -> None:
+    if given != its:
+        raise TrainerError(f"{name} is {given}, but that of {other} is {its}: say it once")
 
 
 def _one(hooks: Any) -> list[Any]:

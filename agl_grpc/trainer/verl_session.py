@@ -49,6 +49,11 @@ class VerlSession(Session[FitResult]):
     def __init__(
         self, plan: Plan, progress: Progress, algorithm: VERL, *, start_workers: bool = True
     ) -> None:
+        if algorithm.engines.hybrid:
+            raise TrainerError(
+                "engines.hybrid: the engine ends with the learner, so there would be none to validate with; "
+                "start `agl-grpc learner` with that configuration yourself"
+            )
         super().__init__(plan, progress)
         _check_agent(plan)
         self._start_workers = start_workers

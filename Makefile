@@ -42,6 +42,16 @@ go-tools: .venv-go/ready ## Unpack Go and gRPC for it from Debian's packages int
 	cd .venv-sandbox && dpkg-deb -x bubblewrap_*.deb . && rm -f ./*.deb
 	touch $@
 
+# Trackers as they are: an environment that is made for this and kept.
+.venv-trackers/ready:
+	$(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/pip install -q 'wandb>=0.19' 'mlflow-skinny>=2,<3' tensorboardX numpy orjson psutil
+	touch $@
+
+.PHONY: trackers
+trackers: .venv-trackers/ready ## Metrics to Weights & Biases (offline) and MLflow (a folder), read back
+	PYTHONPATH="$$PWD" .venv-trackers/bin/python tests/diagnosis/trackers.py
+
 .PHONY: sandbox
 sandbox: .venv-sandbox/ready ## Unpack bubblewrap from Debian's package into .venv-sandbox
 

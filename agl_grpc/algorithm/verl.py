@@ -96,6 +96,10 @@ class VERL(Algorithm):
         self.keep_checkpoints = keep_checkpoints
         self.best_of = BestOf()
 
+    def set_seed(self, seed: int) -> None:
+        """Seeds data order, initialisation and every model call."""
+        self.seed, self.request_seeds = seed, True
+
     def write_run(
         self,
         folder: Path,

@@ -67,6 +67,9 @@ class VerlSession(Session[FitResult]):
     def starts_processes(self) -> bool:
         return self._start_workers
 
+    def _model_folder(self) -> Path | None:
+        return Path(self._algorithm.model_path).expanduser()
+
     async def _work(self) -> FitResult:
         plan = self.plan
         training = await self._training_run()
@@ -162,6 +165,7 @@ class VerlSession(Session[FitResult]):
         if found is not None and found.status is TrainingRunStatus.SUCCEEDED:
             raise TrainerError(f"run {self.plan.run_id!r} has finished: there is nothing to resume")
         if found is not None:
+            await self._note_manifest(found, self._manifest)
             return found
         wanted = TrainingRun(
             training_run_id=name,

@@ -28,13 +28,23 @@ class HeldAnswer:
     While a call runs, messages pass as they come. Once all calls of the request have ended, what follows
     (the end of a stream, or a whole answer) waits for its last message, by which the answer is complete and
     can be part of the records; it goes out when these are durable. With `keep_raw` the bytes of request and
-    answer are part of the first record.
+    answer are part of the first record. `spend` is told how many tokens each ended call has used.
     """
 
-    def __init__(self, receive: Receive, send: Send, *, path: str, tries: int, keep_raw: bool) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        send: Send,
+        *,
+        path: str,
+        tries: int,
+        keep_raw: bool,
+        spend: Callable[[int], None] | None = None,
+    ) -> None:
         self._receive = receive
         self._send = send
         self._path = path
+        self._spend = spend
         self._keep_raw = keep_raw
         self._request: list[bytes] = []
         self._answer: list[bytes] = []
@@ -57,6 +67,8 @@ class HeldAnswer:
     def ended(self, record: CallRecord, submit: Submit) -> None:
         """A call of the engine has ended, perhaps after its client has left."""
         self._running -= 1
+        if self._spend is not None:
+            self._spend(record.tokens)
         self._ended.append((record, submit))
         if self._closed:
             self._submit()

@@ -10,6 +10,7 @@ import pytest
 
 from agl_grpc.interceptor.attempts import KnownAttempt
 from agl_grpc.interceptor.attribution import CURRENT, Attribution
+from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.refusals import Refusal
 
@@ -23,6 +24,7 @@ class Interceptor:
         self.over: set[str] = set()
         self.known: KnownAttempt | None = None
         self.keep_raw = True
+        self.limits = RolloutLimits()
 
     def accepting(self) -> bool:
         return not self.full

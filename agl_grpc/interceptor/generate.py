@@ -17,7 +17,7 @@ from agl_grpc.interceptor.retries import Retries
 from agl_grpc.interceptor.sampling import capture_params, sampling_message, untrainable_reasons
 from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.interceptor.versions import runs_from_starts
-from agl_grpc.v1 import model_call_pb2
+from agl_grpc.v1 import common_pb2, model_call_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
@@ -212,6 +212,22 @@ class GenerateWrapper:
                 digest = hash((context.answer.digest(), number))
                 self.retries += self._retries.mark(record, attempt, digest, context.answer.tries)
         return call
+
+    def failed(
+        self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
+    ) -> asyncio.Future[None]:
+        """Record a request that the server has answered with an error before it reached the engine.
+
+        What it answers resolves when the record is durable.
+        """
+        record = CallRecord(context, "", self._identity.model, model_call_pb2.SamplingParameters())
+        record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_ERROR
+        record.error = f"{status}: {reason}"[:500]
+        record.raw_request = raw
+        record.end()
+        attempt = (context.attribution.rollout_id, context.attribution.attempt_id)
+        span = to_span(record, self._identity)
+        return self._sink.submit(CapturedCall(attempt, span, [], {}))
 
     def _on_sequence(self, request_id: str, state: Any, request: Any) -> None:
         call = self._open.get(request_id)

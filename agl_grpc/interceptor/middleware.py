@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import uuid
@@ -29,6 +30,7 @@ from agl_grpc.interceptor.held import HeldAnswer, Message, Receive, Send
 from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.interceptor.retries import tries_of
+from agl_grpc.v1 import common_pb2
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -63,6 +65,17 @@ class Running(Protocol):
     @property
     def limits(self) -> RolloutLimits:
         """What each rollout may use."""
+        ...
+
+    @property
+    def max_body(self) -> int:
+        """Most bytes of a request of an attempt; 0: no limit."""
+        ...
+
+    def failed(
+        self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
+    ) -> asyncio.Future[None]:
+        """Record a request that ended as an error before it reached the engine."""
         ...
 
     async def admit(self, attribution: Attribution) -> KnownAttempt | None:
@@ -130,19 +143,18 @@ class AttributionMiddleware:
         context = CallContext(
             attribution, api, *parse_traceparent(headers.get("traceparent", "")), known=known
         )
-        rewritten = self._rewrite(scope, path)
-        if self.interceptor is None or scope["method"] != "POST" or path in NOT_SAMPLING:
+        rewritten, running = self._rewrite(scope, path), self.interceptor
+        if running is None or scope["method"] != "POST" or path in NOT_SAMPLING:
             await self._serve(rewritten, receive, send, context, headers)
             return
-        limits, rollout = self.interceptor.limits, attribution.rollout_id
+        limits, rollout = running.limits, attribution.rollout_id
         try:
             limits.enter(rollout)
         except Refusal as refusal:
             await _refuse(send, scope["type"], refusal, api)
             return
         try:
-            spend = partial(limits.spend, rollout)
-            await self._serve(rewritten, receive, send, context, headers, spend)
+            await self._serve(rewritten, receive, send, context, headers, running)
         finally:
             limits.leave(rollout)
 
@@ -191,15 +203,19 @@ class AttributionMiddleware:
         send: Send,
         context: CallContext,
         headers: Mapping[str, str],
-        spend: Callable[[int], None] | None = None,
+        attempts: Running | None = None,
     ) -> None:
+        """`attempts` is set for what counts as a call of an attempt."""
         answer = context.answer = HeldAnswer(
             receive,
             send,
             path=scope["path"],
             tries=tries_of(headers),
             keep_raw=self.interceptor is not None and self.interceptor.keep_raw,
-            spend=spend,
+            api=context.api,
+            max_body=0 if attempts is None else attempts.max_body,
+            spend=partial(attempts.limits.spend, context.attribution.rollout_id) if attempts else None,
+            failed=partial(attempts.failed, context) if attempts else None,
         )
         token = CURRENT.set(context)
         try:

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
-from agl_grpc.interceptor.attribution import Attribution
+from agl_grpc.interceptor.attribution import Attribution, CallContext
 from agl_grpc.interceptor.control import EngineControl
 from agl_grpc.interceptor.external import ExternalTraffic
 from agl_grpc.interceptor.generate import GenerateWrapper
@@ -25,7 +25,7 @@ from agl_grpc.interceptor.sink import CaptureSink
 from agl_grpc.interceptor.spool import Spool
 from agl_grpc.interceptor.swap import EngineBroken, RunningCalls, WeightSwapper
 from agl_grpc.interceptor.transport import AppendTransport, open_channel
-from agl_grpc.v1 import policy_pb2
+from agl_grpc.v1 import common_pb2, policy_pb2
 
 if TYPE_CHECKING:
     import grpc
@@ -134,6 +134,17 @@ class Interceptor:
     def limits(self) -> RolloutLimits:
         """What each rollout may use."""
         return self._limits
+
+    @property
+    def max_body(self) -> int:
+        """Most bytes of a request of an attempt; 0: no limit."""
+        return self._settings.max_body
+
+    def failed(
+        self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
+    ) -> asyncio.Future[None]:
+        """Record a request that ended as an error before it reached the engine."""
+        return self._wrapper.failed(context, status, reason, raw)
 
     async def admit(self, attribution: Attribution) -> KnownAttempt | None:
         """The attempt as the store knows it.

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from agl_grpc_cli.errors import CliError
-from agl_grpc_cli.options import DEFAULT_STORE, RunOption, StoreOption
+from agl_grpc_cli.options import DEFAULT_STORE, RunOption, StoreOption, parse_size
 
 app = typer.Typer(
     help="Serve a model with vLLM, its exact tokens captured.", no_args_is_help=True, rich_markup_mode=None
@@ -115,6 +115,9 @@ def serve(
     max_concurrency: Annotated[
         int, typer.Option(min=0, metavar="N", help="Most calls of one rollout at one time; 0 = any number.")
     ] = 0,
+    max_body: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest request of an attempt: bytes, or with K, M, G.")
+    ] = "64M",
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
@@ -169,6 +172,7 @@ def serve(
         max_calls=max_calls,
         max_tokens=max_tokens,
         max_concurrency=max_concurrency,
+        max_body=parse_size(max_body),
         loader=os.environ.get("AGL_INTERCEPTOR_LOADER", "auto"),
     )
     try:

@@ -100,7 +100,10 @@ async def test_a_killed_process_is_replaced_and_nothing_is_lost_or_stored_twice(
                 os.kill(killed, signal.SIGKILL)
 
                 async def replaced() -> bool:
-                    workers = (await state_of(http, url))["workers"]
+                    try:
+                        workers = (await state_of(http, url))["workers"]
+                    except httpx.TransportError:  # the connection was the dead one's
+                        return False
                     return len(workers) == 2 and killed not in {worker["pid"] for worker in workers}
 
                 await eventually(replaced, what="another process in its place")

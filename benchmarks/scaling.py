@@ -154,11 +154,13 @@ class Store:
     Args:
         env: Simulated time.
         sync: Seconds that a commit waits for the disk.
+        lock: What the writers of several servers over one database take turns with; None = it is alone.
     """
 
-    def __init__(self, env: simpy.Environment, sync: float) -> None:
+    def __init__(self, env: simpy.Environment, sync: float, lock: simpy.Resource | None = None) -> None:
         self._env = env
         self._sync = sync
+        self._lock = lock or simpy.Resource(env)
         self._waiting: deque[tuple[float, float, simpy.Event]] = deque()
         self._wake = env.event()
         self.busy = 0.0
@@ -187,8 +189,10 @@ class Store:
                 group.append((begun, done))
                 work += cost
             self.busy += work
-            yield self._env.timeout(work)
-            yield self._env.timeout(self._sync)
+            with self._lock.request() as turn:
+                yield turn
+                yield self._env.timeout(work)
+                yield self._env.timeout(self._sync)
             for begun, done in group:
                 self.latencies.append(self._env.now - begun)
                 done.succeed()

@@ -43,6 +43,12 @@ class FunctionalLitAgent(LitAgent[Any]):
         """Call the function itself."""
         return self._function(*args, **kwargs)
 
+    def check_resources(self, resources: NamedResources) -> None:
+        """Raises `ResourceMissing` where the function asks for a resource that is not among these."""
+        kind = {"llm": LLM, "prompt_template": PromptTemplate}.get(self._parameter)
+        if kind is not None:
+            _first(resources, kind)
+
     def is_async(self) -> bool:
         """Whether the function is async."""
         return self._is_async

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
 
+import grpc
+
 from agl_grpc.client.channel import RetryPolicy, Tls, call_with_retries, open_channel, split_target
 from agl_grpc.model.page import PaginatedResult
 from agl_grpc.v1.runner_service_pb2_grpc import RunnerServiceStub
@@ -40,12 +42,23 @@ class UnaryMethod(Protocol[Request, Response]):
     ) -> Awaitable[Response]: ...
 
 
+class ChannelSource(Protocol):
+    """What a client may be given in place of an address: a store of the same process."""
+
+    name: str
+    """What messages call it."""
+
+    def open_channel(self) -> grpc.aio.Channel:
+        """A channel to it, on the running event loop."""
+        ...
+
+
 class _Bound:
     """A channel and its stubs, for as long as one event loop lives."""
 
-    def __init__(self, target: str, tls: Tls | None) -> None:
+    def __init__(self, channel: grpc.aio.Channel) -> None:
         self.loop = asyncio.get_running_loop()
-        self.channel = open_channel(target, tls=tls)
+        self.channel = channel
         self.store: StoreServiceAsyncStub = StoreServiceStub(self.channel)
         self.runner: RunnerServiceAsyncStub = RunnerServiceStub(self.channel)
         self.trainer: TrainerServiceAsyncStub = TrainerServiceStub(self.channel)
@@ -57,12 +70,13 @@ class Connection:
     ``target`` is the store's ``host:port``; ``run_id`` scopes whatever does not name a run itself;
     ``credential`` is sent as a bearer token. The channel opens at the first call and belongs to its loop.
     With TLS when the target begins with ``grpcs://`` or ``root_certificates`` names a PEM file of trusted
-    issuers; ``certificate`` and ``key`` are the client's own, for a store that asks for them.
+    issuers; ``certificate`` and ``key`` are the client's own, for a store that asks for them. A store of the
+    same process (`agl_grpc.store.in_process.InProcessStore`) may stand in place of the address.
     """
 
     def __init__(
         self,
-        target: str = DEFAULT_TARGET,
+        target: str | ChannelSource = DEFAULT_TARGET,
         *,
         run_id: str = "default",
         credential: str | None = None,
@@ -73,7 +87,8 @@ class Connection:
     ) -> None:
         if (certificate is None) != (key is None):
             raise ValueError("certificate and key belong together: give both or neither")
-        address, secure = split_target(target)
+        self._source = None if isinstance(target, str) else target
+        address, secure = split_target(target if isinstance(target, str) else target.name)
         files = [None if file is None else Path(file) for file in (root_certificates, certificate, key)]
         self._tls = Tls(*files) if secure or any(files) else None
         self.target = address if self._tls is None else f"grpcs://{address}"
@@ -84,7 +99,14 @@ class Connection:
         self._bound: _Bound | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Self], tuple[object, ...]]:
+        if self._source is not None:
+            raise TypeError("a client of an in-process store cannot leave its process")
         return _rebuild, (type(self), self.target, self.run_id, self._credential, self.retry, self._tls)
+
+    def for_run(self, run_id: str) -> Self:
+        """A client of the same store with the same settings, for another run; it opens its own channel."""
+        made: Self = _rebuild(type(self), self.target, run_id, self._credential, self.retry, self._tls)
+        return made
 
     async def __aenter__(self) -> Self:
         return self
@@ -106,7 +128,9 @@ class Connection:
         """
         loop = asyncio.get_running_loop()
         if self._bound is None or self._bound.loop.is_closed():
-            self._bound = _Bound(self.target, self._tls)
+            source = self._source
+            channel = source.open_channel() if source else open_channel(self.target, tls=self._tls)
+            self._bound = _Bound(channel)
         elif self._bound.loop is not loop:
             raise RuntimeError(
                 "this StoreClient belongs to another event loop; make one here or use SyncStoreClient"

@@ -49,13 +49,16 @@ def rollout_filter(
     )
 
 
-def excludes_everything(*allowed: Sequence[object] | None, logic: FilterLogic | str) -> bool:
+def excludes_everything(
+    *allowed: Sequence[object] | None, logic: FilterLogic | str, others: bool = False
+) -> bool:
     """Whether lists of allowed values match nothing at all: an empty list allows nothing.
 
-    The contract cannot say "none of these", so the client answers such a query by itself.
+    The contract cannot say "none of these", so the client answers such a query by itself. ``others`` says
+    whether there are conditions beside the lists.
     """
     given = [values for values in allowed if values is not None]
     empty = [values for values in given if not values]
     if FilterLogic.parse(logic) is FilterLogic.AND:
         return bool(empty)
-    return bool(given) and len(empty) == len(given)
+    return bool(given) and len(empty) == len(given) and not others

@@ -175,7 +175,10 @@ class RolloutCalls(BlobCalls):
         """
         status_in = status if status_in is None else status_in
         rollout_id_in = rollout_ids if rollout_id_in is None else rollout_id_in
-        if filter is None and excludes_everything(status_in, rollout_id_in, logic=filter_logic):
+        others = bool(rollout_id_contains)
+        if filter is None and excludes_everything(
+            status_in, rollout_id_in, logic=filter_logic, others=others
+        ):
             return PaginatedResult(items=[], limit=limit, offset=offset, total=0)
         request = pb.ListRolloutsRequest(
             filter=filter

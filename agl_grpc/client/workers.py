@@ -7,6 +7,7 @@ from typing import Any
 
 from agl_grpc.client.connection import Connection
 from agl_grpc.client.errors import NotFound
+from agl_grpc.client.filters import excludes_everything
 from agl_grpc.model.enums import FilterLogic, SortOrder, WorkerStatus, number_of
 from agl_grpc.model.page import PaginatedResult
 from agl_grpc.model.unset import UNSET, Unset
@@ -30,7 +31,9 @@ class WorkerCalls(Connection):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
-        """Workers that were ever heard of."""
+        """Workers that were ever heard of; an empty list of allowed states matches nothing."""
+        if excludes_everything(status_in, logic=filter_logic, others=bool(worker_id_contains)):
+            return PaginatedResult(items=[], limit=limit, offset=offset, total=0)
         request = pb.ListWorkersRequest(
             status_in=[WorkerStatus.parse(status).number for status in status_in or ()],
             worker_id_contains=worker_id_contains or "",

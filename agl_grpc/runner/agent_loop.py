@@ -7,7 +7,9 @@ import contextvars
 import logging
 import os
 import selectors
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -28,6 +30,34 @@ class _OwnProcess(selectors.DefaultSelector):
         return super().select(timeout)
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """Starts programs also under the policy of uvloop, whose own loops watch them by other means."""
+
+    async def subprocess_shell(self, *args: Any, **kwargs: Any) -> Any:
+        """As the standard library's."""
+        _let_children_be_watched()
+        return await super().subprocess_shell(*args, **kwargs)
+
+    async def subprocess_exec(self, *args: Any, **kwargs: Any) -> Any:
+        """As the standard library's."""
+        _let_children_be_watched()
+        return await super().subprocess_exec(*args, **kwargs)
+
+
+def _let_children_be_watched() -> None:
+    # Until Python 3.14 the standard library's loops ask the policy for what tells them that a program ended.
+    if sys.version_info >= (3, 14):
+        return
+    policy = asyncio.get_event_loop_policy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            policy.get_child_watcher()
+        except NotImplementedError:
+            watcher = asyncio.ThreadedChildWatcher()
+            setattr(policy, "get_child_watcher", lambda: watcher)  # noqa: B010  # a method of this object alone
+
+
 class AgentLoop:
     """Runs coroutines on a loop of its own.
 
@@ -36,7 +66,7 @@ class AgentLoop:
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.SelectorEventLoop(_OwnProcess())
+        self._loop = _Loop(_OwnProcess())
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="agents", daemon=True)
         self._thread.start()

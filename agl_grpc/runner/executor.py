@@ -110,12 +110,15 @@ class Executor:
             raise
         # An agent that calls sys.exit() ends its own attempt, not the worker.
         except BaseException as error:
-            failure = failure_of(error)
+            outcome = Outcome(failure=failure_of(error))
+        if outcome.failure is not None:
             log.warning(
                 "attempt %s of %s failed (%s): %s",
-                task.rollout.attempt.attempt_id, task.rollout.rollout_id, failure.kind, failure.message,
-            )  # fmt: skip
-            return Outcome(failure=failure)
+                task.rollout.attempt.attempt_id,
+                task.rollout.rollout_id,
+                outcome.failure.kind,
+                outcome.failure.message,
+            )
         if outcome.returned:
             # Readers of traces find returned rewards where they find emitted ones.
             names = list(outcome.returned)

@@ -8,7 +8,6 @@ import ipaddress
 import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -88,9 +87,6 @@ class RayWorker:
 
     def run(self) -> tuple[str, str]:
         """Works until it leaves; `left`, `worn out`, or `refused` with the reason."""
-        if sys.version_info < (3, 14):
-            # Ray installs uvloop's policy, under which the agents' own loop cannot start programs.
-            asyncio.set_event_loop_policy(None)
         try:
             agent, hooks, tracer = load_parts(self.config)
             with asyncio.Runner(loop_factory=loop_factory()) as runner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tomllib
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import orjson
 import yaml
 
-from agl_grpc.dataset import DatasetError, open_dataset
+from agl_grpc.dataset import DatasetError, open_dataset, tasks_in_order
 from agl_grpc.runner.load import LoadError, load_object
 from agl_grpc.trainer.errors import TrainerError
 
@@ -47,6 +48,33 @@ def read_dataset(name: str, spec: Any) -> Any:
         return None
     try:
         return open_dataset(spec, load=_load, name=name)
+    except DatasetError as error:
+        raise TrainerError(str(error)) from error
+
+
+def tasks_of(name: str, given: Any) -> Any:
+    """A dataset that is given to train on or to validate with; None = none.
+
+    Raises:
+        TrainerError: it is none, it is empty, or it does not say how long it is.
+    """
+    tasks = read_dataset(name, given)
+    if tasks is None:
+        return None
+    try:
+        number = len(tasks)
+    except Exception as error:  # the dataset is the user's code
+        raise TrainerError(f"{name} does not say its length: {type(error).__name__}: {error}") from error
+    if number == 0:
+        raise TrainerError(f"{name} is empty: give tasks, or leave it out")
+    return tasks
+
+
+def first_tasks(name: str, given: Any, limit: int) -> list[Any] | None:
+    """At most ``limit`` tasks, as `tasks_of` reads them; a task that raises is a TrainerError too."""
+    tasks = tasks_of(name, given)
+    try:
+        return None if tasks is None else list(itertools.islice(tasks_in_order(tasks, name), limit))
     except DatasetError as error:
         raise TrainerError(str(error)) from error
 

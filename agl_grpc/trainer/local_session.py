@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from agl_grpc.algorithm import Algorithm
-from agl_grpc.client import StoreClient
+from agl_grpc.client import StoreError
+from agl_grpc.client.filters import rollout_filter
 from agl_grpc.manifest.describe import without_secrets
-from agl_grpc.model import TrainingRunStatus
+from agl_grpc.model import RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
 from agl_grpc.runner.load import LoadError, load_agent, load_hooks, load_tracer
@@ -35,6 +36,7 @@ from agl_grpc.trainer.strategy import (
 from agl_grpc.trainer.training_record import RunStopped, TrainingRecord, result_fields
 
 log = logging.getLogger(__name__)
+UNFINISHED = tuple(status for status in RolloutStatus if not status.is_terminal)
 
 
 class LocalSession(Session[FitResult]):
@@ -86,6 +88,8 @@ class LocalSession(Session[FitResult]):
         value = None
         try:
             value = await self.stack.until(self._run_algorithm(algorithm))
+            with contextlib.suppress(StoreError):  # it has ended well, whatever the store says of it
+                await self._tell_of_rollouts(record)
         except RunStopped as stopped:
             self.progress.say(str(stopped))
             await record.end(TrainingRunStatus.STOPPED)
@@ -100,6 +104,23 @@ class LocalSession(Session[FitResult]):
         fields = result_fields(record)
         draw_history(self.plan.folder, fields["history"], self.progress)
         return FitResult(folder=self.plan.folder, restarts=self.stack.restarts, value=value, **fields)
+
+    async def _tell_of_rollouts(self, record: TrainingRecord) -> None:
+        """Says what an algorithm may not have noticed: rollouts that failed, or that it did not wait for."""
+        name = self.plan.run_id
+        failed = await self.client.query_rollouts(
+            filter=rollout_filter(run_id=name, status_in=(RolloutStatus.FAILED,)), limit=1
+        )
+        if failed.total:
+            total = (await self.client.query_rollouts(filter=rollout_filter(run_id=name), limit=1)).total
+            failure = failed[0].failure
+            why = f", for example with: {failure.message}" if failure else ""
+            record.say(f"{failed.total} of the run's {total} rollouts failed{why}")
+        left = await self.client.query_rollouts(
+            filter=rollout_filter(run_id=name, status_in=UNFINISHED), limit=1
+        )
+        if left.total:
+            record.say(f"{left.total} rollouts are unfinished: the algorithm ended without them")
 
     def _open_folder(self) -> None:
         plan = self.plan
@@ -149,7 +170,9 @@ class LocalSession(Session[FitResult]):
             try:
                 yield
             finally:
-                await asyncio.to_thread(threads.stop)
+                # No error: what the algorithm came to, or why it ended, is not lost for an agent that hangs.
+                if stuck := await asyncio.to_thread(threads.stop):
+                    self.progress.say(f"{', '.join(stuck)} did not end and is left behind: an agent blocks")
         else:
             assert isinstance(self._strategy, ClientServerExecutionStrategy)
             self._start_runners()
@@ -170,7 +193,7 @@ class LocalSession(Session[FitResult]):
             return await algorithm.run(plan.train_dataset or None, plan.val_dataset)
         # A plain function blocks, so it gets a thread, and a client of its own: each belongs to one loop. The
         # thread does not keep the program: one that would not stop is left behind.
-        algorithm.set_store(StoreClient(self.address, run_id=plan.run_id))
+        algorithm.set_store(plan.client(self.address))
         call = functools.partial(algorithm.run, plan.train_dataset or None, plan.val_dataset)
         return await run_in_thread(call, AbandonedThreads())
 
@@ -229,14 +252,13 @@ class WorkerThreads:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Has all workers drain; TrainerError when one does not end."""
+    def stop(self) -> list[str]:
+        """Has all workers drain; the names of those that do not end, which do not keep the program."""
         self._stop.set()
         deadline = time.monotonic() + self._plan.runner.drain_seconds + self._join_timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if stuck := [thread.name for thread in self._threads if thread.is_alive()]:
-            raise TrainerError(f"{', '.join(stuck)} did not end: an agent blocks")
+        return [thread.name for thread in self._threads if thread.is_alive()]
 
     def _body(self, index: int, runner: LitAgentRunner) -> None:
         try:
@@ -249,7 +271,7 @@ class WorkerThreads:
 
     async def _work(self, index: int, runner: LitAgentRunner) -> None:
         async with (
-            StoreClient(self._store, run_id=self._plan.run_id) as store,
+            self._plan.client(self._store) as store,
             runner.run_context(agent=self._agent, store=store, hooks=self._hooks, worker_id=index),
         ):
             await runner.iter(self._stop)

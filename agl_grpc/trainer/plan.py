@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.client import StoreClient
 from agl_grpc.grader import Graders
 from agl_grpc.model import LLM, NamedResources, Resource
 from agl_grpc.runner.config import RunnerConfig
@@ -23,7 +24,8 @@ VALIDATION_QUEUE_SUFFIX = "-validation"
 class Plan:
     """One run as `Trainer` was told to make it.
 
-    ``store`` is the address of a store that runs already, empty = start one on ``store_host``; ``llm`` an
+    ``store`` is the address of a store that runs already, empty = start one on ``store_host``, and
+    ``store_client`` the client of it that was given, whose settings count in this process; ``llm`` an
     endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be,
     ``allowed_exit_codes`` with what they may leave; ``stop_seconds`` passes between SIGTERM and SIGKILL;
     ``training_run_id`` the training run to take up, empty = one is made, and ``trainer_id`` who takes it;
@@ -36,6 +38,7 @@ class Plan:
     val_dataset: Sequence[Any] | None
     initial_resources: NamedResources = field(default_factory=dict)
     store: str = ""
+    store_client: StoreClient | None = None
     store_host: str = "127.0.0.1"
     store_port: int = 0
     llm: LLM | None = None
@@ -66,6 +69,12 @@ class Plan:
     def validation_queue(self) -> str:
         """Queue of validation rollouts; the workers serve it beside the run's own."""
         return self.run_id + VALIDATION_QUEUE_SUFFIX
+
+    def client(self, store: str) -> StoreClient:
+        """A client of the run for this process."""
+        if self.store_client is not None:
+            return self.store_client.for_run(self.run_id)
+        return StoreClient(store, run_id=self.run_id)
 
     def runner_config(self, store: str) -> RunnerConfig:
         """What the workers are told."""

@@ -108,7 +108,7 @@ class Session(Generic[T]):
             self.stack.start(
                 lambda: commands.store_part(plan.folder, port, self.stack.mark, plan.store_host), restart=True
             )
-        self._client = StoreClient(self.address, run_id=plan.run_id)
+        self._client = plan.client(self.address)
         try:
             async with asyncio.timeout(_STORE_START_SECONDS):
                 await self.stack.until(self._client.get_server_info())

@@ -13,6 +13,7 @@ from typing import Any
 from agl_grpc.agent import LitAgent
 from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline
 from agl_grpc.algorithm.base import FunctionalAlgorithm
+from agl_grpc.algorithm.baseline import FastAlgorithm
 from agl_grpc.client import StoreClient
 from agl_grpc.evaluation import Evaluation, Pass, Sampling
 from agl_grpc.grader import Graders
@@ -21,7 +22,7 @@ from agl_grpc.runner.lit_agent_runner import LitAgentRunner
 from agl_grpc.sample.adapter import Adapter
 from agl_grpc.tracer import OtelTracer, Tracer
 from agl_grpc.trainer.components import build
-from agl_grpc.trainer.dev import dev_run
+from agl_grpc.trainer.dev import dev_algorithm, dev_run
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.evaluation_session import (
     EvaluationSession,
@@ -29,6 +30,7 @@ from agl_grpc.trainer.evaluation_session import (
     evaluated_model,
     with_answers,
 )
+from agl_grpc.trainer.files import first_tasks, tasks_of
 from agl_grpc.trainer.local_session import LocalSession
 from agl_grpc.trainer.options import EngineOptions, RunnerOptions, ValidationOptions, options
 from agl_grpc.trainer.plan import Plan, check_name
@@ -39,7 +41,7 @@ from agl_grpc.trainer.session import Session, run_anywhere, run_to_end
 from agl_grpc.trainer.strategy import STRATEGIES, ClientServerExecutionStrategy, ExecutionStrategy
 from agl_grpc.trainer.verl_session import VerlSession
 
-_ADDRESS = re.compile(r"[^:/\s]+:\d+")
+_ADDRESS = re.compile(r"(grpcs?://)?([^:/\s]+|\[[0-9a-fA-F:.]+\]):\d+")
 TRACERS: Mapping[str, Any] = {"otel": OtelTracer, "agentops": "agl_grpc.tracer:AgentOpsTracer"}
 ALGORITHMS: Mapping[str, Any] = {"verl": VERL, "apo": APO, "gepa": GEPA, "baseline": Baseline}
 
@@ -53,7 +55,8 @@ class Trainer:
     Args:
         algorithm: `VERL` (or ``{"type": "verl", "config": …}``), or one that runs in this process; None =
             only workers.
-        store: ``host:port`` or a client of a store that runs; None = one is started in the run's folder.
+        store: ``host:port`` (``grpcs://host:port`` with TLS) of a store that runs, or a client of it, whose
+            retry policy and certificates count in this process; None = one is started in the run's folder.
         isolation: where agents run: ``thread`` (in the worker, the default), ``process``, ``command`` or
             ``kubernetes``; as ``isolation`` of ``runner``, which names command and Job template.
         runner: a dict of `RunnerOptions` for worker processes; a `LitAgentRunner` for `dev` and for threads.
@@ -121,6 +124,7 @@ class Trainer:
         )
         self.engine, self.llm = _engine(llm_proxy)
         self.store = _address(store)
+        self.store_client = store if isinstance(store, StoreClient) else None
         self.initial_resources = dict(initial_resources or {})
         self.n_runners = n_runners
         self.max_rollouts = max_rollouts
@@ -150,7 +154,8 @@ class Trainer:
         Args:
             agent: a `LitAgent`, its class, a decorated function, or ``module:name``; importable
                 or picklable, because workers are processes; None where a command or a Job is the agent.
-            train_dataset: tasks; each item is a JSON value and becomes a rollout's input.
+            train_dataset: tasks; each item is a JSON value and becomes a rollout's input. Also a path, as a
+                configuration file has it.
             val_dataset: tasks of validation; never trained.
 
         Raises:
@@ -158,7 +163,8 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once everything has stopped.
         """
         agent = None if agent is None and self.runner_options.is_agent else _agent(agent)
-        plan = self._plan(agent, train_dataset or (), val_dataset)
+        train = tasks_of("train_dataset", train_dataset)
+        plan = self._plan(agent, train or (), tasks_of("val_dataset", val_dataset))
         if self.training_run is not None:
             training_run_id, trainer_id = self.training_run
             plan = dataclasses.replace(plan, training_run_id=training_run_id, trainer_id=trainer_id)
@@ -231,25 +237,39 @@ class Trainer:
     ) -> list[Rollout]:
         """Tries an agent out in this process, on a few tasks and without training; answers the rollouts.
 
+        A `FastAlgorithm`, `Baseline` for example, and a function that is the algorithm are run with the first
+        ``limit`` tasks of each dataset. Any other algorithm needs more than this process and is left out:
+        ``limit`` tasks of the training dataset are done in mode ``train``, else of the validation dataset in
+        mode ``val``, one after the other.
+
         The store is the one given, else a throw-away one. Resources are ``initial_resources`` and the
-        endpoint given as ``llm_proxy``. ``limit`` tasks of the training dataset are done in mode ``train``,
-        else of the validation dataset in mode ``val``. A failure of the agent is raised, with its traceback.
+        endpoint given as ``llm_proxy``. A failure of the agent is raised, with its traceback.
+
+        Raises:
+            TrainerError: there is no task, or the agent failed.
         """
+        agent = _agent(agent)
+        train, val = (
+            first_tasks(name, given, limit)
+            for name, given in (("train_dataset", train_dataset), ("val_dataset", val_dataset))
+        )
+        if train is None and val is None:
+            raise TrainerError("dev needs tasks: give train_dataset or val_dataset")
+        if isinstance(self.algorithm, FastAlgorithm | FunctionalAlgorithm):
+            plan = self._plan(agent, train or (), val)
+            return dev_algorithm(plan, self.algorithm, self.runner, self.adapter, self)
         resources = dict(self.initial_resources)
         if self.llm is not None:
             resources = {self.engine.resource: self.llm, **resources}
-        tasks, mode = (train_dataset, RolloutMode.TRAIN) if train_dataset else (val_dataset, RolloutMode.VAL)
-        if not tasks:
-            raise TrainerError("dev needs tasks: give train_dataset or val_dataset")
         runner = self.runner or LitAgentRunner(self.tracer)
-        tried = _agent_object(_agent(agent))
+        tried = _agent_object(agent)
         tried.set_trainer(self)
         return run_anywhere(
             dev_run(
                 runner,
                 tried,
-                list(tasks)[:limit],
-                mode,
+                train or val or (),
+                RolloutMode.TRAIN if train else RolloutMode.VAL,
                 resources=resources,
                 store=self.store,
                 run_id=self.run_name,
@@ -285,6 +305,7 @@ class Trainer:
             val_dataset=val,
             initial_resources=self.initial_resources,
             store=store,
+            store_client=self.store_client,
             store_port=port,
             llm=self.llm,
             engine=self.engine,

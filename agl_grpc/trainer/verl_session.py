@@ -10,19 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from agl_grpc.agent.decorators import FunctionalLitAgent
+from agl_grpc.agent.missing import ResourceMissing
 from agl_grpc.algorithm import VERL
 from agl_grpc.evaluation import Evaluation
 from agl_grpc.learner.best import read_best
 from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import SAID, scores
 from agl_grpc.learner.run_config import ValidationConfig
+from agl_grpc.model import LLM
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.charts import ChartsMissing, draw_rewards
 from agl_grpc.trainer.errors import PartDied, TrainerError
 from agl_grpc.trainer.options import find_python
-from agl_grpc.trainer.plan import Plan
+from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import captured
 from agl_grpc.trainer.relay import end_of, relay
@@ -47,6 +50,7 @@ class VerlSession(Session[FitResult]):
         self, plan: Plan, progress: Progress, algorithm: VERL, *, start_workers: bool = True
     ) -> None:
         super().__init__(plan, progress)
+        _check_agent(plan)
         self._start_workers = start_workers
         self._algorithm = algorithm
         self._learner_python = find_python("learner", plan.learner_python)
@@ -361,3 +365,13 @@ class VerlSession(Session[FitResult]):
             draw_rewards(picture, history, points, f"{self.plan.run_id}: reward")
         except ChartsMissing as missing:
             self.progress.say(str(missing))
+
+
+def _check_agent(plan: Plan) -> None:
+    """Refuses an agent that cannot work with what this run publishes: each of its rollouts would fail."""
+    if isinstance(plan.agent, FunctionalLitAgent):
+        endpoint = plan.llm or LLM(endpoint="", model="")
+        try:
+            plan.agent.check_resources(with_llm(plan.initial_resources, plan.engine.resource, endpoint))
+        except ResourceMissing as error:
+            raise TrainerError(str(error)) from error

@@ -10,6 +10,7 @@ import pytest
 
 from agl_grpc.client import StoreClient
 from agl_grpc.store.door.app import ServeConfig, StoreServer
+from tests.client.faces import FACES, Faces, faces
 
 
 @pytest.fixture
@@ -30,4 +31,11 @@ def nowhere() -> Iterator[str]:
 @pytest.fixture
 async def client(store: StoreServer) -> AsyncIterator[StoreClient]:
     async with StoreClient(store.address) as made:
+        yield made
+
+
+@pytest.fixture(params=FACES)
+async def any_face(request: pytest.FixtureRequest, database: Path | str | None) -> AsyncIterator[Faces]:
+    """Clients of each face in turn, to a store on each back end."""
+    async with faces(request.param, database) as made:
         yield made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model import LLM, EnqueueRolloutRequest, PromptTemplate
@@ -63,12 +64,25 @@ async def test_watches_tell_every_change(client: StoreClient) -> None:
         await asyncio.gather(*watchers, return_exceptions=True)
 
 
+class Noting(StoreClient):
+    """Says when its first call was answered."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.answered = asyncio.Event()
+
+    async def call(self, *args: Any, **named: Any) -> Any:
+        answer = await super().call(*args, **named)
+        self.answered.set()
+        return answer
+
+
 async def test_a_watch_from_now_on_has_no_gap_when_its_first_stream_breaks(
     store: StoreServer, client: StoreClient
 ) -> None:
     seen: list[int] = []
     async with FlakyProxy(store.address) as proxy:
-        through = StoreClient(proxy.address)
+        through = Noting(proxy.address)
 
         async def watch() -> None:
             async for change in through.watch_resources():
@@ -77,10 +91,8 @@ async def test_a_watch_from_now_on_has_no_gap_when_its_first_stream_breaks(
         await client.update_resources("rs", {})
         watching = asyncio.create_task(watch())
         try:
-            await eventually(lambda: proxy.connections, what="a connection")
-            # The watch asked for its position before these, and is answered within them.
-            for _ in range(25):
-                await through.get_latest_resources()
+            # It knows where it begins; its stream is open or about to be.
+            await asyncio.wait_for(through.answered.wait(), 30)
             proxy.cut(refuse=True)
             await client.update_resources("rs", {})
             proxy.accept()

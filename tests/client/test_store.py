@@ -1,4 +1,4 @@
-"""The names of Agent Lightning's store against a real server."""
+"""The names of Agent Lightning's store against a real one: each face of the client, each back end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ from agl_grpc.model import (
     Span,
     WorkerStatus,
 )
+from tests.client.faces import Faces
 from tests.support.databases import backend_of
+
+
+@pytest.fixture
+def client(any_face: Faces) -> StoreClient:
+    return any_face.client()
 
 
 async def test_a_rollout_from_start_to_end(client: StoreClient) -> None:
@@ -243,17 +249,17 @@ async def test_the_server_tells_about_itself(client: StoreClient, database: Path
     assert numbers["uptime"] > 0
 
 
-async def test_runs_keep_apart(client: StoreClient, store: Any) -> None:
+async def test_runs_keep_apart(client: StoreClient, any_face: Faces) -> None:
     run = await client.create_run("other")
     assert run.run_id == "other"
-    async with StoreClient(store.address, run_id="other") as other:
-        await other.enqueue_rollout(1)
-        assert await client.dequeue_rollout() is None
-        paused = await other.pause_dispatch()
-        assert paused.paused
-        assert await other.dequeue_rollout() is None
-        await other.resume_dispatch()
-        assert await other.dequeue_rollout() is not None
+    other = any_face.client(run_id="other")
+    await other.enqueue_rollout(1)
+    assert await client.dequeue_rollout() is None
+    paused = await other.pause_dispatch()
+    assert paused.paused
+    assert await other.dequeue_rollout() is None
+    await other.resume_dispatch()
+    assert await other.dequeue_rollout() is not None
     changed = await client.update_run("other", metadata={"a": 1}, seal_timeout_seconds=5.0)
     assert (changed.metadata, changed.seal_timeout_seconds) == ({"a": 1}, 5.0)
     assert {run.run_id for run in await client.query_runs()} == {"default", "other"}

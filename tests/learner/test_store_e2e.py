@@ -287,7 +287,7 @@ async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
     store: StoreProcess, folder: Path
 ) -> None:
     """Planner and solver answer one call each of every rollout; both learn from its reward."""
-    steps, batch = 6, 4 * 8
+    steps, batch = 10, 4 * 8
     config = orjson.loads(_configure(folder, steps).read_bytes())
     config["verl"]["trainer.save_freq"] = steps
     learners = []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import uvloop
 
 from agl_grpc.agent import LitAgent, emit_reward, prompt_rollout, rollout
 from agl_grpc.client import StoreClient
@@ -32,6 +34,22 @@ class Broken(LitAgent[Any]):
     def rollout(self, task: Any, resources: Any, rollout: Any) -> None:
         """Raises."""
         raise ValueError(f"no way with {task}")
+
+
+@rollout
+async def starting_a_program(task: str, resources: Any) -> float:
+    """Its exit code."""
+    program = await asyncio.create_subprocess_exec("sh", "-c", task)
+    return float(await program.wait())
+
+
+@pytest.fixture
+def uvloops_policy() -> Iterator[None]:
+    """What `uvloop.install()` leaves behind."""
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    yield
+    asyncio.set_event_loop_policy(before)
 
 
 async def test_step_runs_one_rollout(client: StoreClient) -> None:
@@ -117,3 +135,12 @@ async def test_iter_ends_after_max_rollouts(client: StoreClient) -> None:
         await runner.iter()
     assert len(await client.query_rollouts(status_in=["succeeded"])) == 2
     assert len(await client.query_rollouts(status_in=["queuing"])) == 1
+
+
+@pytest.mark.usefixtures("uvloops_policy")
+async def test_agents_start_programs_where_uvloop_is_installed(client: StoreClient) -> None:
+    made = [await client.enqueue_rollout(f"exit {code}") for code in (0, 3)]
+    async with LitAgentRunner(max_rollouts=2).run_context(agent=starting_a_program, store=client) as runner:
+        await runner.iter()
+    rewards = await client.query_rewards([one.rollout_id for one in made])
+    assert sorted(reward.value for reward in rewards) == [0.0, 3.0]

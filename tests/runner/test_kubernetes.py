@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from agl_grpc import Trainer
 from agl_grpc.client import StoreClient
 from agl_grpc.model import FailureKind, ProxyLLM, Rollout, RolloutConfig, RolloutStatus
 from agl_grpc.runner import LoadError
@@ -21,13 +22,14 @@ from tests.runner.kube_api import FakeCluster
 from tests.runner.runner_process import RunnerProcess
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
+from tests.trainer.agents import summing
 
 LONG = 90.0
 
 AGENT = """
 import json, os, sys, time
 task = json.load(open(os.environ["AGL_GRPC_TASK_FILE"]))
-llm = json.load(open(os.environ["AGL_GRPC_RESOURCES_FILE"]))["llm"]
+(llm,) = json.load(open(os.environ["AGL_GRPC_RESOURCES_FILE"])).values()
 print(os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"][:5], llm["model"])
 time.sleep(task.get("sleep", 0))
 open(os.environ["AGL_GRPC_REWARD_FILE"], "w").write(json.dumps(task.get("reward")))
@@ -157,6 +159,22 @@ async def test_a_cancelled_rollouts_job_is_deleted(
         (again,) = await done(client, await client.enqueue_rollout({"reward": 1}))
         assert again.status is RolloutStatus.SUCCEEDED, again.failure
         await eventually(lambda: not _left(cluster), within=LONG, what="nothing is left in the cluster")
+
+
+def test_a_trainers_rollouts_are_jobs(
+    cluster: FakeCluster, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig()))
+    trainer = Trainer(
+        algorithm=summing,
+        llm_proxy={"endpoint": "http://127.0.0.1:9/v1", "model": "m"},
+        runner={"job_template": str(template(folder)), "concurrency": 2},
+        run_name="jobs",
+        run_dir=tmp_path,
+    )
+    assert trainer.fit(train_dataset=[{"reward": 0.5}, {"reward": 2}]).value == 2.5
+    assert sum("POST" in line and "/jobs" in line for line in cluster.seen) == 2
+    assert not _left(cluster)
 
 
 def test_jobs_and_secrets_are_valid(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from typing import Any, ClassVar
 
 from agl_grpc import Hook, LitAgent, NamedResources, PromptTemplate, StoreClient, rollout
-from agl_grpc.algorithm import Reporter, algo
+from agl_grpc.algorithm import Algorithm, Reporter, algo
 from agl_grpc.model import RolloutMode
 
 
@@ -70,9 +70,26 @@ async def endless(store: StoreClient) -> None:
 
 
 @algo
+async def waiting(reporter: Reporter) -> None:
+    """As `endless`, after a step."""
+    import asyncio
+
+    reporter.step(1, {"reward/mean": 0.0})
+    await asyncio.get_running_loop().create_future()
+
+
+@algo
 def failing(train_dataset: Any) -> None:
     """An algorithm with a defect."""
     raise RuntimeError("this algorithm is broken")
+
+
+class Unready(Algorithm):
+    """An algorithm that needs more than `Trainer.dev` has."""
+
+    def run(self, train_dataset: Any = None, val_dataset: Any = None) -> None:
+        """Not reached by `Trainer.dev`."""
+        raise RuntimeError("this algorithm needs a GPU")
 
 
 class NotingHook(Hook):

@@ -1,6 +1,7 @@
 """A user's program: an agent that no import can find, an algorithm, and a strategy named on the command line.
 
 `python -m tests.trainer.strategy_script WHAT STRATEGY FOLDER`, where STRATEGY is `shm`, `spawn` or `fork`.
+With AGL_TEST_STORE the run is one of the store that runs there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 
 from agl_grpc import LitAgent, StoreClient, Trainer, rollout
 from agl_grpc.algorithm import algo
+from agl_grpc.client import RetryPolicy
 
 FACTOR = 10.0
+PATIENCE_SECONDS = 2.0
 
 
 def made_here(factor: float) -> LitAgent[Any]:
@@ -74,11 +77,14 @@ async def _agent_is_running(store: StoreClient) -> None:
 
 def main(what: str, strategy: str, folder: str) -> None:
     """Trains, and prints what came of it."""
-    chosen: Any = "shm" if strategy == "shm" else {"type": "cs", "start_method": strategy}
-    if strategy != "shm":
-        chosen["graceful_timeout"] = 1.0
+    quick = {"graceful_timeout": 1.0, "terminate_timeout": 4.0}
+    chosen: Any = {"type": "cs", "start_method": strategy, **quick}
+    if strategy == "shm":
+        chosen = {"type": "shm", "graceful_delay": 1.0, "join_timeout": 4.0}
     common: dict[str, Any] = {"strategy": chosen, "run_name": "run", "run_dir": folder}
     common["runner"] = {"drain_seconds": 1.0, "concurrency": 2}
+    if elsewhere := os.environ.get("AGL_TEST_STORE"):
+        common["store"] = StoreClient(elsewhere, retry=RetryPolicy(timeout=PATIENCE_SECONDS))
     if what == "sum":
         tasks = [{"number": 1}, {"number": 2, "die": f"{folder}/died" if strategy == "fork" else ""}]
         print(Trainer(algorithm=summing, **common).fit(made_here(FACTOR), tasks).value)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +12,12 @@ import orjson
 import psutil
 import pytest
 
-from agl_grpc.model import PromptTemplate
+from agl_grpc.algorithm import algo, run_rollouts
+from agl_grpc.client import StoreClient
+from agl_grpc.model import EnqueueRolloutRequest, PromptTemplate
 from agl_grpc.trainer import Trainer, TrainerError
 from agl_grpc.trainer.sweep import MARK
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import free_port
 from tests.trainer import agents
 
 TASKS = [{"number": number} for number in (2, 4, 6)]
@@ -80,6 +80,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
         ({"adapter": 5}, "neither a class nor a factory"),
         ({"adapter": dict}, "adapter must be a Adapter"),
         ({"adapter": "no.such:adapter"}, "there is no module 'no'"),
+        ({"algorithm": "bsaeline"}, "did you mean 'baseline'"),
+        ({"strategy": "spawn"}, "strategy 'spawn': .*short names: cs, shm"),
     ],
 )
 def test_wrong_arguments_are_named_at_once(arguments: dict[str, Any], part: str) -> None:
@@ -96,6 +98,22 @@ def test_a_dataset_that_raises_is_named_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"task 0 of 3 cannot be read.*OSError: the disk is gone"):
         trainer.fit(agents.halver, Broken(TASKS))
     assert not _processes_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({"train_dataset": []}, "train_dataset is empty: give tasks, or leave it out"),
+        ({"train_dataset": TASKS, "val_dataset": []}, "val_dataset is empty"),
+        ({"train_dataset": iter(TASKS)}, "train_dataset is a list_iterator: give a path"),
+        ({"train_dataset": "tasks.csv"}, "train_dataset 'tasks.csv': no .jsonl"),
+        ({"train_dataset": [{"number": {1, 2}}]}, "task 0 is not a JSON value"),
+    ],
+)
+def test_datasets_that_are_none(datasets: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trainer = Trainer(algorithm=agents.summing, run_name="dataset", run_dir=tmp_path)
+    with pytest.raises(TrainerError, match=message):
+        trainer.fit(agents.halver, **datasets)
 
 
 def test_missing_environments_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
@@ -117,39 +135,56 @@ def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
         trainer.dev(agents.halver, [{"number": -1}])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_everything(number: signal.Signals, tmp_path: Path) -> None:
-    code = f"""
-from agl_grpc.trainer import Trainer
-from tests.trainer import agents
-if __name__ == "__main__":
-    Trainer(algorithm=agents.endless, run_name="endless", run_dir={str(tmp_path)!r}).fit(agents.halver)
-"""
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    log = tmp_path / "script.log"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        runs = eventually(
-            lambda: b"algorithm is running" in log.read_bytes(), within=60, what="the algorithm"
-        )
-        asyncio.run(runs)
-        assert len(_processes_of(tmp_path)) >= 2, "store and worker run"
-        process.send_signal(number)
-        ended = process.wait(60)
-    finally:
-        process.kill()
-        process.wait()
-    assert ended == (-signal.SIGINT if number is signal.SIGINT else 128 + signal.SIGTERM), log.read_text()
+def test_an_agent_that_needs_what_verl_does_not_publish_is_refused(tmp_path: Path) -> None:
+    algorithm = {"type": "verl", "config": {"actor_rollout_ref.model.path": str(tmp_path)}}
+    trainer = Trainer(algorithm=algorithm, run_name="mismatch", run_dir=tmp_path)
+    with pytest.raises(TrainerError, match=r"needs a PromptTemplate, .*published: main_llm \(LLM\)"):
+        trainer.fit(agents.prompted, TASKS)
+
+
+@algo
+async def hasty(store: StoreClient, train_dataset: Any) -> None:
+    """Waits for the first rollout alone."""
+    requests = [EnqueueRolloutRequest(input=task) for task in train_dataset]
+    rollouts = run_rollouts(store, requests)
+    await anext(rollouts)
+    await rollouts.aclose()
+    await store.pause_dispatch()
+    await store.enqueue_rollout("never")
+
+
+def test_what_an_algorithm_did_not_notice_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(algorithm=hasty, strategy="shm", run_name="hasty", run_dir=tmp_path)
+    trainer.fit(agents.prompted, ["one"])
+    said = capsys.readouterr().out
+    assert "1 of the run's 2 rollouts failed, for example with: the agent needs a PromptTemplate" in said
+    assert "1 rollouts are unfinished: the algorithm ended without them" in said
     assert not _processes_of(tmp_path)
+
+
+@algo
+async def doubled(store: StoreClient, train_dataset: Any, val_dataset: Any) -> int:
+    """Has every task done twice."""
+    requests = [EnqueueRolloutRequest(input=task) for task in [*train_dataset, *val_dataset] * 2]
+    return len([ended async for ended in run_rollouts(store, requests)])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "done"), [("baseline", 3), (doubled, 6), ("tests.trainer.agents:Unready", 2)]
+)
+def test_dev_runs_a_quick_algorithm_and_leaves_others_out(
+    algorithm: Any, done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(algorithm=algorithm, hooks="tests.trainer.agents:NotingHook")
+    ended = trainer.dev(agents.halver, TASKS, val_dataset=TASKS[:1], limit=2)
+    assert sorted(rollout.rollout_id for rollout in ended) == sorted(agents.NotingHook.ended[-done:])
+    assert [rollout.status.value for rollout in ended] == ["succeeded"] * done
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TrainerError, match="negative numbers cannot be halved"):
+        trainer.dev(agents.halver, [{"number": -1}], val_dataset=TASKS)
+    with pytest.raises(TrainerError, match="dev needs tasks"):
+        trainer.dev(agents.halver)
 
 
 def test_algorithm_and_workers_may_be_started_apart(tmp_path: Path) -> None:

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from agl_grpc import OtelTracer, StoreClient, Trainer, TrainerError
 from agl_grpc.algorithm import algo
 from agl_grpc.runner import LitAgentRunner
 from agl_grpc.trainer import ClientServerExecutionStrategy
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import free_port
 from tests.trainer import agents
+from tests.trainer.programs import VARIABLES, printed, program
 from tests.trainer.strategy_script import made_here
-
-ROOT = Path(__file__).parents[2]
-VARIABLES = ("AGL_CURRENT_ROLE", "AGL_SERVER_HOST", "AGL_SERVER_PORT", "AGL_MANAGED_STORE")
-
-
-@contextmanager
-def program(folder: Path, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A user's program; whatever is left of its processes is ended at the end."""
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", **variables}
-    command = [sys.executable, "-m", "tests.trainer.strategy_script", *arguments, str(folder)]
-    with (folder / f"{'-'.join(arguments)}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        for left in descendants(process):
-            left.kill()
-        process.kill()
-        process.wait()
-
-
-def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Processes that the program has started, directly or not."""
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def printed(folder: Path, *arguments: str) -> str:
-    """What the program has printed."""
-    return (folder / f"{'-'.join(arguments)}.log").read_text(errors="replace")
 
 
 @pytest.mark.parametrize("strategy", ["shm", "fork"])
@@ -72,37 +32,6 @@ def test_spawned_workers_cannot_be_given_it_and_the_way_out_is_told(tmp_path: Pa
     trainer = Trainer(algorithm=agents.summing, run_name="local", run_dir=tmp_path)
     with pytest.raises(TrainerError, match=r"cannot be imported; .*start_method='fork' or strategy='shm'"):
         trainer.fit(made_here(2.0), [{"number": 1}])
-
-
-@pytest.mark.parametrize(
-    ("strategy", "number"),
-    [
-        ("shm", signal.SIGINT),
-        ("shm", signal.SIGTERM),
-        ("fork", signal.SIGINT),
-    ],
-)
-def test_signals_stop_everything(tmp_path: Path, strategy: str, number: signal.Signals) -> None:
-    with program(tmp_path, "block", strategy) as process:
-        running = eventually(
-            lambda: "algorithm is running" in printed(tmp_path, "block", strategy), within=60, what="it runs"
-        )
-        asyncio.run(running)
-        started = descendants(process)
-        assert len(started) >= (2 if strategy == "shm" else 4)  # store and guard; runner and worker
-        process.send_signal(number)
-        code = process.wait(60)
-        _, alive = psutil.wait_procs(started, timeout=10)
-        assert alive == []
-    text = printed(tmp_path, "block", strategy)
-    assert code == (-signal.SIGINT if number is signal.SIGINT else 128 + signal.SIGTERM), text
-
-
-@pytest.mark.parametrize("strategy", ["shm"])
-def test_a_broken_algorithm_stops_everything(tmp_path: Path, strategy: str) -> None:
-    with program(tmp_path, "fail", strategy) as process:
-        assert process.wait(90) == 1
-    assert printed(tmp_path, "fail", strategy).strip().endswith("RuntimeError: this algorithm is broken")
 
 
 def test_one_program_takes_its_role_from_the_environment(tmp_path: Path) -> None:

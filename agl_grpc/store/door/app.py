@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from google.protobuf.descriptor import ServiceDescriptor
 
 from agl_grpc.store import limits
 from agl_grpc.store.clock import Clock
 from agl_grpc.store.door.call import Authenticator
 from agl_grpc.store.door.credentials import CredentialSigner, new_key
 from agl_grpc.store.door.server import StartError
+from agl_grpc.store.door.service import Parser
 from agl_grpc.store.door.tls import TlsFiles
 from agl_grpc.store.doors import OTLP_GRPC_PORT, OTLP_HTTP_PORT, Doors
 from agl_grpc.store.handlers import handlers
@@ -59,6 +63,46 @@ class ServeConfig:
     """Most bytes of spans that wait for the disk; beyond it calls are refused and streams held back (R28)."""
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An open store with what serves it, before anybody can reach it.
+
+    Attributes:
+        store: The store.
+        services: Handler objects of each service.
+        parsers: What replaces generated request types, by method name.
+        authenticator: Says who calls.
+    """
+
+    store: Store
+    services: Mapping[ServiceDescriptor, Sequence[object]]
+    parsers: Mapping[str, Parser]
+    authenticator: Authenticator
+
+    @classmethod
+    async def by(cls, config: ServeConfig, clock: Clock | None = None) -> Opened:
+        """Opens the database and makes the handlers.
+
+        Raises:
+            StartError: The database cannot be used; one line says why and what to do.
+        """
+        try:
+            store = await Store.open(config.database, clock=clock, limit_pages=config.limit_pages)
+        except DatabaseError as error:
+            raise StartError(str(error)) from error
+        try:
+            signer = CredentialSigner(await store.write(_signing_key))
+            side = await WriteSide.start(store, signer)
+            eviction = None
+            if store.database.backend == "memory":
+                eviction = _eviction(config)
+            services, parsers = handlers(side, config.span_queue_bytes, eviction)
+        except BaseException:
+            await store.close()
+            raise
+        return cls(store, services, parsers, Authenticator(signer, config.operator_token))
+
+
 class StoreServer:
     """A running store server. Make it with `StoreServer.start`, on the event loop that serves.
 
@@ -82,24 +126,21 @@ class StoreServer:
         Raises:
             StartError: The database or a port cannot be used; one line says why and what to do.
         """
+        opened = await Opened.by(config, clock)
         try:
-            store = await Store.open(config.database, clock=clock, limit_pages=config.limit_pages)
-        except DatabaseError as error:
-            raise StartError(str(error)) from error
-        try:
-            signer = CredentialSigner(await store.write(_signing_key))
-            side = await WriteSide.start(store, signer)
-            eviction = None
-            if store.database.backend == "memory":
-                eviction = _eviction(config)
-            services, parsers = handlers(side, config.span_queue_bytes, eviction)
-            authenticator = Authenticator(signer, config.operator_token)
-            doors = Doors(services, authenticator, parsers, config.grace, config.cors_origins, config.tls)
+            doors = Doors(
+                opened.services,
+                opened.authenticator,
+                opened.parsers,
+                config.grace,
+                config.cors_origins,
+                config.tls,
+            )
             await doors.open(config.host, config.port, config.http_port, otlp=config.otlp)
         except BaseException:
-            await store.close()
+            await opened.store.close()
             raise
-        return cls(config, store, doors)
+        return cls(config, opened.store, doors)
 
     @property
     def address(self) -> str:

@@ -46,7 +46,7 @@ _COLUMNS = {
     "rollout_id": "r.rollout_id",
     "status": "r.status",
     "priority": "r.priority",
-    "mode": "r.mode",
+    "mode": "CASE r.mode WHEN 0 THEN 9223372036854775807 ELSE r.mode END",
     "resources_id": "coalesce((SELECT s.resources_id FROM resources s WHERE s.resource_key = "
     f"r.resource_key), {LAST_TEXT})",
 }

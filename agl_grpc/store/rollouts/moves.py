@@ -144,9 +144,8 @@ class Moves:
         """
         move = lifecycle.move_rollout(rollout.status, RolloutEvent.DELIVER)
         if move.outcome is Outcome.REFUSED:
-            raise illegal_transition(
-                "rollout", rollout.rollout_id, rollout_status(rollout.status), rollout_status(move.status)
-            )
+            now, wanted = rollout_status(rollout.status), rollout_status(lifecycle.PREPARING)
+            raise illegal_transition("rollout", rollout.rollout_id, now, wanted)
         if rollout.latest_attempt_key is not None:
             self._supersede(tx, attempt_by_key(tx.connection, rollout.latest_attempt_key))
         resource_key = rollout.resource_key

@@ -42,6 +42,16 @@ go-tools: .venv-go/ready ## Unpack Go and gRPC for it from Debian's packages int
 	cd .venv-sandbox && dpkg-deb -x bubblewrap_*.deb . && rm -f ./*.deb
 	touch $@
 
+# Trackers as they are: an environment that is made for this and kept.
+.venv-trackers/ready:
+	$(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/pip install -q 'wandb>=0.19' 'mlflow-skinny>=2,<3' tensorboardX numpy orjson psutil
+	touch $@
+
+.PHONY: trackers
+trackers: .venv-trackers/ready ## Metrics to Weights & Biases (offline) and MLflow (a folder), read back
+	PYTHONPATH="$$PWD" .venv-trackers/bin/python tests/diagnosis/trackers.py
+
 .PHONY: sandbox
 sandbox: .venv-sandbox/ready ## Unpack bubblewrap from Debian's package into .venv-sandbox
 
@@ -85,6 +95,26 @@ GENERATED := proto agl_grpc/v1 clients/go/v1 clients/typescript/src/gen docs/con
 check-proto: proto ## Fail when the committed stubs differ from a fresh generation
 	@test -z "$$(git status --porcelain -- $(GENERATED))" || { git status --short -- $(GENERATED); exit 1; }
 
+# The contract never breaks: neither what the last release promised, nor main, nor the last tag, where this checkout has
+# them. tests/contract/release/ is what a release leaves: its contract, and its Python client with its vectors.
+RELEASE := tests/contract/release
+
+.PHONY: check-breaking
+check-breaking: .venv-proto/ready ## Fail when the contract breaks what it was
+	.venv-proto/typing/bin/buf breaking --against $(RELEASE)/contract.binpb
+	@for ref in $$(git describe --tags --abbrev=0 2> /dev/null) main origin/main; do \
+	  git rev-parse -q --verify "$$ref^{commit}" > /dev/null || continue; \
+	  git archive "$$ref" buf.yaml proto | .venv-proto/typing/bin/buf breaking --against '-#format=tar' || exit 1; \
+	  echo "nothing breaks against $$ref"; \
+	done
+
+.PHONY: keep-release
+keep-release: .venv-proto/ready ## Keep the contract and the Python client of REF=TAG, once it is released, for the checks to come
+	@test -n "$(REF)" || { echo "name the release: make keep-release REF=v1.2.3"; exit 1; }
+	git archive $(REF) buf.yaml proto | .venv-proto/typing/bin/buf build '-#format=tar' --exclude-source-info -o $(RELEASE)/contract.binpb
+	git archive --format=zip -o $(RELEASE)/client.zip $(REF) agl_grpc/__init__.py agl_grpc/client agl_grpc/model agl_grpc/v1 \
+	  tests/__init__.py tests/conformance/__init__.py tests/conformance/replay.py tests/vectors
+
 # Debian's own protoc, unpacked beside the others: nothing is installed into the system.
 .venv-proto/debian/ready: | .venv-proto/ready
 	mkdir -p .venv-proto/debian
@@ -115,7 +145,7 @@ lint: .venv/dev-ready ## Format, lint and types
 	.venv/bin/mypy
 
 .PHONY: test-fast
-test-fast: .venv/dev-ready .venv-sandbox/ready ## The fast suite: no vLLM, no verl
+test-fast: .venv/dev-ready .venv-proto/ready .venv-sandbox/ready ## The fast suite: no vLLM, no verl
 	.venv/bin/python -m pytest -n 2 -m 'not e2e'
 
 .PHONY: engines
@@ -151,6 +181,12 @@ examples/frameworks/node/node_modules/.package-lock.json: examples/frameworks/no
 .PHONY: frameworks
 frameworks: .venv-frameworks/ready examples/frameworks/node/node_modules/.package-lock.json ## Make the environment of the agent frameworks
 
+# STEPS=N for a longer run.
+.PHONY: hybrid
+hybrid: .venv/dev-ready ## verl starts vLLM itself, with capture inside, and trains through it; some minutes
+	.venv/bin/agl-grpc env create hybrid --path .venv-hybrid
+	.venv/bin/python -m tests.learner.hybrid_run --write $(if $(STEPS),--steps $(STEPS))
+
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises
@@ -158,7 +194,7 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 .PHONY: test
-test: check-proto check-protoc lint test-fast engines peers frameworks cpp-tools ## Everything: lint, the fast suite, real vLLM and real verl
+test: check-proto check-breaking check-protoc lint test-fast engines peers frameworks cpp-tools ## Everything: lint, the fast suite, real vLLM and real verl
 	.venv/bin/python -m pytest -m 'e2e and not alone' -n 2 --dist loadfile --durations 40
 	.venv/bin/python -m pytest -m 'e2e and alone'
 

@@ -43,6 +43,9 @@ message. Tried again is what answers `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` wit
 
 **Errors** are a `google.rpc.Status` with one `google.rpc.ErrorInfo`, whose reasons are listed at
 [ErrorReason](#errorreason). The reasons named with an rpc are those that the vectors show, not all there are.
+
+**What may happen to a rollout, an attempt, a lease**: every state by every event stands in
+[lifecycle.md](lifecycle.md).
 """
 
 
@@ -96,12 +99,16 @@ def _readable(value: Any) -> Any:
 
 def repeat_class(service: str, method: d.MethodDescriptorProto, fields: set[str]) -> str:
     """How a call may be repeated."""
+    if method.name == "PutBlob":
+        return "by key"
     if method.client_streaming or method.server_streaming:
         return "stream"
     if "request_id" in fields:
         return "with its request id"
-    if method.name in ("AppendSpans", "RenewLeases", "Heartbeat", "ReportEngineState"):
+    if method.name in ("AppendSpans", "RenewLeases", "Heartbeat"):
         return "by key"
+    if method.name == "IssueCredential":
+        return "always; each answer is another credential"
     return "read"
 
 

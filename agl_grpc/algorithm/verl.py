@@ -94,6 +94,10 @@ class VERL(Algorithm):
         self.deadlines = settings("deadlines", deadlines, Deadlines)
         self.keep_checkpoints = keep_checkpoints
 
+    def set_seed(self, seed: int) -> None:
+        """Seeds data order, initialisation and every model call."""
+        self.seed, self.request_seeds = seed, True
+
     def write_run(
         self,
         folder: Path,

@@ -188,6 +188,10 @@ class Interceptor:
         await asyncio.wait([current, self._task], return_when=asyncio.FIRST_COMPLETED)
         current.cancel()
 
+    async def serves_at(self, endpoint: str) -> None:
+        """Tell the store the base URL of a server whose address was not known when this was started."""
+        await self._control.serves_at(endpoint)
+
     async def stop(self) -> None:
         """Deliver or spool what was captured and let go of the store."""
         self._task.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ import orjson
 from agl_grpc.client import StoreError
 from agl_grpc.evaluation import Pass
 from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
-from agl_grpc.learner.errors import StoppedError
+from agl_grpc.learner.errors import ConfigError, StoppedError
 from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
@@ -130,9 +131,19 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str, Any]) -> DictConfig:
+def _verl_config(
+    config: RunConfig, device: str, output: Path, resume: dict[str, Any], store: str = ""
+) -> DictConfig:
+    """verl's configuration; ``store`` is the address that engines which verl starts are told."""
     from agl_grpc.learner.verl_config import compose
 
+    backend = config.engines.backend
+    told: dict[str, Any] = {}
+    if config.engines.hybrid and store:
+        # NCCL refuses a group of two processes on one GPU.
+        backend = "gloo"
+        served = {"store": store, "run_id": config.run_id, "model": config.model.name}
+        told = {**served, "spool": str(output / "spool")}
     fixed: dict[str, Any] = {
         "data": {
             "train_files": str(Path(config.train_tasks).expanduser()),
@@ -144,9 +155,7 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
             "model": {"path": str(Path(config.model.path).expanduser())},
             "rollout": {
                 "checkpoint_engine": {
-                    "engine_kwargs": {
-                        "agl": {"host": config.engines.host, "collective": config.engines.backend}
-                    }
+                    "engine_kwargs": {"agl": {"host": config.engines.host, "collective": backend}}
                 }
             },
         },
@@ -156,7 +165,7 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
             **resume,
         },
     }
-    return compose(config.verl, device=device, fixed=fixed)
+    return compose(config.verl, device=device, fixed=fixed, hybrid=told)
 
 
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
@@ -165,8 +174,13 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     for message in (".*engine is not available.*", "Disabled critic.*", ".*set_vital.*"):
         # verl and torchdata say these of themselves at every start; none of them is about this run.
         warnings.filterwarnings("ignore", message=message)
+    if config.engines.hybrid and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "engines.hybrid: verl cannot start vLLM, which is not installed here; run the learner in the "
+            "hybrid environment (`agl-grpc env create hybrid`)"
+        )
     resume, step = _taken_up(config, output, training)
-    verl = _verl_config(config, device, output, resume)
+    verl = _verl_config(config, device, output, resume, link.address)
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     if resume:
         check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
@@ -296,13 +310,14 @@ def _assemble(
         name = config.follows
         origin = leaders_origin(link, identity.run_id, name, config.deadlines.sample)
         make_source = partial(FollowedSource, labels={TRAINING_LABEL: f"{name}/{origin}"})
+    rules = _rules(link, identity.run_id, config)
     source = make_source(
         link,
         identity,
         rules=config.rollouts,
-        samples=_rules(link, identity.run_id, config),
+        samples=rules,
         lineage=lineage,
-        rewards=frozen_rewards(replay),
+        rewards=frozen_rewards(replay, rules),
         decode=decoder(model),
     )
     manager = RolloutManager(
@@ -314,12 +329,13 @@ def _assemble(
         vocabulary=vocabulary_size(model),
     )
     source.start(manager.deliver)
+    engines, receivers = _engines(config, verl)
     publisher = Publisher(
         link,
         identity,
         model=config.model.name,
-        engines=config.engines.count,
-        receivers_per_engine=config.engines.receivers,
+        engines=engines,
+        receivers_per_engine=receivers,
         deadline=config.deadlines.publish,
         engine_deadline=config.deadlines.engines,
         lineage=lineage,
@@ -373,6 +389,16 @@ def _assemble(
     )
     trainer = AglTrainer(verl, hooks)
     return trainer, manager
+
+
+def _engines(config: RunConfig, verl: DictConfig) -> tuple[int, int]:
+    """How many engines there are, and how many workers of each take weights."""
+    if not config.engines.hybrid:
+        return config.engines.count, config.engines.receivers
+    rollout = verl.actor_rollout_ref.rollout
+    each = int(rollout.tensor_model_parallel_size) * int(rollout.pipeline_model_parallel_size)
+    ranks = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
+    return ranks // each, each
 
 
 def _rules(link: StoreLink, run_id: str, config: RunConfig) -> SampleRules:

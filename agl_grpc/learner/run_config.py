@@ -36,12 +36,20 @@ class EngineConfig:
     ``count`` 0 publishes nothing (for recorded rollouts). ``receivers`` are the worker processes of an engine
     that each take the weights (its tensor-parallel size). ``host`` is this machine's address as engines reach
     it; ``backend`` is ``auto``, ``gloo`` or ``nccl``.
+
+    ``hybrid``: verl starts the engines, on the accelerators of its own ranks (``count`` and ``receivers``
+    then follow from verl's keys); it needs the hybrid environment.
     """
 
     count: int = 1
     receivers: int = 1
     host: str = "127.0.0.1"
     backend: str = "auto"
+    hybrid: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hybrid and self.backend == "nccl":
+            raise ValueError("backend nccl cannot be had with hybrid: engine and rank share an accelerator")
 
 
 @dataclass(frozen=True)

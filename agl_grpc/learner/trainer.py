@@ -49,6 +49,7 @@ from agl_grpc.learner.rollouts import ClaimedBatch
 from agl_grpc.learner.sampler import StoreSampler
 from agl_grpc.learner.step_metrics import batch_metrics, sampler_distance, unfinished
 from agl_grpc.learner.turn_credit import NAME as TURNS
+from agl_grpc.learner.verl_config import HYBRID_KEY
 from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
 
 # Errors that end training at a step whose predecessor can still be saved, and what they are counted as.
@@ -138,6 +139,11 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         # Not the direct parent's: it would start replicas of verl's own engines.
         with patch.object(trainer_base, "LLMServerManager", NoServers):
             PPOTrainer._setup(self)
+        if HYBRID_KEY in (self.config.actor_rollout_ref.rollout.get("custom") or {}):
+            # Only here: vLLM is in the hybrid environment alone.
+            from agl_grpc.learner.hybrid import start_engines
+
+            self.llm_server_manager = start_engines(self.config, self.actor_rollout_wg)
         self.hooks.publication.bind(self.actor_rollout_wg)
         self.standalone_checkpoint_manager = self.hooks.publication
         self.current_mode = HybridEngineMode.TRAINER

@@ -13,8 +13,10 @@ from agl_grpc.learner.errors import LearnerError
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.model.enums import BatchStatus, RolloutMode, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.failure import Failure
+from agl_grpc.model.reward import Reward
 from agl_grpc.model.training import Batch, StepMetrics
 from agl_grpc.model.training import TrainingRun as TrainingRunRecord
+from agl_grpc.sample import SampleRules
 
 # Label by which a trainer finds its own rollouts; the value is `{training run}/{origin}`.
 TRAINING_LABEL = "training"
@@ -159,10 +161,29 @@ class TrainingRun:
         self._link.run(work)
 
 
-def frozen_rewards(released: Mapping[int, Sequence[Batch]]) -> dict[str, float]:
-    """By rollout, the rewards that batches froze: they count when the batches are made again."""
-    entries = [entry for batches in released.values() for batch in batches for entry in batch.entries]
-    return {entry.rollout_id: entry.reward for entry in entries if entry.reward is not None}
+def frozen_rewards(released: Mapping[int, Sequence[Batch]], rules: SampleRules) -> dict[str, list[Reward]]:
+    """By rollout, the rewards that batches froze, those of steps and calls too: they count when the batches
+    are made again, whatever was revised since.
+
+    Args:
+        released: batches by step.
+        rules: by which rewards count; one that stands alone in a batch is the one that they name.
+    """
+    found: dict[str, list[Reward]] = {}
+    for entry in (entry for batches in released.values() for batch in batches for entry in batch.entries):
+        if entry.rewards:
+            found[entry.rollout_id] = entry.rewards
+        elif entry.reward is not None:
+            (name,) = rules.counted_rewards
+            alone = Reward(
+                rollout_id=entry.rollout_id,
+                attempt_id=entry.attempt_id,
+                name=name,
+                value=entry.reward,
+                revision=entry.reward_revision,
+            )
+            found[entry.rollout_id] = [alone]
+    return found
 
 
 def batch_groups(batch: Batch) -> list[str]:

@@ -49,6 +49,11 @@ class VerlSession(Session[FitResult]):
     def __init__(
         self, plan: Plan, progress: Progress, algorithm: VERL, *, start_workers: bool = True
     ) -> None:
+        if algorithm.engines.hybrid:
+            raise TrainerError(
+                "engines.hybrid: the engine ends with the learner, so there would be none to validate with; "
+                "start `agl-grpc learner` with that configuration yourself"
+            )
         super().__init__(plan, progress)
         _check_agent(plan)
         self._start_workers = start_workers
@@ -61,6 +66,9 @@ class VerlSession(Session[FitResult]):
     @property
     def starts_processes(self) -> bool:
         return self._start_workers
+
+    def _model_folder(self) -> Path | None:
+        return Path(self._algorithm.model_path).expanduser()
 
     async def _work(self) -> FitResult:
         plan = self.plan
@@ -157,6 +165,7 @@ class VerlSession(Session[FitResult]):
         if found is not None and found.status is TrainingRunStatus.SUCCEEDED:
             raise TrainerError(f"run {self.plan.run_id!r} has finished: there is nothing to resume")
         if found is not None:
+            await self._note_manifest(found, self._manifest)
             return found
         wanted = TrainingRun(
             training_run_id=name,

@@ -74,7 +74,7 @@ func Dial(target string, options ...Option) (*Client, error) {
 		security = grpc.WithTransportCredentials(credentials.NewTLS(c.tls))
 	}
 	// A restarted store is found again quickly: gRPC's own default waits up to two minutes.
-	quick := backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}
+	quick := backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 250 * time.Millisecond}
 	conn, err := grpc.Dial(target, security,
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: quick, MinConnectTimeout: 5 * time.Second}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -18,6 +19,8 @@ const (
 	notPermittedWait      = 5 * time.Second
 	resultsTimeout        = 24 * time.Hour
 	mostCompletions       = 1000
+	renewalsOfALease      = 3
+	shortestRenewal       = time.Second
 )
 
 // LeaseOptions say which work a worker takes.
@@ -468,7 +471,7 @@ func (s *LeaseStream) renew() {
 	defer s.running.Done()
 	for {
 		leases, shortest := s.renewable()
-		if !pause(s.ctx, shortest/3) {
+		if !pause(s.ctx, shortest/renewalsOfALease) {
 			return
 		}
 		if leases, shortest = s.renewable(); len(leases) == 0 {
@@ -499,13 +502,16 @@ func (s *LeaseStream) renewable() ([]*pb.HeldLease, time.Duration) {
 }
 
 func (s *LeaseStream) renewOnce(leases []*pb.HeldLease, shortest time.Duration) error {
-	limit := shortest
-	if limit < 5*time.Second {
-		limit = 5 * time.Second
+	// No longer than until the next is due: within one call the waits between tries grow, and could outlast a lease.
+	limit := shortest / renewalsOfALease
+	if limit < shortestRenewal {
+		limit = shortestRenewal
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, limit)
 	defer cancel()
-	answer, err := s.client.Runner.RenewLeases(ctx, &pb.RenewLeasesRequest{WorkerId: s.WorkerID, Leases: leases})
+	request := &pb.RenewLeasesRequest{WorkerId: s.WorkerID, Leases: leases}
+	// It goes out the moment the store is back, which has given the leases their own time anew, and no more.
+	answer, err := s.client.Runner.RenewLeases(ctx, request, grpc.WaitForReady(true))
 	if err != nil {
 		return err
 	}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agl_grpc.algorithm import VERL, Algorithm, algo
+from agl_grpc.algorithm.reporting import SilentReporter
+from agl_grpc.client import StoreClient
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import EngineConfig, load
 from agl_grpc.model.rollout import RolloutConfig
@@ -66,6 +70,37 @@ def test_a_function_gets_what_it_asks_for() -> None:
     assert mine.run([1, 2]) == ([1, 2], {"prompt": 1})
     with pytest.raises(TypeError, match="takes no val_dataset"):
         mine.run([1], [2])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_every_name_is_filled(asynchronous: bool) -> None:
+    def plain(
+        store: Any,
+        train_dataset: Any,
+        val_dataset: Any,
+        llm_proxy: Any,
+        adapter: Any,
+        initial_resources: Any,
+        reporter: Any,
+        own: int = 7,
+    ) -> list[Any]:
+        return [store, train_dataset, val_dataset, llm_proxy, adapter, initial_resources, reporter, own]
+
+    @functools.wraps(plain)
+    async def coroutine(**given: Any) -> list[Any]:
+        return plain(**given)
+
+    mine = algo(coroutine if asynchronous else plain)
+    store, reporter = StoreClient("127.0.0.1:1"), SilentReporter()
+    mine.set_store(store)
+    mine.set_llm_proxy("proxy")
+    mine.set_adapter("adapter")
+    mine.set_initial_resources({"prompt": 1})
+    mine.set_reporter(reporter)
+    assert mine.is_async() is asynchronous
+    made = mine.run([1], [2])
+    filled = asyncio.run(made) if asynchronous else made
+    assert filled == [store, [1], [2], "proxy", "adapter", {"prompt": 1}, reporter, 7]
 
 
 def test_a_function_may_not_ask_for_unknown_things() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from agl_grpc.learner.progress import step_line as learner_line
 from agl_grpc.learner.progress import with_summary
 from agl_grpc.model.training import StepMetrics
-from agl_grpc.trainer.charts import draw_rewards
+from agl_grpc.trainer.charts import draw_metrics, draw_rewards
 from agl_grpc.trainer.progress import Progress, curve, step_line
 from agl_grpc.trainer.relay import end_of, relay
 from tests.support.waiting import eventually
@@ -62,6 +62,20 @@ def test_a_terminal_shows_phase_bar_and_curve() -> None:
     shown = stream.getvalue()
     for part in ("my-run", "training", "reward ▅ 0.500", "store was killed by SIGKILL"):
         assert part in shown
+
+
+def test_an_algorithm_without_rewards_is_shown_by_its_own_numbers(tmp_path: Path) -> None:
+    metrics = {"loss": 0.25, "alarm/length_runaway": 0.0, "time/step": 1.0, "tokens/trained": 7.0}
+    assert step_line(2, None, metrics) == "step 2  loss 0.25  tokens 7  1.00 s"
+    stream = Terminal()
+    with Progress("my-run", stream) as progress:
+        progress.step(2, 4, metrics)
+    assert "loss 0.25" in stream.getvalue()
+    picture = tmp_path / "metrics.png"
+    draw_metrics(picture, [StepMetrics(step=1, metrics={"time/step": 1.0, "reward/mean": 1.0})], "run")
+    assert not picture.exists()
+    draw_metrics(picture, [StepMetrics(step=n, metrics=metrics) for n in (1, 2)], "run")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_reward_curve_is_a_picture(tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ export class StoreClient extends Connection {
     rolloutIds: readonly string[],
     options: { readonly until?: WaitUntil; readonly timeoutMs?: number; readonly signal?: AbortSignal } = {},
   ): Promise<Rollout[]> {
-    const deadline = Date.now() + (options.timeoutMs ?? Infinity);
+    const deadline = performance.now() + (options.timeoutMs ?? Infinity); // the clock of the day may jump
     for (;;) {
-      const left = Math.max(0, Math.min(LONGEST_WAIT_MS, deadline - Date.now()));
+      const left = Math.max(0, Math.min(LONGEST_WAIT_MS, deadline - performance.now()));
       const answer = await this.store.waitRollouts(
         {
           rolloutIds: [...rolloutIds],
@@ -81,7 +81,7 @@ export class StoreClient extends Connection {
         },
         options.signal ? { signal: options.signal } : {},
       );
-      if (answer.complete || Date.now() >= deadline) return answer.rollouts;
+      if (answer.complete || performance.now() >= deadline) return answer.rollouts;
     }
   }
 
@@ -103,13 +103,13 @@ export class StoreClient extends Connection {
   /** Stores bytes under the hash of their content; answers `sha256:…`. */
   async putBlob(data: Uint8Array): Promise<string> {
     const digest = `sha256:${createHash("sha256").update(data).digest("hex")}`;
-    for (let tries = 0, deadline = Date.now() + this.retry.timeoutMs; ; tries++) {
+    for (let tries = 0, deadline = performance.now() + this.retry.timeoutMs; ; tries++) {
       try {
         return (await this.store.putBlob(blobPieces(digest, data))).digest;
       } catch (failure) {
         const error = storeError(failure, this.target);
         const wait = error.retryAfterMs ?? waitAfter(this.retry, tries);
-        if (!isTransient(error) || Date.now() + wait > deadline) throw error;
+        if (!isTransient(error) || performance.now() + wait > deadline) throw error;
         await pause(wait);
       }
     }

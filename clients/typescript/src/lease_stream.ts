@@ -25,6 +25,8 @@ import { fromDuration, toDuration, toLabels } from "./values.js";
 const TRIES_OF_A_REFUSED_STREAM = 5;
 const NOT_PERMITTED_MS = 5_000;
 const RESULTS_MS = 24 * 3_600_000;
+const RENEWALS_OF_A_LEASE = 3;
+const SHORTEST_RENEWAL_MS = 1_000;
 
 /** Which work a worker takes. */
 export interface LeaseStreamOptions {
@@ -323,12 +325,14 @@ export class LeaseStream implements AsyncIterable<LeaseEvent> {
     while (!signal.aborted) {
       const durations = [...this.#held.values()].map((lease) => fromDuration(lease.duration) ?? this.#leaseMs);
       const shortest = Math.min(this.#leaseMs, ...durations);
-      await pause(shortest / 3, signal);
+      await pause(shortest / RENEWALS_OF_A_LEASE, signal);
       const leases = [...this.#held.values()];
       if (leases.length === 0 || signal.aborted) continue;
       try {
         const request = { workerId: this.workerId, leases: leases.map(held) };
-        const answer = await this.#connection.runner.renewLeases(request, { timeoutMs: Math.max(5_000, shortest), signal });
+        // No longer than until the next is due: within one call the waits between tries grow, and could outlast a lease.
+        const timeoutMs = Math.max(SHORTEST_RENEWAL_MS, shortest / RENEWALS_OF_A_LEASE);
+        const answer = await this.#connection.runner.renewLeases(request, { timeoutMs, signal });
         for (const { attemptId, duration, error } of answer.renewals) {
           if (error) this.#lose(attemptId, itemError(error));
           else if (duration && this.#held.has(attemptId)) this.#held.get(attemptId)!.duration = duration;

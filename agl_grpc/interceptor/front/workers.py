@@ -26,7 +26,8 @@ logger = logging.getLogger("agl_grpc.interceptor")
 
 _START_SECONDS = 60.0
 _SHORT_LIFE = 2.0
-"""A process that ends sooner after it served would end again."""
+_MOST_SHORT_LIVES = 3
+"""A process that ends so soon after it served, so often in a row, would end again."""
 
 Prepare = Callable[[], None] | None
 Work = Callable[[ProxySettings, Sequence[UpstreamSpec], Share, "Path | None", Connection, Prepare], None]
@@ -40,6 +41,7 @@ class _Worker(NamedTuple):
     process: BaseProcess
     pipe: Connection
     since: float
+    short_lives: int = 0
 
 
 class Workers:
@@ -125,12 +127,15 @@ class Workers:
         dead.process.join()
         dead.pipe.close()
         code = dead.process.exitcode
-        if time.monotonic() - dead.since < _SHORT_LIFE:
-            raise WorkersFailed(f"process {share.number} ended with {code} as soon as it served")
+        short = dead.short_lives + 1 if time.monotonic() - dead.since < _SHORT_LIFE else 0
+        if short >= _MOST_SHORT_LIVES:
+            raise WorkersFailed(
+                f"process {share.number} ended with {code} as soon as it served, {short} times"
+            )
         logger.error("process %d ended with %s: started again", share.number, code)
         worker = self._start(share, folder)
         _await_ready(worker)
-        return worker._replace(since=time.monotonic())
+        return worker._replace(since=time.monotonic(), short_lives=short)
 
     def _tell_all(self, number: int) -> None:
         for worker in self._workers:

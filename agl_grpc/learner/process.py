@@ -73,7 +73,7 @@ def run(config: RunConfig, store: str, *, sft: bool = False) -> None:
     os.environ["TENSORBOARD_DIR"] = str(output / "tensorboard")
     link = StoreLink(store, config.run_id, patience=config.deadlines.store)
     try:
-        training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else "verl")
+        training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else config.algorithm)
         say(f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}")
         with _reported_end(training), _stoppable():
             (_tune if sft else _train)(config, device, output, link, training)
@@ -136,6 +136,7 @@ def _verl_config(
 ) -> DictConfig:
     """verl's configuration; ``store`` is the address that engines which verl starts are told."""
     from agl_grpc.learner.verl_config import compose
+    from agl_grpc.learner.verl_keys import check_best_of
 
     backend = config.engines.backend
     told: dict[str, Any] = {}
@@ -165,7 +166,10 @@ def _verl_config(
             **resume,
         },
     }
-    return compose(config.verl, device=device, fixed=fixed, hybrid=told)
+    composed = compose(config.verl, device=device, fixed=fixed, hybrid=told)
+    if config.best_of.keep:
+        check_best_of(composed)
+    return composed
 
 
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
@@ -200,7 +204,12 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
         tq.init(verl.transfer_queue)
         validate(verl)
         samples = TrajectorySamples(output, config.trajectories, config.model.path, say)
-        about = {"algorithm": "verl", "run": config.run_id, "seed": config.seed, "model": config.model.name}
+        about = {
+            "algorithm": config.algorithm,
+            "run": config.run_id,
+            "seed": config.seed,
+            "model": config.model.name,
+        }
         with closing(Reporting(training, output, config.alarms, about, say)) as reporting, closing(samples):
             trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
             say("starting verl's workers, loading the model, publishing its weights")
@@ -376,6 +385,7 @@ def _assemble(
         checkpoints=checkpoints,
         run_name=f"{name.replace('_', '-')}.t{origin}",
         origin=identity.origin,
+        best_of=config.best_of,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         deadlines=config.deadlines,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.agent import LitAgent
-from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline
+from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline, BestOfN
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.algorithm.baseline import FastAlgorithm
 from agl_grpc.client import StoreClient
@@ -46,7 +46,13 @@ from agl_grpc.trainer.verl_session import VerlSession
 
 _ADDRESS = re.compile(r"(grpcs?://)?([^:/\s]+|\[[0-9a-fA-F:.]+\]):\d+")
 TRACERS: Mapping[str, Any] = {"otel": OtelTracer, "agentops": "agl_grpc.tracer:AgentOpsTracer"}
-ALGORITHMS: Mapping[str, Any] = {"verl": VERL, "apo": APO, "gepa": GEPA, "baseline": Baseline}
+ALGORITHMS: Mapping[str, Any] = {
+    "verl": VERL,
+    "best_of_n": BestOfN,
+    "apo": APO,
+    "gepa": GEPA,
+    "baseline": Baseline,
+}
 
 
 class Trainer:

@@ -170,7 +170,7 @@ class VerlSession(Session[FitResult]):
         wanted = TrainingRun(
             training_run_id=name,
             run_id=self.plan.run_id,
-            algorithm="verl",
+            algorithm=self._algorithm.name,
             config=self._algorithm.config,
             metadata={"model": self._algorithm.model_path, **summary(self._manifest)},
         )

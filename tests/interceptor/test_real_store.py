@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,11 @@ import httpx
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from agl_grpc.client import StoreClient
+from agl_grpc.model import Reward, TrainingRun
 from agl_grpc.model.rollout import SEED_LABEL, seed_of
+from agl_grpc.sample import SampleRules, Truncated, read_columns, unpack
+from agl_grpc.sample.wire import rules_to_proto
 from agl_grpc.v1 import (
     attempt_pb2,
     policy_pb2,
@@ -223,6 +228,43 @@ def test_calls_that_name_no_attempt_become_rollouts_of_their_own(together: Toget
         time.sleep(0.05)
     labels = {(label.key, label.value) for each in found for label in each.rollout.labels}
     assert labels == {("source", "external")}
+    asyncio.run(_learned_from_outside(together.server.address))
+
+
+async def _learned_from_outside(address: str) -> None:
+    """The session's reward arrives after its end, is frozen into a batch, and is revised for later ones."""
+    async with StoreClient(address, run_id="external") as client:
+        attempt = await client.get_latest_attempt("external.s1")
+        assert attempt is not None
+        place = {"rollout_id": "external.s1", "attempt_id": attempt.attempt_id}
+        # The interceptor does so itself after five minutes without a call.
+        await client.update_attempt(**place, status="succeeded")
+        # The answers are cut by their three tokens.
+        rules = rules_to_proto(SampleRules(model="tiny", truncated=Truncated.TRAIN))
+        batches = []
+        for value in (1.0, -1.0):
+            (reward,) = await client.put_rewards([Reward(**place, value=value)])
+            made = await client.create_training_run(TrainingRun(run_id="external", algorithm="own"))
+            name = made.training_run_id
+            epoch = (await client.acquire_training_run(name, "trainer")).trainer_epoch
+            batches.append(await client.claim_batch(name, epoch, 1, ["external.s1"], rules=rules))
+        assert reward.revision == 2
+        assert [batch.entries[0].reward for batch in batches] == [1.0, -1.0]
+        frozen = await client.get_batch(batches[0].batch_id)
+        assert frozen is not None
+        assert frozen.entries[0].reward == 1.0
+        rows = [
+            row
+            async for answer in client.replay_batch(batches[0].content_hash)
+            for row in unpack(read_columns(answer.samples))
+        ]
+        spans = await client.query_spans("external.s1", "latest")
+    calls = [span.model_call for span in spans.items if span.model_call is not None]
+    assert len(calls) == 2
+    # Every token that the engine sampled, and no other.
+    sampled = sum(len(call.choices[0].token_ids) for call in calls)
+    assert sum(int(row.response_mask.sum()) for row in rows) == sampled > 0
+    assert {row.reward for row in rows} == {1.0}
 
 
 def test_a_killed_store_loses_nothing_and_stores_nothing_twice(together: Together) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tests.support.torch_client import TorchClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+OPTIONS = ("--unattributed", "record", "--on-swap", "refuse", "--running-on-swap", "finish")
 HELLO = [{"role": "user", "content": "hello world"}]
 
 
@@ -107,7 +109,7 @@ def together(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("together")
     with (
         StoreProcess(folder / "store.db") as server,
-        engine(tiny_model, server.address, folder, "--unattributed", "record") as running,
+        engine(tiny_model, server.address, folder, *OPTIONS) as running,
         grpc.insecure_channel(server.address) as channel,
     ):
         made = Together(server, running, channel)
@@ -279,6 +281,40 @@ def test_a_killed_store_loses_nothing_and_stores_nothing_twice(together: Togethe
     assert all(stored.span.model_call.choices[0].token_ids for stored in found)
 
 
+def running_calls_finish_and_new_ones_are_refused(together: Together, commit: Callable[[], object]) -> None:
+    rollouts = [together.start_rollout() for _ in range(4)]
+    before = together.running.generated()
+    answers: list[dict[str, Any]] = []
+    long = {"max_tokens": 400, "ignore_eos": True, "n": 4}
+    threads = [
+        threading.Thread(target=lambda names=names: answers.append(together.ask(*names, **long)))
+        for names in rollouts
+    ]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 60
+    while together.running.generated() < before + 20:
+        assert time.monotonic() < until
+    commit()
+    rollout, attempt = together.start_rollout()
+    url = f"{together.running.base(rollout, attempt)}/v1/chat/completions"
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 1}
+    while (refused := httpx.post(url, json=body, timeout=120)).status_code == 200:
+        assert time.monotonic() < until
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "weights_changing")
+    assert refused.headers["retry-after"] == "1"
+    for thread in threads:
+        thread.join()
+    assert [len(c["token_ids"]) for answer in answers for c in answer["choices"]] == [400] * 16
+    for names in rollouts:
+        (stored,) = together.calls(names[0], 1)
+        runs = [[r.policy_version for r in c.policy_runs] for c in stored.span.model_call.choices]
+        assert runs == [[0]] * 4
+    while (served := httpx.post(url, json=body, timeout=120)).status_code == 429:
+        assert time.monotonic() < until
+    assert served.status_code == 200
+
+
 def test_a_swap_through_the_trainer_service_outlives_the_engine(
     together: Together, torch_client: TorchClient, tmp_path: Path
 ) -> None:
@@ -294,10 +330,11 @@ def test_a_swap_through_the_trainer_service_outlives_the_engine(
     together.trainer.PreparePolicyVersion(request, wait_for_ready=True)
     digest = torch_client.call("send", out=out, transfer="real/1")["digest"]
     assert together.version(1, policy_pb2.ENGINE_PHASE_RECEIVED).weights_digest == digest
-    together.trainer.CommitPolicyVersion(
-        trainer_service_pb2.CommitPolicyVersionRequest(
-            request_id="c1", run_id="run-1", model="tiny", policy_version=1, weights_digest=digest
-        )
+    commit = trainer_service_pb2.CommitPolicyVersionRequest(
+        request_id="c1", run_id="run-1", model="tiny", policy_version=1, weights_digest=digest
+    )
+    running_calls_finish_and_new_ones_are_refused(
+        together, lambda: together.trainer.CommitPolicyVersion(commit)
     )
     assert together.version(1, policy_pb2.ENGINE_PHASE_ACTIVE).pause_ns > 0
     together.samples_from(torch_client, 1, out)

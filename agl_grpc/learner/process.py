@@ -19,7 +19,14 @@ import orjson
 
 from agl_grpc.client import StoreError
 from agl_grpc.evaluation import Pass
-from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
+from agl_grpc.learner.best import read_best
+from agl_grpc.learner.checkpoint import (
+    Checkpoints,
+    LearnerState,
+    check_fits,
+    hugging_face_folder,
+    resume_keys,
+)
 from agl_grpc.learner.errors import ConfigError, StoppedError
 from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
@@ -41,6 +48,12 @@ if TYPE_CHECKING:
 def say(text: str) -> None:
     """A line of progress for people and for whoever started this process."""
     print(f"{SAID}{text}", flush=True)
+
+
+def tell(training: TrainingRun, text: str) -> None:
+    """A line of progress that those who follow the training run in the store see too."""
+    say(text)
+    training.log(text)
 
 
 def choose_device(wanted: str) -> str:
@@ -74,27 +87,39 @@ def run(config: RunConfig, store: str, *, sft: bool = False) -> None:
     link = StoreLink(store, config.run_id, patience=config.deadlines.store)
     try:
         training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else config.algorithm)
-        say(f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}")
-        with _reported_end(training), _stoppable():
+        tell(
+            training,
+            f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}",
+        )
+        with _reported_end(training, output / "checkpoints"), _stoppable():
             (_tune if sft else _train)(config, device, output, link, training)
     finally:
         link.close()
 
 
 @contextmanager
-def _reported_end(training: TrainingRun) -> Iterator[None]:
+def _reported_end(training: TrainingRun, checkpoints: Path) -> Iterator[None]:
     """Ends the training run in the store as this process ends."""
     try:
         yield
     except (StoppedError, KeyboardInterrupt):
-        training.finish(TrainingRunStatus.STOPPED)
+        training.finish(TrainingRunStatus.STOPPED, result=_result(training, checkpoints))
         raise
     except BaseException as error:
         _finish_failed(training, error)
         raise
     stopped = training.stop_requested
     status = TrainingRunStatus.STOPPED if stopped else TrainingRunStatus.SUCCEEDED
-    training.finish(status)
+    training.finish(status, result=_result(training, checkpoints))
+
+
+def _result(training: TrainingRun, checkpoints: Path) -> dict[str, Any] | None:
+    """Where the last committed checkpoint and its model lie, and which was best; None before the first."""
+    if not training.checkpoint_id:
+        return None
+    last, best = checkpoints / training.checkpoint_id, read_best(checkpoints)
+    result: dict[str, Any] = {"checkpoint": str(last), "model": str(hugging_face_folder(last))}
+    return result if best is None else {**result, "best": asdict(best)}
 
 
 def _finish_failed(training: TrainingRun, error: BaseException) -> None:
@@ -190,12 +215,12 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
         check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
     manifest = {"config": verl, **_made_by(config, device)}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
-    say("importing verl")
+    tell(training, "importing verl")
     os.environ.update(worker_environment(device))
     # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
     # Ray's start walks through.
     importlib.import_module("agl_grpc.learner.trainer")
-    say("starting Ray")
+    tell(training, "starting Ray")
     with local_ray(device=device, gpus=gpus, address=config.ray_address):
         import transfer_queue as tq
 
@@ -212,10 +237,12 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
         }
         with closing(Reporting(training, output, config.alarms, about, say)) as reporting, closing(samples):
             trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
-            say("starting verl's workers, loading the model, publishing its weights")
+            tell(training, "starting verl's workers, loading the model, publishing its weights")
             try:
                 trainer.init()
-                say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
+                tell(
+                    training, f"training {trainer.total_training_steps} steps: waiting for the first rollouts"
+                )
                 trainer.fit(manager)
             finally:
                 tq.close()
@@ -231,7 +258,7 @@ def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, trainin
         {"config": verl, **_made_by(config, device), "sft": asdict(config.sft)},
     )
     found = sft.collect(link, config.run_id, config.samples.rules(config.model.name), config.sft)
-    say(f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
+    tell(training, f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
     os.environ.update(worker_environment(device))
 
     def on_step(step: int, total: int, metrics: dict[str, float]) -> bool:
@@ -253,13 +280,13 @@ def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[d
         state = LearnerState.read(Path(resume["resume_from_path"]))
         training.go_on_from(state.origin)
         step = state.step
-        say(f"continuing from checkpoint {training.checkpoint_id}")
+        tell(training, f"continuing from checkpoint {training.checkpoint_id}")
     elif config.resume:
         training.go_on_from(1)
-        say("no committed checkpoint: starting from the beginning")
+        tell(training, "no committed checkpoint: starting from the beginning")
     cancelled = training.discard_leftovers(step)
     if cancelled:
-        say(f"cancelled {cancelled} unfinished rollouts of an earlier trainer")
+        tell(training, f"cancelled {cancelled} unfinished rollouts of an earlier trainer")
     return resume, step
 
 

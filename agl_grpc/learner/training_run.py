@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from agl_grpc.client import NotFound
 from agl_grpc.client.filters import rollout_filter
@@ -143,6 +144,7 @@ class TrainingRun:
             mine.training_run_id, mine.trainer_epoch, checkpoint_id, batch_ids, step=step
         )
         self._link.run(work)
+        self.checkpoint_id = checkpoint_id
 
     def report(self, step: int, metrics: Mapping[str, float], log: Sequence[str] = ()) -> None:
         """Reports a step's metrics and lines; then ``stop_requested`` says whether somebody asked to stop."""
@@ -153,11 +155,20 @@ class TrainingRun:
         )
         self.stop_requested = record.status is TrainingRunStatus.STOPPING
 
-    def finish(self, status: TrainingRunStatus, error: BaseException | None = None) -> None:
-        """Ends the training run; ``error`` says why it failed."""
+    def log(self, line: str) -> None:
+        """Adds a line to the training run's log, for whoever follows it."""
+        mine = self.identity
+        self._link.run(self._client.report_metrics(mine.training_run_id, mine.trainer_epoch, [], log=[line]))
+
+    def finish(
+        self, status: TrainingRunStatus, error: BaseException | None = None, result: Any = None
+    ) -> None:
+        """Ends the training run; ``error`` says why it failed, ``result`` what came of it: a JSON value."""
         mine = self.identity
         failure = None if error is None else Failure.from_exception(error)
-        work = self._client.finish_training_run(mine.training_run_id, mine.trainer_epoch, status, failure)
+        work = self._client.finish_training_run(
+            mine.training_run_id, mine.trainer_epoch, status, failure, result
+        )
         self._link.run(work)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from agl_grpc.learner.progress import with_summary
 from agl_grpc.model.training import StepMetrics
 from agl_grpc.trainer.charts import draw_metrics, draw_rewards
 from agl_grpc.trainer.progress import Progress, curve, step_line
-from agl_grpc.trainer.relay import end_of, relay
-from tests.support.waiting import eventually
 
 METRICS = {
     "reward/mean": 0.5,
@@ -84,27 +81,6 @@ def test_the_reward_curve_is_a_picture(tmp_path: Path) -> None:
     draw_rewards(picture, history, {0: {"sampled": 0.2}, 5: {"sampled": 0.9}}, "run")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
-
-
-async def test_what_a_part_writes_is_shown_line_by_line_until_it_is_enough(tmp_path: Path) -> None:
-    log = tmp_path / "part.log"
-    log.write_text("of an earlier start\n")
-    begin = end_of(log)
-    shown: list[str] = []
-
-    def show(line: str) -> bool:
-        shown.append(line)
-        return line != "last"
-
-    task = asyncio.create_task(relay(log, begin, show))
-    with log.open("a") as file:
-        file.write("first\nhal")
-    await eventually(lambda: shown == ["first"], what="the first line")
-    with log.open("a") as file:
-        file.write("f\nlast\nnot any more\n")
-    async with asyncio.timeout(10):
-        await task
-    assert shown == ["first", "half", "last"]
 
 
 def test_validation_scores_stand_in_the_line_of_their_step() -> None:

@@ -42,6 +42,16 @@ go-tools: .venv-go/ready ## Unpack Go and gRPC for it from Debian's packages int
 	cd .venv-sandbox && dpkg-deb -x bubblewrap_*.deb . && rm -f ./*.deb
 	touch $@
 
+# Trackers as they are: an environment that is made for this and kept.
+.venv-trackers/ready:
+	$(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/pip install -q 'wandb>=0.19' 'mlflow-skinny>=2,<3' tensorboardX numpy orjson psutil
+	touch $@
+
+.PHONY: trackers
+trackers: .venv-trackers/ready ## Metrics to Weights & Biases (offline) and MLflow (a folder), read back
+	PYTHONPATH="$$PWD" .venv-trackers/bin/python tests/diagnosis/trackers.py
+
 .PHONY: sandbox
 sandbox: .venv-sandbox/ready ## Unpack bubblewrap from Debian's package into .venv-sandbox
 
@@ -170,6 +180,12 @@ examples/frameworks/node/node_modules/.package-lock.json: examples/frameworks/no
 
 .PHONY: frameworks
 frameworks: .venv-frameworks/ready examples/frameworks/node/node_modules/.package-lock.json ## Make the environment of the agent frameworks
+
+# STEPS=N for a longer run.
+.PHONY: hybrid
+hybrid: .venv/dev-ready ## verl starts vLLM itself, with capture inside, and trains through it; some minutes
+	.venv/bin/agl-grpc env create hybrid --path .venv-hybrid
+	.venv/bin/python -m tests.learner.hybrid_run --write $(if $(STEPS),--steps $(STEPS))
 
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train

@@ -39,7 +39,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "prompt_rollout",
         "rollout",
     ),
-    "agl_grpc.algorithm": ("APO", "GEPA", "VERL", "Algorithm", "Baseline", "algo"),
+    "agl_grpc.algorithm": ("APO", "GEPA", "VERL", "Algorithm", "Baseline", "BestOfN", "algo"),
     "agl_grpc.client": (
         "LeaseStream",
         "SpanGroup",
@@ -126,6 +126,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ impo
     from agl_grpc.algorithm import VERL as VERL
     from agl_grpc.algorithm import Algorithm as Algorithm
     from agl_grpc.algorithm import Baseline as Baseline
+    from agl_grpc.algorithm import BestOfN as BestOfN
     from agl_grpc.algorithm import algo as algo
     from agl_grpc.client import LeaseStream as LeaseStream
     from agl_grpc.client import SpanGroup as SpanGroup

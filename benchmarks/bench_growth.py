@@ -1,5 +1,6 @@
 """How costs grow with what there is: rows, rollouts, spans of a rollout, workers, watchers. A picture each.
 
+Latencies change with whatever else the machine does; beside each stands the server's CPU, which does not.
 Costs are CPU or latency for one unit of work. `expected` is how a cost may grow with x and still only be the
 work itself: 0 = not at all (a cost of one thing among many), 1 = in proportion (a cost of all of them).
 """
@@ -20,10 +21,12 @@ from benchmarks.bench_size import crowd, read_back
 from benchmarks.clients import on_loop
 from benchmarks.database import grown
 from benchmarks.figures import Row, figure, median, percentile, run
-from benchmarks.messages import Calls, spec, store
+from benchmarks.messages import STORE, Calls, spec, store
 from benchmarks.servers import Server, folder, store_server, traced_server
 
 PICTURES = Path(__file__).parent / "results"
+_READS, _VERSIONS = 20, 8
+"""How often what is measured by CPU is done: the clock of CPU ticks each 10 ms."""
 TOLERANCE = 0.15
 """How much faster than expected, as a power of x, still counts as noise."""
 
@@ -54,12 +57,13 @@ class Series(NamedTuple):
 
 def database_size(place: Path, sizes: Sequence[int], seconds: float) -> list[Series]:
     """Ingest and restart against spans in the database."""
-    cpu, starting = [], []
+    cpu, starting, starting_cpu = [], [], []
     for size in sizes:
         database = place / f"rows-{size}.db"
         attempts = grown(database, size)
         with store_server(database) as server:
             starting.append((size, server.starting))
+            starting_cpu.append((size, server.cpu))
             found = ingest.rate_of(server, ingest.Kind("spans", 100), attempts, 2, seconds)
             cpu.append((size, found.server_cpu))
         for file in place.glob(f"{database.name}*"):
@@ -68,6 +72,7 @@ def database_size(place: Path, sizes: Sequence[int], seconds: float) -> list[Ser
     return [
         Series("server CPU of a span", "us", x, cpu, 0),
         Series("restart to serving", "s", x, starting, 0),
+        Series("server CPU of a restart", "s", x, starting_cpu, 0),
     ]
 
 
@@ -100,12 +105,27 @@ def spans_of_rollout(place: Path, counts: Sequence[int]) -> list[Series]:
     """Reading a rollout back against its spans."""
     database = place / "spans.db"
     attempts = grown(database, 0, len(counts))
+    took, cpu = [], []
     with store_server(database) as server:
-        points = [
-            (count, on_loop(read_back(server.address, attempt, count, 3))[0])
-            for count, attempt in zip(counts, attempts, strict=True)
-        ]
-    return [Series("reading all spans of a rollout", "ms", "spans of the rollout", points, 1)]
+        for count, attempt in zip(counts, attempts, strict=True):
+            took.append((count, on_loop(read_back(server.address, attempt, count, 3))[0]))
+            before = server.cpu
+            on_loop(_read(server.address, attempt[0]))
+            cpu.append((count, 1000 * (server.cpu - before) / _READS))
+    x = "spans of the rollout"
+    return [
+        Series("reading all spans of a rollout", "ms", x, took, 1),
+        Series("server CPU of reading all spans", "ms", x, cpu, 1),
+    ]
+
+
+async def _read(address: str, rollout_id: str) -> None:
+    calls = Calls(address, False)
+    method = calls.channel.unary_unary(f"{STORE}ListSpans")
+    request = store.ListSpansRequest(rollout_id=rollout_id, page_size=10_000).SerializeToString()
+    for _ in range(_READS):
+        await method(request)
+    await calls.channel.close()
 
 
 def worker_count(place: Path, counts: Sequence[int], rollouts: int) -> list[Series]:
@@ -129,13 +149,18 @@ def worker_count(place: Path, counts: Sequence[int], rollouts: int) -> list[Seri
 
 def watcher_count(place: Path, counts: Sequence[int]) -> list[Series]:
     """The last watcher's new version against watchers: each is one more message."""
-    points = []
+    last, cpu = [], []
     with store_server(place / "watchers.db") as server:
         for count in counts:
             with helpers(watch, server.address, count // 2) as results:
-                found = on_loop(publish(server.address, 8, count, results))
-            points.append((count, percentile(found, 99)))
-    return [Series("new version at watchers, p99", "ms", "watchers", points, 1)]
+                before = server.cpu
+                found = on_loop(publish(server.address, _VERSIONS, count, results))
+                cpu.append((count, 1000 * (server.cpu - before) / _VERSIONS))
+            last.append((count, percentile(found, 99)))
+    return [
+        Series("new version at watchers, p99", "ms", "watchers", last, 1),
+        Series("server CPU of a new version", "ms", "watchers", cpu, 1),
+    ]
 
 
 def draw(series: Series) -> str:

@@ -53,8 +53,10 @@ class Rig(NamedTuple):
         return found
 
     def cpu(self) -> float:
-        times = self.process.cpu_times()
-        return times.user + times.system
+        """Of all its processes."""
+        processes = [self.process, *self.process.children(recursive=True)]
+        times = [each.cpu_times() for each in processes]
+        return sum(each.user + each.system for each in times)
 
 
 def request_body(prompt: int, stream: bool = False) -> bytes:
@@ -179,6 +181,11 @@ async def throughput(rig: Rig, scale: float) -> list[Row]:
     return rows
 
 
+async def two_processes(rig: Rig, scale: float) -> list[Row]:
+    """As `throughput`, with two processes: here they share their cores with the client, engine and store."""
+    return [row | {"name": f"two processes: {row['name']}"} for row in await throughput(rig, scale)]
+
+
 async def many_streams(rig: Rig, scale: float) -> list[Row]:
     """So many streams at one time, each of 20 tokens over ten seconds."""
     count = int(2000 * scale)
@@ -290,12 +297,12 @@ def measure(options: argparse.Namespace) -> list[Row]:
     # For this process and the engine; the proxy sees to itself.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    parts = [latencies, throughput, many_streams, overload]
+    parts = [latencies, throughput, two_processes, many_streams, overload]
     rows: list[Row] = []
     for part in parts:
         if options.only not in ("", part.__name__):
             continue
-        limits = ("--max-in-flight", "1000") if part is overload else ()
+        limits = {overload: ("--max-in-flight", "1000"), two_processes: ("--workers", "2")}.get(part, ())
         with tempfile.TemporaryDirectory() as name, processes(Path(name), *limits) as rig:
             rows += uvloop.run(part(rig, options.scale))
             rows.append(_all_stored(rig, part.__name__))
@@ -318,6 +325,6 @@ if __name__ == "__main__":
             __doc__,
             measure,
             scale=(1.0, "of the number of requests"),
-            only=("", "only latencies, throughput, many_streams or overload"),
+            only=("", "only latencies, throughput, two_processes, many_streams or overload"),
         )
     )

@@ -43,6 +43,9 @@ message. Tried again is what answers `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` wit
 
 **Errors** are a `google.rpc.Status` with one `google.rpc.ErrorInfo`, whose reasons are listed at
 [ErrorReason](#errorreason). The reasons named with an rpc are those that the vectors show, not all there are.
+
+**What may happen to a rollout, an attempt, a lease**: every state by every event stands in
+[lifecycle.md](lifecycle.md).
 """
 
 

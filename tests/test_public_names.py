@@ -65,6 +65,7 @@ NAMES = {
     "APO",
     "GEPA",
     "Baseline",
+    "BestOfN",
     "Worker",
     "WorkerStatus",
     "algo",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from agl_grpc.algorithm.apo import APO
 from agl_grpc.algorithm.base import Algorithm, FunctionalAlgorithm, algo
 from agl_grpc.algorithm.baseline import Baseline, FastAlgorithm
+from agl_grpc.algorithm.best_of_n import BestOfN
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.gepa import GEPA
 from agl_grpc.algorithm.reporting import Reporter
@@ -18,6 +19,7 @@ __all__ = [
     "Algorithm",
     "AlgorithmError",
     "Baseline",
+    "BestOfN",
     "FastAlgorithm",
     "FunctionalAlgorithm",
     "Reporter",

@@ -26,6 +26,7 @@ class Algorithm:
         self._adapter: Any = None
         self._trainer: Any = None
         self._reporter: Reporter = SilentReporter()
+        self._seed: int = 0
 
     @property
     def name(self) -> str:
@@ -76,6 +77,10 @@ class Algorithm:
             raise RuntimeError("the algorithm is not run by a Trainer")
         return self._trainer
 
+    def set_seed(self, seed: int) -> None:
+        """Gives the seed of whatever the algorithm draws, in place of its own."""
+        self._seed = seed
+
     def set_reporter(self, reporter: Reporter) -> None:
         """Gives what takes the algorithm's metrics."""
         self._reporter = reporter
@@ -97,7 +102,7 @@ class FunctionalAlgorithm(Algorithm):
     """An algorithm made of one function. Its parameters are filled by name.
 
     Known names: ``store``, ``train_dataset``, ``val_dataset``, ``llm_proxy``, ``adapter``,
-    ``initial_resources``, ``reporter`` (see `Reporter`).
+    ``initial_resources``, ``reporter`` (see `Reporter`), ``seed`` (the trainer's; 0 = none was given).
     """
 
     _NAMES: ClassVar[tuple[str, ...]] = (
@@ -108,6 +113,7 @@ class FunctionalAlgorithm(Algorithm):
         "adapter",
         "initial_resources",
         "reporter",
+        "seed",
     )
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -147,11 +153,12 @@ class FunctionalAlgorithm(Algorithm):
             return datasets[name]
         if name == "store":
             return self.get_store()
-        getters = {
+        getters: dict[str, Callable[[], Any]] = {
             "llm_proxy": self.get_llm_proxy,
             "adapter": self.get_adapter,
             "initial_resources": self.get_initial_resources,
             "reporter": self.get_reporter,
+            "seed": lambda: self._seed,
         }
         return getters[name]()
 

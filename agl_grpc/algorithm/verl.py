@@ -14,6 +14,7 @@ from agl_grpc.dataset import CurriculumRules
 from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import (
+    BestOf,
     CheckLimits,
     Deadlines,
     EngineConfig,
@@ -93,6 +94,11 @@ class VERL(Algorithm):
         self.trajectories = trajectories
         self.deadlines = settings("deadlines", deadlines, Deadlines)
         self.keep_checkpoints = keep_checkpoints
+        self.best_of = BestOf()
+
+    def set_seed(self, seed: int) -> None:
+        """Seeds data order, initialisation and every model call."""
+        self.seed, self.request_seeds = seed, True
 
     def write_run(
         self,
@@ -132,6 +138,7 @@ class VERL(Algorithm):
             "engines": asdict(self.engines),
             "rollouts": asdict(self.rollouts),
             "samples": asdict(self.samples),
+            "best_of": asdict(self.best_of),
             "checks": asdict(self.checks),
             "deadlines": asdict(self.deadlines),
             "alarms": asdict(self.alarms),

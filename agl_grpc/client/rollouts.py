@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -134,7 +135,7 @@ class RolloutCalls(BlobCalls):
         taken = [
             AttemptedRollout.from_messages(one.rollout, one.attempt_credential) for one in response.rollouts
         ]
-        return [await self.with_input(rollout) for rollout in taken]
+        return await asyncio.gather(*(self.with_input(rollout) for rollout in taken))
 
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
         """Make a further attempt at a rollout, without a lease."""

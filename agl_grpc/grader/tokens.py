@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ class TokenDecoder:
         """The text without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def __reduce__(self) -> tuple[type[TokenDecoder], tuple[Path]]:
-        return TokenDecoder, (self._path,)
+    def __reduce__(self) -> tuple[Callable[[Path], TokenDecoder], tuple[Path]]:
+        return _loaded, (self._path,)
 
     def _load(self) -> Any:
         from tokenizers import Tokenizer
@@ -39,3 +40,9 @@ class TokenDecoder:
             return Tokenizer.from_file(str(self._path))
         except Exception as error:  # the package raises plain Exception
             raise ValueError(f"{self._path} is no tokenizer: {error}") from error
+
+
+@functools.cache
+def _loaded(path: Path) -> TokenDecoder:
+    """The decoder of a file: it comes along with each submission, and is read once in a process."""
+    return TokenDecoder(path)

@@ -32,6 +32,9 @@ INFERENCE_APIS = {
 }
 """Paths that exist under an attempt's base URL, with the dialect's name in the contract."""
 
+NOT_SAMPLING = frozenset({"/v1/models", "/v1/messages/count_tokens"})
+"""Of these, what samples nothing: it leaves no record and counts for no limit."""
+
 _RESPONSE_BY_ID = re.compile(r"^/v1/responses/[^/]+(/cancel)?$")
 
 
@@ -91,6 +94,14 @@ def names_mode(path: str) -> bool:
     """Whether an attributed path says in which mode it samples; else the rollout's own counts."""
     match = _BASE.match(path)
     return match is not None and match["mode"] is not None
+
+
+def credential_of(headers: Mapping[str, str]) -> str:
+    """The API key that a client sent, in the way of either vendor; empty when it sent none."""
+    bearer = headers.get("authorization", "")
+    if bearer[:7].lower() == "bearer ":
+        return bearer[7:].strip()
+    return headers.get("x-api-key", "").strip()
 
 
 def attribution_of_credential(credential: str) -> Attribution | None:

@@ -71,6 +71,14 @@ class EngineControl:
         except grpc.aio.AioRpcError as failure:
             logger.warning("phase of policy version %d not reported: %s", policy_version, failure.details())
 
+    async def serves_at(self, endpoint: str) -> None:
+        """Name another endpoint, now and at every registration; a store that is away hears of it then."""
+        self._engine.endpoint = endpoint
+        try:
+            await self._send(None)
+        except grpc.aio.AioRpcError as failure:
+            logger.warning("endpoint %s not reported: %s", endpoint, failure.details())
+
     async def _register(self) -> None:
         await self._send(None)
 

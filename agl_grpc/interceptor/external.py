@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import re
 import time
 import uuid
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ _RPC_TIMEOUT = 10.0
 _WAITING = 1000
 _IDLE_SECONDS = 300.0
 _SWEEP_SECONDS = 10.0
+# What the store takes as a rollout's id.
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Journal(Protocol):
@@ -57,7 +60,9 @@ class ExternalTraffic:
     """Gives each session of calls without attribution a rollout in a run of its own, after the answer.
 
     A session is what clients name by ``x-agl-session``; a call without one is a session by itself. It ends
-    after five minutes without a call. At most 1,000 calls wait for the store; further ones are counted and
+    after five minutes without a call. Its rollout is ``RUN.SESSION``: whoever knows the session can give the
+    reward. A session that goes on after its end, or on another engine, has further ones, whose ids end with a
+    random part. At most 1,000 calls wait for the store; further ones are counted and
     dropped: serving them never depends on it.
     """
 
@@ -116,17 +121,31 @@ class ExternalTraffic:
     def _session(self, key: str) -> _Session:
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = _Session(key, asyncio.create_task(self._start()))
+            session = self._sessions[key] = _Session(key, asyncio.create_task(self._start(key)))
         return session
 
-    async def _start(self) -> tuple[str, str]:
+    async def _start(self, session: str) -> tuple[str, str]:
         if not self._run_made:
             await self._make_run()
+        wanted = f"{self._run_id}.{session}"
+        if not _ID.fullmatch(wanted):
+            return await self._start_as("")
+        try:
+            return await self._start_as(wanted)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            another = f"{wanted}.{uuid.uuid4().hex[:8]}"
+            return await self._start_as(another if _ID.fullmatch(another) else "")
+
+    async def _start_as(self, rollout_id: str) -> tuple[str, str]:
         label = common_pb2.Label(key="source", value="external")
         request = store_service_pb2.StartRolloutRequest(
             request_id=uuid.uuid4().hex,
             run_id=self._run_id,
-            rollout=rollout_pb2.RolloutSpec(mode=rollout_pb2.ROLLOUT_MODE_TRAIN, labels=[label]),
+            rollout=rollout_pb2.RolloutSpec(
+                rollout_id=rollout_id, mode=rollout_pb2.ROLLOUT_MODE_TRAIN, labels=[label]
+            ),
         )
         started = (await self._stub.StartRollout(request, timeout=_RPC_TIMEOUT)).rollout
         return started.rollout.rollout_id, started.attempt.attempt_id

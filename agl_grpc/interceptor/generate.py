@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from agl_grpc.interceptor.retries import Retries
 from agl_grpc.interceptor.sampling import capture_params, sampling_message, untrainable_reasons
 from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.interceptor.versions import runs_from_starts
-from agl_grpc.v1 import model_call_pb2
+from agl_grpc.v1 import common_pb2, model_call_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
@@ -87,6 +88,7 @@ class GenerateWrapper:
         self._generate: Callable[..., OutputStream] = engine_client.generate
         self._update_weight_version = getattr(engine_client, "update_weight_version", None)
         self._open: dict[str, _OpenCall] = {}
+        self._one_ended = asyncio.Event()
         self.captured = 0
         self.retries = 0
         self.unattributed = 0
@@ -128,6 +130,34 @@ class GenerateWrapper:
         for call in self._open.values():
             for index, state in call.states.items():
                 call.starts[index].append((version, engine_state.tokens_so_far(state)))
+
+    def under_way(self) -> int:
+        """How many calls of attempts run."""
+        return len(self._of_attempts())
+
+    async def drained(self, limit: float) -> bool:
+        """Wait until no call of an attempt runs, for at most `limit` seconds; whether that came about."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                while self._of_attempts():
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
+        return not self._of_attempts()
+
+    def cut(self, reason: str) -> int:
+        """End calls of attempts as errors, recorded as cut; how many. One without a token yet goes on."""
+        chosen = [
+            call
+            for call in self._of_attempts()
+            if any(engine_state.tokens_so_far(state) for state in call.states.values())
+        ]
+        for call in chosen:
+            for state in call.states.values():
+                self._resumer.end(state, reason)
+        return len(chosen)
+
+    def _of_attempts(self) -> list[_OpenCall]:
+        return [call for call in self._open.values() if call.record.context.external is None]
 
     def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
@@ -182,6 +212,22 @@ class GenerateWrapper:
                 digest = hash((context.answer.digest(), number))
                 self.retries += self._retries.mark(record, attempt, digest, context.answer.tries)
         return call
+
+    def failed(
+        self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
+    ) -> asyncio.Future[None]:
+        """Record a request that the server has answered with an error before it reached the engine.
+
+        What it answers resolves when the record is durable.
+        """
+        record = CallRecord(context, "", self._identity.model, model_call_pb2.SamplingParameters())
+        record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_ERROR
+        record.error = f"{status}: {reason}"[:500]
+        record.raw_request = raw
+        record.end()
+        attempt = (context.attribution.rollout_id, context.attribution.attempt_id)
+        span = to_span(record, self._identity)
+        return self._sink.submit(CapturedCall(attempt, span, [], {}))
 
     def _on_sequence(self, request_id: str, state: Any, request: Any) -> None:
         call = self._open.get(request_id)
@@ -262,6 +308,7 @@ class GenerateWrapper:
         answer = record.context.answer
         record.end()
         self._open.pop(record.request_id, None)
+        self._one_ended.set()
         if not call.states:
             # Refused before it reached the engine: there are no tokens to keep.
             self._sink.abandon(record.span_id)

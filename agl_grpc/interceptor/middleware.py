@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Protocol
 from urllib.parse import unquote
 
 from agl_grpc.interceptor.attempts import KnownAttempt
 from agl_grpc.interceptor.attribution import (
     CURRENT,
+    NOT_SAMPLING,
     Attribution,
     CallContext,
     api_of,
     attribution_of_credential,
     attribution_of_headers,
+    credential_of,
     names_mode,
     parse_path,
     parse_traceparent,
 )
 from agl_grpc.interceptor.external import EXTERNAL
 from agl_grpc.interceptor.held import HeldAnswer, Message, Receive, Send
+from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.interceptor.retries import tries_of
+from agl_grpc.v1 import common_pb2
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -54,6 +60,22 @@ class Running(Protocol):
     @property
     def keep_raw(self) -> bool:
         """Whether requests and answers are kept as they came and went."""
+        ...
+
+    @property
+    def limits(self) -> RolloutLimits:
+        """What each rollout may use."""
+        ...
+
+    @property
+    def max_body(self) -> int:
+        """Most bytes of a request of an attempt; 0: no limit."""
+        ...
+
+    def failed(
+        self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
+    ) -> asyncio.Future[None]:
+        """Record a request that ended as an error before it reached the engine."""
         ...
 
     async def admit(self, attribution: Attribution) -> KnownAttempt | None:
@@ -121,7 +143,20 @@ class AttributionMiddleware:
         context = CallContext(
             attribution, api, *parse_traceparent(headers.get("traceparent", "")), known=known
         )
-        await self._serve(self._rewrite(scope, path), receive, send, context, headers)
+        rewritten, running = self._rewrite(scope, path), self.interceptor
+        if running is None or scope["method"] != "POST" or path in NOT_SAMPLING:
+            await self._serve(rewritten, receive, send, context, headers)
+            return
+        limits, rollout = running.limits, attribution.rollout_id
+        try:
+            limits.enter(rollout)
+        except Refusal as refusal:
+            await _refuse(send, scope["type"], refusal, api)
+            return
+        try:
+            await self._serve(rewritten, receive, send, context, headers, running)
+        finally:
+            limits.leave(rollout)
 
     async def _admit(self, attribution: Attribution) -> KnownAttempt | None:
         if self.interceptor is None:
@@ -162,14 +197,25 @@ class AttributionMiddleware:
         return received
 
     async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, context: CallContext, headers: Mapping[str, str]
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        context: CallContext,
+        headers: Mapping[str, str],
+        attempts: Running | None = None,
     ) -> None:
+        """`attempts` is set for what counts as a call of an attempt."""
         answer = context.answer = HeldAnswer(
             receive,
             send,
             path=scope["path"],
             tries=tries_of(headers),
             keep_raw=self.interceptor is not None and self.interceptor.keep_raw,
+            api=context.api,
+            max_body=0 if attempts is None else attempts.max_body,
+            spend=partial(attempts.limits.spend, context.attribution.rollout_id) if attempts else None,
+            failed=partial(attempts.failed, context) if attempts else None,
         )
         token = CURRENT.set(context)
         try:
@@ -190,7 +236,7 @@ class AttributionMiddleware:
 
 def _attributed(path: str, headers: dict[str, str]) -> tuple[Attribution, str] | None:
     """Whose request it is, by URL, else by API key, else by headers; and the engine's own path."""
-    credential = _credential(headers)
+    credential = credential_of(headers)
     parsed = parse_path(path)
     if parsed is not None:
         return dataclasses.replace(parsed[0], credential=credential), parsed[1]
@@ -198,13 +244,6 @@ def _attributed(path: str, headers: dict[str, str]) -> tuple[Attribution, str] |
         return None
     whose = attribution_of_credential(credential) or attribution_of_headers(headers)
     return None if whose is None else (whose, path)
-
-
-def _credential(headers: dict[str, str]) -> str:
-    bearer = headers.get("authorization", "")
-    if bearer[:7].lower() == "bearer ":
-        return bearer[7:].strip()
-    return headers.get("x-api-key", "").strip()
 
 
 async def _refuse(send: Send, kind: str, refusal: Refusal, api: str) -> None:

@@ -30,7 +30,8 @@ class InterceptorPlugin:
         running = Interceptor.start(
             engine_client,
             settings,
-            endpoint=f"http://{args.host or '127.0.0.1'}:{args.port}",
+            # Port 0: whoever starts this server tells the address when it is known.
+            endpoint=f"http://{args.host or '127.0.0.1'}:{args.port}" if args.port else "",
             api_key=keys[0] if keys else None,
         )
         # vLLM serves nobody before this returns.

@@ -74,6 +74,11 @@ class CallRecord:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and of all answers."""
+        return len(self.prompt_ids) + sum(len(choice.token_ids) for choice in self.choices.values())
+
     def responses(self) -> dict[int, Sequence[int]]:
         """Response tokens by choice."""
         return {index: choice.token_ids for index, choice in self.choices.items()}

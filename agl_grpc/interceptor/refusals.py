@@ -64,6 +64,29 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
 
+def reason_of(body: bytes) -> str:
+    """What an error says of itself, in whatever shape; the beginning of its text where it has none."""
+    try:
+        said = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        said = None
+    error = said.get("error", said) if isinstance(said, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else body[:300].decode(errors="replace")
+
+
+def in_dialect(status: int, body: bytes, api: str) -> bytes:
+    """An error of the engine in the shape of a dialect; as it is where it has that."""
+    try:
+        said = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        said = None
+    shaped = isinstance(said, dict) and isinstance(said.get("error"), dict)
+    if isinstance(said, dict) and shaped and (api != "messages" or said.get("type") == "error"):
+        return body
+    return Refusal(status, "engine_error", reason_of(body)).body(api)
+
+
 def upstream_failed(message: str) -> Refusal:
     """The engine's answer is of no use."""
     return Refusal(502, "upstream_error", message, retry_after=1)

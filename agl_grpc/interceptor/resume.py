@@ -72,6 +72,12 @@ class AbortResumer:
         """Look after a sequence from now on; `fail` is told why it cannot go on."""
         self._sequences[state.request_id] = _Sequence(state, request, fail)
 
+    def end(self, state: Any, reason: str) -> None:
+        """End a sequence as an error; vLLM then takes it out of the engine core, too."""
+        sequence = self._sequences.get(state.request_id)
+        if sequence is not None:
+            self._end(sequence, reason)
+
     def forget(self, state: Any) -> None:
         """The sequence has ended."""
         sequence = self._sequences.pop(state.request_id, None)
@@ -129,8 +135,10 @@ class AbortResumer:
             self._fail(sequence, f"it did not resume within {self._limit:g} s")
 
     def _fail(self, sequence: _Sequence, reason: str) -> None:
+        self._end(sequence, f"the engine aborted this answer and cannot continue it: {reason}")
+
+    def _end(self, sequence: _Sequence, said: str) -> None:
         self.forget(sequence.state)
-        said = f"the engine aborted this answer and cannot continue it: {reason}"
         logger.warning("request %s: %s", sequence.state.external_req_id, said)
         sequence.fail(said)
         sequence.state.queue.put(AbortedByEngine(said))

@@ -12,19 +12,20 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
-from agl_grpc.interceptor.attribution import Attribution
+from agl_grpc.interceptor.attribution import Attribution, CallContext
 from agl_grpc.interceptor.control import EngineControl
 from agl_grpc.interceptor.external import ExternalTraffic
 from agl_grpc.interceptor.generate import GenerateWrapper
+from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.record import EngineIdentity
 from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
 from agl_grpc.interceptor.sink import CaptureSink
 from agl_grpc.interceptor.spool import Spool
-from agl_grpc.interceptor.swap import EngineBroken, WeightSwapper
+from agl_grpc.interceptor.swap import EngineBroken, RunningCalls, WeightSwapper
 from agl_grpc.interceptor.transport import AppendTransport, open_channel
-from agl_grpc.v1 import policy_pb2
+from agl_grpc.v1 import common_pb2, policy_pb2
 
 if TYPE_CHECKING:
     import grpc
@@ -52,6 +53,7 @@ class Interceptor:
         self._settings = settings
         self._attempts = Attempts(channel)
         self._external = external
+        self._limits = RolloutLimits(settings.max_calls, settings.max_tokens, settings.max_concurrency)
         self._channel = channel
         self._spool = spool
         self._sink = sink
@@ -99,7 +101,12 @@ class Interceptor:
         )
         control = EngineControl(channel, engine, lambda: wrapper.policy_version)
         swapper = WeightSwapper(
-            engine_client, wrapper, settings.engine_id, control.report, settings.kept_weights_path()
+            engine_client,
+            wrapper,
+            settings.engine_id,
+            control.report,
+            settings.kept_weights_path(),
+            RunningCalls(wrapper, settings.running_on_swap, settings.swap_timeout),
         )
         logger.info(
             "capture on: store %s, run %s, engine %s", settings.store, settings.run_id, settings.engine_id
@@ -123,15 +130,34 @@ class Interceptor:
         """Whether requests and answers are kept as they came and went."""
         return self._settings.keep_raw
 
+    @property
+    def limits(self) -> RolloutLimits:
+        """What each rollout may use."""
+        return self._limits
+
+    @property
+    def max_body(self) -> int:
+        """Most bytes of a request of an attempt; 0: no limit."""
+        return self._settings.max_body
+
+    def failed(
+        self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
+    ) -> asyncio.Future[None]:
+        """Record a request that ended as an error before it reached the engine."""
+        return self._wrapper.failed(context, status, reason, raw)
+
     async def admit(self, attribution: Attribution) -> KnownAttempt | None:
         """The attempt as the store knows it.
 
         The first call of an attempt waits for the store's word, for at most half a second; a store that is
-        away is not waited for. Raises Refusal for an attempt that is over, unknown, or not the credential's,
-        and while weights are loaded where new calls are to be refused then.
+        away is not waited for. While weights change, a call waits until the swap has ended, each of whose
+        steps has a limit. Raises Refusal for an attempt that is over, unknown, or not the credential's, and
+        while weights change where new calls are to be refused then.
         """
-        if self._swapper.swapping and self._settings.on_swap == "refuse":
-            raise Refusal(429, "weights_changing", _SWAPPING, retry_after=_SWAP_RETRY_SECONDS)
+        if self._swapper.swapping:
+            if self._settings.on_swap == "refuse":
+                raise Refusal(429, "weights_changing", _SWAPPING, retry_after=_SWAP_RETRY_SECONDS)
+            await self._swapper.swapped.wait()
         return await self._attempts.admit(attribution)
 
     def describe(self) -> dict[str, Any]:
@@ -161,6 +187,10 @@ class Interceptor:
         current = asyncio.create_task(self._control.current.wait())
         await asyncio.wait([current, self._task], return_when=asyncio.FIRST_COMPLETED)
         current.cancel()
+
+    async def serves_at(self, endpoint: str) -> None:
+        """Tell the store the base URL of a server whose address was not known when this was started."""
+        await self._control.serves_at(endpoint)
 
     async def stop(self) -> None:
         """Deliver or spool what was captured and let go of the store."""

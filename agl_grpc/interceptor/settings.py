@@ -16,6 +16,9 @@ UNATTRIBUTED = ("serve", "record", "refuse")
 ON_SWAP = ("wait", "refuse")
 """What may become of new calls while weights are loaded."""
 
+RUNNING_ON_SWAP = ("keep", "finish", "cut")
+"""What may become of running calls of attempts when new weights come."""
+
 DEFAULT_SPOOL_BYTES = 10 * 1000**3
 
 FAILURE_FILE = "AGL_INTERCEPTOR_FAILURE_FILE"
@@ -37,7 +40,11 @@ class Settings:
     what becomes of calls that name no attempt: ``serve`` them, ``record`` them too, as rollouts of the run
     `external_run`, or ``refuse`` them; `keep_raw` whether requests and answers are kept as they came and
     went; `on_swap` what becomes of new calls while weights are loaded: they ``wait``, or are refused with 429
-    (``refuse``).
+    (``refuse``); `running_on_swap` what becomes of calls of attempts that run then: they go on under the new
+    weights (``keep``), run to their end under the old ones (``finish``: those that do not within
+    `swap_timeout` seconds make the swap fail), or are ``cut`` if they still run after `swap_timeout` seconds;
+    `max_calls`, `max_tokens` and `max_concurrency` are limits of one rollout (tokens: prompts and answers of
+    calls that have ended; 0: no limit), `max_body` the most bytes of one of its requests.
     """
 
     store: str
@@ -56,6 +63,12 @@ class Settings:
     external_run: str = "external"
     keep_raw: bool = True
     on_swap: str = "wait"
+    running_on_swap: str = "keep"
+    swap_timeout: float = 60.0
+    max_calls: int = 0
+    max_tokens: int = 0
+    max_concurrency: int = 0
+    max_body: int = 64 * 1024 * 1024
 
     def environment(self) -> dict[str, str]:
         """As environment variables, for `from_environment` in another process."""
@@ -90,6 +103,12 @@ class Settings:
             external_run=given.get("external_run", "external"),
             keep_raw=given.get("keep_raw", "True") == "True",
             on_swap=given.get("on_swap", "wait"),
+            running_on_swap=given.get("running_on_swap", "keep"),
+            swap_timeout=float(given.get("swap_timeout", "60")),
+            max_calls=int(given.get("max_calls", "0")),
+            max_tokens=int(given.get("max_tokens", "0")),
+            max_concurrency=int(given.get("max_concurrency", "0")),
+            max_body=int(given.get("max_body", str(64 * 1024 * 1024))),
         )
 
     def spool_path(self) -> Path:

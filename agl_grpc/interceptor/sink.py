@@ -213,6 +213,9 @@ class CaptureSink:
         except StoreAway as error:
             self._abandoned.extendleft(reversed(abandoned))
             self._leave(str(error))
+            # What ended during the delivery waits for the store no more than what ends from now on.
+            calls += self._ended
+            self._ended.clear()
             await self._to_spool(calls)
             return
         except asyncio.CancelledError:
@@ -297,7 +300,7 @@ class CaptureSink:
                 self.counters.spooled += 1
             except SpoolFull as error:
                 logger.error("model call %s is not durable yet: %s", call.span_id.hex(), error)
-                self.counters.undurable += 1
+                self.counters.undurable += not call.durable.done()
                 self._ended.append(call)
             self._settle(call)
 

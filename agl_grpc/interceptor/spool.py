@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import struct
@@ -59,15 +60,7 @@ class Spool:
     def __init__(
         self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024, *, reuse_bytes: int = 0
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise SpoolInUse(
-                f"spool folder {folder} is used by another process: give each engine its own"
-            ) from error
+        self._lock = _lock(folder)
         self._folder = folder
         self._limit = limit
         self._segment_bytes = segment_bytes
@@ -250,6 +243,49 @@ class Spool:
             self.damaged += 1
         if segment.waiting == 0:
             self._remove(segment)
+
+
+def _lock(folder: Path) -> int:
+    """The lock of a folder, which is made. Raises SpoolInUse."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise SpoolInUse(
+            f"spool folder {folder} is used by another process: give each engine its own"
+        ) from error
+    return lock
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes off a folder without using it as a spool. Raises SpoolInUse."""
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def gather(folder: Path, workers: int) -> None:
+    """Move what earlier processes left to where one of today's delivers it.
+
+    One process has its spool in `folder` itself, several in ``worker-0``, ``worker-1``, ... there. The caller
+    holds `folder`. Raises SpoolInUse where a process of another proxy lives on.
+    """
+    target = folder if workers == 1 else folder / "worker-0"
+    of_today = {folder / f"worker-{number}" for number in range(workers)} if workers > 1 else {folder}
+    found = {folder, *folder.glob("worker-*")} - of_today
+    for source in sorted(each for each in found if any(each.glob(f"*{_SUFFIX}"))):
+        held = contextlib.nullcontext() if source == folder else hold(source)
+        with held, contextlib.nullcontext() if target == folder else hold(target):
+            last = max((int(path.stem) for path in target.glob(f"*{_SUFFIX}")), default=0)
+            for number, path in enumerate(sorted(source.glob(f"*{_SUFFIX}")), last + 1):
+                path.rename(target / f"{number:012d}{_SUFFIX}")
+        _fsync_folder(target)
+        _fsync_folder(source)
 
 
 def _records(data: bytes) -> Iterator[int]:

@@ -51,12 +51,35 @@ class Report(Protocol):
         ...
 
 
+class RunningCalls:
+    """What becomes of calls of attempts that run when new weights come: see `Settings.running_on_swap`."""
+
+    def __init__(self, wrapper: GenerateWrapper, how: str, limit: float) -> None:
+        self._wrapper = wrapper
+        self._how = how
+        self._limit = limit
+
+    async def before_pause(self) -> None:
+        """Let them end where they are to. Raises SwapError for those that had to and did not."""
+        if self._how == "keep":
+            return
+        if not await self._wrapper.drained(self._limit) and self._how == "finish":
+            raise SwapError(f"{self._wrapper.under_way()} calls still ran after {self._limit:g} s")
+
+    def in_pause(self) -> None:
+        """End those that have had their time."""
+        if self._how == "cut":
+            number = self._wrapper.cut(f"cut after {self._limit:g} s: new weights are being loaded")
+            if number:
+                logger.warning("%d calls cut for new weights", number)
+
+
 class WeightSwapper:
     """Acts on policy versions as the store announces them, one at a time.
 
     `engine_client` is vLLM's; its dev mode stays off. Generation stands still only from pause to resume. The
     weights that serve are also kept in the folder `keep` (None: they are not), so that an engine that starts
-    again can go on with them.
+    again can go on with them. `running` says what becomes of running calls.
     """
 
     def __init__(
@@ -66,8 +89,10 @@ class WeightSwapper:
         engine_id: str,
         report: Report,
         keep: Path | None = None,
+        running: RunningCalls | None = None,
     ) -> None:
         self._keep = keep
+        self._running = running or RunningCalls(wrapper, "keep", 0.0)
         self._client = engine_client
         self._wrapper = wrapper
         self._engine_id = engine_id
@@ -76,8 +101,14 @@ class WeightSwapper:
         self._preparing: asyncio.Task[None] | None = None
         self._preparing_version = -1
         self._expiry: asyncio.TimerHandle | None = None
-        self.swapping = False
-        """Whether generation stands still for new weights."""
+        self.swapped = asyncio.Event()
+        """Set while no swap is under way."""
+        self.swapped.set()
+
+    @property
+    def swapping(self) -> bool:
+        """Whether new weights are on their way into the engine: running calls end, or generation stands."""
+        return not self.swapped.is_set()
 
     async def on_version(self, version: policy_pb2.PolicyVersion) -> None:
         """Follow one state of a policy version. Raises EngineBroken when the model is half-loaded."""
@@ -211,21 +242,43 @@ class WeightSwapper:
         return None
 
     async def _swap(self, staging: Staging) -> int:
-        """Pause, load, set the version, resume; nanoseconds of standstill."""
-        started = time.monotonic_ns()
-        self.swapping = True
+        """Let calls end, pause, load, set the version, resume; nanoseconds of standstill."""
+        self.swapped.clear()
         try:
-            await self._pause()
-            errors = await self._load(staging)
-            if not errors:
-                self._wrapper.set_policy_version(staging.policy_version, staging.digest)
-                await self._client.update_weight_version(str(staging.policy_version))
+            await self._running.before_pause()
+            started = time.monotonic_ns()
+            try:
+                await self._pause()
+                self._running.in_pause()
+                errors = await self._load(staging)
+                if not errors:
+                    self._wrapper.set_policy_version(staging.policy_version, staging.digest)
+                    await self._name_version(staging.policy_version)
+            finally:
+                await self._resume()
         finally:
-            await self._client.resume_generation()
-            self.swapping = False
+            self.swapped.set()
         if errors:
             raise SwapError(f"{errors[0]} (the old weights were restored)")
         return time.monotonic_ns() - started
+
+    async def _name_version(self, number: int) -> None:
+        """Tell vLLM the version. Raises EngineBroken: the new weights are loaded by now."""
+        try:
+            async with asyncio.timeout(_RPC_TIMEOUT):
+                await self._client.update_weight_version(str(number))
+        except TimeoutError:
+            raise EngineBroken(
+                f"the engine did not take version {number} within {_RPC_TIMEOUT:g} s"
+            ) from None
+
+    async def _resume(self) -> None:
+        """Go on generating. Raises EngineBroken when the engine does not."""
+        try:
+            async with asyncio.timeout(_RPC_TIMEOUT):
+                await self._client.resume_generation()
+        except TimeoutError:
+            raise EngineBroken(f"the engine did not resume within {_RPC_TIMEOUT:g} s") from None
 
     async def _pause(self) -> None:
         """Stand still; sequences under way keep their place. Raises SwapError when the engine does not."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from agl_grpc.client import StoreClient
+from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import AttemptedRollout, Rollout
 from agl_grpc.sample import AttemptRecord, AttemptSamples, Decode, SampleRules, build_attempt, observe
 from agl_grpc.v1 import reward_pb2, span_pb2
@@ -13,7 +14,11 @@ from agl_grpc.v1 import store_service_pb2 as store_pb2
 
 
 async def read_attempts(
-    client: StoreClient, rollouts: Sequence[Rollout], rules: SampleRules, decode: Decode | None = None
+    client: StoreClient,
+    rollouts: Sequence[Rollout],
+    rules: SampleRules,
+    decode: Decode | None = None,
+    frozen: Mapping[str, Sequence[Reward]] | None = None,
 ) -> list[AttemptSamples]:
     """The latest attempt of each rollout, in their order.
 
@@ -22,18 +27,21 @@ async def read_attempts(
         rollouts: sealed ones, with their attempts where it is to count that a capture is incomplete.
         rules: what is trained of an attempt.
         decode: text of tokens, by which breaks between rows are told apart.
+        frozen: rewards by rollout that count in place of those that the store has now.
     """
     ids = [rollout.rollout_id for rollout in rollouts]
     spans, rewards = await asyncio.gather(_spans(client, ids), _rewards(client, ids))
+    held = {name: [reward.to_proto() for reward in kept] for name, kept in (frozen or {}).items()}
     made = []
     for rollout in rollouts:
         place = (rollout.rollout_id, rollout.latest_attempt_id or "")
+        counting = held.get(rollout.rollout_id, rewards)
         record = AttemptRecord(
             rollout_id=place[0],
             attempt_id=place[1],
             group_id=rollout.group_id or "",
             spans=[span for span in spans if (span.rollout_id, span.attempt_id) == place],
-            rewards=[item for item in rewards if (item.rollout_id, item.attempt_id) == place],
+            rewards=[item for item in counting if (item.rollout_id, item.attempt_id) == place],
             capture_incomplete=isinstance(rollout, AttemptedRollout) and rollout.attempt.capture_incomplete,
         )
         samples = build_attempt(record, rules, decode)

@@ -9,7 +9,7 @@ when its followers' engines serve their weights of this one, so all models are a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from agl_grpc.client.filters import rollout_filter
 from agl_grpc.learner.adoption import OpenGroup
@@ -19,6 +19,7 @@ from agl_grpc.learner.rollouts import GroupRequest
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.store_source import StoreSource
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingIdentity
+from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import Rollout, RolloutConfig
 from agl_grpc.sample import Decode, SampleRules
 
@@ -41,7 +42,7 @@ class FollowedSource(StoreSource):
         rules: RolloutConfig,
         samples: SampleRules,
         lineage: PolicyLineage,
-        rewards: Mapping[str, float],
+        rewards: Mapping[str, Sequence[Reward]],
         labels: Mapping[str, str],
         decode: Decode | None = None,
     ) -> None:

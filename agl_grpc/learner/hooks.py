@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from agl_grpc.learner.checks import LogprobLimits
 from agl_grpc.learner.curriculum import TaskOrder
 from agl_grpc.learner.rollouts import FinishedRollout, RolloutSource
-from agl_grpc.learner.run_config import Deadlines
+from agl_grpc.learner.run_config import BestOf, Deadlines
 
 if TYPE_CHECKING:
     from agl_grpc.learner.trainer import AglTrainer
@@ -56,6 +56,7 @@ class Hooks:
     limits: LogprobLimits = field(default_factory=LogprobLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
     failure_limit: int = 64
+    best_of: BestOf = field(default_factory=BestOf)
     # Makes the order of tasks for a dataset; None = verl's own sampler.
     order: Callable[[Any], TaskOrder] | None = None
     # Called after each step (0 = before training); answers whether to stop.

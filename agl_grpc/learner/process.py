@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import signal
 import threading
@@ -18,8 +19,15 @@ import orjson
 
 from agl_grpc.client import StoreError
 from agl_grpc.evaluation import Pass
-from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, check_fits, resume_keys
-from agl_grpc.learner.errors import StoppedError
+from agl_grpc.learner.best import read_best
+from agl_grpc.learner.checkpoint import (
+    Checkpoints,
+    LearnerState,
+    check_fits,
+    hugging_face_folder,
+    resume_keys,
+)
+from agl_grpc.learner.errors import ConfigError, StoppedError
 from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
@@ -40,6 +48,12 @@ if TYPE_CHECKING:
 def say(text: str) -> None:
     """A line of progress for people and for whoever started this process."""
     print(f"{SAID}{text}", flush=True)
+
+
+def tell(training: TrainingRun, text: str) -> None:
+    """A line of progress that those who follow the training run in the store see too."""
+    say(text)
+    training.log(text)
 
 
 def choose_device(wanted: str) -> str:
@@ -72,28 +86,40 @@ def run(config: RunConfig, store: str, *, sft: bool = False) -> None:
     os.environ["TENSORBOARD_DIR"] = str(output / "tensorboard")
     link = StoreLink(store, config.run_id, patience=config.deadlines.store)
     try:
-        training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else "verl")
-        say(f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}")
-        with _reported_end(training), _stoppable():
+        training = TrainingRun.acquire(link, config.training_run_id, "sft" if sft else config.algorithm)
+        tell(
+            training,
+            f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}",
+        )
+        with _reported_end(training, output / "checkpoints"), _stoppable():
             (_tune if sft else _train)(config, device, output, link, training)
     finally:
         link.close()
 
 
 @contextmanager
-def _reported_end(training: TrainingRun) -> Iterator[None]:
+def _reported_end(training: TrainingRun, checkpoints: Path) -> Iterator[None]:
     """Ends the training run in the store as this process ends."""
     try:
         yield
     except (StoppedError, KeyboardInterrupt):
-        training.finish(TrainingRunStatus.STOPPED)
+        training.finish(TrainingRunStatus.STOPPED, result=_result(training, checkpoints))
         raise
     except BaseException as error:
         _finish_failed(training, error)
         raise
     stopped = training.stop_requested
     status = TrainingRunStatus.STOPPED if stopped else TrainingRunStatus.SUCCEEDED
-    training.finish(status)
+    training.finish(status, result=_result(training, checkpoints))
+
+
+def _result(training: TrainingRun, checkpoints: Path) -> dict[str, Any] | None:
+    """Where the last committed checkpoint and its model lie, and which was best; None before the first."""
+    if not training.checkpoint_id:
+        return None
+    last, best = checkpoints / training.checkpoint_id, read_best(checkpoints)
+    result: dict[str, Any] = {"checkpoint": str(last), "model": str(hugging_face_folder(last))}
+    return result if best is None else {**result, "best": asdict(best)}
 
 
 def _finish_failed(training: TrainingRun, error: BaseException) -> None:
@@ -130,9 +156,20 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str, Any]) -> DictConfig:
+def _verl_config(
+    config: RunConfig, device: str, output: Path, resume: dict[str, Any], store: str = ""
+) -> DictConfig:
+    """verl's configuration; ``store`` is the address that engines which verl starts are told."""
     from agl_grpc.learner.verl_config import compose
+    from agl_grpc.learner.verl_keys import check_best_of
 
+    backend = config.engines.backend
+    told: dict[str, Any] = {}
+    if config.engines.hybrid and store:
+        # NCCL refuses a group of two processes on one GPU.
+        backend = "gloo"
+        served = {"store": store, "run_id": config.run_id, "model": config.model.name}
+        told = {**served, "spool": str(output / "spool")}
     fixed: dict[str, Any] = {
         "data": {
             "train_files": str(Path(config.train_tasks).expanduser()),
@@ -144,9 +181,7 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
             "model": {"path": str(Path(config.model.path).expanduser())},
             "rollout": {
                 "checkpoint_engine": {
-                    "engine_kwargs": {
-                        "agl": {"host": config.engines.host, "collective": config.engines.backend}
-                    }
+                    "engine_kwargs": {"agl": {"host": config.engines.host, "collective": backend}}
                 }
             },
         },
@@ -156,7 +191,10 @@ def _verl_config(config: RunConfig, device: str, output: Path, resume: dict[str,
             **resume,
         },
     }
-    return compose(config.verl, device=device, fixed=fixed)
+    composed = compose(config.verl, device=device, fixed=fixed, hybrid=told)
+    if config.best_of.keep:
+        check_best_of(composed)
+    return composed
 
 
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
@@ -165,19 +203,24 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     for message in (".*engine is not available.*", "Disabled critic.*", ".*set_vital.*"):
         # verl and torchdata say these of themselves at every start; none of them is about this run.
         warnings.filterwarnings("ignore", message=message)
+    if config.engines.hybrid and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "engines.hybrid: verl cannot start vLLM, which is not installed here; run the learner in the "
+            "hybrid environment (`agl-grpc env create hybrid`)"
+        )
     resume, step = _taken_up(config, output, training)
-    verl = _verl_config(config, device, output, resume)
+    verl = _verl_config(config, device, output, resume, link.address)
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     if resume:
         check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
     manifest = {"config": verl, **_made_by(config, device)}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
-    say("importing verl")
+    tell(training, "importing verl")
     os.environ.update(worker_environment(device))
     # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
     # Ray's start walks through.
     importlib.import_module("agl_grpc.learner.trainer")
-    say("starting Ray")
+    tell(training, "starting Ray")
     with local_ray(device=device, gpus=gpus, address=config.ray_address):
         import transfer_queue as tq
 
@@ -186,13 +229,20 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
         tq.init(verl.transfer_queue)
         validate(verl)
         samples = TrajectorySamples(output, config.trajectories, config.model.path, say)
-        about = {"algorithm": "verl", "run": config.run_id, "seed": config.seed, "model": config.model.name}
+        about = {
+            "algorithm": config.algorithm,
+            "run": config.run_id,
+            "seed": config.seed,
+            "model": config.model.name,
+        }
         with closing(Reporting(training, output, config.alarms, about, say)) as reporting, closing(samples):
             trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
-            say("starting verl's workers, loading the model, publishing its weights")
+            tell(training, "starting verl's workers, loading the model, publishing its weights")
             try:
                 trainer.init()
-                say(f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
+                tell(
+                    training, f"training {trainer.total_training_steps} steps: waiting for the first rollouts"
+                )
                 trainer.fit(manager)
             finally:
                 tq.close()
@@ -208,7 +258,7 @@ def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, trainin
         {"config": verl, **_made_by(config, device), "sft": asdict(config.sft)},
     )
     found = sft.collect(link, config.run_id, config.samples.rules(config.model.name), config.sft)
-    say(f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
+    tell(training, f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
     os.environ.update(worker_environment(device))
 
     def on_step(step: int, total: int, metrics: dict[str, float]) -> bool:
@@ -230,13 +280,13 @@ def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[d
         state = LearnerState.read(Path(resume["resume_from_path"]))
         training.go_on_from(state.origin)
         step = state.step
-        say(f"continuing from checkpoint {training.checkpoint_id}")
+        tell(training, f"continuing from checkpoint {training.checkpoint_id}")
     elif config.resume:
         training.go_on_from(1)
-        say("no committed checkpoint: starting from the beginning")
+        tell(training, "no committed checkpoint: starting from the beginning")
     cancelled = training.discard_leftovers(step)
     if cancelled:
-        say(f"cancelled {cancelled} unfinished rollouts of an earlier trainer")
+        tell(training, f"cancelled {cancelled} unfinished rollouts of an earlier trainer")
     return resume, step
 
 
@@ -296,13 +346,14 @@ def _assemble(
         name = config.follows
         origin = leaders_origin(link, identity.run_id, name, config.deadlines.sample)
         make_source = partial(FollowedSource, labels={TRAINING_LABEL: f"{name}/{origin}"})
+    rules = _rules(link, identity.run_id, config)
     source = make_source(
         link,
         identity,
         rules=config.rollouts,
-        samples=_rules(link, identity.run_id, config),
+        samples=rules,
         lineage=lineage,
-        rewards=frozen_rewards(replay),
+        rewards=frozen_rewards(replay, rules),
         decode=decoder(model),
     )
     manager = RolloutManager(
@@ -314,12 +365,13 @@ def _assemble(
         vocabulary=vocabulary_size(model),
     )
     source.start(manager.deliver)
+    engines, receivers = _engines(config, verl)
     publisher = Publisher(
         link,
         identity,
         model=config.model.name,
-        engines=config.engines.count,
-        receivers_per_engine=config.engines.receivers,
+        engines=engines,
+        receivers_per_engine=receivers,
         deadline=config.deadlines.publish,
         engine_deadline=config.deadlines.engines,
         lineage=lineage,
@@ -360,6 +412,7 @@ def _assemble(
         checkpoints=checkpoints,
         run_name=f"{name.replace('_', '-')}.t{origin}",
         origin=identity.origin,
+        best_of=config.best_of,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         deadlines=config.deadlines,
@@ -373,6 +426,16 @@ def _assemble(
     )
     trainer = AglTrainer(verl, hooks)
     return trainer, manager
+
+
+def _engines(config: RunConfig, verl: DictConfig) -> tuple[int, int]:
+    """How many engines there are, and how many workers of each take weights."""
+    if not config.engines.hybrid:
+        return config.engines.count, config.engines.receivers
+    rollout = verl.actor_rollout_ref.rollout
+    each = int(rollout.tensor_model_parallel_size) * int(rollout.pipeline_model_parallel_size)
+    ranks = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
+    return ranks // each, each
 
 
 def _rules(link: StoreLink, run_id: str, config: RunConfig) -> SampleRules:

@@ -109,8 +109,9 @@ class TrajectorySamples:
             if not self._loaded:
                 self._decode, self._loaded = self._tokenizer(), True
             write_step(self._folder, step, chosen, self._decode)
-        except OSError as error:
-            self._say(f"trajectories of step {step} could not be written: {error}")
+        except Exception as error:  # nobody waits for this thread's result, and no page ends a run
+            reason = (str(error).splitlines() or [""])[0]
+            self._say(f"trajectories of step {step} could not be written: {type(error).__name__}: {reason}")
 
     def _tokenizer(self) -> Decode | None:
         from transformers import AutoTokenizer

@@ -36,12 +36,20 @@ class EngineConfig:
     ``count`` 0 publishes nothing (for recorded rollouts). ``receivers`` are the worker processes of an engine
     that each take the weights (its tensor-parallel size). ``host`` is this machine's address as engines reach
     it; ``backend`` is ``auto``, ``gloo`` or ``nccl``.
+
+    ``hybrid``: verl starts the engines, on the accelerators of its own ranks (``count`` and ``receivers``
+    then follow from verl's keys); it needs the hybrid environment.
     """
 
     count: int = 1
     receivers: int = 1
     host: str = "127.0.0.1"
     backend: str = "auto"
+    hybrid: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hybrid and self.backend == "nccl":
+            raise ValueError("backend nccl cannot be had with hybrid: engine and rank share an accelerator")
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,20 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class BestOf:
+    """Rejection sampling: of every group the ``keep`` best rollouts with at least ``min_reward`` are learned,
+    with verl's supervised loss; 0 = reinforcement learning. ``actor_rollout_ref.rollout.n`` are sampled.
+    """
+
+    keep: int = 0
+    min_reward: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.keep < 0:
+            raise ValueError(f"keep {self.keep} must be 0 or more")
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """Validation during training (``trainer.test_freq``); verl's ``rollout.val_kwargs`` say how it samples.
 
@@ -180,10 +202,16 @@ class RunConfig:
     checks: CheckLimits = field(default_factory=CheckLimits)
     deadlines: Deadlines = field(default_factory=Deadlines)
     sft: SftConfig = field(default_factory=SftConfig)
+    best_of: BestOf = field(default_factory=BestOf)
     alarms: AlarmLimits = field(default_factory=AlarmLimits)
     trajectories: int = 2
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     verl: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> str:
+        """What the store calls it: ``verl``, or ``best_of_n``."""
+        return "best_of_n" if self.best_of.keep else "verl"
 
 
 def _build(kind: type[S], data: Mapping[str, Any], path: str) -> S:

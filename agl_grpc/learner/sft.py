@@ -6,7 +6,7 @@ One process, one device. The sampled tokens of every kept rollout are learned; o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from agl_grpc.learner.attempts import read_attempts
 from agl_grpc.learner.checkpoint import LearnerState, checkpoint_id, write_checkpoint
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import SftConfig
+from agl_grpc.learner.selection import Judged, best_of_groups
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.model.enums import RolloutMode, RolloutStatus
 from agl_grpc.sample import AttemptSamples, Sample, SampleRules
@@ -45,11 +46,14 @@ def collect(link: StoreLink, run_id: str, rules: SampleRules, sft: SftConfig) ->
         ConfigError: nothing is left.
     """
     attempts = link.run(_read(link, run_id, rules))
-    kept = [
-        each for each in attempts if each.rows and each.reward is not None and each.reward >= sft.min_reward
+    judged = [
+        Judged(each.rollout_id, each.group_id or each.rollout_id, each.reward)
+        for each in attempts
+        if each.rows and each.reward is not None
     ]
-    if sft.best_of_group:
-        kept = list(_best(kept, sft.best_of_group))
+    chosen = best_of_groups(judged, sft.best_of_group, sft.min_reward)
+    found = {each.rollout_id: each for each in attempts}
+    kept = [found[rollout_id] for rollout_id in chosen]
     rows = tuple(row for each in kept for row in each.rows)
     if not rows:
         best = max((each.reward for each in attempts if each.reward is not None), default=None)
@@ -68,15 +72,6 @@ async def _read(link: StoreLink, run_id: str, rules: SampleRules) -> list[Attemp
     for start in range(0, len(usable), _READ_AT_ONCE):
         made += await read_attempts(client, usable[start : start + _READ_AT_ONCE], rules)
     return made
-
-
-def _best(attempts: Sequence[AttemptSamples], count: int) -> Iterator[AttemptSamples]:
-    """The ``count`` best of every group; of equals the first."""
-    groups: dict[str, list[AttemptSamples]] = {}
-    for each in attempts:
-        groups.setdefault(each.group_id or each.rollout_id, []).append(each)
-    for group in groups.values():
-        yield from sorted(group, key=lambda each: -(each.reward or 0.0))[:count]
 
 
 def batch_of(rows: Sequence[Sample]) -> TensorDict:

@@ -41,8 +41,14 @@ def distinct_share(tokens: IntArray, length: int) -> float | None:
     """
     if len(tokens) < length:
         return None
-    grams = np.lib.stride_tricks.sliding_window_view(tokens, length)
-    return len(np.unique(grams, axis=0)) / len(grams)
+    # Each n-gram gets a number: that of its first n - 1 tokens, by their order, and its last token's. Numbers
+    # sort many times faster than rows of an array do.
+    _, codes = np.unique(tokens, return_inverse=True)
+    kinds = int(codes.max()) + 1
+    grams = codes
+    for size in range(1, length):
+        _, grams = np.unique(grams[:-1] * kinds + codes[size:], return_inverse=True)
+    return (int(grams.max()) + 1) / len(grams)
 
 
 def batch_metrics(rollouts: Sequence[FinishedRollout]) -> dict[str, float]:

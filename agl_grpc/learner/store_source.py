@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from agl_grpc.learner.rollouts import (
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
 from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
+from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import SEED_LABEL, AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from agl_grpc.sample import AttemptFacts, AttemptSamples, Decode, DropReason, Sample, SampleRules
 from agl_grpc.sample.wire import rules_to_proto
@@ -51,7 +52,7 @@ class StoreSource:
         rules: RolloutConfig,
         samples: SampleRules,
         lineage: PolicyLineage | None = None,
-        rewards: Mapping[str, float] | None = None,
+        rewards: Mapping[str, Sequence[Reward]] | None = None,
         decode: Decode | None = None,
         seed: int | None = None,
     ) -> None:
@@ -162,7 +163,7 @@ class StoreSource:
 
     async def _fetch(self, group: OpenGroup) -> FinishedGroup:
         rollouts = [group.sealed[rollout_id] for rollout_id in group.members]
-        samples = await read_attempts(self._client, rollouts, self._samples, self._decode)
+        samples = await read_attempts(self._client, rollouts, self._samples, self._decode, self._frozen)
         finished = [self._finished(*each) for each in zip(rollouts, samples, strict=True)]
         return FinishedGroup(group.request, tuple(finished))
 
@@ -171,7 +172,7 @@ class StoreSource:
         return FinishedRollout(
             rollout_id=samples.rollout_id,
             group_id=samples.group_id,
-            reward=self._frozen.get(samples.rollout_id, samples.reward),
+            reward=samples.reward,
             rows=tuple(self._row(sample) for sample in samples.rows),
             failure=_failure(rollout, samples),
             attempt_id=samples.attempt_id,

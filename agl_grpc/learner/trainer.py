@@ -29,6 +29,7 @@ from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
+from agl_grpc.learner.best_of import TEMPERATURE, LearnsBest
 from agl_grpc.learner.checkpoint import LearnerState
 from agl_grpc.learner.checks import (
     LogprobRow,
@@ -49,6 +50,7 @@ from agl_grpc.learner.rollouts import ClaimedBatch
 from agl_grpc.learner.sampler import StoreSampler
 from agl_grpc.learner.step_metrics import batch_metrics, sampler_distance, unfinished
 from agl_grpc.learner.turn_credit import NAME as TURNS
+from agl_grpc.learner.verl_config import HYBRID_KEY
 from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
 
 # Errors that end training at a step whose predecessor can still be saved, and what they are counted as.
@@ -77,7 +79,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 @register_trainer("agl")
-class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is untyped
+class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is untyped
     """Trains on sealed rollouts of a store and publishes weights as policy versions.
 
     Args:
@@ -138,6 +140,13 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         # Not the direct parent's: it would start replicas of verl's own engines.
         with patch.object(trainer_base, "LLMServerManager", NoServers):
             PPOTrainer._setup(self)
+        if self.learns_best:
+            self.use_supervised_loss()
+        if HYBRID_KEY in (self.config.actor_rollout_ref.rollout.get("custom") or {}):
+            # Only here: vLLM is in the hybrid environment alone.
+            from agl_grpc.learner.hybrid import start_engines
+
+            self.llm_server_manager = start_engines(self.config, self.actor_rollout_wg)
         self.hooks.publication.bind(self.actor_rollout_wg)
         self.standalone_checkpoint_manager = self.hooks.publication
         self.current_mode = HybridEngineMode.TRAINER
@@ -325,8 +334,12 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         ours: dict[str, Any] = {"compute_rollout_correction_and_add_to_batch": correct_over_rollouts}
         if self.config.algorithm.adv_estimator == TURNS:
             ours["compute_advantage_for_multi_trajectories"] = self._credit_turns
+        if self.learns_best:
+            ours["compute_advantage_for_multi_trajectories"] = self.choose_best
         with patch.multiple(trainer_base, **ours):
             result = super()._compute_advantage(batch, metrics)
+        if self.learns_best:
+            self.mask_others(batch)
         rejected = metrics.pop("tokens/rejected", 0.0)
         if rejected:
             self._counts.update({"tokens/dropped/rejected": rejected, "tokens/dropped": rejected})
@@ -371,7 +384,10 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
         self._prove_seals(batch, metrics)
         actor = self.config.actor_rollout_ref.actor
         real_rows = sum(not tag.get("is_padding", False) for tag in batch.tags)
-        batch.extra_info.update(
+        learned = self.rows_of_best(batch) if self.learns_best else batch
+        if learned is None:
+            return batch
+        learned.extra_info.update(
             {
                 "calculate_entropy": bool(actor.calculate_entropy or actor.entropy_coeff != 0.0),
                 "distillation_use_topk": False,
@@ -381,17 +397,22 @@ class AglTrainer(OrderedTasks, PPOTrainerSeparateAsync):  # type: ignore[misc]  
                 "epochs": actor.ppo_epochs,
                 "seed": actor.data_loader_seed,
                 "dataloader_kwargs": {"shuffle": actor.shuffle},
-                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+                "temperature": self._loss_temperature,
             }
         )
         # One optimiser step at the end of one epoch: until then the parameters are what they were.
         self._updating = self._updating or self.local_trigger_step > 0 or actor.ppo_epochs > 1
-        output = rename_dict(self.actor_rollout_wg.update_actor(batch)["metrics"], "actor/")
+        output = rename_dict(self.actor_rollout_wg.update_actor(learned)["metrics"], "actor/")
         output["perf/mfu/actor"] = output.pop("actor/mfu")
         self._updating = True
         self._counts["loss/skipped_updates"] += unfinished(output.get("actor/grad_norm", ()))
         metrics.update(reduce_metrics(output))
         return batch
+
+    @property
+    def _loss_temperature(self) -> float:
+        sampled = self.config.actor_rollout_ref.rollout.temperature
+        return TEMPERATURE if self.learns_best else float(sampled)
 
     @phase("updating the critic", "compute")
     def _update_critic(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:

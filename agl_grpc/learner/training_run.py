@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from agl_grpc.client import NotFound
 from agl_grpc.client.filters import rollout_filter
@@ -13,8 +14,10 @@ from agl_grpc.learner.errors import LearnerError
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.model.enums import BatchStatus, RolloutMode, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.failure import Failure
+from agl_grpc.model.reward import Reward
 from agl_grpc.model.training import Batch, StepMetrics
 from agl_grpc.model.training import TrainingRun as TrainingRunRecord
+from agl_grpc.sample import SampleRules
 
 # Label by which a trainer finds its own rollouts; the value is `{training run}/{origin}`.
 TRAINING_LABEL = "training"
@@ -141,6 +144,7 @@ class TrainingRun:
             mine.training_run_id, mine.trainer_epoch, checkpoint_id, batch_ids, step=step
         )
         self._link.run(work)
+        self.checkpoint_id = checkpoint_id
 
     def report(self, step: int, metrics: Mapping[str, float], log: Sequence[str] = ()) -> None:
         """Reports a step's metrics and lines; then ``stop_requested`` says whether somebody asked to stop."""
@@ -151,18 +155,46 @@ class TrainingRun:
         )
         self.stop_requested = record.status is TrainingRunStatus.STOPPING
 
-    def finish(self, status: TrainingRunStatus, error: BaseException | None = None) -> None:
-        """Ends the training run; ``error`` says why it failed."""
+    def log(self, line: str) -> None:
+        """Adds a line to the training run's log, for whoever follows it."""
+        mine = self.identity
+        self._link.run(self._client.report_metrics(mine.training_run_id, mine.trainer_epoch, [], log=[line]))
+
+    def finish(
+        self, status: TrainingRunStatus, error: BaseException | None = None, result: Any = None
+    ) -> None:
+        """Ends the training run; ``error`` says why it failed, ``result`` what came of it: a JSON value."""
         mine = self.identity
         failure = None if error is None else Failure.from_exception(error)
-        work = self._client.finish_training_run(mine.training_run_id, mine.trainer_epoch, status, failure)
+        work = self._client.finish_training_run(
+            mine.training_run_id, mine.trainer_epoch, status, failure, result
+        )
         self._link.run(work)
 
 
-def frozen_rewards(released: Mapping[int, Sequence[Batch]]) -> dict[str, float]:
-    """By rollout, the rewards that batches froze: they count when the batches are made again."""
-    entries = [entry for batches in released.values() for batch in batches for entry in batch.entries]
-    return {entry.rollout_id: entry.reward for entry in entries if entry.reward is not None}
+def frozen_rewards(released: Mapping[int, Sequence[Batch]], rules: SampleRules) -> dict[str, list[Reward]]:
+    """By rollout, the rewards that batches froze, those of steps and calls too: they count when the batches
+    are made again, whatever was revised since.
+
+    Args:
+        released: batches by step.
+        rules: by which rewards count; one that stands alone in a batch is the one that they name.
+    """
+    found: dict[str, list[Reward]] = {}
+    for entry in (entry for batches in released.values() for batch in batches for entry in batch.entries):
+        if entry.rewards:
+            found[entry.rollout_id] = entry.rewards
+        elif entry.reward is not None:
+            (name,) = rules.counted_rewards
+            alone = Reward(
+                rollout_id=entry.rollout_id,
+                attempt_id=entry.attempt_id,
+                name=name,
+                value=entry.reward,
+                revision=entry.reward_revision,
+            )
+            found[entry.rollout_id] = [alone]
+    return found
 
 
 def batch_groups(batch: Batch) -> list[str]:

@@ -40,7 +40,7 @@ _DEFAULTS: dict[str, Any] = {
             "fsdp_config": {"strategy": "fsdp2"},
             "checkpoint": {"save_contents": ["model", "optimizer", "extra", "hf_model"]},
         },
-        "rollout": {"n": 4, "val_kwargs": {"n": 1}},
+        "rollout": {"n": 4, "val_kwargs": {"n": 1}, "tensor_model_parallel_size": 1},
     },
     "critic": {"strategy": "fsdp2", "fsdp": {"strategy": "fsdp2"}},
     "algorithm": {"adv_estimator": "grpo", "rollout_correction": {"bypass_mode": False}},
@@ -61,6 +61,9 @@ _DEFAULTS: dict[str, Any] = {
     },
     "transfer_queue": {"backend": {"SimpleStorage": {"num_data_storage_units": 1}}},
 }
+_EXTERNAL_ROLLOUT: dict[str, Any] = {"n_gpus_per_node": 1, "tensor_model_parallel_size": 1}
+HYBRID_KEY = "agl"
+"""Where in verl's ``rollout.custom`` the engines that verl starts are told what they serve, and for whom."""
 _DEFAULTS_CPU: dict[str, Any] = {
     "actor_rollout_ref": {
         "model": _MODEL_CPU,
@@ -71,16 +74,19 @@ _DEFAULTS_CPU: dict[str, Any] = {
 }
 
 
-def _held(device: str) -> dict[str, Any]:
-    """Keys that follow from engines outside verl; whatever the user wrote there is replaced."""
+def _held(device: str, hybrid: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that follow from engines outside verl, or started by verl and then used like those; whatever the
+    user wrote there is replaced.
+    """
+    engines = _hybrid_rollout(device, hybrid) if hybrid else _EXTERNAL_ROLLOUT
     return {
         "actor_rollout_ref": {
             "hybrid_engine": False,
             "rollout": {
                 "name": "agl_external",
+                # Not the number of nodes: verl's separate_async trainer insists on one at least.
                 "nnodes": 1,
-                "n_gpus_per_node": 1,
-                "tensor_model_parallel_size": 1,
+                **engines,
                 "calculate_log_probs": True,
                 "checkpoint_engine": {"backend": "agl", "custom_backend_module": "agl_grpc.learner.sender"},
             },
@@ -88,6 +94,15 @@ def _held(device: str) -> dict[str, Any]:
         "trainer": {"device": device, "use_v1": True, "v1": {"trainer_mode": "separate_async"}},
         "transfer_queue": {"enable": True},
     }
+
+
+def _hybrid_rollout(device: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of engines that verl starts: they load the model from disk, keep their memory, and are told
+    ``told``.
+    """
+    rollout = {"load_format": "auto", "free_cache_engine": False, "enable_sleep_mode": False}
+    small = {"dtype": "float32", "enforce_eager": True} if device == "cpu" else {}
+    return {**rollout, **small, "custom": {HYBRID_KEY: dict(told)}}
 
 
 def expand(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,13 +248,20 @@ def _verl_config_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
-def compose(user: Mapping[str, Any], *, device: str, fixed: Mapping[str, Any] | None = None) -> DictConfig:
+def compose(
+    user: Mapping[str, Any],
+    *,
+    device: str,
+    fixed: Mapping[str, Any] | None = None,
+    hybrid: Mapping[str, Any] | None = None,
+) -> DictConfig:
     """verl's ``ppo_trainer`` configuration, ready for its v1 trainer.
 
     Args:
         user: verl's keys, nested or dotted.
         device: ``cpu`` or ``cuda``.
         fixed: what the learner itself decides (paths, step counts), nested; replaces the user's values.
+        hybrid: what the engines that verl starts are told; None = engines live outside verl.
 
     Raises:
         ConfigError: an unknown key, or a combination that cannot run with engines outside verl.
@@ -251,7 +273,8 @@ def compose(user: Mapping[str, Any], *, device: str, fixed: Mapping[str, Any] | 
         config = hydra_compose("ppo_trainer")
     nested = expand(user)
     check_keys(config, nested)
-    layers = [_DEFAULTS, *([_DEFAULTS_CPU] if device == "cpu" else []), nested, fixed or {}, _held(device)]
+    layers = [_DEFAULTS, *([_DEFAULTS_CPU] if device == "cpu" else []), nested, fixed or {}]
+    layers.append(_held(device, hybrid or {}))
     with open_dict(config):
         for layer in layers:
             config.merge_with(OmegaConf.create(layer))

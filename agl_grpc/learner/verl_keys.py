@@ -143,3 +143,19 @@ def check_names(config: DictConfig) -> None:
         raise ConfigError(
             "actor_rollout_ref.actor.policy_loss.loss_mode=dro needs policy_loss.dro_beta above 0"
         )
+
+
+def check_best_of(config: DictConfig) -> None:
+    """Raises ConfigError for a key that has no meaning where the best of every group are learned."""
+    actor = config.actor_rollout_ref.actor
+    wrong = {
+        "algorithm.adv_estimator=gae": config.algorithm.adv_estimator == "gae",
+        "algorithm.use_kl_in_reward=True": config.algorithm.use_kl_in_reward,
+        "actor_rollout_ref.actor.use_kl_loss=True": actor.use_kl_loss,
+        f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff}": actor.entropy_coeff != 0,
+    }
+    for setting, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigError(
+                f"{setting} does nothing in verl's supervised loss, with which best_of learns: leave it out"
+            )

@@ -17,6 +17,11 @@ SECTIONS = ("seed", "datasets", "config", "versions", "git", "hardware", "contra
 _PASSING = ("started", "ended", "command", "captured")
 
 
+def manifest_key(training_run_id: str) -> str:
+    """Where a run's metadata hold the manifest of a training run that a worker took up."""
+    return f"manifest/{training_run_id}"
+
+
 class ManifestError(Exception):
     """A run has no manifest that can be read; one line that says what to do."""
 

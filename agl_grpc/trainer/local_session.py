@@ -81,9 +81,12 @@ class LocalSession(Session[FitResult]):
 
     async def _recorded(self, algorithm: Algorithm) -> FitResult:
         """Runs the algorithm as a training run of the store, which hears of its end whatever that is."""
-        record = self._record = TrainingRecord(self.client, self.plan.folder, self.progress, self.stack.fail)
+        record = self._record = TrainingRecord(
+            self.client, self.plan.folder, self.progress, self.stack.fail, self.plan.alarms
+        )
         record.metadata = summary(self._manifest)
         await record.begin(algorithm.name, self.plan.training_run_id, self.plan.trainer_id)
+        await self._note_manifest(record.training, self._manifest)
         algorithm.set_reporter(record)
         value = None
         try:

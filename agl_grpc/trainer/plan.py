@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.client import StoreClient
+from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.grader import Graders
 from agl_grpc.model import LLM, NamedResources, Resource
 from agl_grpc.runner.config import RunnerConfig
@@ -29,7 +30,7 @@ class Plan:
     endpoint that exists already, None = start an engine; ``start_method`` how worker processes come to be,
     ``allowed_exit_codes`` with what they may leave; ``stop_seconds`` passes between SIGTERM and SIGKILL;
     ``training_run_id`` the training run to take up, empty = one is made, and ``trainer_id`` who takes it;
-    ``configuration`` the file's keys, for the manifest.
+    ``configuration`` the file's keys, for the manifest; ``alarms`` from when on they are raised.
     """
 
     folder: RunFolder
@@ -58,6 +59,7 @@ class Plan:
     training_run_id: str = ""
     trainer_id: str = ""
     graders: Graders | None = None
+    alarms: AlarmLimits | None = None
     configuration: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 PHASES = ("rollout", "logprobs", "advantage", "update", "publish", "save")
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 60
+_OTHERS_SHOWN = 4
+_NOT_SHOWN = ("alarm/", "time/")
 _REFRESHES_PER_SECOND = 4
 
 
 def step_line(step: int, total: int | None, metrics: Mapping[str, float]) -> str:
-    """For example ``step 3/40  reward 0.41  tokens 5120  stale 0.0  1.90 s (rollout 0.80, update 0.50)``."""
+    """For example ``step 3/40  reward 0.41  tokens 5120  stale 0.0  1.90 s (rollout 0.80, update 0.50)``.
+
+    An algorithm that reports no reward is shown by the first numbers that it does report.
+    """
     phases = ", ".join(
         f"{name} {metrics[f'time/{name}']:.2f}"
         for name in PHASES
@@ -29,6 +34,8 @@ def step_line(step: int, total: int | None, metrics: Mapping[str, float]) -> str
     parts = [f"step {step}/{total}" if total else f"step {step}"]
     if "reward/mean" in metrics:
         parts.append(f"reward {metrics['reward/mean']:.3f}")
+    else:
+        parts += _others(metrics)
     if "tokens/trained" in metrics:
         parts.append(f"tokens {metrics['tokens/trained']:.0f}")
     if "staleness/mean" in metrics:
@@ -37,6 +44,12 @@ def step_line(step: int, total: int | None, metrics: Mapping[str, float]) -> str
         parts.append(f"{metrics['time/step']:.2f} s" + (f" ({phases})" if phases else ""))
     parts += [f"validation {name} {value:.3f}" for name, value in scores(metrics).items()]
     return "  ".join(parts)
+
+
+def _others(metrics: Mapping[str, float]) -> list[str]:
+    shown = {**scores(metrics), "tokens/trained": 0.0, "staleness/mean": 0.0}
+    names = [name for name in metrics if name not in shown and not name.startswith(_NOT_SHOWN)]
+    return [f"{name} {metrics[name]:.4g}" for name in names[:_OTHERS_SHOWN]]
 
 
 def curve(rewards: Sequence[float], width: int = _CURVE_WIDTH) -> str:

@@ -6,14 +6,17 @@ import asyncio
 import dataclasses
 import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from agl_grpc.client import StoreClient, StoreError
 from agl_grpc.evaluation import EvaluationError, Pass, Sampling, describe, evaluate, publish_sampling
 from agl_grpc.grader import GraderFailed, GraderWorker
+from agl_grpc.grader.tokens import TokenDecoder
+from agl_grpc.manifest.diff import manifest_key
 from agl_grpc.model import LLM, NamedResources, ProxyLLM
-from agl_grpc.model.training import StepMetrics
+from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.plan import Plan, with_llm
@@ -21,7 +24,7 @@ from agl_grpc.trainer.processes import Forked
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import engine_serves
 from agl_grpc.trainer.result import Scores
-from agl_grpc.trainer.run_folder import end_session
+from agl_grpc.trainer.run_folder import end_session, summary
 from agl_grpc.trainer.stack import Stack
 from agl_grpc.trainer.strategy import reachable
 
@@ -120,8 +123,21 @@ class Session(Generic[T]):
         await self._client.create_run(plan.run_id)
         await self._start_graders()
 
+    async def _note_manifest(self, training: TrainingRun, manifest: Mapping[str, Any]) -> None:
+        """Puts the manifest of a training run that was asked for elsewhere into the store, at its run."""
+        if training.metadata or "sessions" not in manifest:
+            return
+        run = await self.client.get_run_by_id(self.plan.run_id)
+        notes = dict(run.metadata) if run is not None else {}
+        notes[manifest_key(training.training_run_id)] = summary(manifest)
+        await self.client.update_run(self.plan.run_id, metadata=notes)
+
+    def _model_folder(self) -> Path | None:
+        """Folder of the model that agents call, whose tokenizer reads what was captured; None = unknown."""
+        return None
+
     async def _start_graders(self) -> None:
-        """Has the run wait for its graders, and lets them work beside everything else."""
+        """Has the run wait for its graders, and lets ours work beside everything else."""
         graders = self.plan.graders
         if graders is None:
             return
@@ -129,13 +145,24 @@ class Session(Generic[T]):
         credential = await self.client.create_grader_credential(lifetime_seconds=_GRADER_SECONDS)
         client = StoreClient(self.client.target, run_id=self.plan.run_id, credential=credential)
         try:
-            self._grading = GraderWorker(client, graders)
+            self._grading = GraderWorker(client, graders, decode=self._decode())
             await self._grading.open()
         except GraderFailed as error:
             raise TrainerError(str(error)) from error
         task = asyncio.create_task(self._grading.run())
         task.add_done_callback(self._grading_ended)
         self._grading_task = task
+
+    def _decode(self) -> TokenDecoder | None:
+        """What reads captured tokens for graders; None where agents' texts have to do, which is said."""
+        folder = self._model_folder()
+        if folder is None:
+            return None
+        try:
+            return TokenDecoder(folder)
+        except (ImportError, ValueError) as error:
+            self.progress.say(f"graders see no text of calls of which only tokens are captured: {error}")
+            return None
 
     def _grading_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

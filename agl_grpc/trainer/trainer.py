@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.agent import LitAgent
-from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline
+from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline, BestOfN
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.algorithm.baseline import FastAlgorithm
 from agl_grpc.client import StoreClient
+from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.evaluation import Evaluation, Pass, Sampling
 from agl_grpc.grader import Graders
+from agl_grpc.learner.errors import ConfigError
+from agl_grpc.learner.run_config import settings
 from agl_grpc.model import LLM, NamedResources, ProxyLLM, Rollout, RolloutMode
 from agl_grpc.runner.lit_agent_runner import LitAgentRunner
 from agl_grpc.sample.adapter import Adapter
@@ -43,7 +46,13 @@ from agl_grpc.trainer.verl_session import VerlSession
 
 _ADDRESS = re.compile(r"(grpcs?://)?([^:/\s]+|\[[0-9a-fA-F:.]+\]):\d+")
 TRACERS: Mapping[str, Any] = {"otel": OtelTracer, "agentops": "agl_grpc.tracer:AgentOpsTracer"}
-ALGORITHMS: Mapping[str, Any] = {"verl": VERL, "apo": APO, "gepa": GEPA, "baseline": Baseline}
+ALGORITHMS: Mapping[str, Any] = {
+    "verl": VERL,
+    "best_of_n": BestOfN,
+    "apo": APO,
+    "gepa": GEPA,
+    "baseline": Baseline,
+}
 
 
 class Trainer:
@@ -77,6 +86,9 @@ class Trainer:
         learner_python: Python of the learner environment; default: ``AGL_GRPC_LEARNER_PYTHON`` or
             ``.venv-learner``.
         port: of the store that is started; None = any free one.
+        graders: who judges in the agent's place: a grader, several, or several with their weights.
+        alarms: `AlarmLimits` or a dict of them, for any algorithm; None = the algorithm's own.
+        seed: of task order, initialisation, and requests in training and validation; None = the algorithm's.
 
     Raises:
         TrainerError: a component cannot be made of what was given.
@@ -105,11 +117,16 @@ class Trainer:
         learner_python: str | Path | None = None,
         port: int | None = None,
         graders: Any = None,
+        alarms: Any = None,
+        seed: int | None = None,
     ) -> None:
         if n_runners < 1:
             raise TrainerError(f"n_runners is {n_runners}; it must be 1 or more")
         self.algorithm = _algorithm(algorithm)
         self.graders = _graders(graders)
+        self.alarms = _alarms(alarms)
+        if self.alarms is not None and isinstance(self.algorithm, VERL):
+            self.algorithm.alarms = self.alarms
         self.strategy: ExecutionStrategy = (
             build("strategy", strategy, ExecutionStrategy, registry=STRATEGIES)
             or ClientServerExecutionStrategy()
@@ -117,6 +134,7 @@ class Trainer:
         self.tracer = build("tracer", tracer, Tracer, registry=TRACERS)  # type: ignore[type-abstract]  # only looked at
         self.runner_options, self.runner = _runner(runner, self.tracer, max_rollouts)
         if isolation is not None:
+            _agree("isolation", isolation, "runner", self.runner_options.isolation or isolation)
             self.runner_options = dataclasses.replace(self.runner_options, isolation=isolation)
         self.adapter = build("adapter", adapter, Adapter)
         self.hooks = (
@@ -124,14 +142,22 @@ class Trainer:
         )
         self.engine, self.llm = _engine(llm_proxy)
         self.store = _address(store)
+        if self.store and port:
+            raise TrainerError("port is that of a store which is started here, but store names one that runs")
         self.store_client = store if isinstance(store, StoreClient) else None
         self.initial_resources = dict(initial_resources or {})
+        if n_runners != 1:
+            _agree("n_runners", n_runners, "strategy", self.strategy.n_runners or n_runners)
         self.n_runners = n_runners
         self.max_rollouts = max_rollouts
         self.run_name = check_name(run_name or time.strftime("%Y%m%d-%H%M%S"))
         self.run_dir = Path(run_dir)
         self.resume = resume
         self.validation = options("validation", validation, ValidationOptions)
+        if seed is not None:
+            self.validation = dataclasses.replace(self.validation, seed=seed)
+            if self.algorithm is not None:
+                self.algorithm.set_seed(seed)
         self.engine_python = engine_python
         self.learner_python = learner_python
         self.port = port
@@ -299,6 +325,7 @@ class Trainer:
             raise TrainerError("managed_store=False starts no store: give the trainer's store, as host:port")
         plan = Plan(
             graders=self.graders,
+            alarms=self.alarms,
             folder=RunFolder(self.run_dir / self.run_name),
             agent=agent,
             train_dataset=train,
@@ -395,8 +422,21 @@ def _agent_object(agent: Any) -> LitAgent[Any]:
     return made
 
 
+def _agree(name: str, given: Any, other: str, its: Any) -> None:
+    if given != its:
+        raise TrainerError(f"{name} is {given}, but that of {other} is {its}: say it once")
+
+
 def _one(hooks: Any) -> list[Any]:
     return [] if hooks is None else [hooks]
+
+
+def _alarms(given: Any) -> AlarmLimits | None:
+    """Limits from whatever stands for them; None = none were given."""
+    try:
+        return None if given is None else settings("alarms", given, AlarmLimits)
+    except ConfigError as error:
+        raise TrainerError(str(error)) from error
 
 
 def _graders(given: Any) -> Graders | None:

@@ -16,7 +16,7 @@ from agl_grpc.algorithm import VERL
 from agl_grpc.evaluation import Evaluation
 from agl_grpc.learner.best import read_best
 from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
-from agl_grpc.learner.progress import SAID, scores
+from agl_grpc.learner.progress import scores
 from agl_grpc.learner.run_config import ValidationConfig
 from agl_grpc.model import LLM
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
@@ -28,7 +28,6 @@ from agl_grpc.trainer.options import find_python
 from agl_grpc.trainer.plan import Plan, with_llm
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import captured
-from agl_grpc.trainer.relay import end_of, relay
 from agl_grpc.trainer.result import FitResult, Scores
 from agl_grpc.trainer.run_folder import dataset_digests, describe_session, summary
 from agl_grpc.trainer.session import Session
@@ -49,6 +48,11 @@ class VerlSession(Session[FitResult]):
     def __init__(
         self, plan: Plan, progress: Progress, algorithm: VERL, *, start_workers: bool = True
     ) -> None:
+        if algorithm.engines.hybrid:
+            raise TrainerError(
+                "engines.hybrid: the engine ends with the learner, so there would be none to validate with; "
+                "start `agl-grpc learner` with that configuration yourself"
+            )
         super().__init__(plan, progress)
         _check_agent(plan)
         self._start_workers = start_workers
@@ -61,6 +65,9 @@ class VerlSession(Session[FitResult]):
     @property
     def starts_processes(self) -> bool:
         return self._start_workers
+
+    def _model_folder(self) -> Path | None:
+        return Path(self._algorithm.model_path).expanduser()
 
     async def _work(self) -> FitResult:
         plan = self.plan
@@ -75,7 +82,7 @@ class VerlSession(Session[FitResult]):
         await self.client.resume_dispatch()
         gate = self.client.pause_dispatch if validates else self.client.resume_dispatch
         await gate(queue=plan.run_id)
-        relaying = self._start_learner(training)
+        self._start_learner(training)
         if self._start_workers:
             self._start_runners()
         else:
@@ -93,9 +100,9 @@ class VerlSession(Session[FitResult]):
             self.progress.phase("training")
             training = await self._trained(training.training_run_id, following)
         finally:
-            for task in (following, relaying, reading):
+            for task in (following, reading):
                 task.cancel()
-            await asyncio.wait({following, relaying, reading})
+            await asyncio.wait({following, reading})
         after = {}
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
             after = await self.stack.until(self._validate("after"))
@@ -157,11 +164,12 @@ class VerlSession(Session[FitResult]):
         if found is not None and found.status is TrainingRunStatus.SUCCEEDED:
             raise TrainerError(f"run {self.plan.run_id!r} has finished: there is nothing to resume")
         if found is not None:
+            await self._note_manifest(found, self._manifest)
             return found
         wanted = TrainingRun(
             training_run_id=name,
             run_id=self.plan.run_id,
-            algorithm="verl",
+            algorithm=self._algorithm.name,
             config=self._algorithm.config,
             metadata={"model": self._algorithm.model_path, **summary(self._manifest)},
         )
@@ -200,8 +208,8 @@ class VerlSession(Session[FitResult]):
         committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
         return max(committed, default=0)
 
-    def _start_learner(self, training: TrainingRun) -> asyncio.Task[None]:
-        """Starts the learner; the task shows what it says until it has trained its first step."""
+    def _start_learner(self, training: TrainingRun) -> None:
+        """Starts the learner, which tells the training run's log how far it is."""
         plan = self.plan
         more: dict[str, Any] = {}
         if plan.val_dataset and plan.validation.every and not self._validates_by_itself:
@@ -222,8 +230,6 @@ class VerlSession(Session[FitResult]):
                 keep_best=plan.validation.keep_best,
             ),
         )
-        log = plan.folder.log("learner")
-        written = end_of(log)
         self.stack.start(
             lambda: commands.learner_part(
                 plan.folder,
@@ -235,7 +241,6 @@ class VerlSession(Session[FitResult]):
             ),
             may_end=True,
         )
-        return asyncio.create_task(relay(log, written, self._show_start))
 
     def _validation_sampling(self) -> dict[str, Any]:
         """How the learner samples in validation: those of verl's keys that its configuration leaves open."""
@@ -243,13 +248,6 @@ class VerlSession(Session[FitResult]):
         keys = {"n": wanted.every_samples, "temperature": wanted.temperature, "top_p": wanted.top_p or 1.0}
         named = {f"actor_rollout_ref.rollout.val_kwargs.{key}": value for key, value in keys.items()}
         return {key: value for key, value in named.items() if setting(self._algorithm.config, key) is None}
-
-    def _show_start(self, line: str) -> bool:
-        if line.startswith(f"{SAID}step "):
-            return False
-        if line.startswith(SAID):
-            self.progress.say(line)
-        return True
 
     async def _follow(self, training_run_id: str, older_epoch: int) -> None:
         """Shows each step as the learner reports it."""

@@ -18,6 +18,7 @@ class Kind(enum.StrEnum):
 
     ENGINE = "engine"
     LEARNER = "learner"
+    HYBRID = "hybrid"
 
 
 class Device(enum.StrEnum):
@@ -35,11 +36,11 @@ def environments() -> None:
 
 @app.command()
 def create(
-    kind: Annotated[Kind, typer.Argument(help="engine = vLLM, learner = verl.")],
-    path: Annotated[Path | None, typer.Option(help="Folder; default .venv-engine or .venv-learner.")] = None,
+    kind: Annotated[Kind, typer.Argument(help="engine = vLLM, learner = verl, hybrid = both.")],
+    path: Annotated[Path | None, typer.Option(help="Folder; default .venv-KIND.")] = None,
     device: Annotated[Device, typer.Option(help="auto = CUDA where an NVIDIA driver answers.")] = Device.AUTO,
 ) -> None:
-    """Make a virtual environment for the engine or the learner; quick when it is up to date."""
+    """Make a virtual environment for the engine, the learner or both; quick when it is up to date."""
     from agl_grpc.trainer import environment
 
     folder = (path or Path(f".venv-{kind.value}")).resolve()

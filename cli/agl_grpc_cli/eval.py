@@ -36,6 +36,7 @@ class _Settings:
     ks: tuple[int, ...]
     success: float
     weights: dict[str, float]
+    graders: list[str]
     fields: list[str]
     find_answer: str
     endpoint: str
@@ -80,6 +81,10 @@ def evaluate(
         typer.Option(
             metavar="NAME=WEIGHT", help="Of a named reward; repeatable. Default: the primary reward."
         ),
+    ] = None,
+    grader: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE:NAME", help="Judges answers in the agent's place; repeatable."),
     ] = None,
     field: Annotated[
         list[str] | None, typer.Option(help="A key that every task must have; repeatable.")
@@ -142,6 +147,7 @@ def evaluate(
             ks=tuple(k or _powers(n)),
             success=success,
             weights=_weights(weight or []),
+            graders=grader or [],
             fields=field or [],
             find_answer=find_answer,
             endpoint=endpoint,
@@ -199,6 +205,7 @@ def _evaluation(what: str, name: str, settings: _Settings, output: Path | None) 
 def _trainer(name: str, settings: _Settings, *, served: bool) -> Trainer:
     from agl_grpc.trainer import EngineOptions, Trainer
     from agl_grpc.trainer.evaluation_session import endpoint
+    from agl_grpc_cli.graders import load_graders
 
     llm: Any = EngineOptions(arguments=settings.engine_arguments)
     if served:
@@ -214,6 +221,7 @@ def _trainer(name: str, settings: _Settings, *, served: bool) -> Trainer:
         resume=settings.resume and begun,
         validation={"timeout_seconds": settings.timeout},
         engine_python=settings.engine_python,
+        graders=load_graders(settings.graders) if settings.graders else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,14 @@ def serve(
     ] = "AGL_PROXY_UPSTREAM_KEY",
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 = any.")] = 8100,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Processes that serve; a rollout's calls are all served by one of them.",
+        ),
+    ] = 1,
     store: StoreOption = DEFAULT_STORE,
     run: RunOption = "default",
     unattributed: Annotated[
@@ -136,6 +145,7 @@ def serve(
     body_limit = parse_size(max_body)
     from agl_grpc.interceptor.front.command import run_proxy
     from agl_grpc.interceptor.front.settings import BadUpstream, ProxySettings, parse_upstream
+    from agl_grpc.interceptor.front.workers import WorkersFailed
     from agl_grpc.interceptor.spool import SpoolInUse
     from agl_grpc.runner.logs import LEVELS, configure_logging
 
@@ -168,8 +178,16 @@ def serve(
     try:
         configure_logging(log_level)
         named = [parse_upstream(text) for text in upstream or []]
-        run_proxy(settings, named, host, port, upstreams_file=upstreams)
-    except (BadUpstream, SpoolInUse) as error:
+        run_proxy(
+            settings,
+            named,
+            host,
+            port,
+            upstreams_file=upstreams,
+            workers=workers,
+            prepare=partial(configure_logging, log_level),
+        )
+    except (BadUpstream, SpoolInUse, WorkersFailed) as error:
         raise CliError(str(error)) from error
     except OSError as error:
         place = error.filename or f"{host}:{port}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agl_grpc_cli import rollout_page
 from agl_grpc_cli.connect import with_store
 from agl_grpc_cli.errors import CliError
 from agl_grpc_cli.filters import narrow, takes_filter
@@ -93,6 +94,9 @@ def get(
         print_json(found)
     else:
         _print_rollout(found)
+
+
+rollout_page.add_commands(app)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +65,7 @@ def diff(
 
 def _record(name: str, store: str) -> RunRecord:
     from agl_grpc.manifest import RunRecord
+    from agl_grpc.manifest.diff import manifest_key
 
     folder = Path(name)
     if folder.is_dir():
@@ -74,6 +75,10 @@ def _record(name: str, store: str) -> RunRecord:
         run = await client.get_training_run_by_id(name)
         if run is None:
             return None
+        if not run.metadata:  # a worker that took it up has noted its manifest at the run
+            owner = await client.get_run_by_id(run.run_id)
+            notes = owner.metadata.get(manifest_key(name), {}) if owner is not None else {}
+            run = replace(run, metadata=notes)
         steps: list[StepMetrics] = []
         # One that has ended is read to its end; one that goes on, to the step that it has come to.
         ended = run.status.is_terminal

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from agl_grpc_cli.errors import CliError
-from agl_grpc_cli.options import DEFAULT_STORE, RunOption, StoreOption
+from agl_grpc_cli.options import DEFAULT_STORE, RunOption, StoreOption, parse_size
 
 app = typer.Typer(
     help="Serve a model with vLLM, its exact tokens captured.", no_args_is_help=True, rich_markup_mode=None
@@ -89,6 +89,35 @@ def serve(
             help="New calls while weights are loaded: they wait, or get 429 with Retry-After.",
         ),
     ] = "wait",
+    running_on_swap: Annotated[
+        str,
+        typer.Option(
+            metavar="keep|finish|cut",
+            help="Running calls of attempts when new weights come: keep lets them go on under these; finish "
+            "waits for their end; cut ends those that still run after --swap-timeout.",
+        ),
+    ] = "keep",
+    swap_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="SECONDS", help="For running calls to end; with finish the swap fails after it."
+        ),
+    ] = 60.0,
+    max_calls: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Most calls of one rollout; 0 = any number.")
+    ] = 0,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Most tokens of one rollout, prompts included; 0 = any number."
+        ),
+    ] = 0,
+    max_concurrency: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Most calls of one rollout at one time; 0 = any number.")
+    ] = 0,
+    max_body: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest request of an attempt: bytes, or with K, M, G.")
+    ] = "64M",
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
@@ -104,7 +133,13 @@ def serve(
     """
     from agl_grpc.interceptor.serve import ServeError, run_vllm
     from agl_grpc.interceptor.serve import serve as serve_vllm
-    from agl_grpc.interceptor.settings import ON_SWAP, UNATTRIBUTED, Settings, default_engine_id
+    from agl_grpc.interceptor.settings import (
+        ON_SWAP,
+        RUNNING_ON_SWAP,
+        UNATTRIBUTED,
+        Settings,
+        default_engine_id,
+    )
 
     if show_help:
         _help(context, run_vllm)
@@ -114,6 +149,8 @@ def serve(
         raise typer.BadParameter("write serve, record or refuse", param_hint="--unattributed")
     if on_swap not in ON_SWAP:
         raise typer.BadParameter("write wait or refuse", param_hint="--on-swap")
+    if running_on_swap not in RUNNING_ON_SWAP:
+        raise typer.BadParameter("write keep, finish or cut", param_hint="--running-on-swap")
     settings = Settings(
         store=store,
         run_id=run,
@@ -130,6 +167,12 @@ def serve(
         external_run=external_run,
         keep_raw=keep_raw,
         on_swap=on_swap,
+        running_on_swap=running_on_swap,
+        swap_timeout=swap_timeout,
+        max_calls=max_calls,
+        max_tokens=max_tokens,
+        max_concurrency=max_concurrency,
+        max_body=parse_size(max_body),
         loader=os.environ.get("AGL_INTERCEPTOR_LOADER", "auto"),
     )
     try:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agl_grpc.algorithm import VERL
+from agl_grpc.algorithm import VERL, BestOfN
 from agl_grpc.trainer import FitResult, Trainer, TrainerError
 from agl_grpc.trainer.options import find_python
 from examples.calculator.agent import agent
@@ -61,6 +61,7 @@ def main() -> int:
             resume=arguments.resume,
             quick=arguments.quick,
             ahead=arguments.ahead,
+            best_of=arguments.best_of,
         )
         report(result)
         check_checkpoint(result, folder / "model")
@@ -82,9 +83,11 @@ def train(
     resume: bool = False,
     quick: bool = False,
     ahead: int = 0,
+    best_of: int = 0,
 ) -> FitResult:
     """Builds the model if need be and trains it; ``quick`` validates on 40 questions, once each; ``ahead``
-    batches are sampled in advance of the one that is trained.
+    batches are sampled in advance of the one that is trained; with ``best_of`` above 0 the best rollouts of
+    each task, so many, are learned by supervised learning in place of GRPO.
     """
     held_out = validation_tasks()
     questions = folder / QUESTIONS
@@ -95,9 +98,7 @@ def train(
         build_model(model, questions, seed)
     tasks = training_tasks(PROMPTS * steps * 2, seed, frozenset(task["question"] for task in held_out))
     trainer = Trainer(
-        algorithm=VERL(
-            configuration(model, steps, seed, save_every, ahead), model_name="calculator", seed=seed
-        ),
+        algorithm=_algorithm(configuration(model, steps, seed, save_every, ahead), seed, best_of),
         n_runners=1,
         runner={"concurrency": 64},
         llm_proxy={
@@ -112,6 +113,12 @@ def train(
         validation={"samples": 1 if quick else 4, "greedy": not quick},
     )
     return trainer.fit(agent, tasks, val_dataset=held_out[:40] if quick else held_out)
+
+
+def _algorithm(config: dict[str, Any], seed: int, best_of: int) -> VERL:
+    if best_of:
+        return BestOfN(config, keep=best_of, model_name="calculator", seed=seed)
+    return VERL(config, model_name="calculator", seed=seed)
 
 
 def build_model(folder: Path, held_out: Path, seed: int) -> None:
@@ -177,6 +184,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--quick", action="store_true", help="validate on fewer questions")
     parser.add_argument("--ahead", type=int, default=0, help="batches sampled in advance (asynchronous)")
+    parser.add_argument("--best-of", type=int, default=0, help="learn this many best rollouts of a task")
     return parser.parse_args()
 
 

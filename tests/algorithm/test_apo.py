@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from agl_grpc_cli.apo import app
 from typer.testing import CliRunner
 
-from agl_grpc import PromptTemplate, StoreClient
+from agl_grpc import PromptTemplate, ResourcesUpdate, StoreClient
 from agl_grpc.algorithm import APO, AlgorithmError
 from agl_grpc.algorithm.apo.beam import best, parents
 from agl_grpc.algorithm.prompt.candidate import problem_of
@@ -214,3 +215,58 @@ def _command(*arguments: str) -> str:
     done = CliRunner().invoke(app, arguments, env={"AGL_GRPC_STORE": None})
     assert done.exit_code == 0, done.exception
     return done.stdout
+
+
+async def test_the_latest_resources_are_the_best_ones_while_others_are_tried(bench: Bench) -> None:
+    def worse(model: str, message: str) -> str:
+        return "shorter" if model == "critic" else "```\n{question}\n```"
+
+    first = PromptTemplate(template="{question} brief")
+    seen: list[ResourcesUpdate] = []
+
+    async def follow(store: StoreClient) -> None:
+        async for change in store.watch_resources(include_latest=True):
+            seen.extend(change.items)
+
+    with ScriptedModel(worse) as critic:
+        apo = APO(endpoint=critic.endpoint, beam_rounds=1, **SMALL)
+        async with bench.ready(apo, wordy, {"prompt": first}):
+            following = asyncio.create_task(follow(apo.get_store()))
+            await apo.run(TRAIN, VAL)
+            last = await apo.get_store().get_latest_resources()
+            assert last is not None
+            await eventually(lambda: bool(seen) and seen[-1] == last, what="the last one")
+            following.cancel()
+            await asyncio.wait({following})
+    tried = [update.resources["prompt"] != first for update in seen]
+    assert tried.count(True) == 4
+    # Each is followed at once by the best: no two, and none at the end.
+    assert not any(one and other for one, other in pairwise([*tried, True]))
+
+
+@pytest.mark.parametrize(
+    ("engine", "first", "suffix"),
+    [
+        ("jinja", "{% if question %}Answer {{ question }}.{% endif %}", ".jinja"),
+        ("poml", "<poml><task>Answer {{ question }}.</task></poml>", ".poml"),
+    ],
+)
+async def test_templates_of_other_engines_are_improved_and_saved_as_such(
+    engine: str, first: str, suffix: str, bench: Bench, tmp_path: Path
+) -> None:
+    with ScriptedModel(lambda model, message: "brief" if model == "critic" else _inserted(message)) as critic:
+        apo = APO(endpoint=critic.endpoint, beam_width=1, branch_factor=1, beam_rounds=1, **MODELS)
+        template = PromptTemplate(template=first, engine=engine)
+        async with bench.ready(apo, wordy, {"prompt": template}) as notes:
+            notes.folder = tmp_path
+            await apo.run(TRAIN[:1], VAL[:1])
+            assert notes.steps[1]["validation/best"] == 0.25
+    best = apo.get_best_prompt()
+    assert (best.template, best.engine) == (first.replace("Answer", "In brief: answer"), engine)
+    assert (tmp_path / "best_prompt" / f"prompt{suffix}").read_text() == best.template
+
+
+def _inserted(message: str) -> str:
+    """The editor's answer: the prompt, with one good word more."""
+    prompt = message.split("```\n")[1].removesuffix("\n")
+    return f"```\n{prompt.replace('Answer', 'In brief: answer')}\n```"

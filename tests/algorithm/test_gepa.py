@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from agl_grpc import PromptTemplate, StoreClient, emit_annotation, prompt_rollout
+from agl_grpc import NamedResources, PromptTemplate, StoreClient, emit_annotation, prompt_rollout, rollout
 from agl_grpc.algorithm import GEPA, AlgorithmError
+from agl_grpc.algorithm.gepa.merging import ancestors, propose, subsample
 from agl_grpc.algorithm.gepa.pareto import choose, dominates, frequencies
+from agl_grpc.algorithm.prompt.candidate import Candidate
 from agl_grpc.algorithm.prompt.choices import seeded
+from agl_grpc.algorithm.prompt.history import version_rows
 from agl_grpc.algorithm.prompt.journal import journal_id, read_records
 from tests.algorithm.conftest import Bench
 from tests.support.scripted_model import ScriptedModel
@@ -98,3 +101,98 @@ def test_dominance_needs_one_better_and_none_worse() -> None:
     assert dominates([1, 1], [1, 0])
     assert not dominates([1, 0], [0, 1])
     assert not dominates([1, 1], [1, 1])
+
+
+PARTS = [{"needs": needs} for needs in ("plan", "plan", "answer", "answer", "harmony")]
+TWO = {"plan": PromptTemplate(template="Plan."), "answer": PromptTemplate(template="Answer.")}
+
+
+@rollout
+def harmonious(task: dict[str, str], resources: NamedResources) -> float:
+    """One kind of task needs a good plan, one a good answer, and one that both are equally good."""
+    plan, answer = resources["plan"], resources["answer"]
+    assert isinstance(plan, PromptTemplate)
+    assert isinstance(answer, PromptTemplate)
+    good = {"plan": "good" in plan.template, "answer": "good" in answer.template}
+    return float(good.get(task["needs"], good["plan"] == good["answer"]))
+
+
+async def test_two_candidates_that_improved_different_prompts_are_merged(bench: Bench) -> None:
+    def script(model: str, message: str) -> str:
+        return "```\ngood\n```"
+
+    with ScriptedModel(script) as model:
+        # With this seed the second iteration begins with the first prompts again, not with its first child.
+        gepa = GEPA(endpoint=model.endpoint, minibatch_size=5, max_iterations=3, seed=3)
+        async with bench.ready(gepa, harmonious, dict(TWO)) as notes:
+            best = await gepa.run(PARTS, PARTS)
+            assert {prompt.template for prompt in best.values()} == {"good"}
+            assert [notes.steps[step]["validation/best"] for step in range(4)] == [0.2, 0.4, 0.4, 1.0]
+            assert len(model.calls) == 2
+            assert notes.steps[3]["rollouts/spent"] == 5 + 2 * 15 + 5 + 5
+            # A run that is taken up makes the same merge again, from what is written down.
+            assert await gepa.run(PARTS, PARTS) == best
+    async with StoreClient(bench.address, run_id=bench.run_id) as store:
+        rows = version_rows(await read_records(store, journal_id(bench.run_id, "gepa")))
+    assert [row[:3] for row in rows] == [
+        ("v0", "-", "-"),
+        ("v1", "v0", "plan"),
+        ("v2", "v0", "answer"),
+        ("v3", "v1+v2", "-"),
+    ]
+
+
+def _family(**texts: tuple[str, str | None]) -> dict[str, Candidate]:
+    """Candidates by version: the text of each of their prompts, one letter, and their parent."""
+    return {
+        version: Candidate(
+            version,
+            {str(place): PromptTemplate(template=letter) for place, letter in enumerate(text)},
+            parent,
+        )
+        for version, (text, parent) in texts.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "means", "expected"),
+    [
+        # Each prompt from the one that changed it.
+        ({"a": ("xyz", None), "b": ("Xyz", "a"), "c": ("xYz", "a")}, (0.1, 0.5, 0.4), "XYz"),
+        # Both changed the first: it comes from the better one, the second from the one that changed it.
+        ({"a": ("xyz", None), "b": ("Xyz", "a"), "c": ("QYz", "a")}, (0.1, 0.5, 0.4), "XYz"),
+        # What would come of it is there already.
+        ({"a": ("xyz", None), "b": ("Xyz", "a"), "c": ("QYz", "a")}, (0.1, 0.4, 0.5), None),
+        # The ancestor is better than one of them.
+        ({"a": ("xyz", None), "b": ("Xyz", "a"), "c": ("xYz", "a")}, (0.45, 0.5, 0.4), None),
+        # One descends from the other.
+        ({"a": ("xyz", None), "b": ("Xyz", "a"), "c": ("XYz", "b")}, (0.1, 0.5, 0.6), None),
+        # A single prompt has nothing to be put together.
+        ({"a": ("x", None), "b": ("X", "a"), "c": ("Q", "a")}, (0.1, 0.5, 0.4), None),
+    ],
+)
+def test_merges_by_hand(texts: dict[str, Any], means: tuple[float, ...], expected: str | None) -> None:
+    family = _family(**texts)
+    scores = {version: [mean] for version, mean in zip(texts, means, strict=True)}
+    found = propose(family, scores, ["b", "c"], set(), seeded(1))
+    text = None if found is None else "".join(each.template for each in found.templates.values())
+    assert text == expected
+    if found is not None:
+        assert (found.ancestor, found.parents) == ("a", ("b", "c"))
+        assert propose(family, scores, ["b", "c"], {found.key}, seeded(1)) is None
+
+
+def test_a_merged_candidate_descends_from_both() -> None:
+    family = _family(a=("xy", None), b=("Xy", "a"), c=("xY", "a"))
+    family["d"] = Candidate("d", TWO, "b", None, {"other_parent": "c", "ancestor": "a"})
+    assert ancestors(family, "d") == ["b", "c", "a"]
+    assert ancestors({**family, "d": Candidate.from_data(family["d"].to_data())}, "d") == ["b", "c", "a"]
+
+
+def test_a_merge_is_tried_on_tasks_of_each_kind() -> None:
+    one, other = [1.0, 1.0, 1.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 1.0, 0.5, 0.5]
+    picked = subsample(one, other, 4, seeded(1))
+    assert picked == sorted(set(picked))
+    assert len({*picked} & {0, 1, 2}) == 2
+    assert 3 in picked
+    assert len(subsample(one, other, 9, seeded(1))) == 6

@@ -86,20 +86,24 @@ def test_a_plain_function_reports_steps_that_reach_store_files_and_picture(tmp_p
     @algo
     def mine(train_dataset: Any, reporter: Reporter) -> int:
         for step, task in enumerate(train_dataset, start=1):
-            reporter.step(step, {"reward/mean": task["number"] / 4, "odd": float("nan")})
+            reporter.step(step, {"reward/mean": task["number"] / 4, "size": step, "odd": float("nan")})
         return len(train_dataset)
 
     trainer = Trainer(algorithm=mine, strategy="shm", run_name="mine", run_dir=tmp_path)
     result = trainer.fit(halver, TASKS[:2])
     assert result.value == 2
-    assert [item.metrics for item in result.history] == [{"reward/mean": 0.5}, {"reward/mean": 1.0}]
+    assert [item.metrics for item in result.history] == [
+        {"reward/mean": 0.5, "size": 1.0},
+        {"reward/mean": 1.0, "size": 2.0},
+    ]
     assert result.training_run is not None
     assert result.training_run.algorithm == "mine"
     assert result.training_run.status is TrainingRunStatus.SUCCEEDED
     assert result.training_run.step == 2
     assert (tmp_path / "mine" / "metrics.jsonl").read_text().count("reward/mean") == 2
     assert list((tmp_path / "mine" / "tensorboard").glob("events.*"))
-    assert (tmp_path / "mine" / "reward.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("reward.png", "metrics.png"):
+        assert (tmp_path / "mine" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_somebody_else_stops_a_run(tmp_path: Path) -> None:

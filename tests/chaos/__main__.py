@@ -197,7 +197,7 @@ PROOFS: dict[str, tuple[Proof, int]] = {
     "fuzz": (_fuzz, 100_000),
     "watches": (_watches, 500),
     "machine": (
-        functools.partial(_pytest, f"{_MACHINE}[memory-50]", "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
+        functools.partial(_pytest, _MACHINE, "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
         5_000,
     ),
     "simulated-workers": (functools.partial(_workers, reliability.prove_simulated), 1_000),

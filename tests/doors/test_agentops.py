@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gzip
 import os
 import signal
 import subprocess
@@ -99,10 +100,24 @@ async def test_what_the_sdk_calls_is_answered(memory: StoreServer) -> None:
             body = request_of(attempt, b"thespan1").SerializeToString()
             assert (await http.post("/v1/traces", content=body, headers=headers)).status_code == 200
             assert len(await stored(memory, attempt.rollout_id)) == 1
-            assert (await http.post("/v1/traces", json={})).status_code == 415
+            packed = {**headers, "Content-Encoding": "gzip"}
+            faults: list[tuple[bytes, dict[str, str], int, str]] = [
+                (b"{}", {"Content-Type": "application/json"}, 415, "MEDIA_TYPE_UNSUPPORTED"),
+                (b"\xff\xff", headers, 400, "INVALID_ARGUMENT"),
+                (gzip.compress(body)[:-4], packed, 400, "BODY_MALFORMED"),
+                (gzip.compress(bytes(65 << 20), 1), packed, 413, "BODY_TOO_LARGE"),
+                (body, {**PROTOBUF, "Authorization": "Bearer agl1.none"}, 401, "UNAUTHENTICATED"),
+            ]
+            for content, given, status, reason in faults:
+                refused = await http.post("/v1/traces", content=content, headers=given)
+                assert (refused.status_code, refused.json()["reason"]) == (status, reason), refused.text
+            assert len(await stored(memory, attempt.rollout_id)) == 1
             assert (await http.post("/v1/metrics", content=b"", headers=PROTOBUF)).status_code == 200
             assert (await http.post("/v4/logs/upload/", json={"body": "x"})).status_code == 200
-            assert (await http.get("/elsewhere")).status_code == 404
+            elsewhere = await http.get("/elsewhere")
+            assert (elsewhere.status_code, elsewhere.json()["reason"]) == (404, "ROUTE_UNKNOWN")
+            # The document of the store's own port is not there.
+            assert "openapi.json" not in elsewhere.json()["detail"]
             # Last: a store that has gone is told apart from a server that has.
             await memory.stop()
             away = await http.post("/v1/traces", content=body, headers=headers, timeout=30)

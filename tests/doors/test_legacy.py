@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -65,8 +66,33 @@ async def test_a_task_is_taken_and_reported(memory: StoreServer, http: httpx.Asy
     assert {one.key: one.value for one in reward.span.attributes}[
         "agentlightning.reward.0.value"
     ].double_value == 0.5
-    for bad, status in (({}, 422), ({"rollout_id": "ro-none"}, 404), ({**report, "triplets": [3]}, 422)):
-        assert (await http.post("/rollout", json=bad)).status_code == status
+    # Its answer was lost: it is reported again.
+    assert (await http.post("/rollout", json=report)).status_code == 200
+    assert len(await stored(memory, task["rollout_id"])) == 3
+
+
+async def test_of_a_report_that_is_refused_nothing_is_kept(http: httpx.AsyncClient) -> None:
+    rollout = (await http.post("/agl/v1/rollouts", json={"input": 1})).json()
+    good = {"prompt": {"token_ids": [1, 2]}, "response": {"token_ids": [3]}}
+    report = {"rollout_id": rollout["rollout_id"], "final_reward": 0.5, "triplets": [good]}
+    huge = {**good, "metadata": {"text": "x" * (5 << 20)}}
+    cases: list[tuple[dict[str, Any], int, str | None]] = [
+        ({}, 422, "rollout_id"),
+        ({"rollout_id": "ro-none"}, 404, None),
+        ({**report, "triplets": [3]}, 422, "triplets[0]"),
+        ({**report, "triplets": [good, huge]}, 422, "triplets[1]"),
+        ({**report, "logs": 3}, 422, "logs"),
+        ({**report, "metadata": []}, 422, "metadata"),
+    ]
+    for bad, status, field in cases:
+        answer = await http.post("/rollout", json=bad)
+        assert (answer.status_code, answer.json()["field"]) == (status, field), answer.text
+    path = f"/agl/v1/rollouts/{rollout['rollout_id']}"
+    assert (await http.get(f"{path}/attempts/latest")).json()["status"] == "preparing"
+    await http.post(f"{path}/attempts/latest", json={"status": "failed"})
+    late = await http.post("/rollout", json=report)
+    assert (late.status_code, late.json()["reason"]) == (409, "ILLEGAL_TRANSITION")
+    assert (await http.get("/agl/v1/statistics")).json()["total_spans"] == 0
 
 
 @pytest.mark.e2e

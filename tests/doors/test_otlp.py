@@ -271,6 +271,8 @@ async def test_requests_that_cannot_be_read(memory: StoreServer) -> None:
             (b"", PROTOBUF, 200),
             (b"\xff\xff", PROTOBUF, 400),
             (gzip.compress(b"x" * 99)[:-9], {**PROTOBUF, "Content-Encoding": "gzip"}, 400),
+            (gzip.compress(b"") * 2, {**PROTOBUF, "Content-Encoding": "gzip"}, 400),
+            (gzip.compress(bytes(65 << 20), 1), {**PROTOBUF, "Content-Encoding": "gzip"}, 413),
             (b"{", {"Content-Type": "application/json"}, 400),
             (b'{"resourceSpans": 3}', {"Content-Type": "application/json"}, 400),
             (b"x", {"Content-Type": "text/plain"}, 415),
@@ -285,6 +287,15 @@ async def test_requests_that_cannot_be_read(memory: StoreServer) -> None:
                 assert status_pb2.Status.FromString(answer.content).message
             else:
                 assert answer.json()["message"]
+        wrong: list[tuple[Any, str]] = [
+            ({"resourceSpans": 3}, "resourceSpans"),
+            ({"resourceSpans": [{"scopeSpans": [3]}]}, "resourceSpans[0].scopeSpans[0]"),
+            ({"resourceSpans": [{"resource": 3}]}, "resourceSpans[0].resource"),
+        ]
+        for value, field in wrong:
+            answer = await http.post("/v1/traces", json=value)
+            told = answer.json()
+            assert (answer.status_code, told["reason"], told["field"]) == (400, "BODY_MALFORMED", field)
 
 
 async def test_overload_says_when_to_try_again() -> None:

@@ -57,3 +57,10 @@ def text(response: str) -> Any:
 def nan(response: str) -> float:
     """No finite grade."""
     return math.nan
+
+
+@grader(retries=0)
+def slow(task: dict[str, Any], response: str) -> float:
+    """As `exact`, and takes its time."""
+    time.sleep(0.05)
+    return float(task["answer"] == response)

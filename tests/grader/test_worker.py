@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from agl_grpc_cli.errors import CliError
 from agl_grpc_cli.grade import app
+from agl_grpc_cli.grader import app as start_app
 from typer.testing import CliRunner
 
 from agl_grpc.client import NotPermitted, StoreClient
@@ -18,6 +24,8 @@ from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.v1 import batch_pb2
 from tests.grader import own_graders as own
 from tests.support.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -175,3 +183,66 @@ async def test_a_run_is_graded_anew_and_old_batches_stay(client: StoreClient) ->
     assert [(entry.reward, entry.reward_revision) for entry in new.entries] == [(1.0, 2), (1.0, 2)]
     code, told = await _cli("g", "--grader", f"{path}nan", "--store", client.target)
     assert (code, told) == (1, "2 rollouts\nnan: 2 not_finite\n")
+
+
+async def _start(client: StoreClient, *options: str) -> asyncio.subprocess.Process:
+    command = [sys.executable, "-m", "agl_grpc_cli", "grader", "start", "tests.grader.own_graders:slow"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
+    return await asyncio.create_subprocess_exec(
+        *command, "--store", client.target, "--run", "g", *options, cwd=ROOT, env=environment
+    )
+
+
+async def test_a_killed_worker_loses_no_verdict_and_its_successor_doubles_none(client: StoreClient) -> None:
+    """`agl-grpc grader start`, killed in the middle of its work, started again, and asked to end."""
+    ids = await rollouts(client, *["4"] * 40)
+    first = await _start(client, "--processes", "1", "--await")
+    try:
+        await judged(client, ids, 3)
+        first.kill()
+        await first.wait()
+        before = await client.query_rewards(ids)
+        assert len(before) < 40
+        run = await client.get_run_by_id("g")
+        assert run is not None
+        assert [(each.name, each.version) for each in run.graders] == [("slow", "1")]
+        second = await _start(client, "--processes", "2")
+        try:
+            await judged(client, ids, 40)
+            late = await rollouts(client, "5")
+            (sealed,) = await client.wait_for_rollouts(rollout_ids=late, until="sealed", timeout=60)
+            assert sealed.rollout_id == late[0]
+            second.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(second.wait(), 30) == 0
+        finally:
+            if second.returncode is None:
+                second.kill()
+                await second.wait()
+    finally:
+        if first.returncode is None:
+            first.kill()
+            await first.wait()
+    every = await client.query_rewards([*ids, *late], all_revisions=True)
+    assert sorted(each.rollout_id for each in every) == sorted([*ids, *late])
+    assert {each.revision for each in every} == {1}
+    kept = {each.rollout_id: each.metadata for each in every}
+    assert all(kept[each.rollout_id] == each.metadata for each in before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tests.grader.own_graders:nobody"], "nobody"),
+        (["tests.grader.own_graders:exact", "--part", "3/2"], "--part '3/2': write I/N"),
+        (
+            ["tests.grader.own_graders:exact", "tests.grader.own_graders:generous"],
+            "two graders are named exact",
+        ),
+        (["tests.grader.own_graders:exact", "--tokenizer", "no/such"], "tokenizer 'no/such' cannot be used"),
+    ],
+)
+def test_a_wrong_command_is_one_line(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(start_app, ["start", *arguments])
+    assert isinstance(result.exception, CliError)
+    assert said in str(result.exception)
+    assert "\n" not in str(result.exception)

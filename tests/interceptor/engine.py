@@ -48,6 +48,15 @@ class Engine:
                 time.sleep(0.2)
         raise AssertionError(f"engine not ready within {START_LIMIT} s:\n{self.tail()}")
 
+    def generated(self) -> float:
+        """Tokens sampled since its start."""
+        return self.metric("vllm:generation_tokens_total")
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
 

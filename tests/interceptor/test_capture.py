@@ -423,4 +423,30 @@ def test_a_refused_request_leaves_no_open_call(
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
     http.post(f"{running.base('after-refused')}/v1/chat/completions", json=body)
     store.wait(lambda: ("refused", "at-1") not in store.open_calls.values(), "no open call is left")
-    assert not store.calls_of("refused")
+    ((span, _),) = store.calls_of("refused")
+    assert span.model_call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_ERROR
+    assert "stop_token_ids" in span.status.message
+
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bad_requests_get_their_dialects_shape_and_a_recorded_reason(
+    running: Engine, store: ScriptedStore, http: httpx.Client, path: str
+) -> None:
+    rollout = f"bad{path.replace('/', '-')}"
+    good: dict[str, Any] = {"model": "tiny", "messages": HELLO, "prompt": "hello", "input": "hello"}
+    for content in (b'{"model":', b"[1]", json.dumps({**good, "model": "nobody", "max_tokens": 3}).encode()):
+        answer = http.post(
+            f"{running.base(rollout)}{path}", content=content, headers={"content-type": "application/json"}
+        )
+        assert 400 <= answer.status_code < 500, (content, answer.text)
+        error = answer.json()["error"]
+        assert error["message"]
+        assert (answer.json().get("type") == "error") == (path == "/v1/messages")
+    calls = store.calls_of(rollout)
+    assert len(calls) == 3
+    for span, _ in calls:
+        assert span.model_call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_ERROR
+        assert span.status.message.startswith("4")

@@ -17,7 +17,7 @@ from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.interceptor.runtime import Interceptor
 from agl_grpc.interceptor.sampling import capture_params, sampling_message
 from agl_grpc.interceptor.settings import Settings
-from agl_grpc.interceptor.swap import SwapError, WeightSwapper
+from agl_grpc.interceptor.swap import RunningCalls, SwapError, WeightSwapper
 from agl_grpc.model.resource import ProxyLLM
 from agl_grpc.v1 import model_call_pb2
 from tests.support.waiting import eventually
@@ -104,14 +104,19 @@ async def test_new_calls_wait_or_are_refused_while_weights_are_loaded() -> None:
         interceptor = object.__new__(Interceptor)
         interceptor._settings = Settings("store", on_swap=on_swap)
         interceptor._attempts = Attempts()  # type: ignore[assignment]  # knows nothing
-        interceptor._swapper = SimpleNamespace(swapping=True)  # type: ignore[assignment]  # in the middle
+        swapper = interceptor._swapper = WeightSwapper(None, None, "engine", None)  # type: ignore[arg-type]  # only its state
+        swapper.swapped.clear()  # in the middle
         if on_swap == "wait":
-            assert await interceptor.admit(Attribution("ro", "at")) is None
+            waiting = asyncio.create_task(interceptor.admit(Attribution("ro", "at")))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            swapper.swapped.set()
+            assert await waiting is None
             continue
         with pytest.raises(Refusal, match="new weights") as refused:
             await interceptor.admit(Attribution("ro", "at"))
         assert (refused.value.status, refused.value.headers()) == (429, {"retry-after": "1"})
-        interceptor._swapper.swapping = False
+        swapper.swapped.set()
         assert await interceptor.admit(Attribution("ro", "at")) is None
 
 
@@ -131,6 +136,22 @@ async def test_an_engine_that_does_not_pause_keeps_its_weights(monkeypatch: pyte
     with pytest.raises(SwapError, match="did not pause within"):
         await swapper._swap(None)  # type: ignore[arg-type]  # not reached
     assert (resumed, swapper.swapping) == (1, False)
+
+
+async def test_calls_that_do_not_finish_in_time_keep_the_old_weights() -> None:
+    class Wrapper:
+        async def drained(self, limit: float) -> bool:
+            return False
+
+        def under_way(self) -> int:
+            return 3
+
+    running = RunningCalls(Wrapper(), "finish", 0.5)  # type: ignore[arg-type]  # all that is asked of it
+    # The engine client is None: it is not even paused.
+    swapper = WeightSwapper(None, None, "engine", None, None, running)  # type: ignore[arg-type]  # not reached
+    with pytest.raises(SwapError, match=r"3 calls still ran after 0\.5 s"):
+        await swapper._swap(None)  # type: ignore[arg-type]  # not reached
+    assert not swapper.swapping
 
 
 def test_the_resource_imposes_its_sampling_and_what_was_asked_for_is_kept() -> None:

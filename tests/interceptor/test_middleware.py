@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,7 +10,8 @@ import httpx
 import pytest
 
 from agl_grpc.interceptor.attempts import KnownAttempt
-from agl_grpc.interceptor.attribution import CURRENT, Attribution
+from agl_grpc.interceptor.attribution import CURRENT, Attribution, CallContext
+from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.refusals import Refusal
 
@@ -23,6 +25,9 @@ class Interceptor:
         self.over: set[str] = set()
         self.known: KnownAttempt | None = None
         self.keep_raw = True
+        self.limits = RolloutLimits()
+        self.max_body = 1000
+        self.errors: list[tuple[str, int, str]] = []
 
     def accepting(self) -> bool:
         return not self.full
@@ -34,6 +39,12 @@ class Interceptor:
 
     def describe(self) -> dict[str, Any]:
         return {"enabled": True}
+
+    def failed(self, context: CallContext, status: int, reason: str, raw: Any) -> asyncio.Future[None]:
+        self.errors.append((context.api, status, reason))
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(durable.set_result, None)
+        return durable
 
     async def stop(self) -> None:
         """Nothing to stop."""
@@ -110,3 +121,63 @@ async def test_refusals_have_the_shape_of_the_dialect(interceptor: Interceptor) 
     assert (await post(CHAT)).status_code == 200
     assert (await post("/rollout/r/attempt/b/collective_rpc")).status_code == 404
     assert (await post("/rollout/r/elsewhere")).status_code == 404
+
+
+async def strict(scope: Any, receive: Any, send: Any) -> None:
+    """Reads its body, and answers what is no JSON as vLLM does: in one shape, whatever the dialect."""
+    body, more = b"", True
+    try:
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        json.loads(body)
+        status, answer = 200, b"{}"
+    except ValueError as error:
+        status, answer = (
+            400,
+            json.dumps({"error": {"message": str(error), "type": "BadRequestError"}}).encode(),
+        )
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": answer, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def ask(path: str, body: bytes) -> httpx.Response:
+    transport = httpx.ASGITransport(AttributionMiddleware(strict))
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        return await client.post(f"/rollout/r/attempt/a{path}", content=body)
+
+
+async def test_an_error_of_the_engine_gets_its_dialects_shape_and_a_record(interceptor: Interceptor) -> None:
+    assert (await ask(CHAT, b"{}")).status_code == 200
+    assert interceptor.errors == []
+    chat = await ask(CHAT, b"{")
+    assert (chat.status_code, chat.json()["error"]["type"]) == (400, "BadRequestError")
+    messages = await ask("/v1/messages", b"{")
+    reason = chat.json()["error"]["message"]
+    assert messages.json() == {"type": "error", "error": {"type": "invalid_request_error", "message": reason}}
+    large = await ask("/v1/messages", b"[" + b" " * 1000 + b"]")
+    assert (large.status_code, large.json()["error"]["type"]) == (413, "request_too_large")
+    assert interceptor.errors == [
+        ("chat.completions", 400, reason),
+        ("messages", 400, reason),
+        ("messages", 413, "the body has more than 1000 bytes"),
+    ]
+    # Not a call of an attempt's: as it comes.
+    assert (await ask("/v1/messages/count_tokens", b"{")).json()["error"]["type"] == "BadRequestError"
+    assert len(interceptor.errors) == 3
+
+
+async def test_limits_of_a_rollout_inside_the_engine(interceptor: Interceptor) -> None:
+    interceptor.limits = RolloutLimits(calls=3, tokens=10, concurrency=1)
+    assert (await ask(CHAT, b"{}")).status_code == 200
+    interceptor.limits.enter("r")
+    busy = await ask("/v1/messages", b"{}")
+    assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
+    assert busy.json()["error"]["type"] == "rate_limit_error"
+    interceptor.limits.leave("r")
+    interceptor.limits.spend("r", 10)
+    spent = await ask(CHAT, b"{}")
+    assert (spent.status_code, spent.json()["error"]["code"]) == (429, "rollout_limit")
+    assert "10 tokens of 10" in spent.json()["error"]["message"]
+    assert (await post("/v1/models")).status_code == 200

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import httpx
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from agl_grpc.client import StoreClient
+from agl_grpc.model import Reward, TrainingRun
 from agl_grpc.model.rollout import SEED_LABEL, seed_of
+from agl_grpc.sample import SampleRules, Truncated, read_columns, unpack
+from agl_grpc.sample.wire import rules_to_proto
 from agl_grpc.v1 import (
     attempt_pb2,
     policy_pb2,
@@ -29,6 +35,7 @@ from tests.support.torch_client import TorchClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+OPTIONS = ("--unattributed", "record", "--on-swap", "refuse", "--running-on-swap", "finish")
 HELLO = [{"role": "user", "content": "hello world"}]
 
 
@@ -102,7 +109,7 @@ def together(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("together")
     with (
         StoreProcess(folder / "store.db") as server,
-        engine(tiny_model, server.address, folder, "--unattributed", "record") as running,
+        engine(tiny_model, server.address, folder, *OPTIONS) as running,
         grpc.insecure_channel(server.address) as channel,
     ):
         made = Together(server, running, channel)
@@ -221,6 +228,43 @@ def test_calls_that_name_no_attempt_become_rollouts_of_their_own(together: Toget
         time.sleep(0.05)
     labels = {(label.key, label.value) for each in found for label in each.rollout.labels}
     assert labels == {("source", "external")}
+    asyncio.run(_learned_from_outside(together.server.address))
+
+
+async def _learned_from_outside(address: str) -> None:
+    """The session's reward arrives after its end, is frozen into a batch, and is revised for later ones."""
+    async with StoreClient(address, run_id="external") as client:
+        attempt = await client.get_latest_attempt("external.s1")
+        assert attempt is not None
+        place = {"rollout_id": "external.s1", "attempt_id": attempt.attempt_id}
+        # The interceptor does so itself after five minutes without a call.
+        await client.update_attempt(**place, status="succeeded")
+        # The answers are cut by their three tokens.
+        rules = rules_to_proto(SampleRules(model="tiny", truncated=Truncated.TRAIN))
+        batches = []
+        for value in (1.0, -1.0):
+            (reward,) = await client.put_rewards([Reward(**place, value=value)])
+            made = await client.create_training_run(TrainingRun(run_id="external", algorithm="own"))
+            name = made.training_run_id
+            epoch = (await client.acquire_training_run(name, "trainer")).trainer_epoch
+            batches.append(await client.claim_batch(name, epoch, 1, ["external.s1"], rules=rules))
+        assert reward.revision == 2
+        assert [batch.entries[0].reward for batch in batches] == [1.0, -1.0]
+        frozen = await client.get_batch(batches[0].batch_id)
+        assert frozen is not None
+        assert frozen.entries[0].reward == 1.0
+        rows = [
+            row
+            async for answer in client.replay_batch(batches[0].content_hash)
+            for row in unpack(read_columns(answer.samples))
+        ]
+        spans = await client.query_spans("external.s1", "latest")
+    calls = [span.model_call for span in spans.items if span.model_call is not None]
+    assert len(calls) == 2
+    # Every token that the engine sampled, and no other.
+    sampled = sum(len(call.choices[0].token_ids) for call in calls)
+    assert sum(int(row.response_mask.sum()) for row in rows) == sampled > 0
+    assert {row.reward for row in rows} == {1.0}
 
 
 def test_a_killed_store_loses_nothing_and_stores_nothing_twice(together: Together) -> None:
@@ -235,6 +279,40 @@ def test_a_killed_store_loses_nothing_and_stores_nothing_twice(together: Togethe
     assert len(found) == 12
     assert len({stored.span.span_id for stored in found}) == 12
     assert all(stored.span.model_call.choices[0].token_ids for stored in found)
+
+
+def running_calls_finish_and_new_ones_are_refused(together: Together, commit: Callable[[], object]) -> None:
+    rollouts = [together.start_rollout() for _ in range(4)]
+    before = together.running.generated()
+    answers: list[dict[str, Any]] = []
+    long = {"max_tokens": 400, "ignore_eos": True, "n": 4}
+    threads = [
+        threading.Thread(target=lambda names=names: answers.append(together.ask(*names, **long)))
+        for names in rollouts
+    ]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 60
+    while together.running.generated() < before + 20:
+        assert time.monotonic() < until
+    commit()
+    rollout, attempt = together.start_rollout()
+    url = f"{together.running.base(rollout, attempt)}/v1/chat/completions"
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 1}
+    while (refused := httpx.post(url, json=body, timeout=120)).status_code == 200:
+        assert time.monotonic() < until
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "weights_changing")
+    assert refused.headers["retry-after"] == "1"
+    for thread in threads:
+        thread.join()
+    assert [len(c["token_ids"]) for answer in answers for c in answer["choices"]] == [400] * 16
+    for names in rollouts:
+        (stored,) = together.calls(names[0], 1)
+        runs = [[r.policy_version for r in c.policy_runs] for c in stored.span.model_call.choices]
+        assert runs == [[0]] * 4
+    while (served := httpx.post(url, json=body, timeout=120)).status_code == 429:
+        assert time.monotonic() < until
+    assert served.status_code == 200
 
 
 def test_a_swap_through_the_trainer_service_outlives_the_engine(
@@ -252,10 +330,11 @@ def test_a_swap_through_the_trainer_service_outlives_the_engine(
     together.trainer.PreparePolicyVersion(request, wait_for_ready=True)
     digest = torch_client.call("send", out=out, transfer="real/1")["digest"]
     assert together.version(1, policy_pb2.ENGINE_PHASE_RECEIVED).weights_digest == digest
-    together.trainer.CommitPolicyVersion(
-        trainer_service_pb2.CommitPolicyVersionRequest(
-            request_id="c1", run_id="run-1", model="tiny", policy_version=1, weights_digest=digest
-        )
+    commit = trainer_service_pb2.CommitPolicyVersionRequest(
+        request_id="c1", run_id="run-1", model="tiny", policy_version=1, weights_digest=digest
+    )
+    running_calls_finish_and_new_ones_are_refused(
+        together, lambda: together.trainer.CommitPolicyVersion(commit)
     )
     assert together.version(1, policy_pb2.ENGINE_PHASE_ACTIVE).pause_ns > 0
     together.samples_from(torch_client, 1, out)

@@ -196,25 +196,15 @@ def abort_in_the_middle(
     answers: list[httpx.Response] = []
     url = f"{running.base(rollout)}/v1/chat/completions"
     agent = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body, timeout=300)))
-    before = generated(running)
+    before = running.generated()
     agent.start()
     store.wait(lambda: (rollout, "at-1") in store.open_calls.values(), "the open call")
-    store.wait(lambda: generated(running) > before + 5, "some tokens")
+    store.wait(lambda: running.generated() > before + 5, "some tokens")
     control(running, "/pause?mode=abort")
     if resume:
         control(running, "/resume")
     agent.join()
     return answers[0]
-
-
-def generated(running: Engine) -> float:
-    """Tokens that the engine has sampled since its start."""
-    return metric(running, "vllm:generation_tokens_total")
-
-
-def metric(running: Engine, name: str) -> float:
-    lines = httpx.get(f"{running.url}/metrics", timeout=30).text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
 def check_cut(store: ScriptedStore, rollout: str, why: str) -> None:
@@ -253,5 +243,5 @@ def test_an_agent_that_leaves_during_the_pause_leaves_nothing_behind(
     span, _ = call_of(store, rollout)
     assert span.model_call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_CUT
     control(trained, "/resume")
-    store.wait(lambda: metric(trained, "vllm:num_requests_running") == 0, "an idle engine")
-    assert metric(trained, "vllm:num_requests_waiting") == 0
+    store.wait(lambda: trained.metric("vllm:num_requests_running") == 0, "an idle engine")
+    assert trained.metric("vllm:num_requests_waiting") == 0

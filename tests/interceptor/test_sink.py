@@ -115,6 +115,21 @@ async def test_calls_are_durable_on_disk_while_the_store_is_slow(
     assert not segments(tmp_path)
 
 
+async def test_a_call_that_ends_during_a_delivery_that_fails_is_not_held(
+    scripted: ScriptedStore, tmp_path: Path
+) -> None:
+    scripted.delay, scripted.fail = 0.2, grpc.StatusCode.UNAVAILABLE
+    async with sink_to(scripted, tmp_path) as sink:
+        call = span()
+        sink.announce(ATTEMPT, call.span_id, 1)
+        await eventually(lambda: scripted.requests, what="the announcement is on its way")
+        assert not sink.away
+        await asyncio.wait_for(sink.submit(ended(call, [1])), 5)
+        assert sink.counters.spooled == 1
+        scripted.delay, scripted.fail = 0.0, None
+        await eventually(lambda: (*ATTEMPT, call.span_id) in scripted.spans, what="spooled call")
+
+
 async def test_a_malformed_call_does_not_hold_up_its_neighbours(
     scripted: ScriptedStore, tmp_path: Path
 ) -> None:

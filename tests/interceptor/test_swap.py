@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from agl_grpc.v1 import policy_pb2
+from agl_grpc.v1 import model_call_pb2, policy_pb2
 from tests.interceptor.engine import Engine, engine
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.torch_client import TorchClient
@@ -227,9 +227,80 @@ def adapters_are_added_to_the_base(fresh: Swaps) -> None:
         fresh.samples_from(number, f"adapter-{number}", [1, 2, 3, 4])
 
 
-def test_a_first_load_that_fails_restores_the_weights_from_disk(fresh: Swaps) -> None:
+@pytest.fixture
+def cutting(tiny_model: Path, tmp_path: Path, torch_client: TorchClient) -> Iterator[Swaps]:
+    """An engine that cuts what still runs, and lets a rollout make two calls."""
+    options = ("--running-on-swap", "cut", "--swap-timeout", "0.2", "--max-calls", "2")
+    with ScriptedStore() as store, engine(tiny_model, store.address, tmp_path, *options) as started:
+        yield Swaps(started, store, torch_client, tmp_path)
+
+
+def test_a_life_of_an_engine_that_cuts(cutting: Swaps) -> None:
+    first_load_fails_and_the_weights_come_back_from_disk(cutting)
+    what_still_runs_is_cut(cutting)
+    a_rollout_makes_its_calls_and_no_more(cutting)
+
+
+def first_load_fails_and_the_weights_come_back_from_disk(fresh: Swaps) -> None:
     sent = fresh.send(1, rename={"model.norm.weight": "model.unknown"})
     fresh.store.state(1, RECEIVED)
     fresh.store.publish(sent.commit())
     assert "the old weights were restored" in fresh.store.state(1, FAILED).error
     fresh.samples_from(0, "restored", [1, 2, 3])
+
+
+def what_still_runs_is_cut(fresh: Swaps) -> None:
+    """Each agent is told so in its dialect, every token until then is recorded, later calls are served."""
+    running, store = fresh.running, fresh.store
+    sent = fresh.send(2)
+    store.state(2, RECEIVED)
+    answers: dict[str, httpx.Response] = {}
+    body = {"model": "tiny", "max_tokens": 450, "ignore_eos": True, "n": 4}
+    asked = {
+        "chat": ("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": "hello"}]}),
+        "stream": ("/v1/completions", {**body, "prompt": "hello", "stream": True}),
+        "messages": (
+            "/v1/messages",
+            {"model": "tiny", "max_tokens": 450, "messages": [{"role": "user", "content": "hello"}]},
+        ),
+    }
+    before = running.generated()
+    threads = [
+        threading.Thread(
+            target=lambda name=name: answers.update(
+                {name: httpx.post(running.base(name) + asked[name][0], json=asked[name][1], timeout=120)}
+            )
+        )
+        for name in asked
+    ]
+    for thread in threads:
+        thread.start()
+    store.wait(lambda: running.generated() > before + 50, "answers under way")
+    store.publish(sent.commit())
+    assert store.state(2, ACTIVE).weights_digest == sent.digest
+    for thread in threads:
+        thread.join()
+    reason = "cut after 0.2 s: new weights are being loaded"
+    assert (answers["chat"].status_code, answers["stream"].status_code) == (503, 200)
+    assert reason in answers["chat"].json()["error"]["message"]
+    assert reason in answers["stream"].text
+    for name in ("chat", "stream"):
+        ((span, _),) = store.wait(lambda name=name: store.calls_of(name), f"the record of {name}")
+        call = span.model_call
+        assert (call.outcome, span.status.message) == (model_call_pb2.MODEL_CALL_OUTCOME_CUT, reason)
+        assert len(call.choices) == 4
+        for choice in call.choices:
+            assert 0 < len(choice.token_ids) == len(choice.logprobs) < 450
+            assert [run.policy_version for run in choice.policy_runs] == [0]
+    fresh.samples_from(2, "after-cut", [1, 2, 3])
+
+
+def a_rollout_makes_its_calls_and_no_more(fresh: Swaps) -> None:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 2}
+    url = f"{fresh.running.base('limited')}/v1"
+    statuses = [httpx.post(f"{url}/completions", json=body, timeout=60) for _ in range(3)]
+    assert [answer.status_code for answer in statuses] == [200, 200, 429]
+    assert statuses[-1].json()["error"]["code"] == "rollout_limit"
+    assert statuses[-1].headers["x-should-retry"] == "false"
+    assert httpx.get(f"{url}/models", timeout=60).status_code == 200
+    assert httpx.post(f"{fresh.running.url}/v1/completions", json=body, timeout=60).status_code == 200

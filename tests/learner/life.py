@@ -20,7 +20,7 @@ from agl_grpc.learner.errors import LearnerError
 from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.progress import with_summary
-from agl_grpc.learner.run_config import Deadlines
+from agl_grpc.learner.run_config import BestOf, Deadlines
 from agl_grpc.learner.trainer import AglTrainer
 from agl_grpc.learner.verl_config import compose
 from tests.learner.local_engine import LocalEngine
@@ -86,8 +86,8 @@ class Life:
     """A trainer on a local engine.
 
     ``options``: ``verl`` keys, ``resume`` (a checkpoint's name), ``stop_after`` a step, ``deadlines``,
-    ``curriculum`` (its rules), ``rollouts`` (of a task, an expression) and ``kill``: the point and step at
-    which it ends.
+    ``curriculum`` (its rules), ``best_of`` (which rollouts are learned), ``rollouts`` (of a task, an
+    expression) and ``kill``: the point and step at which it ends.
     """
 
     def __init__(
@@ -146,6 +146,7 @@ class Life:
             engine,
             Checkpoints(checkpoints, self._commit, keep=None),
             run_name="test",
+            best_of=BestOf(**options.get("best_of", {})),
             replay=options.get("replay", {}),
             deadlines=Deadlines(**{"sample": 60, **options.get("deadlines", {})}),
             on_metrics=on_metrics,

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 
 from agl_grpc.client import StoreClient
+from agl_grpc.client.leases import Completion
 from agl_grpc.learner.adoption import LeftBehind, OpenGroup, left_behind
+from agl_grpc.learner.attempts import read_attempts
 from agl_grpc.learner.lineage import PolicyLineage, transfer_name
 from agl_grpc.learner.rollouts import UNKNOWN_STEP, FinishedRollout, GroupRequest, Row
 from agl_grpc.learner.store_link import StoreLink
-from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity, TrainingRun
-from agl_grpc.model.enums import FailureKind, PolicyVersionStatus, RolloutMode, RolloutStatus
+from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity, TrainingRun, frozen_rewards
+from agl_grpc.model.enums import BatchStatus, FailureKind, PolicyVersionStatus, RolloutMode, RolloutStatus
 from agl_grpc.model.failure import Failure
 from agl_grpc.model.policy import PolicyVersion, WeightSource
+from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import EnqueueRolloutRequest, Rollout
+from agl_grpc.model.training import Batch, ManifestEntry
+from agl_grpc.sample import SampleRules
 from tests.support.store_process import StoreProcess
 
 MINE = TrainingIdentity("default", "tr", trainer_epoch=2, origin=1)
@@ -164,3 +169,50 @@ async def test_unfinished_rollouts_of_later_steps_are_cancelled_and_the_next_one
     assert not (await left_behind(client, MINE, [later]))[later.uid][0].is_worth_taking
     # A trainer that began anew has nothing to take over.
     assert await left_behind(client, replace(MINE, origin=2), [REQUEST]) == {}
+
+
+async def test_a_batch_that_is_made_again_counts_the_rewards_of_steps_that_it_froze(
+    client: StoreClient,
+) -> None:
+    await client.enqueue_many_rollouts([EnqueueRolloutRequest(input={}, rollout_id="r")])
+    (leased,) = await client.lease_rollouts("worker", "session", limit=1, wait=5.0)
+
+    def reward(value: float, step: int) -> Reward:
+        return Reward(rollout_id="r", attempt_id=leased.attempt_id, value=value, step=step)
+
+    first = Completion(lease=leased.lease, rewards=[reward(1.0, 0), reward(2.0, 1)])
+    await client.complete_attempts("worker", [first])
+    link = StoreLink(client.target, "default")
+    try:
+        training = await asyncio.to_thread(TrainingRun.acquire, link, "tr")
+        batch = await client.claim_batch("tr", 1, 1, ["r"])
+        assert [(each.step, each.value) for each in batch.entries[0].rewards] == [(0, 1.0), (1, 2.0)]
+        # A grader thinks again, and the trainer that had claimed the batch is gone.
+        await client.put_rewards([reward(9.0, 0)])
+        training = await asyncio.to_thread(TrainingRun.acquire, link, "tr")
+        training.go_on_from(1)
+        released = await asyncio.to_thread(training.released, 0)
+    finally:
+        await asyncio.to_thread(link.close)
+    rules = SampleRules()
+    rollouts = [item for item in [await client.get_rollout_by_id("r")] if item is not None]
+    (now,) = await read_attempts(client, rollouts, rules)
+    (again,) = await read_attempts(client, rollouts, rules, frozen=frozen_rewards(released, rules))
+    assert (now.reward, again.reward) == (11.0, 3.0)
+
+
+def test_a_reward_that_stands_alone_in_a_batch_is_the_one_that_the_rules_name() -> None:
+    entry = ManifestEntry(rollout_id="r", attempt_id="a", reward=0.25, reward_revision=3)
+    batch = Batch(
+        batch_id="b",
+        training_run_id="tr",
+        run_id="default",
+        status=BatchStatus.RELEASED,
+        content_hash="",
+        entries=[entry, ManifestEntry(rollout_id="without", attempt_id="a")],
+        trainer_epoch=1,
+        step=1,
+    )
+    found = frozen_rewards({1: [batch]}, SampleRules(reward_name="exact"))
+    assert list(found) == ["r"]
+    assert [(each.name, each.value, each.revision) for each in found["r"]] == [("exact", 0.25, 3)]

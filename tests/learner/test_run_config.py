@@ -38,6 +38,7 @@ def test_defaults_are_filled_in(valid: dict[str, Any]) -> None:
         ({"engines": {"number": 2}}, r"unknown key 'engines\.number'"),
         ({"engines": {"count": "two"}}, r"'engines\.count' must be int"),
         ({"engines": 3}, "'engines' must be a mapping"),
+        ({"engines": {"hybrid": True, "backend": "nccl"}}, "engines: backend nccl cannot be had with hybrid"),
         ({"samples": {"truncated": "maybe"}}, "samples: 'maybe' is not a valid Truncated"),
         ({"samples": {"discount": 2}}, "samples: discount 2 must be from 0 to 1"),
         ({"device": "tpu"}, "'device' must be auto, cpu or cuda"),

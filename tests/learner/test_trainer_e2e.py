@@ -96,6 +96,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "turns": {
             "verl": {"trainer.total_training_steps": 8, "algorithm.adv_estimator": "grpo_turns"},
         },
+        "best": {"verl": {"trainer.total_training_steps": 6}, "best_of": {"keep": 2, "min_reward": 0.05}},
+        "none_good": {"verl": short, "best_of": {"keep": 2, "min_reward": 9.0}},
         "stopped": {
             "verl": {
                 "trainer.total_training_steps": 10,
@@ -283,6 +285,31 @@ def test_answers_are_credited_with_their_own_returns(outcomes: dict[str, Any]) -
     assert any(row[0] != row[3] for row in rows)
     # Within a group they add up to nothing, each rollout weighing the same.
     assert sum(row[0] + row[3] for row in rows) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_best_of_every_group_are_learned_with_the_supervised_loss(outcomes: dict[str, Any]) -> None:
+    outcome = outcomes["best"]
+    assert outcome["error"] == ""
+    rewards = _column(outcome, "reward/mean")
+    assert rewards[-1] > rewards[0] + 0.1
+    # Each of the 8 groups of 8 rollouts of 8 tokens has 2 that are learned, and no more.
+    assert max(_column(outcome, "best_of/rollouts_learned")) == 16
+    for step in outcome["steps"]:
+        assert step["tokens/trained"] == 8 * step["best_of/rollouts_learned"]
+        assert step["tokens/dropped/not_best"] == 512 - step["tokens/trained"]
+        # The weights of before are proven on every rollout, and the loss is that of the likelihood.
+        assert step["check/logprob_tokens_compared"] == 512
+        assert step["actor/loss"] > 0
+    assert outcome["steps"][-1]["actor/loss"] < outcome["steps"][0]["actor/loss"]
+    assert {value for row in outcome["advantages"].values() for value in row} == {0.0, 1.0}
+    assert sum(any(row) for row in outcome["advantages"].values()) == 2
+
+
+def test_a_round_with_nothing_good_enough_changes_no_weight(outcomes: dict[str, Any]) -> None:
+    outcome = outcomes["none_good"]
+    assert outcome["error"] == ""
+    assert _column(outcome, "best_of/rollouts_learned") == [0, 0]
+    assert _column(outcome, "tokens/trained") == [0, 0]
 
 
 def test_several_updates_between_publications_keep_one_old_policy(outcomes: dict[str, Any]) -> None:

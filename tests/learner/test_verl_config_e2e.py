@@ -26,6 +26,11 @@ GIVEN: dict[str, dict[str, Any]] = {
         },
         "trainer": {"v1": {"trainer_mode": "sync"}},
     },
+    "verls_engines": {
+        "hybrid": {"store": "here:1", "run_id": "r", "model": "m", "spool": "s"},
+        "actor_rollout_ref.rollout.max_model_len": 512,
+        "actor_rollout_ref.rollout.load_format": "dummy",
+    },
     "typing_error": {"actor_rollout_ref": {"rolout": {"n": 4}}},
     "unknown_leaf": {"trainer.save_frequency": 3},
     "two_errors": {"trainer.save_frequenzy": 3, "algorithm.clip_ratio": 0.2},
@@ -76,6 +81,20 @@ def test_users_keys_win_over_defaults_and_the_learner_holds_its_own(outcomes: di
     assert users["override"] == {"attn_implementation": "sdpa", "sliding_window": 7}
     # Engines are outside verl, whatever the user's keys say of verl's own.
     assert (users["mode"], users["rollout"]) == ("separate_async", "agl_external")
+
+
+def test_engines_that_verl_starts_load_the_model_and_are_told_whom_they_serve(
+    outcomes: dict[str, Any],
+) -> None:
+    hybrid = outcomes["verls_engines"]
+    assert hybrid["error"] == ""
+    assert hybrid["told"] == GIVEN["verls_engines"]["hybrid"]
+    # The user's keys count, but for weights that nobody would ever load.
+    expected = {"load_format": "auto", "tensor_model_parallel_size": 1, "max_model_len": 512}
+    assert hybrid["engines"] == {**expected, "enforce_eager": True}
+    # It is a trainer like any other: its weights travel through the store's policy versions.
+    assert (hybrid["mode"], hybrid["rollout"]) == ("separate_async", "agl_external")
+    assert outcomes["defaults"]["told"] == {}
 
 
 def test_older_tokens_are_corrected_in_asynchronous_training_unless_chosen_otherwise(

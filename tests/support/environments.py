@@ -19,6 +19,11 @@ def learner_python() -> str:
     return _python("learner")
 
 
+def hybrid_python() -> str:
+    """Python with both: AGL_GRPC_HYBRID_PYTHON, else what `make hybrid` makes."""
+    return _python("hybrid", "hybrid")
+
+
 def frameworks_python() -> str:
     """Python with the agent frameworks: AGL_GRPC_FRAMEWORKS_PYTHON, else what `make frameworks` makes."""
     return _python("frameworks", "frameworks")

@@ -61,6 +61,23 @@ async def telling(store: StoreClient, train_dataset: Any, reporter: Reporter) ->
 
 
 @algo
+async def collapsing(reporter: Reporter, seed: int) -> int:
+    """Reports groups without variance until somebody stops it; answers the seed."""
+    import asyncio
+
+    for step in range(1, 1000):
+        reporter.step(step, {"reward/groups_without_variance": 1.0})
+        await asyncio.sleep(0)
+    return seed
+
+
+@algo
+async def seeded(seed: int) -> int:
+    """The seed that it was given."""
+    return seed
+
+
+@algo
 async def endless(store: StoreClient) -> None:
     """Says that it runs and waits for ever."""
     import asyncio

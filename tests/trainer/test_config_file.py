@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from agl_grpc.algorithm import APO, VERL
+from agl_grpc.algorithm import APO, VERL, BestOfN
 from agl_grpc.model import PromptTemplate, ProxyLLM
 from agl_grpc.trainer.config_file import fit_from_file, load_configuration
 from agl_grpc.trainer.errors import TrainerError
+from agl_grpc.trainer.settings import setting
 from agl_grpc.trainer.strategy import ClientServerExecutionStrategy
 
 AGENT = "tests.trainer.agents:halver"
@@ -86,6 +87,19 @@ def test_learner_keys_become_keys_of_verl(tmp_path: Path) -> None:
     assert algorithm.seed == 3
     assert algorithm.config["actor_rollout_ref"]["actor"]["optim"]["lr"] == 1e-6
     assert algorithm.config["trainer"] == {"save_freq": 7}
+
+
+def test_best_of_n_takes_its_own_keys_and_those_of_verl(tmp_path: Path) -> None:
+    spec = {"type": "best_of_n", "config": {"actor_rollout_ref.model.path": str(tmp_path)}, "seed": 3}
+    path = _write(tmp_path, {"algorithm": spec})
+    algorithm = (
+        load_configuration(path, ["--learner.lr", "1e-6", "--algorithm.keep=2"]).make_trainer().algorithm
+    )
+    assert isinstance(algorithm, BestOfN)
+    assert (algorithm.best_of.keep, algorithm.seed) == (2, 3)
+    assert setting(algorithm.config, "actor_rollout_ref.actor.optim.lr") == 1e-6
+    with pytest.raises(TrainerError, match=r"no key 'algorithm.kep': did you mean algorithm.keep"):
+        load_configuration(path, ["--algorithm.kep=2"])
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,31 @@ def test_it_is_reported_and_goes_on_where_it_was(tmp_path: Path) -> None:
         trainer().evaluate(agents.halver, TASKS)
 
 
+def test_graders_of_the_command_line_judge_in_the_agents_place(tmp_path: Path) -> None:
+    """The graded agent gives no reward; what fails to be judged is no wrong answer."""
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_bytes(b"".join(orjson.dumps({"answer": "4", "say": say}) + b"\n" for say in ("4", "5", "4")))
+    command = [
+        sys.executable,
+        "-m",
+        "agl_grpc_cli",
+        "eval",
+        "--endpoint",
+        "http://127.0.0.1:9/v1",
+        str(tasks),
+    ]
+    command += ["--model", "m", "--agent", "tests.trainer.graded_agent:says", "--json"]
+    command += ["--grader", "tests.grader.own_graders:exact", "--run-dir", str(tmp_path), "--run", "graded"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    (found,) = orjson.loads(done.stdout)["evaluations"]
+    assert found["figures"]["mean"] == pytest.approx(2 / 3)
+    assert found["figures"]["rollouts"] == 3
+
+
 @pytest.mark.parametrize(
     ("tasks", "more", "message"),
     [

@@ -80,6 +80,15 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
         ({"adapter": 5}, "neither a class nor a factory"),
         ({"adapter": dict}, "adapter must be a Adapter"),
         ({"adapter": "no.such:adapter"}, "there is no module 'no'"),
+        ({"store": "127.0.0.1:4747", "port": 4747}, "port is that of a store which is started here"),
+        (
+            {"n_runners": 2, "strategy": {"type": "cs", "n_runners": 3}},
+            "n_runners is 2, but that of strategy is 3",
+        ),
+        (
+            {"isolation": "process", "runner": {"isolation": "thread"}},
+            "isolation is process, but that of runner is thread: say it once",
+        ),
         ({"algorithm": "bsaeline"}, "did you mean 'baseline'"),
         ({"strategy": "spawn"}, "strategy 'spawn': .*short names: cs, shm"),
     ],
@@ -135,9 +144,13 @@ def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
         trainer.dev(agents.halver, [{"number": -1}])
 
 
-def test_an_agent_that_needs_what_verl_does_not_publish_is_refused(tmp_path: Path) -> None:
+def test_what_does_not_go_with_verl_is_refused(tmp_path: Path) -> None:
     algorithm = {"type": "verl", "config": {"actor_rollout_ref.model.path": str(tmp_path)}}
     trainer = Trainer(algorithm=algorithm, run_name="mismatch", run_dir=tmp_path)
+    with pytest.raises(TrainerError, match="VERL needs worker processes"):
+        Trainer(algorithm=algorithm, strategy="shm", run_dir=tmp_path).fit(agents.halver, TASKS)
+    with pytest.raises(TrainerError, match="VERL needs train_dataset"):
+        Trainer(algorithm=algorithm, run_dir=tmp_path).fit(agents.halver)
     with pytest.raises(TrainerError, match=r"needs a PromptTemplate, .*published: main_llm \(LLM\)"):
         trainer.fit(agents.prompted, TASKS)
 

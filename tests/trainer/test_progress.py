@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 from pathlib import Path
 
 from agl_grpc.learner.progress import step_line as learner_line
 from agl_grpc.learner.progress import with_summary
 from agl_grpc.model.training import StepMetrics
-from agl_grpc.trainer.charts import draw_rewards
+from agl_grpc.trainer.charts import draw_metrics, draw_rewards
 from agl_grpc.trainer.progress import Progress, curve, step_line
-from agl_grpc.trainer.relay import end_of, relay
-from tests.support.waiting import eventually
 
 METRICS = {
     "reward/mean": 0.5,
@@ -64,33 +61,26 @@ def test_a_terminal_shows_phase_bar_and_curve() -> None:
         assert part in shown
 
 
+def test_an_algorithm_without_rewards_is_shown_by_its_own_numbers(tmp_path: Path) -> None:
+    metrics = {"loss": 0.25, "alarm/length_runaway": 0.0, "time/step": 1.0, "tokens/trained": 7.0}
+    assert step_line(2, None, metrics) == "step 2  loss 0.25  tokens 7  1.00 s"
+    stream = Terminal()
+    with Progress("my-run", stream) as progress:
+        progress.step(2, 4, metrics)
+    assert "loss 0.25" in stream.getvalue()
+    picture = tmp_path / "metrics.png"
+    draw_metrics(picture, [StepMetrics(step=1, metrics={"time/step": 1.0, "reward/mean": 1.0})], "run")
+    assert not picture.exists()
+    draw_metrics(picture, [StepMetrics(step=n, metrics=metrics) for n in (1, 2)], "run")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_reward_curve_is_a_picture(tmp_path: Path) -> None:
     history = [StepMetrics(step=n, metrics={"reward/mean": n / 5, "reward/std": 0.1}) for n in range(1, 6)]
     picture = tmp_path / "reward.png"
     draw_rewards(picture, history, {0: {"sampled": 0.2}, 5: {"sampled": 0.9}}, "run")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
-
-
-async def test_what_a_part_writes_is_shown_line_by_line_until_it_is_enough(tmp_path: Path) -> None:
-    log = tmp_path / "part.log"
-    log.write_text("of an earlier start\n")
-    begin = end_of(log)
-    shown: list[str] = []
-
-    def show(line: str) -> bool:
-        shown.append(line)
-        return line != "last"
-
-    task = asyncio.create_task(relay(log, begin, show))
-    with log.open("a") as file:
-        file.write("first\nhal")
-    await eventually(lambda: shown == ["first"], what="the first line")
-    with log.open("a") as file:
-        file.write("f\nlast\nnot any more\n")
-    async with asyncio.timeout(10):
-        await task
-    assert shown == ["first", "half", "last"]
 
 
 def test_validation_scores_stand_in_the_line_of_their_step() -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from agl_grpc_cli.errors import CliError
+from agl_grpc_cli.runs import app as runs_app
 from agl_grpc_cli.train import app
 from typer.testing import CliRunner
 
@@ -68,6 +69,18 @@ def test_a_run_is_started_worked_on_and_read(store: StoreProcess, tmp_path: Path
     found = json.loads(_train(store, "show", "good-training").stdout)
     assert found["result"] == {"sum": 6.0}
     assert (tmp_path / "runs" / "good" / "metrics.jsonl").is_file()
+    with SyncStoreClient(store.address) as client:
+        run = client.get_run_by_id("good")
+        assert run is not None
+        kept = run.metadata["manifest/good-training"]
+    assert kept["datasets"]["train"]["tasks"] == 3
+    assert kept["versions"]["user"]["python"]
+    compared = CliRunner().invoke(
+        runs_app, ["diff", "good-training", "bad-training", "--store", store.address, "--json"]
+    )
+    sections = {each["section"] for each in json.loads(compared.stdout)["differences"]}
+    assert "versions" not in sections
+    assert "config" in sections
     assert _train(store, "watch", "bad-training").error == "bad-training failed: this algorithm is broken"
     listed = _train(store, "ls").stdout
     assert [line.split()[2] for line in listed.splitlines()[1:]] == ["succeeded", "failed"]

@@ -1,18 +1,20 @@
 """`GEPA`: reflective evolution of prompts with a Pareto front.
 
 After "GEPA: Reflective Prompt Evolution Can Outperform Reinforcement Learning" (Agrawal et al., 2025),
-algorithms 1 and 2; the optional merge of two candidates (its appendix) is not part of this.
+algorithms 1 and 2, and the merge of two candidates from its appendix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agl_grpc.algorithm.base import Algorithm, Dataset
 from agl_grpc.algorithm.errors import AlgorithmError
 from agl_grpc.algorithm.gepa.instructions import REFLECTION, SYSTEM
+from agl_grpc.algorithm.gepa.merging import Merger, propose, subsample
 from agl_grpc.algorithm.gepa.pareto import choose, frequencies
 from agl_grpc.algorithm.prompt.candidate import Candidate
 from agl_grpc.algorithm.prompt.choices import batch, seeded
@@ -27,6 +29,15 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """What an iteration tried: mean rewards by version, rollouts that it took, and the child that joins."""
+
+    scores: Mapping[str, float]
+    rollouts: int
+    accepted: Candidate | None = None
+
+
 class GEPA(Algorithm):
     """Improves the prompt templates of ``initial_resources`` by evolution.
 
@@ -34,7 +45,9 @@ class GEPA(Algorithm):
     best on, the likelier), has a few training tasks done with it, and lets a model reflect on the traces
     and rewrite one prompt. A child that does better on the same tasks is scored on the whole validation
     dataset and joins the candidates. Prompts that are best on few tasks stay alive, and so does what
-    they know.
+    they know. With several prompts, two candidates of the front whose prompts were improved apart are put
+    together after an iteration that brought a new one: each prompt from the one that has changed it since
+    their common ancestor. A merged candidate that does as well as both on a few validation tasks joins.
 
     Everything is written down in the store as it happens: a run that was killed goes on where it was, and
     ``agl-grpc apo history RUN`` shows it. What agents note (`emit_annotation`, `emit_message`) is the
@@ -49,6 +62,8 @@ class GEPA(Algorithm):
         max_rollouts: rollouts after which no further iteration begins.
         max_iterations: iterations at most; None = only ``max_rollouts`` ends the run.
         perfect_reward: a minibatch with this mean teaches nothing, and is left.
+        max_merges: merges that are tried at most; 0 = none.
+        merge_tasks: validation tasks on which a merged candidate is tried.
         rollout_batch_timeout: seconds that one batch of rollouts may take; unfinished ones are left out.
         reflection_prompt_files: instructions instead of ours; see
             ``agl_grpc/algorithm/gepa/instructions.py``.
@@ -70,6 +85,8 @@ class GEPA(Algorithm):
         max_rollouts: int = 500,
         max_iterations: int | None = None,
         perfect_reward: float = 1.0,
+        max_merges: int = 5,
+        merge_tasks: int = 5,
         rollout_batch_timeout: float = 3600.0,
         reflection_prompt_files: list[str] | None = None,
         endpoint: str = "",
@@ -84,7 +101,10 @@ class GEPA(Algorithm):
             minibatch_size=minibatch_size,
             max_rollouts=max_rollouts,
             rollout_batch_timeout=rollout_batch_timeout,
+            merge_tasks=merge_tasks,
         )
+        if max_merges < 0:
+            raise ValueError(f"max_merges is {max_merges}; it must be 0 or more")
         self._critic = Critic(async_openai_client, endpoint=endpoint, api_key=api_key, prices=prices)
         self._model = reflection_model
         self._temperature = temperature
@@ -92,6 +112,9 @@ class GEPA(Algorithm):
         self._max_rollouts = max_rollouts
         self._max_iterations = max_iterations
         self._perfect = perfect_reward
+        self._max_merges = max_merges
+        self._merge_tasks = merge_tasks
+        self._merged: set[str] = set()
         self._instructions = read_instructions(reflection_prompt_files, (REFLECTION,))
         self._seed = seed
         self._settings = Settings(
@@ -117,11 +140,13 @@ class GEPA(Algorithm):
         """Runs until the budget is spent; answers the best prompts by resource name."""
         if not train_dataset or not val_dataset:
             raise AlgorithmError("GEPA needs train_dataset (to reflect on) and val_dataset (to compare)")
-        self._candidates, self._rewards = {}, {}
+        self._candidates, self._rewards, self._merged = {}, {}, set()
         search = PromptSearch(self, self._critic, self._settings)
         fixed = {
             "seed": self._seed,
             "minibatch_size": self._minibatch_size,
+            "max_merges": self._max_merges,
+            "merge_tasks": self._merge_tasks,
             "train_tasks": len(train_dataset),
             "val_tasks": len(val_dataset),
         }
@@ -135,45 +160,81 @@ class GEPA(Algorithm):
     async def _evolve(self, search: PromptSearch, train: Dataset, val: Dataset) -> None:
         await self._join(search, search.first, val)
         search.report(0, self._max_iterations or 0, {"validation/best": self._mean(self._best)})
-        spent, number = len(val), 0
+        spent, number, merge_due = len(val), 0, False
         while spent < self._max_rollouts and number != self._max_iterations:
             number += 1
-            tasks = batch(train, self._minibatch_size, number - 1, self._seed, "train")
-            parent = self._candidates[choose(self._rewards, seeded(self._seed, "parent", number))]
-            before, after, child = await self._mutate(search, parent, tasks, number)
-            spent += len(tasks) * (1 if child is None else 2)
-            if child is not None and after > before:
-                await self._join(search, child, val)
+            merger = self._merger(number) if merge_due else None
+            if merger is not None:
+                trial = await self._merge(search, merger, val, number)
+            else:
+                tasks = batch(train, self._minibatch_size, number - 1, self._seed, "train")
+                parent = self._candidates[choose(self._rewards, seeded(self._seed, "parent", number))]
+                trial = await self._mutate(search, parent, tasks, number)
+            spent += trial.rollouts
+            if trial.accepted is not None:
+                await self._join(search, trial.accepted, val)
                 spent += len(val)
-            await search.note_round(
-                number,
-                [*self.pareto_front],
-                {parent.version: before} | ({child.version: after} if child else {}),
-                self._best,
-                self._mean(self._best),
-            )
-            search.report(
-                number,
-                self._max_iterations or 0,
-                {
-                    "reward/mean": before if child is None else max(before, after),
-                    "validation/best": self._mean(self._best),
-                    "pareto/size": len(self.pareto_front),
-                    "rollouts/spent": spent,
-                },
-            )
+            # A merge is tried after a reflection that brought something new.
+            merge_due = merger is None and trial.accepted is not None
+            await self._note(search, number, trial, spent)
         await search.finish(self._candidates[self._best], self._mean(self._best))
+
+    async def _note(self, search: PromptSearch, number: int, trial: _Trial, spent: int) -> None:
+        best = self._mean(self._best)
+        await search.note_round(number, [*self.pareto_front], trial.scores, self._best, best)
+        search.report(
+            number,
+            self._max_iterations or 0,
+            {
+                "reward/mean": max(trial.scores.values()),
+                "validation/best": best,
+                "pareto/size": len(self.pareto_front),
+                "rollouts/spent": spent,
+            },
+        )
+
+    def _merger(self, number: int) -> Merger | None:
+        """Two candidates of the front that are worth being put together; None = none are, or enough were."""
+        if len(self._merged) >= self._max_merges:
+            return None
+        choice = seeded(self._seed, "merge", number)
+        return propose(self._candidates, self._rewards, [*self.pareto_front], self._merged, choice)
+
+    async def _merge(self, search: PromptSearch, merger: Merger, val: Dataset, number: int) -> _Trial:
+        """Has a few validation tasks done with a merged candidate; it must do as well as both parents."""
+        self._merged.add(merger.key)
+        one, other = merger.parents
+        notes = {"other_parent": other, "ancestor": merger.ancestor}
+        child = Candidate(f"v{number}", merger.templates, one, None, notes)
+        if search.journal.get(f"candidate.{child.version}") is None:
+            await search.journal.put("candidate", f"candidate.{child.version}", child.to_data())
+        size = min(self._merge_tasks, len(val))
+        places = subsample(
+            self._rewards[one], self._rewards[other], size, seeded(self._seed, "tasks", number)
+        )
+        tasks = {place: val[place] for place in places}
+        found = await search.evaluator.run(child, tasks, RolloutMode.VAL, f"merge.{child.version}")
+        scores = {
+            parent: sum(self._rewards[parent][each.index] for each in found) / len(found)
+            for parent in merger.parents
+        }
+        after = _mean_of(found)
+        accepted = child if after >= max(scores.values()) else None
+        search.say(
+            f"iteration {number}: {one} and {other} merged to {child.version}, {after:.3f} on {size} tasks"
+        )
+        return _Trial({**scores, child.version: after}, len(tasks), accepted)
 
     async def _mutate(
         self, search: PromptSearch, parent: Candidate, tasks: Mapping[int, Any], number: int
-    ) -> tuple[float, float, Candidate | None]:
-        """Mean rewards of parent and child on the minibatch; no child when there was nothing to learn."""
+    ) -> _Trial:
+        """Has a parent and a child of it do the minibatch; a child that does better is accepted."""
         evaluator, version = search.evaluator, f"v{number}"
         results = await evaluator.run(parent, tasks, RolloutMode.TRAIN, f"train.{version}")
         before = _mean_of(results)
         if before >= self._perfect:
             search.say(f"iteration {number}: {parent.version} is perfect on its tasks")
-            return before, before, None
+            return _Trial({parent.version: before}, len(tasks))
         name = [*parent.templates][(number - 1) % len(parent.templates)]
 
         async def reflect() -> Mapping[str, Any]:
@@ -206,11 +267,12 @@ class GEPA(Algorithm):
 
         made = await search.journal.once("candidate", f"candidate.{version}", reflect)
         if not made["templates"]:
-            return before, before, None
+            return _Trial({parent.version: before}, len(tasks))
         child = Candidate.from_data(made)
         after = _mean_of(await evaluator.run(child, tasks, RolloutMode.TRAIN, f"child.{version}"))
         search.say(f"iteration {number}: {parent.version} {before:.3f}, its child {version} {after:.3f}")
-        return before, after, child
+        scores = {parent.version: before, version: after}
+        return _Trial(scores, 2 * len(tasks), child if after > before else None)
 
     async def _join(self, search: PromptSearch, candidate: Candidate, val: Dataset) -> None:
         """Scores a candidate on every validation task, and keeps it."""

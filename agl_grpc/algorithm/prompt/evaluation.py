@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Evaluator:
         timeout: seconds that the rollouts of one batch may take; what is unfinished then is cancelled and
             left out.
         config: rules of each rollout's life.
+        published: called after every publication of a candidate, which is then the run's latest.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Evaluator:
         *,
         timeout: float,
         config: RolloutConfig | None = None,
+        published: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
         self._prefix = prefix
         self._resources = resources
         self._timeout = timeout
         self._config = config
+        self._published = published
         self._publishing = asyncio.Lock()
 
     def resources_of(self, candidate: Candidate) -> NamedResources:
@@ -71,6 +74,8 @@ class Evaluator:
         async with self._publishing:
             if await self._store.get_resources_by_id(resources_id) is None:
                 await self._store.update_resources(resources_id, self.resources_of(candidate))
+                # Its rollouts name it; whoever asks for the latest wants the best, not what is being tried.
+                await self._published()
         return resources_id
 
     async def run(

@@ -31,7 +31,7 @@ def version_rows(records: Sequence[AlgorithmRecord]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 data["version"],
-                data["parent"] or "-",
+                "+".join(filter(None, (data["parent"], data.get("other_parent")))) or "-",
                 data["changed"] or "-",
                 known.get("score", "-"),
                 known.get("full score", "-"),

@@ -72,6 +72,11 @@ class Journal:
             self.records[key] = record
         return record.data
 
+    async def publish_best(self) -> None:
+        """Makes the best resources known the run's latest again, after something else was published."""
+        async with self._lock:
+            await self._store.update_resources(self._id, self.resources)
+
     async def once(
         self, kind: str, key: str, work: Callable[[], Awaitable[Mapping[str, Any]]]
     ) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class PromptSearch:
             others,
             timeout=settings.rollout_batch_timeout,
             config=settings.rollouts,
+            published=self.journal.publish_best,
         )
 
     async def open(self, fixed: Mapping[str, Any]) -> None:

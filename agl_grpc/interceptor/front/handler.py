@@ -88,7 +88,8 @@ class Handler:
             raise defect from error
         finally:
             if rollout and turn.recorded:
-                self._parts.limits.leave(rollout, turn.capture.tokens if turn.capture else 0)
+                self._parts.limits.spend(rollout, turn.capture.tokens if turn.capture else 0)
+                self._parts.limits.leave(rollout)
 
     async def _admit(self, turn: Turn) -> KnownAttempt | None:
         """Raises Refusal for who may not call."""

@@ -13,13 +13,13 @@ from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture
 from agl_grpc.interceptor.front.dialects import Collector, ask_for_ids
 from agl_grpc.interceptor.front.http.engines import EngineClient
 from agl_grpc.interceptor.front.journal import Journal
-from agl_grpc.interceptor.front.limits import RolloutLimits
 from agl_grpc.interceptor.front.sampling import describe, impose
 from agl_grpc.interceptor.front.settings import ProxySettings
 from agl_grpc.interceptor.front.splice import PromptTexts
 from agl_grpc.interceptor.front.turn import Turn
 from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions
+from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.refusals import Refusal
 from agl_grpc.interceptor.retries import Retries, tries_of
 from agl_grpc.interceptor.sink import CapturedCall

@@ -19,13 +19,14 @@ from agl_grpc.interceptor.front.handler import JSON, Handler
 from agl_grpc.interceptor.front.http.door import Door, Incoming
 from agl_grpc.interceptor.front.http.engines import EngineClient
 from agl_grpc.interceptor.front.journal import Journal
-from agl_grpc.interceptor.front.limits import RolloutLimits
+from agl_grpc.interceptor.front.peers import Peers, Share
 from agl_grpc.interceptor.front.recording import Parts
 from agl_grpc.interceptor.front.settings import ProxySettings, UpstreamSpec
 from agl_grpc.interceptor.front.upstreams import Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions
+from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.middleware import STATUS_PATH
-from agl_grpc.interceptor.spool import Spool
+from agl_grpc.interceptor.spool import Spool, gather, hold
 from agl_grpc.interceptor.transport import AppendTransport, open_channel
 
 logger = logging.getLogger("agl_grpc.interceptor")
@@ -42,17 +43,27 @@ class Proxy:
         self._listening = listening
         self._handler = Handler(parts)
         self._door = Door(self._answer, parts.settings.max_body)
+        self._peers: Peers | None = None
 
     @classmethod
     async def start(
-        cls, settings: ProxySettings, upstreams: Sequence[UpstreamSpec], host: str, port: int
+        cls,
+        settings: ProxySettings,
+        upstreams: Sequence[UpstreamSpec],
+        host: str,
+        port: int,
+        share: Share | None = None,
     ) -> Proxy:
-        """Listen and serve; the store is not waited for.
+        """Listen and serve; the store is not waited for. `share` is set in one of several processes.
 
         Raises OSError when the address cannot be had, SpoolInUse when another process has the spool.
         """
-        listening = _listen(host, port)
+        listening = listen(host, port) if share is None else share.listening
         try:
+            if share is None:
+                folder = settings.spool_path(listening.getsockname()[1])
+                with hold(folder):
+                    gather(folder, 1)
             spool = Spool(
                 settings.spool_path(listening.getsockname()[1]),
                 settings.spool_bytes,
@@ -77,14 +88,15 @@ class Proxy:
             else None,
         )
         proxy = cls(parts, channel, listening)
+        if share is not None:
+            proxy._peers = proxy._door.peers = Peers(share, proxy._door.take, proxy.describe)
         await proxy._door.open(listening)
         return proxy
 
     @property
     def url(self) -> str:
         """Its root."""
-        host, port = self._listening.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return url_of(self._listening)
 
     def set_upstreams(self, specs: Sequence[UpstreamSpec]) -> None:
         """Serve by these engines from now on."""
@@ -123,6 +135,8 @@ class Proxy:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._handler.idle.wait(), self._parts.settings.drain_timeout)
         await self._door.shutdown()
+        if self._peers is not None:
+            self._peers.close()
         if self._parts.external is not None:
             await self._parts.external.close()
         await self._parts.journal.close()
@@ -135,7 +149,8 @@ class Proxy:
     async def _answer(self, request: Incoming) -> None:
         path = request.target.partition("?")[0]
         if path == STATUS_PATH:
-            request.answer(200, JSON, orjson.dumps(self.describe()))
+            state = self.describe() if self._peers is None else await self._peers.status()
+            request.answer(200, JSON, orjson.dumps(state))
         elif path == "/health":
             well = (
                 any(engine.healthy for engine in self._parts.upstreams.all()) and not self._handler.draining
@@ -145,7 +160,13 @@ class Proxy:
             await self._handler.handle(request)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def url_of(listening: socket.socket) -> str:
+    """The root of what is served there."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket; no other process can share its port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)

@@ -11,11 +11,13 @@ from typing import Any
 import orjson
 
 from agl_grpc.interceptor.attribution import (
+    NOT_SAMPLING,
     Attribution,
     CallContext,
     api_of,
     attribution_of_credential,
     attribution_of_headers,
+    credential_of,
     parse_path,
     parse_traceparent,
 )
@@ -25,7 +27,6 @@ from agl_grpc.interceptor.refusals import Refusal
 
 _CLOSED = "no such path here: only inference paths exist"
 _PASSED_ONLY = {"/v1/embeddings": "embeddings", "/v1/rerank": "rerank", "/v1/score": "score"}
-_NOT_RECORDED = frozenset({"/v1/models", "/v1/messages/count_tokens"})
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Turn:
     @property
     def recorded(self) -> bool:
         """Whether calls of this path leave records."""
-        return self.method == "POST" and self.path not in _NOT_RECORDED
+        return self.method == "POST" and self.path not in NOT_SAMPLING
 
     @property
     def captured(self) -> bool:
@@ -98,7 +99,7 @@ class Turn:
 def begin(method: str, raw_path: str, headers: Mapping[str, str]) -> Turn:
     """Whose request it is and which path of the engine it means. Raises Refusal for a path that is none."""
     path, _, query = raw_path.partition("?")
-    credential = _credential(headers)
+    credential = credential_of(headers)
     parsed = parse_path(path)
     mode_given = True
     attribution: Attribution | None
@@ -119,10 +120,3 @@ def begin(method: str, raw_path: str, headers: Mapping[str, str]) -> Turn:
     if api is None:
         raise Refusal(404, "not_found", _CLOSED)
     return Turn(method, path, query, api, headers, attribution, credential, mode_given)
-
-
-def _credential(headers: Mapping[str, str]) -> str:
-    bearer = headers.get("authorization", "")
-    if bearer[:7].lower() == "bearer ":
-        return bearer[7:].strip()
-    return headers.get("x-api-key", "").strip()

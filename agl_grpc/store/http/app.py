@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import Any
 
 import orjson
@@ -48,14 +57,15 @@ class HttpApp:
             answer = await self._answer(request, scope)
         except ClientGone:
             return
-        headers = [
-            (b"content-type", answer.media_type),
-            (b"content-length", str(len(answer.body)).encode()),
-            *answer.headers,
-        ]
+        headers = [(b"content-type", answer.media_type), *answer.headers]
         if self._origins:
             headers += self._cors(request)
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        start = {"type": "http.response.start", "status": answer.status, "headers": headers}
+        if not isinstance(answer.body, bytes):
+            await _send_pieces(request, answer.body, start, send)
+            return
+        headers.append((b"content-length", str(len(answer.body)).encode()))
+        await send(start)
         body = b"" if request.method == "HEAD" else answer.body
         await send({"type": "http.response.body", "body": body})
 
@@ -70,7 +80,7 @@ class HttpApp:
                 return await found.handler(request)
             if method == "OPTIONS" and self._origins and found.allowed:
                 return Answer(status=204)
-            raise _unserved(request, found.allowed)
+            raise self._unserved(request, found.allowed)
         except (HttpProblem, StoreError) as error:
             return refusal(error)
         except (ClientGone, asyncio.CancelledError):
@@ -78,6 +88,28 @@ class HttpApp:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return refusal(errors.internal())
+
+    def _unserved(self, request: Request, methods: Collection[str]) -> HttpProblem:
+        if methods:
+            allowed = ", ".join(sorted(methods))
+            return HttpProblem(
+                405,
+                "METHOD_NOT_ALLOWED",
+                f"{request.method} is not served at {request.path}; allowed: {allowed}",
+                headers=((b"allow", allowed.encode()),),
+            )
+        return HttpProblem(404, "ROUTE_UNKNOWN", self._hint(request.path))
+
+    def _hint(self, path: str) -> str:
+        first, _, rest = path.lstrip("/").partition("/")
+        second = rest.partition("/")[0]
+        version = second if first == "agl" else first if second == "agl" else ""
+        document = "/agl/v1/openapi.json"
+        if self._router.find("GET", document).handler is None:
+            return f"nothing is served at {path}"
+        if version and version != "v1":
+            return f"API version {version!r} is not served; use /agl/v1 or /v1/agl"
+        return f"nothing is served at {path}; {document} lists what is"
 
     def _check_origin(self, request: Request) -> None:
         """Refuses what somebody else's web page has a browser send; browsers say so, programs never do."""
@@ -100,28 +132,25 @@ class HttpApp:
         ]
 
 
+async def _send_pieces(
+    request: Request, pieces: AsyncGenerator[bytes, None], start: MutableMapping[str, Any], send: Send
+) -> None:
+    """Sends a body while it is made. What fails then breaks the connection: the status is already out."""
+    await send(start)
+    gone = asyncio.ensure_future(request.gone())
+    try:
+        if request.method != "HEAD":
+            async for piece in pieces:
+                if gone.done():
+                    return
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+    finally:
+        gone.cancel()
+        await pieces.aclose()
+
+
 def refusal(error: HttpProblem | StoreError) -> Answer:
     """An error as JSON."""
     problem = problem_of(error)
     return Answer(orjson.dumps(problem.body), problem.status, headers=tuple(problem.headers))
-
-
-def _unserved(request: Request, methods: Collection[str]) -> HttpProblem:
-    if methods:
-        allowed = ", ".join(sorted(methods))
-        return HttpProblem(
-            405,
-            "METHOD_NOT_ALLOWED",
-            f"{request.method} is not served at {request.path}; allowed: {allowed}",
-            headers=((b"allow", allowed.encode()),),
-        )
-    return HttpProblem(404, "ROUTE_UNKNOWN", _hint(request.path))
-
-
-def _hint(path: str) -> str:
-    first, _, rest = path.lstrip("/").partition("/")
-    second = rest.partition("/")[0]
-    version = second if first == "agl" else first if second == "agl" else ""
-    if version and version != "v1":
-        return f"API version {version!r} is not served; use /agl/v1 or /v1/agl"
-    return f"nothing is served at {path}; /agl/v1/openapi.json lists what is"

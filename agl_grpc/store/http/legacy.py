@@ -6,7 +6,8 @@ ends the attempt. A task that is taken and not reported comes back when its roll
 
 from __future__ import annotations
 
-import os
+import hashlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import orjson
 
 from agl_grpc.model import gen_ai, raw, semconv
 from agl_grpc.model.value import to_key_values
+from agl_grpc.store import errors
 from agl_grpc.store.door.methods import Methods
 from agl_grpc.store.http.problems import HttpProblem, malformed
 from agl_grpc.store.http.request import Request
@@ -22,6 +24,8 @@ from agl_grpc.store.http.rest.inputs import Inputs
 from agl_grpc.store.http.rest.spans import rejection
 from agl_grpc.store.http.routing import Answer, Handler
 from agl_grpc.store.http.shape import Fields
+from agl_grpc.store.rollouts.names import attempt_status
+from agl_grpc.store.spans.check import check_group
 from agl_grpc.v1 import attempt_pb2, rollout_pb2, span_pb2, store_service_pb2
 
 TRIPLET = "agentlightning.triplet"
@@ -31,6 +35,12 @@ REPORT = "agentlightning.report"
 """Name of the span that holds what else was reported: logs and metadata, as JSON."""
 
 _WORKER = "legacy"
+
+_OVER = (
+    attempt_pb2.ATTEMPT_STATUS_FAILED,
+    attempt_pb2.ATTEMPT_STATUS_TIMEOUT,
+    attempt_pb2.ATTEMPT_STATUS_CANCELLED,
+)
 
 
 class LegacyRoutes:
@@ -56,7 +66,7 @@ class LegacyRoutes:
         if not response.rollouts:
             return Answer(b'{"is_available":false,"task":null}')
         rollout = response.rollouts[0].rollout.rollout
-        await self._inputs.fill([rollout], http.metadata)
+        await self._inputs.fill([rollout.input], http.metadata)
         shown = show.rollout(rollout)
         task = {
             **{name: shown[name] for name in ("rollout_id", "input", "mode", "resources_id", "metadata")},
@@ -85,8 +95,14 @@ class LegacyRoutes:
         rollout_id = fields.required_text("rollout_id")
         spans = spans_of(fields)
         attempt = await self._attempt(http, rollout_id)
+        # First everything that may be wrong: of a report that is refused nothing is kept.
+        if attempt.status in _OVER:
+            status = attempt_status(attempt.status)
+            raise errors.illegal_transition("attempt", attempt.attempt_id, status, "succeeded")
+        group = _group(attempt, spans)
+        _check(group, len(fields.items("triplets") or ()))
         if spans:
-            await self._append(http, attempt, spans)
+            await self._append(http, group)
         update = store_service_pb2.UpdateAttemptRequest()
         update.attempt.rollout_id, update.attempt.attempt_id = rollout_id, attempt.attempt_id
         update.attempt.status = attempt_pb2.ATTEMPT_STATUS_SUCCEEDED
@@ -105,16 +121,34 @@ class LegacyRoutes:
         started: rollout_pb2.AttemptedRollout = (await self._methods(start, http.metadata)).rollout
         return started.attempt
 
-    async def _append(self, http: Request, attempt: attempt_pb2.Attempt, spans: list[span_pb2.Span]) -> None:
-        request = raw.RawAppendSpansRequest()
-        request.groups.add(
-            rollout_id=attempt.rollout_id,
-            attempt_id=attempt.attempt_id,
-            spans=[span.SerializeToString() for span in spans],
-        )
-        response = await self._methods(request, http.metadata)
+    async def _append(self, http: Request, group: raw.RawAttemptSpans) -> None:
+        response = await self._methods(raw.RawAppendSpansRequest(groups=[group]), http.metadata)
         if response.rejected:
             raise rejection(response.rejected[0].status)
+
+
+def _group(attempt: attempt_pb2.Attempt, spans: list[span_pb2.Span]) -> raw.RawAttemptSpans:
+    """The spans as they are stored; ids follow from what they hold: a repeated report adds none."""
+    trace_id = _digest(attempt.attempt_id.encode())[:16]
+    for place, span in enumerate(spans):
+        span.trace_id = trace_id
+        span.span_id = _digest(trace_id, b"%d" % place, span.SerializeToString(deterministic=True))[:8]
+    return raw.RawAttemptSpans(
+        rollout_id=attempt.rollout_id,
+        attempt_id=attempt.attempt_id,
+        spans=[span.SerializeToString() for span in spans],
+    )
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"/".join(parts)).digest()
+
+
+def _check(group: raw.RawAttemptSpans, triplets: int) -> None:
+    """Raises when the store would refuse a span, of which the first ones are the triplets."""
+    for place, _, error in check_group(group, group.attempt_id, 0, time.time_ns()).rejected:
+        path = f"triplets[{place}]" if place < triplets else ""
+        raise malformed(path, f"cannot be kept: {error.message}")
 
 
 def spans_of(fields: Fields) -> list[span_pb2.Span]:
@@ -125,7 +159,12 @@ def spans_of(fields: Fields) -> list[span_pb2.Span]:
     made: list[span_pb2.Span] = []
     for place, item in enumerate(fields.items("triplets") or ()):
         made.append(_triplet(Fields(item, f"triplets[{place}]")))
-    rest = {name: fields.values[name] for name in ("logs", "metadata", "trace") if fields.values.get(name)}
+    kept = {
+        "logs": fields.items("logs"),
+        "metadata": fields.mapping("metadata"),
+        "trace": fields.items("trace"),
+    }
+    rest = {name: value for name, value in kept.items() if value}
     if rest:
         made.append(_span(REPORT, {f"{REPORT}.{name}": _json(value, name) for name, value in rest.items()}))
     reward = fields.number("final_reward")
@@ -156,7 +195,7 @@ def _span(name: str, attributes: dict[str, Any]) -> span_pb2.Span:
         entries = to_key_values(attributes, name)
     except (ValueError, TypeError) as error:
         raise malformed(name, f"cannot be kept: {error}") from error
-    span = span_pb2.Span(trace_id=os.urandom(16), span_id=os.urandom(8), name=name, attributes=entries)
+    span = span_pb2.Span(name=name, attributes=entries)
     call = gen_ai.model_call(attributes)
     if call is not None:
         span.model_call.CopyFrom(call)

@@ -125,8 +125,10 @@ def _object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _bad(why: str) -> HttpProblem:
-    return HttpProblem(400, "BODY_MALFORMED", f"the body cannot be read: {why}")
+def _bad(why: str, path: str = "") -> HttpProblem:
+    """The body is not as it should be; with a path, `why` completes the sentence that begins with it."""
+    what = f"{path} {why}" if path else why
+    return HttpProblem(400, "BODY_MALFORMED", f"the body cannot be read: {what}", path)
 
 
 def _traces_from_json(value: dict[str, Any], refused: Refusals) -> Any:
@@ -135,14 +137,14 @@ def _traces_from_json(value: dict[str, Any], refused: Refusals) -> Any:
     for place, of_resource in enumerate(_list(value, "resourceSpans", "")):
         path = f"resourceSpans[{place}]"
         if not isinstance(of_resource, dict):
-            raise _bad(f"{path} must be an object")
+            raise _bad("must be an object", path)
         found = request.resource_spans.add(schema_url=str(of_resource.get("schemaUrl") or ""))
         resource = _message(of_resource.get("resource") or {}, resource_pb2.Resource(), f"{path}.resource")
         found.resource = resource.SerializeToString()
         for number, of_scope in enumerate(_list(of_resource, "scopeSpans", path)):
             where = f"{path}.scopeSpans[{number}]"
             if not isinstance(of_scope, dict):
-                raise _bad(f"{where} must be an object")
+                raise _bad("must be an object", where)
             group = found.scope_spans.add()
             scope = of_scope.get("scope") or {}
             group.scope.MergeFrom(_message(scope, common_pb2.InstrumentationScope(), f"{where}.scope"))
@@ -157,13 +159,13 @@ def _traces_from_json(value: dict[str, Any], refused: Refusals) -> Any:
 def _list(value: dict[str, Any], name: str, path: str) -> list[Any]:
     found = value.get(name)
     if found is not None and not isinstance(found, list):
-        raise _bad(f"{path}.{name} must be a list".lstrip("."))
+        raise _bad("must be a list", f"{path}.{name}".lstrip("."))
     return found or []
 
 
 def _span_from_json(span: Any, path: str) -> bytes:
     if not isinstance(span, dict):
-        raise _bad(f"{path} must be an object")
+        raise _bad("must be an object", path)
     span = _with_ids(span, ("traceId", "spanId", "parentSpanId"), path)
     links = span.get("links")
     if isinstance(links, list):
@@ -185,7 +187,7 @@ def _with_ids(value: dict[str, Any], names: tuple[str, ...], path: str) -> dict[
         try:
             changed[name] = base64.b64encode(binascii.unhexlify(text)).decode()
         except (binascii.Error, TypeError, ValueError):
-            raise _bad(f"{path}.{name} must be hex digits") from None
+            raise _bad("must be hex digits", f"{path}.{name}") from None
     return changed
 
 
@@ -193,7 +195,7 @@ def _message(value: Any, message: Any, path: str) -> Any:
     try:
         return json_format.ParseDict(value, message, ignore_unknown_fields=True)
     except (json_format.ParseError, TypeError, ValueError, AttributeError) as error:
-        raise _bad(f"{path}: {error}") from error
+        raise _bad(f"is not as OTLP says: {error}", path) from error
 
 
 def _answer(http: Request, kind: str, response: Message, status: int = 200, headers: Any = ()) -> Answer:

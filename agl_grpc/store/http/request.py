@@ -159,4 +159,7 @@ def _decoded(body: bytes, encoding: str) -> bytes:
         raise _too_large()
     if not machine.eof:
         raise HttpProblem(400, "BODY_MALFORMED", f"the body is {encoding} data that ends too early")
+    if machine.unused_data:
+        # Also a second gzip member: to leave it out without a word would lose what it holds.
+        raise HttpProblem(400, "BODY_MALFORMED", f"the body goes on behind the end of its {encoding} data")
     return plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -12,9 +12,9 @@ from agl_grpc.store.http.request import Request
 
 @dataclass(frozen=True)
 class Answer:
-    """What a handler answers: a status, a body and its media type, further headers."""
+    """What a handler answers: a status, a body (whole, or made while it is sent), its type, more headers."""
 
-    body: bytes = b""
+    body: bytes | AsyncGenerator[bytes, None] = b""
     status: int = 200
     media_type: bytes = b"application/json"
     headers: tuple[tuple[bytes, bytes], ...] = ()

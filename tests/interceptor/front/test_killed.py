@@ -22,10 +22,10 @@ from tests.support.waiting import eventually
 
 
 @contextmanager
-def proxy(store: str, engine: str, spool: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def proxy(store: str, engine: str, spool: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A proxy process and its URL."""
     command = [sys.executable, "-m", "agl_grpc_cli", "proxy", "serve", "--port", "0", "--store", store]
-    command += ["--upstream", engine, "--spool-dir", str(spool), "--drain-timeout", "2"]
+    command += ["--upstream", engine, "--spool-dir", str(spool), "--drain-timeout", "2", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

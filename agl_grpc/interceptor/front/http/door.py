@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import httptools
 
@@ -134,6 +135,18 @@ class Stream:
             self._connection.write(b"0\r\n\r\n")
 
 
+class Handover(Protocol):
+    """Other processes that serve the same address."""
+
+    def elsewhere(self, target: str, headers: Mapping[str, str]) -> int | None:
+        """Which of them has to serve a request; None: this one."""
+        ...
+
+    def give(self, owner: int, connection: int, data: bytes) -> None:
+        """Hand it a connection (a file descriptor, which this takes) and what was read of it."""
+        ...
+
+
 class Door:
     """Serves HTTP/1.1 on a listening socket: each request is a task of its own, cancelled when its client
     leaves. Bodies of more than `max_body` bytes are not read.
@@ -144,6 +157,8 @@ class Door:
         self.max_body = max_body
         self.connections: set[_Connection] = set()
         self.closing = False
+        self.peers: Handover | None = None
+        self._taking: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -152,6 +167,19 @@ class Door:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _Connection(self), sock=listening, backlog=2048)
         self._sweep = loop.call_later(_SWEEP_SECONDS, self._close_idle)
+
+    def take(self, connection: socket.socket, data: bytes) -> None:
+        """Serve a connection that another process has accepted, from the bytes on that it has read."""
+        loop = asyncio.get_running_loop()
+        connection.setblocking(False)
+        task = loop.create_task(loop.connect_accepted_socket(lambda: _Connection(self, data), connection))
+        self._taking.add(task)
+        task.add_done_callback(self._taken)
+
+    def _taken(self, task: asyncio.Task[Any]) -> None:
+        self._taking.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("a connection that was handed over is gone: %s", error)
 
     def close(self) -> None:
         """Take no new connections and close those that are idle; requests under way go on."""
@@ -180,8 +208,12 @@ class Door:
 class _Connection(asyncio.Protocol):
     """One agent's connection: parses requests and serves them one after the other."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, first: bytes = b"") -> None:
         self._door = door
+        self._first = first
+        self._head: bytearray | None = None
+        self._begun = False
+        self._elsewhere: int | None = None
         self._loop = asyncio.get_running_loop()
         self._parser: Any = httptools.HttpRequestParser(self)
         self._idle_since = self._loop.time()
@@ -200,6 +232,9 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._door.connections.add(self)
+        if self._first:
+            self.data_received(self._first)
+            self._first = b""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
@@ -219,22 +254,46 @@ class _Connection(asyncio.Protocol):
         self._resumed = None
 
     def data_received(self, data: bytes) -> None:
+        if self._door.peers is not None:
+            self._keep_head(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._decline_upgrade(data[upgrade.args[0] :])
-            return
+            if self._elsewhere is None:
+                self._decline_upgrade(data[upgrade.args[0] :])
+                return
         except httptools.HttpParserError:
-            self._refuse(400)
-            return
-        if self._head_bytes > _MOST_HEAD_BYTES:
+            if self._elsewhere is None:
+                self._refuse(400)
+                return
+        if self._elsewhere is not None:
+            self._hand_over()
+        elif self._head_bytes > _MOST_HEAD_BYTES:
             self._refuse(431)
+
+    def _keep_head(self, data: bytes) -> None:
+        """Keep what is read until a request's head is there, if it began between two requests."""
+        if self._head is not None:
+            self._head += data
+        elif self._task is None and self._reading is None and not self._begun:
+            self._head = bytearray(data)
+
+    def _hand_over(self) -> None:
+        """The connection to the process whose rollout it carries; here it is gone."""
+        assert self._door.peers is not None
+        assert self._elsewhere is not None
+        assert self._head is not None
+        self._transport.pause_reading()
+        connection = os.dup(self._transport.get_extra_info("socket").fileno())
+        self._door.peers.give(self._elsewhere, connection, bytes(self._head))
+        self._transport.abort()
 
     # Called by the parser.
 
     def on_message_begin(self) -> None:
-        if self._declining:
+        if self._declining or self._elsewhere is not None:
             return
+        self._begun = True
         self._target = b""
         self._headers = {}
         self._head_bytes = 0
@@ -244,7 +303,7 @@ class _Connection(asyncio.Protocol):
         self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._declining:
+        if self._declining or self._elsewhere is not None:
             return
         self._head_bytes += len(name) + len(value)
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
@@ -253,9 +312,16 @@ class _Connection(asyncio.Protocol):
         self._headers[key] = text
 
     def on_headers_complete(self) -> None:
-        if self._declining or self._head_bytes > _MOST_HEAD_BYTES:
+        if self._declining or self._head_bytes > _MOST_HEAD_BYTES or self._elsewhere is not None:
             return
         self._head_bytes = 0
+        self._begun = False
+        head, self._head = self._head, None
+        if head is not None and self._door.peers is not None:
+            self._elsewhere = self._door.peers.elsewhere(self._target.decode("latin-1"), self._headers)
+            if self._elsewhere is not None:
+                self._head = head
+                return
         request = self._reading = Incoming(
             self,
             self._parser.get_method().decode("latin-1"),

@@ -62,7 +62,7 @@ class AttemptRoutes:
             request_id=http.header(b"idempotency-key"),
         )
         response = await self._methods(request, http.metadata)
-        await self._inputs.fill([response.rollout.rollout], http.metadata)
+        await self._inputs.fill([response.rollout.rollout.input], http.metadata)
         return Answer(show.dump(show.attempted(response.rollout)), 201)
 
     async def search(self, http: Request) -> Answer:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from agl_grpc.store import limits
 from agl_grpc.store.blobs import PIECE_BYTES
 from agl_grpc.store.door.methods import Metadata, Methods
-from agl_grpc.store.http.problems import HttpProblem
 from agl_grpc.store.http.request import BODY_BYTES
-from agl_grpc.v1 import common_pb2, rollout_pb2, store_service_pb2
+from agl_grpc.store.http.rest import show
+from agl_grpc.store.http.routing import Answer
+from agl_grpc.v1 import common_pb2, store_service_pb2
 
 SHOWN_BYTES = BODY_BYTES
-"""Most bytes of large inputs in one answer; one request cannot bring more either."""
+"""Largest input that is shown; one request cannot bring more either."""
+
+_BLOB = "blob_digest"
+
+T = TypeVar("T")
 
 
 class Inputs:
@@ -32,40 +38,54 @@ class Inputs:
             stored = await put(_Pieces(payload.data), call)
             payload.blob_digest = stored.digest
 
-    async def fill(self, rollouts: Sequence[rollout_pb2.Rollout], metadata: Metadata) -> bool:
-        """Turns blobs into the data that they stand for, in place.
-
-        Returns:
-            Whether all were; False = they have more than `SHOWN_BYTES` together, and the last stay so.
-        """
+    async def fill(self, payloads: Iterable[common_pb2.Payload], metadata: Metadata) -> None:
+        """Turns blobs into the data that they stand for, in place; above `SHOWN_BYTES` they stay so."""
         call = self._methods.call_of("GetRollout", metadata)
         get = self._methods.streaming("GetBlob")
-        left = SHOWN_BYTES
-        for payload in (one.input for one in rollouts):
-            if payload.WhichOneof("content") != "blob_digest":
+        for payload in payloads:
+            if payload.WhichOneof("content") != _BLOB:
                 continue
-            pieces: list[bytes] = []
+            pieces, size = list[bytes](), 0
             async for piece in get(store_service_pb2.GetBlobRequest(digest=payload.blob_digest), call):
-                left -= len(piece.chunk)
-                if left < 0:
-                    return False
+                size += len(piece.chunk)
+                if size > SHOWN_BYTES:
+                    break
                 pieces.append(piece.chunk)
-            payload.data = b"".join(pieces)
-        return True
+            else:
+                payload.data = b"".join(pieces)
 
-    async def fill_list(self, rollouts: Sequence[rollout_pb2.Rollout], metadata: Metadata) -> None:
-        """As `fill`.
+    def answer(
+        self,
+        items: Sequence[T],
+        input_of: Callable[[T], common_pb2.Payload],
+        shown: Callable[[T], Any],
+        metadata: Metadata,
+        before: bytes = b"",
+        behind: bytes = b"",
+    ) -> Answer:
+        """A list with inputs of any size. With blobs in it, it is made while it is sent, one item at a time.
 
-        Raises:
-            HttpProblem: 400 when the inputs are too large to be shown together.
+        Args:
+            items: What the list holds; blobs are put in place.
+            input_of: The input of an item.
+            shown: An item as JSON.
+            metadata: Who asks.
+            before: JSON that stands before the list.
+            behind: JSON that stands behind it.
         """
-        if not await self.fill(rollouts, metadata) and len(rollouts) > 1:
-            raise HttpProblem(
-                400,
-                "ANSWER_TOO_LARGE",
-                f"the inputs of these rollouts have more than {SHOWN_BYTES} bytes; ask for fewer at once",
-                "limit",
-            )
+        if all(input_of(item).WhichOneof("content") != _BLOB for item in items):
+            return Answer(before + show.dump([shown(item) for item in items]) + behind)
+
+        async def pieces() -> AsyncGenerator[bytes, None]:
+            yield before + b"["
+            for place, item in enumerate(items):
+                payload = input_of(item)
+                await self.fill([payload], metadata)
+                yield (b"," if place else b"") + show.dump(shown(item))
+                payload.ClearField("data")
+            yield b"]" + behind
+
+        return Answer(pieces())
 
 
 class _Pieces:

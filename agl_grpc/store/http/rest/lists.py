@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from agl_grpc.store.door.methods import Methods
@@ -15,6 +15,8 @@ from agl_grpc.v1 import common_pb2
 
 ALL = -1
 """As `limit`: every match."""
+
+Render = Callable[[Sequence[Any], bytes, bytes], Answer]
 
 PAGING = ("limit", "offset", "sort_by", "sort_order")
 
@@ -65,7 +67,7 @@ async def envelope(
     page_size: int,
     items_of: Callable[[Any], Sequence[Any]],
     shown: Callable[[Any], Any],
-    complete: Callable[[Sequence[Any]], Awaitable[None]] | None = None,
+    render: Render | None = None,
 ) -> Answer:
     """Reads as many of the contract's pages as are asked for; answers a PaginatedResult.
 
@@ -77,32 +79,34 @@ async def envelope(
         page_size: Largest page of the method.
         items_of: The items of a response.
         shown: An item as JSON.
-        complete: Fetches what the items of a page lack; changes them in place.
+        render: Makes the answer of items, the JSON before their list, and that behind it; None = at once.
     """
     request.order_by, request.order = chosen.order_by, chosen.order
     request.skip, request.include_total = chosen.offset, True
     items: list[Any] = []
-    total = None
+    total = 0
     while True:
         left = page_size if chosen.limit == ALL else chosen.limit - len(items)
         request.page_size = min(left, page_size)
         page = await methods(request, http.metadata)
-        if total is None:
+        if request.include_total:
             total = page.total_size
-        found = items_of(page)
-        if complete is not None:
-            await complete(found)
-        items += map(shown, found)
+        items += items_of(page)
         if not page.next_page_token or len(items) == chosen.limit:
-            return answer_page(items, chosen, total)
+            before, behind = _around(chosen, total)
+            if render is not None:
+                return render(items, before, behind)
+            return Answer(before + show.dump([shown(item) for item in items]) + behind)
         request.page_token, request.include_total = page.next_page_token, False
 
 
-def answer_page(items: Sequence[Any], chosen: Paging, total: int) -> Answer:
-    """A PaginatedResult."""
-    return Answer(show.dump({"items": items, "limit": chosen.limit, "offset": chosen.offset, "total": total}))
+def _around(chosen: Paging, total: int) -> tuple[bytes, bytes]:
+    """What stands before and behind the items of a PaginatedResult."""
+    part = {"limit": chosen.limit, "offset": chosen.offset, "total": total}
+    return b'{"items":', b"," + show.dump(part)[1:]
 
 
 def nothing(chosen: Paging) -> Answer:
     """A PaginatedResult without items."""
-    return answer_page([], chosen, 0)
+    before, behind = _around(chosen, 0)
+    return Answer(before + b"[]" + behind)

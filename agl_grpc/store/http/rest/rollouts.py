@@ -62,7 +62,7 @@ class RolloutRoutes:
         await self._inputs.spill((spec.input for spec in specs), http.metadata)
         request = store_service_pb2.EnqueueRolloutsRequest(rollouts=specs, request_id=_key(http))
         response = await self._methods(request, http.metadata)
-        await self._inputs.fill(response.rollouts, http.metadata)
+        await self._inputs.fill((one.input for one in response.rollouts), http.metadata)
         return Answer(show.dump([show.rollout(one) for one in response.rollouts]), 201)
 
     async def dequeue(self, http: Request) -> Answer:
@@ -77,9 +77,8 @@ class RolloutRoutes:
             check_request(request)
             return Answer(b"[]")
         response = await self._methods(request, http.metadata)
-        # They are taken: whatever is too large to be shown together stays a reference, to be got by its id.
-        await self._inputs.fill([one.rollout.rollout for one in response.rollouts], http.metadata)
-        return Answer(show.dump([show.attempted(one.rollout) for one in response.rollouts]))
+        taken = [one.rollout for one in response.rollouts]
+        return self._inputs.answer(taken, _input_of_attempted, show.attempted, http.metadata)
 
     async def start(self, http: Request) -> Answer:
         """A rollout with its first attempt."""
@@ -89,7 +88,7 @@ class RolloutRoutes:
         )
         await self._inputs.spill([request.rollout.input], http.metadata)
         response = await self._methods(request, http.metadata)
-        await self._inputs.fill([response.rollout.rollout], http.metadata)
+        await self._inputs.fill([response.rollout.rollout.input], http.metadata)
         return Answer(show.dump(show.attempted(response.rollout)), 201)
 
     async def search(self, http: Request) -> Answer:
@@ -116,14 +115,16 @@ class RolloutRoutes:
             *(self._methods, http, request, chosen, limits.PAGE_SIZE),
             lambda page: page.rollouts,
             show.attempted,
-            lambda found: self._inputs.fill_list([one.rollout for one in found], http.metadata),
+            lambda found, before, behind: self._inputs.answer(
+                found, _input_of_attempted, show.attempted, http.metadata, before, behind
+            ),
         )
 
     async def get(self, http: Request) -> Answer:
         """One rollout with its newest attempt."""
         request = store_service_pb2.GetRolloutRequest(rollout_id=http.names["rollout_id"])
         response = await self._methods(request, http.metadata)
-        await self._inputs.fill([response.rollout.rollout], http.metadata)
+        await self._inputs.fill([response.rollout.rollout.input], http.metadata)
         return Answer(show.dump(show.attempted(response.rollout)))
 
     async def update(self, http: Request) -> Answer:
@@ -153,13 +154,13 @@ class RolloutRoutes:
         if not paths:
             return await self._unchanged(http)
         response = await self._methods(request, http.metadata)
-        await self._inputs.fill([response.rollout], http.metadata)
+        await self._inputs.fill([response.rollout.input], http.metadata)
         return Answer(show.dump(show.rollout(response.rollout)))
 
     async def _unchanged(self, http: Request) -> Answer:
         request = store_service_pb2.GetRolloutRequest(rollout_id=http.names["rollout_id"])
         response = await self._methods(request, http.metadata)
-        await self._inputs.fill([response.rollout.rollout], http.metadata)
+        await self._inputs.fill([response.rollout.rollout.input], http.metadata)
         return Answer(show.dump(show.rollout(response.rollout.rollout)))
 
     async def wait(self, http: Request) -> Answer:
@@ -181,8 +182,7 @@ class RolloutRoutes:
             waiting.cancel()
             leaving.cancel()
         ended = [found[one] for one in dict.fromkeys(ids) if one in found]
-        await self._inputs.fill_list(ended, http.metadata)
-        return Answer(show.dump([show.rollout(one) for one in ended]))
+        return self._inputs.answer(ended, _input_of, show.rollout, http.metadata)
 
     async def _wait(
         self, http: Request, ids: list[str], seconds: float | None
@@ -197,6 +197,14 @@ class RolloutRoutes:
             over = end is not None and loop.time() >= end
             if response.complete or over or self._methods.draining.is_set():
                 return {one.rollout_id: one for one in response.rollouts}
+
+
+def _input_of(rollout: rollout_pb2.Rollout) -> common_pb2.Payload:
+    return rollout.input
+
+
+def _input_of_attempted(attempted: rollout_pb2.AttemptedRollout) -> common_pb2.Payload:
+    return attempted.rollout.input
 
 
 _UPDATABLE = ("input", "mode", "resources_id", "status", "config", "metadata")

@@ -48,12 +48,17 @@ class RolloutLimits:
         while len(self._uses) > _REMEMBERED:
             self._uses.popitem(last=False)
 
-    def leave(self, rollout_id: str, tokens: int) -> None:
-        """A call has ended, having used so many tokens."""
+    def spend(self, rollout_id: str, tokens: int) -> None:
+        """A call has used so many tokens."""
+        use = self._uses.get(rollout_id)
+        if use is not None:
+            use.tokens += tokens
+
+    def leave(self, rollout_id: str) -> None:
+        """A call has ended."""
         use = self._uses.get(rollout_id)
         if use is not None:
             use.running = max(0, use.running - 1)
-            use.tokens += tokens
 
 
 def _exceeded(message: str) -> Refusal:

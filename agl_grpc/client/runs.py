@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import grpc
+
 from agl_grpc.client.connection import Connection
-from agl_grpc.client.errors import NotFound
+from agl_grpc.client.errors import NotFound, Unimplemented
 from agl_grpc.model.enums import Durability
 from agl_grpc.model.run import Group, Run, RunGrader, graders_to_proto
 from agl_grpc.model.times import from_duration, from_timestamp, to_duration
@@ -15,6 +17,9 @@ from agl_grpc.model.unset import UNSET, Unset
 from agl_grpc.model.value import to_key_values
 from agl_grpc.v1 import run_pb2
 from agl_grpc.v1 import store_service_pb2 as pb
+
+CONTRACT_VERSION = "v1"
+"""The version of the contract that this client speaks."""
 
 
 class Capabilities(TypedDict):
@@ -70,6 +75,26 @@ class RunCalls(Connection):
             max_payload_bytes=limits.max_payload_bytes,
             max_long_poll=from_duration(limits.max_long_poll),
             max_blob_bytes=limits.max_blob_bytes,
+        )
+
+    async def require(self, *capabilities: str) -> ServerInfo:
+        """Makes sure that the server speaks this contract and has these capabilities.
+
+        Raises `Unimplemented` (METHOD_UNIMPLEMENTED) when it does not; ``metadata`` has its
+        ``contract_version`` and, in ``missing``, the capabilities that it lacks, with commas between them.
+        """
+        info = await self.get_server_info()
+        missing = ",".join(name for name in capabilities if name not in info.capabilities)
+        if info.contract_version == CONTRACT_VERSION and not missing:
+            return info
+        lack = f"lacks {missing}"
+        if info.contract_version != CONTRACT_VERSION:
+            lack = f"speaks contract {info.contract_version or 'unknown'}, not {CONTRACT_VERSION}"
+        raise Unimplemented(
+            f"the store at {self.target} is of version {info.server_version} and {lack}",
+            code=grpc.StatusCode.UNIMPLEMENTED,
+            reason="METHOD_UNIMPLEMENTED",
+            metadata={"contract_version": info.contract_version, "missing": missing},
         )
 
     async def capabilities(self) -> Capabilities:

@@ -178,6 +178,7 @@ class SyncStoreClient:
 
     get_server_info = _Blocking(StoreClient.get_server_info)
     capabilities = _Blocking(StoreClient.capabilities)
+    require = _Blocking(StoreClient.require)
     statistics = _Blocking(StoreClient.statistics)
     create_run = _Blocking(StoreClient.create_run)
     get_run_by_id = _Blocking(StoreClient.get_run_by_id)

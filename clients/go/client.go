@@ -11,10 +11,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
@@ -24,6 +26,7 @@ import (
 )
 
 const (
+	contractVersion = "v1"
 	maxMessageBytes = 64 << 20
 	inlineBytes     = 1 << 20
 	longestPoll     = 50 * time.Second
@@ -127,6 +130,37 @@ func (s typedStream) RecvMsg(message interface{}) error {
 		return err
 	}
 	return typed(err, s.target)
+}
+
+// Require makes sure that the server speaks this contract and has these capabilities, and answers what
+// it is. Else it fails with MethodUnimplemented; Info has its "contract_version" and, in "missing",
+// what it lacks, with commas between them.
+func (c *Client) Require(ctx context.Context, capabilities ...string) (*pb.GetServerInfoResponse, error) {
+	found, err := c.Store.GetServerInfo(ctx, &pb.GetServerInfoRequest{})
+	if err != nil {
+		return nil, err
+	}
+	has := map[string]bool{}
+	for _, name := range found.Capabilities {
+		has[name] = true
+	}
+	var missing []string
+	for _, name := range capabilities {
+		if !has[name] {
+			missing = append(missing, name)
+		}
+	}
+	lack := "lacks " + strings.Join(missing, ",")
+	if found.ContractVersion != contractVersion {
+		lack = fmt.Sprintf("speaks contract %q, not %s", found.ContractVersion, contractVersion)
+	} else if len(missing) == 0 {
+		return found, nil
+	}
+	return nil, &Error{
+		Code: codes.Unimplemented, Reason: string(MethodUnimplemented),
+		Info:    map[string]string{"contract_version": found.ContractVersion, "missing": strings.Join(missing, ",")},
+		Message: fmt.Sprintf("the store at %s is of version %s and %s", c.target, found.ServerVersion, lack),
+	}
 }
 
 // Enqueue puts rollouts into their queues, all or none.

@@ -7,11 +7,14 @@ import (
 	"net"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	pb "github.com/agl-grpc/agl-grpc/clients/go/v1"
@@ -74,6 +77,71 @@ func TestAMessageOverTheLimitIsNotTriedAgain(t *testing.T) {
 	var known *Error
 	if !errors.As(err, &known) || known.Code != codes.ResourceExhausted {
 		t.Fatalf("got %v", err)
+	}
+}
+
+// laterServer is a server of a later contract, of which this client knows only the question what it is.
+type laterServer struct {
+	pb.UnimplementedStoreServiceServer
+	calls int32
+}
+
+func (s *laterServer) GetServerInfo(context.Context, *pb.GetServerInfoRequest) (*pb.GetServerInfoResponse, error) {
+	return &pb.GetServerInfoResponse{ServerVersion: "9.0", ContractVersion: "v9"}, nil
+}
+
+func (s *laterServer) EnqueueRollouts(context.Context, *pb.EnqueueRolloutsRequest) (*pb.EnqueueRolloutsResponse, error) {
+	atomic.AddInt32(&s.calls, 1)
+	return nil, status.Error(codes.Unimplemented, "gone")
+}
+
+func TestAServerOfAnotherVersionIsNamed(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	later, server := &laterServer{}, grpc.NewServer()
+	pb.RegisterStoreServiceServer(server, later)
+	go func() { _ = server.Serve(listener) }()
+	defer server.Stop()
+	quick := RetryPolicy{Timeout: 20 * time.Second, FirstWait: time.Millisecond, LongestWait: time.Millisecond}
+	client, err := Dial(listener.Addr().String(), WithRetry(quick))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = client.Close() }()
+	ctx := within(t, 20*time.Second)
+	_, err = client.Require(ctx)
+	var known *Error
+	if !errors.As(err, &known) || !errors.Is(err, MethodUnimplemented) || known.Info["contract_version"] != "v9" || !strings.Contains(err.Error(), "9.0") {
+		t.Errorf("got %v", err)
+	}
+	// What it does not serve is tried once, and streams end instead of being opened for ever.
+	if _, err = client.Enqueue(ctx, &pb.RolloutSpec{}); !errors.As(err, &known) || known.Code != codes.Unimplemented || later.calls != 1 {
+		t.Errorf("got %v after %d calls", err, later.calls)
+	}
+	stream := client.Lease(LeaseOptions{WorkerID: "w", Credits: 1})
+	for err = nil; err == nil; {
+		_, err = stream.Next(ctx)
+	}
+	if !errors.As(err, &known) || known.Code != codes.Unimplemented {
+		t.Errorf("got %v", err)
+	}
+	group := &pb.AttemptSpans{RolloutId: "r", AttemptId: "a", Spans: []*pb.Span{newSpan("x")}}
+	if _, err = client.Spans("").Send(ctx, group); !errors.As(err, &known) || known.Code != codes.Unimplemented {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestWhatAServerLacksIsNamed(t *testing.T) {
+	client := startStore(t).client()
+	if found, err := client.Require(within(t, 20*time.Second), "blobs"); err != nil || found.Backend != "sqlite" {
+		t.Fatalf("got %v %v", found, err)
+	}
+	_, err := client.Require(within(t, 20*time.Second), "blobs", "telepathy", "magic")
+	var known *Error
+	if !errors.As(err, &known) || known.Info["missing"] != "telepathy,magic" || !errors.Is(err, MethodUnimplemented) {
+		t.Errorf("got %v", err)
 	}
 }
 

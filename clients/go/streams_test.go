@@ -18,11 +18,14 @@ func TestSpansAreAcknowledgedAndBadOnesNamed(t *testing.T) {
 	spans := client.Spans("")
 	large := newSpan("large")
 	large.Attributes, _ = Values{"x": strings.Repeat("x", 5<<20)}.KeyValues()
+	early := newSpan("early") // of a clock that is a day and more ahead
+	early.StartTimeUnixNano += uint64(25 * time.Hour)
+	early.EndTimeUnixNano += uint64(25 * time.Hour)
 	group := func(spans ...*pb.Span) *pb.AttemptSpans {
 		return &pb.AttemptSpans{RolloutId: rollout, AttemptId: attempt, Spans: spans}
 	}
-	ack, err := spans.Send(within(t, 20*time.Second), group(newSpan("a"), newSpan(""), large), group(newSpan("c")))
-	if err != nil || ack.Durability != pb.Durability_DURABILITY_DISK || len(ack.Rejected) != 2 {
+	ack, err := spans.Send(within(t, 20*time.Second), group(newSpan("a"), newSpan(""), large, early), group(newSpan("c")))
+	if err != nil || ack.Durability != pb.Durability_DURABILITY_DISK || len(ack.Rejected) != 3 {
 		t.Fatalf("got %v %v", ack, err)
 	}
 	for _, rejected := range ack.Rejected {

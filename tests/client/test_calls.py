@@ -23,6 +23,7 @@ from agl_grpc.client import (
     StoreError,
     StoreUnavailable,
     SyncStoreClient,
+    Unimplemented,
 )
 from agl_grpc.client.channel import BROKEN_WRITE, is_transient
 from agl_grpc.client.rpc_table import RPC_OF
@@ -107,6 +108,21 @@ def test_the_sync_face_has_every_method_of_the_async_one() -> None:
 
     helpers = {"bound", "call", "query", "read_all", "run_or_default"}
     assert public(StoreClient) - helpers - public(SyncStoreClient) == set()
+
+
+async def test_a_server_of_another_version_is_named_and_asked_once() -> None:
+    def other(path: str, request: Message, context: object) -> object:
+        if isinstance(request, pb.GetServerInfoRequest):
+            return pb.GetServerInfoResponse(server_version="9.0", contract_version="v9")
+        return Failing(grpc.StatusCode.UNIMPLEMENTED)
+
+    async with recording_server(other) as server, StoreClient(server.target) as client:
+        with pytest.raises(Unimplemented, match=r"version 9\.0 and speaks contract v9, not v1") as caught:
+            await client.require()
+        assert caught.value.metadata["contract_version"] == "v9"
+        with pytest.raises(Unimplemented):
+            await client.enqueue_rollout({"a": 1})
+    assert len(server.calls) == 2
 
 
 async def test_only_what_is_given_is_updated() -> None:

@@ -16,6 +16,7 @@ from agl_grpc.client import (
     NotFound,
     SpansRejected,
     StoreClient,
+    Unimplemented,
     rollout_filter,
 )
 from agl_grpc.model import (
@@ -242,6 +243,11 @@ async def test_the_server_tells_about_itself(client: StoreClient, database: Path
     assert (info.contract_version, info.backend) == ("v1", backend_of(database))
     assert info.max_message_bytes >= 1 << 20
     assert (await client.capabilities())["async_safe"] is True
+    assert (await client.require("blobs", "span_streams")).contract_version == "v1"
+    with pytest.raises(Unimplemented, match="lacks telepathy,magic") as caught:
+        await client.require("blobs", "telepathy", "magic")
+    assert caught.value.reason == "METHOD_UNIMPLEMENTED"
+    assert caught.value.metadata == {"contract_version": "v1", "missing": "telepathy,magic"}
     await client.start_rollout(1)
     numbers = await client.statistics()
     assert (numbers["total_rollouts"], numbers["total_attempts"], numbers["total_spans"]) == (1, 1, 0)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
+import trustme
 
+from agl_grpc.store.door.app import ServeConfig, StoreServer
+from agl_grpc.store.door.tls import TlsFiles
 from agl_grpc.v1 import common_pb2, rollout_pb2, store_service_pb2_grpc
 from agl_grpc.v1 import store_service_pb2 as pb
-from tests.conformance.languages import CPP, CPP_BUILD, GO, LANGUAGES, ROOT, run
-from tests.conformance.stored import stored_state
+from tests.conformance.__main__ import main as conformance
+from tests.conformance.languages import CPP, CPP_BUILD, GO, LANGUAGES, ROOT, Language, run
+from tests.conformance.replay import VECTORS
 from tests.support.store_process import StoreProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -34,13 +39,13 @@ def test_its_own_tests_pass(language: str) -> None:
     if language == "go":
         run((GO, "vet", "./..."), folder)
         output = run((GO, "test", "-v", "-count=1", "-timeout", "300s", "."), folder)
-        assert len(re.findall("^--- PASS", output, re.M)) >= 15
+        assert len(re.findall("^--- PASS", output, re.M)) >= 17
         assert "--- SKIP" not in output
     elif language == "cpp":
         output = run((CPP, str(CPP_BUILD / "agl_grpc_tests")), folder)
         found = re.search(r"^(\d+) passed, 0 failed$", output, re.M)
         assert found is not None, output
-        assert int(found[1]) >= 25
+        assert int(found[1]) >= 28
     else:
         output = run(("npm", "test"), folder)
         assert re.search(r" pass [1-9]\d+\n", output)
@@ -48,15 +53,37 @@ def test_its_own_tests_pass(language: str) -> None:
         assert " skipped 0\n" in output
 
 
-def test_it_replays_every_vector_and_leaves_what_python_leaves(language: str, tmp_path: Path) -> None:
-    left: dict[str, Any] = {}
-    for name in ("python", language):
-        with StoreProcess(tmp_path / f"{name}.db") as store:
-            outcomes = LANGUAGES[name].outcomes(store.address)
-            assert {vector: outcome for vector, outcome in outcomes.items() if outcome != "ok"} == {}
-            left[name] = stored_state(store.address)
-    assert left[language] == left["python"]
-    assert left["python"]["spans"]["spans"] != []
+def test_it_speaks_tls(language: str, tmp_path: Path) -> None:
+    issuer = trustme.CA()
+    issued = issuer.issue_cert("127.0.0.1")
+    roots, chain, key = tmp_path / "roots.pem", tmp_path / "server.pem", tmp_path / "server.key"
+    issuer.cert_pem.write_to_path(str(roots))
+    for part in issued.cert_chain_pems:
+        part.write_to_path(str(chain), append=True)
+    issued.private_key_pem.write_to_path(str(key))
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    for name in ("server_info", "span_stream", "watch"):
+        shutil.copy(VECTORS / f"{name}.json", folder)
+    asyncio.run(_replayed_over_tls(LANGUAGES[language], TlsFiles(chain, key), folder, roots))
+
+
+async def _replayed_over_tls(language: Language, files: TlsFiles, folder: Path, roots: Path) -> None:
+    server = await StoreServer.start(ServeConfig(port=0, database=None, grace=1.0, tls=files))
+    try:
+        command = [*language.replay, f"127.0.0.1:{server.port}", str(folder), str(roots)]
+        output = await asyncio.to_thread(run, command, language.folder)
+        assert output.split("\n")[:-1] == ["ok server_info", "ok span_stream", "ok watch"]
+    finally:
+        await server.stop()
+
+
+def test_all_languages_replay_every_vector_and_leave_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert conformance() == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for name in LANGUAGES:
+        assert f"stored state and span bytes, {name}: as Python leaves them" in printed
+    assert printed.count("ok ") >= len(LANGUAGES) * 24
 
 
 def test_the_cpp_client_is_installed_and_found(tmp_path: Path) -> None:

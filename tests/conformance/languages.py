@@ -13,6 +13,7 @@ from tests.conformance.replay import VECTORS
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 600.0
+_MADE: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class Language:
     replay: Sequence[str]
 
     def make(self) -> None:
-        """Builds the client; `AssertionError` with the output when that fails."""
-        for command in self.build:
-            run(command, self.folder)
+        """Builds the client, once in a process; `AssertionError` with the output when that fails."""
+        if self.folder not in _MADE:
+            for command in self.build:
+                run(command, self.folder)
+            _MADE.add(self.folder)
 
     def outcomes(self, target: str) -> dict[str, str]:
         """For each vector ``ok`` or what is wrong."""

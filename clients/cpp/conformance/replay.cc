@@ -261,11 +261,18 @@ void replay(const agl_grpc::Client& client, const std::filesystem::path& file) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3) {
-    std::cerr << "usage: replay HOST:PORT FOLDER\n";
+  if (count != 3 && count != 4) {
+    std::cerr << "usage: replay HOST:PORT FOLDER [AUTHORITY], the last a PEM file for TLS\n";
     return 2;
   }
-  const agl_grpc::Client client(arguments[1]);
+  agl_grpc::ClientOptions options;
+  if (count == 4) {
+    std::ifstream stream(arguments[3]);
+    std::stringstream text;
+    text << stream.rdbuf();
+    options.security = grpc::SslCredentials({text.str(), "", ""});
+  }
+  const agl_grpc::Client client(arguments[1], options);
   std::vector<std::filesystem::path> files;
   for (const auto& entry : std::filesystem::directory_iterator(arguments[2])) {
     if (entry.path().extension() == ".json") files.push_back(entry.path());

@@ -13,6 +13,7 @@
 namespace agl_grpc {
 namespace {
 
+constexpr char kContractVersion[] = "v1";
 constexpr int kMaxMessageBytes = 64 << 20;
 constexpr size_t kInlineBytes = 1 << 20;
 constexpr std::chrono::milliseconds kLongestPoll{50'000};
@@ -160,6 +161,24 @@ void Client::resumed(const std::function<Reading(grpc::ClientContext*)>& once, b
       throw error;
     }
   }
+}
+
+v1::GetServerInfoResponse Client::require(const std::vector<std::string>& capabilities,
+                                          const CallOptions& options) const {
+  const auto found = call(&Store::GetServerInfo, v1::GetServerInfoRequest(), options);
+  const auto& has = found.capabilities();
+  std::string missing;
+  for (const auto& name : capabilities) {
+    if (std::find(has.begin(), has.end(), name) == has.end()) missing += (missing.empty() ? "" : ",") + name;
+  }
+  const bool speaks = found.contract_version() == kContractVersion;
+  if (speaks && missing.empty()) return found;
+  const std::string lack =
+      speaks ? "lacks " + missing : "speaks contract " + found.contract_version() + ", not " + kContractVersion;
+  Error error(grpc::StatusCode::UNIMPLEMENTED, "METHOD_UNIMPLEMENTED",
+              "the store at " + target() + " is of version " + found.server_version() + " and " + lack);
+  error.info = {{"contract_version", found.contract_version()}, {"missing", missing}};
+  throw error;
 }
 
 std::vector<v1::Rollout> Client::enqueue(std::vector<v1::RolloutSpec> rollouts, const CallOptions& options) const {

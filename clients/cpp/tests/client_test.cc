@@ -1,5 +1,8 @@
 #include <grpcpp/generic/generic_stub.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
 
+#include <atomic>
 #include <csignal>
 #include <future>
 #include <thread>
@@ -35,10 +38,26 @@ grpc::Status call_by_name(const agl_grpc::Client& client, const std::string& pat
   return status;
 }
 
+// A server of a later contract, of which this client knows only the question what it is.
+struct LaterServer : v1::StoreService::Service {
+  grpc::Status GetServerInfo(grpc::ServerContext*, const v1::GetServerInfoRequest*,
+                             v1::GetServerInfoResponse* answer) override {
+    answer->set_server_version("9.0");
+    answer->set_contract_version("v9");
+    return grpc::Status::OK;
+  }
+  grpc::Status EnqueueRollouts(grpc::ServerContext*, const v1::EnqueueRolloutsRequest*,
+                               v1::EnqueueRolloutsResponse*) override {
+    enqueued++;
+    return {grpc::StatusCode::UNIMPLEMENTED, "gone"};
+  }
+  std::atomic<int> enqueued{0};
+};
+
 }  // namespace
 
 TEST(inputs_come_back_as_they_were_put_in) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   const std::string small = R"({"q":"1+1","n":[1,2.5,null]})", large = "\"" + std::string(3 << 20, 'x') + "\"";
   const auto ids = enqueue(client, {small, large});
@@ -51,7 +70,7 @@ TEST(inputs_come_back_as_they_were_put_in) {
 }
 
 TEST(errors_carry_reason_and_info) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   v1::GetRolloutRequest request;
   request.set_rollout_id("ro-none");
@@ -68,7 +87,7 @@ TEST(errors_carry_reason_and_info) {
 }
 
 TEST(a_wrong_credential_is_refused_on_calls_and_streams) {
-  const TestStore store;
+  const SharedStore store;
   agl_grpc::ClientOptions options;
   options.credential = "agl1.bm9uZQ.bm9uZQ";
   const auto client = store.client(options);
@@ -88,7 +107,7 @@ TEST(a_wrong_credential_is_refused_on_calls_and_streams) {
 }
 
 TEST(a_message_over_the_limit_is_not_tried_again) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   v1::RolloutSpec spec;
   spec.mutable_input()->set_data(std::string(65 << 20, 'x'));
@@ -98,14 +117,46 @@ TEST(a_message_over_the_limit_is_not_tried_again) {
   HOLDS(std::chrono::steady_clock::now() - begun < std::chrono::seconds(20));
 }
 
-TEST(what_a_server_of_another_version_lacks_is_said) {
-  const TestStore store;
+TEST(what_a_server_lacks_is_said) {
+  const SharedStore store;
   const auto client = store.client();
-  EQUAL(client.call(&Store::GetServerInfo, v1::GetServerInfoRequest()).contract_version(), "v1");
+  EQUAL(client.require({"blobs"}).contract_version(), "v1");
+  auto error = error_of([&] { client.require({"blobs", "telepathy", "magic"}); });
+  HOLDS(error.is(v1::ERROR_REASON_METHOD_UNIMPLEMENTED));
+  EQUAL(error.info["missing"], "telepathy,magic");
   const auto status = call_by_name(client, "/agl_grpc.v1.StoreService/NotYetThere");
-  const auto error = agl_grpc::error_from(status, client.target());
+  error = agl_grpc::error_from(status, client.target());
   EQUAL(error.code, grpc::StatusCode::UNIMPLEMENTED);
   HOLDS(!error.transient());
+}
+
+TEST(a_server_of_another_version_is_named_and_asked_once) {
+  LaterServer later;
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+  builder.RegisterService(&later);
+  const auto server = builder.BuildAndStart();
+  const agl_grpc::Client client("127.0.0.1:" + std::to_string(port), impatient(std::chrono::seconds(20)));
+  auto error = error_of([&] { client.require(); });
+  HOLDS(error.is(v1::ERROR_REASON_METHOD_UNIMPLEMENTED));
+  EQUAL(error.info["contract_version"], "v9");
+  HOLDS(std::string(error.what()).find("9.0") != std::string::npos);
+  // What it does not serve is tried once, and streams end instead of being opened for ever.
+  EQUAL(error_of([&] { client.enqueue({v1::RolloutSpec()}); }).code, grpc::StatusCode::UNIMPLEMENTED);
+  EQUAL(later.enqueued.load(), 1);
+  agl_grpc::LeaseOptions work;
+  work.worker_id = "w";
+  const auto stream = client.lease(work);
+  const auto refused = error_of([&] {
+    while (stream->next(std::chrono::seconds(30))) {
+    }
+  });
+  EQUAL(refused.code, grpc::StatusCode::UNIMPLEMENTED);
+  v1::AttemptSpans group;
+  group.set_rollout_id("ro-x");
+  group.set_attempt_id("at-x");
+  EQUAL(error_of([&] { client.spans()->send(with(group, {span("a")})); }).code, grpc::StatusCode::UNIMPLEMENTED);
 }
 
 TEST(fields_of_a_newer_contract_survive) {
@@ -173,7 +224,7 @@ TEST(a_watch_goes_on_without_a_gap_or_a_repeat) {
 }
 
 TEST(a_watch_ends_when_it_is_stopped_or_its_time_is_over) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   agl_grpc::CallOptions options;
   const auto never = [](const v1::WatchRolloutsResponse&) { return true; };

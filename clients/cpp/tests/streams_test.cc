@@ -36,7 +36,7 @@ agl_grpc::LeaseOptions work(const std::string& worker_id, const std::string& que
 }  // namespace
 
 TEST(spans_are_acknowledged_and_bad_ones_named) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   const auto group = started(client);
   const auto spans = client.spans();
@@ -58,7 +58,7 @@ TEST(spans_are_acknowledged_and_bad_ones_named) {
 }
 
 TEST(a_group_larger_than_a_message_is_cut) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   auto group = started(client);
   const std::string rollout = group.rollout_id();
@@ -99,7 +99,7 @@ TEST(no_span_is_lost_or_doubled_when_the_store_is_killed) {
 }
 
 TEST(a_newer_streamer_fences_the_older) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   const auto group = started(client);
   const auto older = client.spans("one"), newer = client.spans("one");
@@ -161,7 +161,7 @@ TEST(memory_is_bounded_while_the_store_is_away) {
 }
 
 TEST(credits_bound_what_is_delivered_and_rewards_travel_with_the_completion) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   const auto stream = client.lease(work("credits"));
   const auto ids = enqueue(client, {"1", "2"});
@@ -202,7 +202,7 @@ TEST(leases_survive_a_kill_of_the_store) {
 }
 
 TEST(a_lost_lease_is_told_and_its_late_result_refused) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   auto options = work("lost");
   options.lease = std::chrono::seconds(1);
@@ -222,7 +222,7 @@ TEST(a_lost_lease_is_told_and_its_late_result_refused) {
 }
 
 TEST(what_is_held_is_handed_back_at_the_close) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   const auto ids = enqueue(client, {"1"}, "back");
   const auto stream = client.lease(work("back", "back"));

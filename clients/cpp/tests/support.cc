@@ -115,6 +115,26 @@ void TestStore::down(int signal) {
   process_ = -1;
 }
 
+namespace {
+
+const TestStore& shared_store() {
+  static const TestStore store;
+  return store;
+}
+
+}  // namespace
+
+SharedStore::SharedStore() : run_("run-" + agl_grpc::new_id()) {
+  v1::CreateRunRequest request;
+  request.mutable_run()->set_run_id(run_);
+  shared_store().client().call(&agl_grpc::Store::CreateRun, request);
+}
+
+agl_grpc::Client SharedStore::client(agl_grpc::ClientOptions options) const {
+  options.run = run_;
+  return shared_store().client(std::move(options));
+}
+
 std::string free_address() {
   std::string target;
   close(listening(&target));
@@ -172,6 +192,7 @@ v1::Span span(const std::string& name) {
 
 v1::AttemptSpans started(const agl_grpc::Client& client) {
   v1::StartRolloutRequest request;
+  request.set_run_id(client.run());
   request.mutable_rollout()->mutable_input()->set_data("{}");
   const auto begun = client.call(&agl_grpc::Store::StartRollout, request).rollout();
   v1::AttemptSpans group;
@@ -188,6 +209,7 @@ v1::AttemptSpans with(v1::AttemptSpans group, const std::vector<v1::Span>& spans
 std::map<std::string, int> stored_names(const agl_grpc::Client& client, const std::string& rollout_id) {
   std::map<std::string, int> names;
   v1::ExportSpansRequest request;
+  request.set_run_id(client.run());
   request.add_rollout_ids(rollout_id);
   client.export_spans(request, [&](const v1::ExportSpansResponse& page) {
     for (const auto& stored : page.spans()) names[stored.span().name()]++;

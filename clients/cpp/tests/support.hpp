@@ -48,6 +48,17 @@ class TestStore {
   pid_t process_ = -1;
 };
 
+/// A run of its own in a store that all tests share which do not stop it.
+class SharedStore {
+ public:
+  SharedStore();
+  /// A client whose helpers use the run.
+  agl_grpc::Client client(agl_grpc::ClientOptions options = {}) const;
+
+ private:
+  std::string run_;
+};
+
 /// A port of the loopback interface on which nobody listens.
 std::string free_address();
 /// A listener that takes connections and says nothing, while it lives.

@@ -59,7 +59,7 @@ TEST(a_worker_finishes_every_rollout_while_the_store_is_killed) {
 }
 
 TEST(agents_that_throw_or_hang_fail_their_attempt) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   auto ids = enqueue(client, {"\"error\"", "\"thing\"", "\"nan\"", "\"text\""}, "q");
   v1::RolloutSpec slow;
@@ -90,7 +90,7 @@ TEST(agents_that_throw_or_hang_fail_their_attempt) {
 }
 
 TEST(a_cancelled_agent_is_told_and_a_drained_worker_leaves) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   const auto ids = enqueue(client, {"1"});
   std::promise<void> told;
@@ -116,7 +116,7 @@ TEST(a_cancelled_agent_is_told_and_a_drained_worker_leaves) {
 }
 
 TEST(a_worker_that_is_told_to_leave_hands_back_what_its_agents_do_not_end) {
-  const TestStore store;
+  const SharedStore store;
   const auto client = store.client();
   const auto ids = enqueue(client, {"1"});
   std::promise<void> begun;

@@ -112,8 +112,8 @@ function at(received: unknown, place: string): string {
   return String(place.split(".").reduce((value, part) => (value as Record<string, unknown>)[part], received));
 }
 
-const [target = "", folder = ""] = process.argv.slice(2);
-const client = new StoreClient(target);
+const [target = "", folder = "", authority] = process.argv.slice(2);
+const client = new StoreClient(target, authority ? { tls: { ca: readFileSync(authority, "utf8") } } : {});
 for (const file of readdirSync(folder).filter((name) => name.endsWith(".json")).sort()) {
   try {
     await replay(join(folder, file), client);

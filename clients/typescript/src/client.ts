@@ -4,7 +4,7 @@ import type { MessageInitShape } from "@bufbuild/protobuf";
 import { create } from "@bufbuild/protobuf";
 import { createHash } from "node:crypto";
 import { Connection, ENDLESS } from "./connection.js";
-import { storeError } from "./errors.js";
+import { Code, storeError, Unimplemented } from "./errors.js";
 import type { Payload } from "./gen/agl_grpc/v1/common_pb.js";
 import { PayloadSchema } from "./gen/agl_grpc/v1/common_pb.js";
 import type { Rollout } from "./gen/agl_grpc/v1/rollout_pb.js";
@@ -12,6 +12,7 @@ import type { RolloutSpecSchema } from "./gen/agl_grpc/v1/rollout_pb.js";
 import { RolloutSpecSchema as Spec } from "./gen/agl_grpc/v1/rollout_pb.js";
 import type {
   ExportSpansResponse,
+  GetServerInfoResponse,
   WatchAttemptsResponse,
   WatchResourcesResponse,
   WatchRolloutsResponse,
@@ -34,6 +35,7 @@ import { SpanStreamer } from "./span_streamer.js";
 import { fromPayload, toDuration, toPayload } from "./values.js";
 import { resumed } from "./watch.js";
 
+const CONTRACT_VERSION = "v1";
 const INLINE_BYTES = 1 << 20;
 const LONGEST_WAIT_MS = 50_000;
 
@@ -54,6 +56,21 @@ export type Task = Omit<MessageInitShape<typeof RolloutSpecSchema>, "input" | "$
  * below add what takes more than one call.
  */
 export class StoreClient extends Connection {
+  /**
+   * Makes sure that the server speaks this contract and has these capabilities, and answers what it is. Else throws
+   * `Unimplemented`; `info` has its `contract_version` and, in `missing`, what it lacks, with commas between them.
+   */
+  async require(...capabilities: readonly string[]): Promise<GetServerInfoResponse> {
+    const found = await this.store.getServerInfo({});
+    const missing = capabilities.filter((name) => !found.capabilities.includes(name)).join(",");
+    const speaks = found.contractVersion === CONTRACT_VERSION;
+    if (speaks && !missing) return found;
+    const lack = speaks ? `lacks ${missing}` : `speaks contract ${found.contractVersion || "unknown"}, not ${CONTRACT_VERSION}`;
+    const info = { contract_version: found.contractVersion, missing };
+    const message = `the store at ${this.target} is of version ${found.serverVersion} and ${lack}`;
+    throw new Unimplemented(message, Code.Unimplemented, { reason: "METHOD_UNIMPLEMENTED", info });
+  }
+
   /** Puts tasks into a queue, all or none; inputs above 1 MiB become blobs. */
   async enqueue(tasks: readonly Task[], runId = this.runId): Promise<Rollout[]> {
     const rollouts = await Promise.all(

@@ -23,7 +23,7 @@ export async function* resumed<T>(
   { target, retry, signal }: Resumption,
   endless: boolean,
 ): AsyncGenerator<T, void> {
-  let silentSince = Date.now();
+  let silentSince = performance.now();
   for (let tries = 0; !signal?.aborted; ) {
     const local = new AbortController();
     const abort = (): void => local.abort();
@@ -33,7 +33,7 @@ export async function* resumed<T>(
         tries = 0;
         advance(message);
         yield message;
-        silentSince = Date.now(); // the consumer's own time is not the store's silence
+        silentSince = performance.now(); // the consumer's own time is not the store's silence
       }
       if (!endless) return;
       await pause(retry.firstWaitMs, signal);
@@ -41,8 +41,8 @@ export async function* resumed<T>(
       if (signal?.aborted) return;
       const error = storeError(failure, target);
       const wait = error.retryAfterMs ?? waitAfter(retry, tries);
-      if (tries === 0) silentSince = Date.now(); // a stream may be quiet for hours before it breaks
-      if (!isTransient(error) || Date.now() + wait - silentSince > retry.timeoutMs) throw error;
+      if (tries === 0) silentSince = performance.now(); // a stream may be quiet for hours before it breaks
+      if (!isTransient(error) || performance.now() + wait - silentSince > retry.timeoutMs) throw error;
       tries++;
       await pause(wait, signal);
     } finally {

@@ -1,13 +1,18 @@
 import assert from "node:assert/strict";
 import { randomBytes } from "node:crypto";
-import { createServer, type Socket } from "node:net";
+import { createServer as createHttp2Server, type ServerHttp2Session } from "node:http2";
+import { createServer, type AddressInfo, type Socket } from "node:net";
 import { after, before, describe, it } from "node:test";
 import { fromBinary, toBinary } from "@bufbuild/protobuf";
+import { ConnectError } from "@connectrpc/connect";
+import { connectNodeAdapter } from "@connectrpc/connect-node";
 import {
   AlreadyExists, Code, fromAnyValue, fromPayload, InvalidRequest, NotFound, NotPermitted, StoreClient, StoreError,
-  StoreUnavailable, toAnyValue, type Value,
+  StoreUnavailable, toAnyValue, Unimplemented, type Value,
 } from "../src/index.js";
 import { RolloutSchema } from "../src/gen/agl_grpc/v1/rollout_pb.js";
+import { RunnerService } from "../src/gen/agl_grpc/v1/runner_service_pb.js";
+import { StoreService } from "../src/gen/agl_grpc/v1/store_service_pb.js";
 import { RolloutStatus } from "../src/gen/agl_grpc/v1/rollout_pb.js";
 import { freePort, TestStore } from "./support.js";
 
@@ -24,6 +29,12 @@ describe("StoreClient", () => {
     const info = await client.store.getServerInfo({});
     assert.equal(info.contractVersion, "v1");
     assert.equal(info.backend, "sqlite");
+    assert.equal((await client.require("blobs")).contractVersion, "v1");
+    await assert.rejects(client.require("blobs", "telepathy", "magic"), (error: unknown) => {
+      assert(error instanceof Unimplemented);
+      assert.deepEqual(error.info, { contract_version: "v1", missing: "telepathy,magic" });
+      return true;
+    });
   });
 
   it("gives tasks back as they were put in, small and large", async () => {
@@ -123,6 +134,55 @@ describe("StoreClient", () => {
     }
     await watching;
     assert.deepEqual(seen, [1n, 2n, 3n, 4n, 5n, 6n]);
+  });
+});
+
+describe("a server of another version", () => {
+  const calls = { enqueued: 0 };
+  const sessions = new Set<ServerHttp2Session>();
+  const server = createHttp2Server(
+    connectNodeAdapter({
+      routes: (router) => {
+        router.service(StoreService, {
+          getServerInfo: () => ({ serverVersion: "9.0", contractVersion: "v9" }),
+          enqueueRollouts: () => {
+            calls.enqueued++;
+            throw new ConnectError("gone", Code.Unimplemented);
+          },
+        });
+        router.service(RunnerService, {});
+      },
+    }),
+  ).on("session", (session) => sessions.add(session));
+  let client: StoreClient;
+  before(async () => {
+    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+    const { port } = server.address() as AddressInfo;
+    client = new StoreClient(`127.0.0.1:${port}`, { retry: { timeoutMs: 20_000, firstWaitMs: 1, longestWaitMs: 1 } });
+  });
+  after(async () => {
+    client.close();
+    for (const session of sessions) session.destroy();
+    await new Promise((resolve) => server.close(resolve));
+  });
+
+  it("is named", async () => {
+    await assert.rejects(client.require(), (error: unknown) => {
+      assert(error instanceof Unimplemented);
+      assert.deepEqual([error.reason, error.info["contract_version"]], ["METHOD_UNIMPLEMENTED", "v9"]);
+      assert.match(error.message, /9\.0/);
+      return true;
+    });
+  });
+
+  it("is asked once for what it does not serve, and streams end", async () => {
+    await assert.rejects(client.enqueue([{ input: 1 }]), Unimplemented);
+    assert.equal(calls.enqueued, 1);
+    await assert.rejects(async () => {
+      for await (const event of client.leases({ workerId: "w", credits: 1 })) assert.fail(event.kind);
+    }, Unimplemented);
+    const spans = [{ traceId: randomBytes(16), spanId: randomBytes(8), name: "x" }];
+    await assert.rejects(client.spans().send({ rolloutId: "r", attemptId: "a", spans }), Unimplemented);
   });
 });
 

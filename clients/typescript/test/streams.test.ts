@@ -33,10 +33,12 @@ describe("SpanStreamer", () => {
   it("acknowledges what is on disk and keeps the good ones beside a bad one", async () => {
     const at = await startAttempt(client);
     const streamer = client.spans();
-    const ack = await streamer.send({ ...at, spans: [span("a"), span("")] }, { ...at, spans: [span("c")] });
+    const ahead = nowNanos() + 25n * 3_600_000_000_000n; // of a clock that is a day and more ahead
+    const early = { ...span("early"), startTimeUnixNano: ahead, endTimeUnixNano: ahead };
+    const ack = await streamer.send({ ...at, spans: [span("a"), span(""), early] }, { ...at, spans: [span("c")] });
     assert.equal(ack.durability, Durability.DISK);
-    assert.deepEqual(ack.rejected.map(({ groupIndex, index }) => [groupIndex, index]), [[0, 1]]);
-    assert.equal(ack.rejected[0]?.error.reason, "INVALID_FIELD");
+    assert.deepEqual(ack.rejected.map(({ groupIndex, index }) => [groupIndex, index]), [[0, 1], [0, 2]]);
+    assert(ack.rejected.every(({ error }) => error.reason === "INVALID_FIELD"));
     await streamer.close();
     assert.deepEqual((await storedNames(client, at.rolloutId)).sort(), ["a", "c"]);
   });

@@ -95,6 +95,12 @@ class Client {
             const std::function<Request()>& open, const std::function<bool(const Response&)>& each, bool endless,
             const CallOptions& options = {}) const;
 
+  /// Makes sure that the server speaks this contract and has these capabilities, and answers what it is. Else throws
+  /// Error with METHOD_UNIMPLEMENTED; ``info`` has its "contract_version" and, in "missing", what it lacks, with
+  /// commas between them.
+  v1::GetServerInfoResponse require(const std::vector<std::string>& capabilities = {},
+                                    const CallOptions& options = {}) const;
+
   /// Puts rollouts into their queues, all or none.
   std::vector<v1::Rollout> enqueue(std::vector<v1::RolloutSpec> rollouts, const CallOptions& options = {}) const;
 

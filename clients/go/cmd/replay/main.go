@@ -1,8 +1,10 @@
-// Command replay replays the shared vectors: replay HOST:PORT FOLDER.
+// Command replay replays the shared vectors: replay HOST:PORT FOLDER [AUTHORITY], the last a PEM file for TLS.
 package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,7 +38,17 @@ type step struct {
 }
 
 func main() {
-	client, err := agl.Dial(os.Args[1])
+	var options []agl.Option
+	if len(os.Args) > 3 {
+		authority, err := os.ReadFile(os.Args[3])
+		roots := x509.NewCertPool()
+		if err != nil || !roots.AppendCertsFromPEM(authority) {
+			fmt.Println("no authority in", os.Args[3])
+			os.Exit(2)
+		}
+		options = append(options, agl.WithTLS(&tls.Config{RootCAs: roots}))
+	}
+	client, err := agl.Dial(os.Args[1], options...)
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(2)

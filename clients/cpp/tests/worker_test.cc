@@ -90,7 +90,7 @@ TEST(agents_that_throw_or_hang_fail_their_attempt) {
 }
 
 TEST(a_cancelled_agent_is_told_and_a_drained_worker_leaves) {
-  const SharedStore store;
+  const TestStore store;  // what is cancelled and drained is named without a run
   const auto client = store.client();
   const auto ids = enqueue(client, {"1"});
   std::promise<void> told;

@@ -113,6 +113,10 @@ class SyncStoreClient:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def for_run(self, run_id: str) -> SyncStoreClient:
+        """A client of the same store with the same settings, for another run."""
+        return _from_async(self.async_client.for_run(run_id))
+
     close = _Blocking(StoreClient.close)
 
     start_rollout = _Blocking(StoreClient.start_rollout)

@@ -110,7 +110,10 @@ export class LeaseStream implements AsyncIterable<LeaseEvent> {
   [Symbol.asyncIterator](): AsyncIterator<LeaseEvent, void> {
     if (!this.#started) {
       this.#started = true;
-      const fail = (error: unknown): void => this.#events.fail(error);
+      const fail = (error: unknown): void => {
+        this.#stop.abort(); // a stream that has failed for good renews nothing, so that the process may end
+        this.#events.fail(error);
+      };
       void this.#run().catch(fail);
       void this.#renew().catch(fail);
     }

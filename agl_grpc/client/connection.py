@@ -106,6 +106,7 @@ class Connection:
     def for_run(self, run_id: str) -> Self:
         """A client of the same store with the same settings, for another run; it opens its own channel."""
         made: Self = _rebuild(type(self), self.target, run_id, self._credential, self.retry, self._tls)
+        made._source = self._source
         return made
 
     async def __aenter__(self) -> Self:

@@ -20,6 +20,32 @@ LogLevelOption = Annotated[
     str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 ]
 
+MaxCallsOption = Annotated[
+    int, typer.Option("--max-calls", min=0, metavar="N", help="Most calls of one rollout; 0 = any number.")
+]
+MaxTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--max-tokens",
+        min=0,
+        metavar="N",
+        help="Most tokens of one rollout, prompts included; 0 = any number.",
+    ),
+]
+MaxConcurrencyOption = Annotated[
+    int,
+    typer.Option(
+        "--max-concurrency",
+        min=0,
+        metavar="N",
+        help="Most calls of one rollout at one time; 0 = any number.",
+    ),
+]
+KeepRawOption = Annotated[
+    bool,
+    typer.Option("--keep-raw/--no-keep-raw", help="Keep requests and answers as they came and went."),
+]
+
 
 def parse_size(text: str) -> int:
     """Turns `800M`, `4G` or plain bytes into bytes; raises a usage error otherwise."""

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from agl_grpc_cli.errors import CliError
-from agl_grpc_cli.options import DEFAULT_STORE, LogLevelOption, RunOption, StoreOption, parse_size
+from agl_grpc_cli.options import (
+    DEFAULT_STORE,
+    KeepRawOption,
+    LogLevelOption,
+    MaxCallsOption,
+    MaxConcurrencyOption,
+    MaxTokensOption,
+    RunOption,
+    StoreOption,
+    parse_size,
+)
 
 app = typer.Typer(
     help="Capture model calls in front of engines that somebody else runs.",
@@ -84,28 +94,16 @@ def serve(
     policy_version: Annotated[
         int, typer.Option(min=0, metavar="N", help="The policy version in force where the store knows none.")
     ] = 0,
-    max_calls: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Most calls of one rollout; 0 = any number.")
-    ] = 0,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Most tokens of one rollout, prompts included; 0 = any number."
-        ),
-    ] = 0,
-    max_concurrency: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Most calls of one rollout at one time; 0 = any number.")
-    ] = 0,
+    max_calls: MaxCallsOption = 0,
+    max_tokens: MaxTokensOption = 0,
+    max_concurrency: MaxConcurrencyOption = 0,
     max_in_flight: Annotated[
         int, typer.Option(min=1, metavar="N", help="Most requests at one time; more are answered 503.")
     ] = 4096,
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest request: bytes, or with K, M, G.")
     ] = "64M",
-    keep_raw: Annotated[
-        bool,
-        typer.Option("--keep-raw/--no-keep-raw", help="Keep requests and answers as they came and went."),
-    ] = True,
+    keep_raw: KeepRawOption = True,
     spool_dir: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Where calls lie until the store has them.")
     ] = None,

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from agl_grpc_cli.errors import CliError
-from agl_grpc_cli.options import DEFAULT_STORE, RunOption, StoreOption, parse_size
+from agl_grpc_cli.options import (
+    DEFAULT_STORE,
+    KeepRawOption,
+    MaxCallsOption,
+    MaxConcurrencyOption,
+    MaxTokensOption,
+    RunOption,
+    StoreOption,
+    parse_size,
+)
 
 app = typer.Typer(
     help="Serve a model with vLLM, its exact tokens captured.", no_args_is_help=True, rich_markup_mode=None
@@ -78,10 +87,7 @@ def serve(
     external_run: Annotated[
         str, typer.Option(metavar="RUN", help="The run of recorded calls that name no attempt.")
     ] = "external",
-    keep_raw: Annotated[
-        bool,
-        typer.Option("--keep-raw/--no-keep-raw", help="Keep requests and answers as they came and went."),
-    ] = True,
+    keep_raw: KeepRawOption = True,
     on_swap: Annotated[
         str,
         typer.Option(
@@ -103,18 +109,9 @@ def serve(
             min=0.0, metavar="SECONDS", help="For running calls to end; with finish the swap fails after it."
         ),
     ] = 60.0,
-    max_calls: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Most calls of one rollout; 0 = any number.")
-    ] = 0,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Most tokens of one rollout, prompts included; 0 = any number."
-        ),
-    ] = 0,
-    max_concurrency: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Most calls of one rollout at one time; 0 = any number.")
-    ] = 0,
+    max_calls: MaxCallsOption = 0,
+    max_tokens: MaxTokensOption = 0,
+    max_concurrency: MaxConcurrencyOption = 0,
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest request of an attempt: bytes, or with K, M, G.")
     ] = "64M",

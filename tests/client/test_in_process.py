@@ -22,6 +22,7 @@ from agl_grpc.client import (
     StoreClient,
     Watched,
 )
+from agl_grpc.client.filters import rollout_filter
 from agl_grpc.model import Rollout, RolloutStatus, Span
 from agl_grpc.store.in_process import InProcessStore
 from agl_grpc.v1 import store_service_pb2 as pb
@@ -140,3 +141,11 @@ async def test_it_stays_on_its_loop_and_in_its_process(inside: InProcessStore) -
     thread.start()
     await asyncio.to_thread(thread.join)
     assert "on the event loop that opened it" in str(problems[0])
+
+
+async def test_a_client_for_another_run_reaches_the_same_store(inside: InProcessStore) -> None:
+    async with StoreClient(inside) as client, client.for_run("other") as other:
+        await client.create_run("other")
+        await other.enqueue_rollout({"n": 1})
+        found = await client.query_rollouts(filter=rollout_filter(run_id="other"))
+    assert [rollout.input for rollout in found] == [{"n": 1}]

@@ -209,4 +209,4 @@ async def test_dev_works_where_an_event_loop_runs_already(tmp_path: Path) -> Non
     trainer = Trainer(run_dir=tmp_path, hooks=hooks)
     ended = trainer.dev("tests.trainer.agents:halver", [{"number": 4}])
     assert [rollout.status.value for rollout in ended] == ["succeeded"]
-    assert agents.NotingHook.ended == [ended[0].rollout_id]
+    assert agents.NotingHook.ended[-1:] == [ended[0].rollout_id]  # a list of the process, of other tests too

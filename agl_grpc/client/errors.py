@@ -193,7 +193,11 @@ def error_from_rpc(error: grpc.aio.AioRpcError, target: str) -> StoreError:
     """Turn a failed call into a typed exception; ``target`` is named when the store cannot be reached."""
     info, retry_after = _details(error)
     code = error.code()
-    if not info.reason and code is grpc.StatusCode.RESOURCE_EXHAUSTED and OWN_LIMIT in (error.details() or ""):
+    if (
+        not info.reason
+        and code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        and OWN_LIMIT in (error.details() or "")
+    ):
         info.reason = "MESSAGE_TOO_LARGE"
         info.metadata["limit_bytes"] = str(MAX_MESSAGE_BYTES)
     kind = error_type(code, info.reason)

@@ -220,8 +220,8 @@ async def test_a_message_over_the_limit_is_named_and_never_sent() -> None:
 
     spec = rollout_pb2.RolloutSpec(input=common_pb2.Payload(data=bytes(65 << 20)))
     async with recording_server(answer) as server, StoreClient(server.target) as client:
+        request = pb.EnqueueRolloutsRequest(rollouts=[spec])
         with pytest.raises(MessageTooLarge) as caught:
-            request = pb.EnqueueRolloutsRequest(rollouts=[spec])
             await client.call(client.bound.store.EnqueueRollouts, request)
     assert caught.value.reason == "MESSAGE_TOO_LARGE"
     assert caught.value.metadata == {"limit_bytes": str(64 << 20)}

@@ -50,7 +50,7 @@ CPP_BUILD = ROOT / ".venv-cpp" / "build"
 
 
 def cpp_build(folder: Path, build_type: str, *targets: str) -> tuple[tuple[str, ...], ...]:
-    """The commands, run in the client's folder, that build programs of the C++ client; "None" = not optimised."""
+    """The commands, for the client's folder, that build programs of it; the type "None" = not optimised."""
     configure = ("-S", ".", "-B", str(folder), "-DAGL_GRPC_PROGRAMS=ON", f"-DCMAKE_BUILD_TYPE={build_type}")
     return (
         (CPP, "cmake", *configure),

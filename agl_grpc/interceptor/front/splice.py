@@ -24,7 +24,7 @@ _OF_ANSWER, _OF_PROMPT = b'"', b'"prompt_'
 
 _TABLE = b'"logprobs":{'
 _AFTER_TABLE = b',"finish_reason":'
-_CHAT_LOGPROB = re.compile(rb'"logprob":([^,}]+)[^}]*')
+_CHAT_LOGPROB = re.compile(rb'"logprob":([^,]+),[^}]*')
 """One of each entry, up to whose end nothing is looked at: that is most of a table."""
 
 _TEXT_LOGPROBS = re.compile(rb'"token_logprobs":(\[[-0-9.eE+,]*\])')

@@ -103,9 +103,7 @@ def read_message(groups: Iterable[Any], call: Call, now_ns: int, field: str = "g
         count = len(group.spans)
         rows_ += count
         if rows_ > limits.SPANS_PER_MESSAGE:
-            raise errors.invalid_field(
-                field, f"hold more than {limits.SPANS_PER_MESSAGE} spans; send fewer"
-            )
+            raise errors.invalid_field(field, f"hold more than {limits.SPANS_PER_MESSAGE} spans; send fewer")
         attempt_id, refusal = _target(group.attempt_id, call)
         one = check_group(group, attempt_id, field, index, now_ns)
         if refusal is not None:

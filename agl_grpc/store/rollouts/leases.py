@@ -108,7 +108,7 @@ class Leases:
         return answers
 
     def complete(self, tx: Tx, completions: Sequence[Any]) -> list[runner_service_pb2.CompletionResult]:
-        """Ends attempts with their rewards, by RawCompletions; one that is refused never blocks the others."""
+        """Ends attempts with their rewards, by RawCompletions; a refused one never blocks the others."""
         results = []
         done: dict[int, runner_service_pb2.CompletionResult] = {}
         pairs = find_pairs(tx.connection, [one.attempt_id for one in completions])
@@ -125,9 +125,7 @@ class Leases:
             done[key].rollout.CopyFrom(rollout)
         return results
 
-    def _complete(
-        self, tx: Tx, pairs: dict[str, Pair], completion: Any, path: str
-    ) -> int:
+    def _complete(self, tx: Tx, pairs: dict[str, Pair], completion: Any, path: str) -> int:
         attempt, rollout = holder(pairs, completion.attempt_id, completion.lease_token)
         if completion.status == attempt_pb2.ATTEMPT_STATUS_SUCCEEDED:
             event = AttemptEvent.SUCCEED

@@ -95,7 +95,7 @@ class CheckedGroup:
         return bool(self.rejected) and self.rejected[0][0] == -1
 
     def fresh(self) -> CheckedGroup:
-        """A copy that can be stored and refused without a change to this one, for what may have to run again."""
+        """A copy to be stored or refused in place of this one, which stays as it is for another try."""
         return dataclasses.replace(
             self,
             places=self.places.copy(),

@@ -155,8 +155,10 @@ class Outbox:
         messages = [data for span in spans if (data := encoded(span)) is not None]
         future: Future[SpanAck]
         try:
-            ids = {"rollout_id": destination.rollout_id, "attempt_id": destination.attempt_id}
-            future = self._sink.submit(SpanGroup(**ids, spans=messages))
+            group = SpanGroup(
+                rollout_id=destination.rollout_id, attempt_id=destination.attempt_id, spans=messages
+            )
+            future = self._sink.submit(group)
         # Told at the flush: an agent that ends a span is not to blame for a stream that has ended.
         except Exception as error:
             future = Future()

@@ -273,6 +273,22 @@ async def test_a_repeated_completion_is_one_completion(rig: Rig) -> None:
     assert reason(caught.value) == "REQUEST_ID_REUSED"
 
 
+@pytest.mark.parametrize("own", [["", "default"], ["default", ""], ["", "other", "default", ""]])
+async def test_a_queue_that_is_named_twice_is_one_queue(rig: Rig, own: list[str]) -> None:
+    """A run's own queue has two names: the run's, and none."""
+    for number in range(4):
+        await rig.enqueue(rollout_id=f"r{number}")
+    leased = await rig.lease(limit=2, queues=own)
+    request = store_service_pb2.DequeueRolloutsRequest(queues=own, limit=10)
+    taken = (await rig.store.DequeueRollouts(request)).rollouts
+    found = [one.rollout.rollout_id for one in leased] + [one.rollout.rollout.rollout_id for one in taken]
+    assert found == ["r0", "r1", "r2", "r3"]
+    waiting = asyncio.create_task(rig.lease(wait=30, queues=own))
+    await rig.enqueue(rollout_id="later")
+    (later,) = await waiting
+    assert later.rollout.rollout_id == "later"
+
+
 async def test_a_bad_completion_does_not_block_its_neighbours(rig: Rig) -> None:
     for name in ("a", "b", "c"):
         await rig.enqueue(rollout_id=name)

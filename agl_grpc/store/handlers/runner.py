@@ -42,9 +42,8 @@ def waiter_of(
     if worker_key is None:
         raise invalid_field("worker_id", "must not be empty")
     run = side.catalog.run(tx, work.run_id)
-    names = list(dict.fromkeys(work.queues)) or [""]
-    at_most(len(names), 100, "work.queues")
-    queues = tuple(side.catalog.queue(tx, run, name).queue_key for name in names)
+    at_most(len(work.queues), 100, "work.queues")
+    queues = side.catalog.queue_keys(tx, run, work.queues)
     workers.serves(tx, side.catalog, worker_key, work)
     return Waiter(
         run_key=run.run_key,

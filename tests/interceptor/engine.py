@@ -66,7 +66,7 @@ def engine_command(model: Path, store: str, folder: Path, *options: str, port: i
     return [
         engine_python(), "-m", "agl_grpc_cli", "vllm", "serve", str(model), "--store", store,
         "--run", "run-1", "--engine-id", "engine-1", "--spool-dir", str(folder / "spool"),
-        "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "1536",
+        "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
         "--max-num-seqs", "32", "--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out",
         *options,
     ]  # fmt: skip

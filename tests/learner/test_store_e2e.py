@@ -163,11 +163,8 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
             store.start()
 
     with ScriptedScores(_targets) as model:
-        # More steps than an alarm, which this run is bound to raise, will let it make.
-        path = _configure(folder, STEPS + 4)
-        alarms = {"window": 2, "raise_after": STEPS - 3, "entropy_floor": 100.0}
+        path = _configure(folder, STEPS)
         config = orjson.loads(path.read_bytes()) | {"reward_endpoint": model.endpoint}
-        config["alarms"] = {**alarms, "stop_on": ["entropy_collapse"]}
         config["verl"] |= {
             "reward.reward_model.enable": True,
             "reward.reward_model.model_path": str(folder / "model"),
@@ -178,10 +175,8 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     # verl's own worker asked for every rollout once, and its score was the reward.
     assert {name for name, _ in model.asked} == {str(folder / "model")}
     assert len(model.asked) == STEPS * 4 * 8
-    stopped = f"learner: stopping after step {STEPS}: alarm entropy_collapse is in alarms.stop_on"
-    assert stopped in learner.lines
     record, batches, versions, rewards = await _state(store)
-    assert record.status is TrainingRunStatus.STOPPED
+    assert record.status is TrainingRunStatus.SUCCEEDED
     assert record.checkpoint_id == f"global_step_{STEPS}"
     assert sorted(rewards) == list(range(1, STEPS + 1))
     assert rewards[STEPS] > rewards[1]
@@ -202,11 +197,9 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
         == {line["tokens/unaccounted"] for line in lines}
         == {0.0}
     )
-    raised = {name for line in lines for name, value in line.items() if name.startswith("alarm/") and value}
+    alarms = {name for line in lines for name, value in line.items() if name.startswith("alarm/") and value}
     # Whether the engine waits for the learner is this machine's affair, and its store was away for a while.
-    assert raised - {"alarm/engine_starved", "alarm/optimiser_starved"} == {"alarm/entropy_collapse"}
-    events = [orjson.loads(line) for line in (folder / "out" / "alarms.jsonl").read_bytes().splitlines()]
-    assert [each["step"] for each in events if each["name"] == "entropy_collapse"] == [STEPS]
+    assert alarms <= {"alarm/engine_starved", "alarm/optimiser_starved"}
     assert (
         lines[0]["grader/verl/verl/mean"] == lines[0]["reward/mean"] != lines[0]["grader/agent/primary/mean"]
     )

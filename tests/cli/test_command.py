@@ -99,7 +99,7 @@ def test_version() -> None:
         (["rollouts", "ls", "--older-than", "soon"], 2, "--older-than 'soon': write a number and a unit"),
         (["rollouts", "cancel"], 2, "name rollouts, give conditions, or say --all"),
         (["rollouts", "delete", "--run", "*"], 2, "name rollouts, give conditions, or say --all"),
-        (["spans", "ls", "r", "--trace", "xyz"], 2, "--trace 'xyz' is not hexadecimal"),
+        (["spans", "ls", "r", "--trace", "xyz"], 2, "--trace is 'xyz'; it must be 32 hex digits"),
         (["leases", "expire"], 2, "name attempts, or a worker"),
         (["runs", "update", "default"], 2, "say what to change"),
         (["blobs", "put", "/no/such/file"], 2, "does not exist"),

@@ -8,6 +8,7 @@ from functools import partial
 from agl_grpc.store import errors, limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import check_size, seal, unseal
+from agl_grpc.store.handlers.common import require_runs_of
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.rows import attempt_by_name, refuse_evicted, rollout_by_id
 from agl_grpc.store.spans.check import MODEL_CALL
@@ -38,15 +39,21 @@ class SpanReadHandlers:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def list_spans(self, request: store_service_pb2.ListSpansRequest, _call: Call) -> bytes:
+    async def list_spans(self, request: store_service_pb2.ListSpansRequest, call: Call) -> bytes:
         """One page of a rollout's spans."""
         query = _Query(request)
-        return await self._store.read(query.answer)
+
+        def read(db: Connection) -> bytes:
+            require_runs_of(db, call, [request.rollout_id])
+            return query.answer(db)
+
+        return await self._store.read(read)
 
     async def export_spans(
         self, request: store_service_pb2.ExportSpansRequest, call: Call
     ) -> AsyncIterator[bytes]:
         """Spans of many rollouts, oldest first, up to the moment of the call."""
+        call.caller.require_run(request.run_id)
         last, newest = await self._store.read(partial(_begin, cursor=request.cursor))
         while not call.drain.is_set():
             page, last = await self._store.read(

@@ -357,6 +357,7 @@ async def test_limits_of_a_rollout(scripted: ScriptedStore, engine: FakeEngine, 
         assert [answer.status_code for answer in refusals] == [200, 200, 429]
         assert refusals[-1].json()["error"]["code"] == "rollout_limit"
         assert refusals[-1].headers["x-should-retry"] == "false"
+        assert rig.state()["refusals"] == {"rollout_concurrency": 1, "rollout_limit": 2}
 
 
 async def test_too_many_at_once_are_refused(

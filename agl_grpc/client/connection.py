@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import grpc
 
@@ -42,6 +42,7 @@ class UnaryMethod(Protocol[Request, Response]):
     ) -> Awaitable[Response]: ...
 
 
+@runtime_checkable
 class ChannelSource(Protocol):
     """What a client may be given in place of an address: a store of the same process."""
 
@@ -102,6 +103,11 @@ class Connection:
         if self._source is not None:
             raise TypeError("a client of an in-process store cannot leave its process")
         return _rebuild, (type(self), self.target, self.run_id, self._credential, self.retry, self._tls)
+
+    @property
+    def in_process(self) -> bool:
+        """Whether its store lives in this process and has no address."""
+        return self._source is not None
 
     def for_run(self, run_id: str) -> Self:
         """A client of the same store with the same settings, for another run; it opens its own channel."""

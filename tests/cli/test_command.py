@@ -99,6 +99,7 @@ def test_version() -> None:
         (["rollouts", "ls", "--older-than", "soon"], 2, "--older-than 'soon': write a number and a unit"),
         (["rollouts", "cancel"], 2, "name rollouts, give conditions, or say --all"),
         (["rollouts", "delete", "--run", "*"], 2, "name rollouts, give conditions, or say --all"),
+        (["spans", "ls", "r", "--trace", "xyz"], 2, "--trace 'xyz' is not hexadecimal"),
         (["leases", "expire"], 2, "name attempts, or a worker"),
         (["runs", "update", "default"], 2, "say what to change"),
         (["blobs", "put", "/no/such/file"], 2, "does not exist"),
@@ -162,6 +163,17 @@ def test_spans_and_workers_are_listed(store: StoreProcess, rollouts: tuple[str, 
     )
     assert [span["name"] for span in spans] == ["s1"]
     assert " s1" in run("spans", "ls", "started", "--store", store.address).stdout
+    for chosen, count in (
+        (["--name", "s1"], 1),
+        (["--contains", "s"], 1),
+        (["--name", "s"], 0),
+        (["--trace", spans[0]["trace_id"]], 1),
+        (["--trace", "00" * 16], 0),
+        (["--calls"], 0),
+    ):
+        listed = json.loads(inside(store, "spans", "ls", "started", "--json", *chosen).stdout)
+        assert len(listed) == count, chosen
+    assert "has no such spans" in inside(store, "spans", "ls", "started", "--calls").stderr
     workers = json.loads(run("workers", "ls", "--json", "--store", store.address).stdout)
     assert [worker["worker_id"] for worker in workers] == ["somebody"]
 

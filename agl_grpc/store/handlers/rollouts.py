@@ -28,7 +28,6 @@ from agl_grpc.store.rollouts.lifecycle import CANCELLED, FAILED, SUCCEEDED
 from agl_grpc.store.rollouts.rows import RolloutRow, rollouts_where
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage import idempotency
-from agl_grpc.store.storage.catalog import RunRow
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import position
 from agl_grpc.store.storage.sql import LAST_TEXT
@@ -103,9 +102,7 @@ class RolloutHandlers:
 
         def run(tx: Tx) -> store_service_pb2.DequeueRolloutsResponse:
             catalog = self._side.catalog
-            of_run: RunRow = catalog.run(tx, request.run_id)
-            names = list(dict.fromkeys(request.queues)) or [""]
-            keys = [catalog.queue(tx, of_run, name).queue_key for name in names]
+            keys = catalog.queue_keys(tx, catalog.run(tx, request.run_id), request.queues)
             answer = store_service_pb2.DequeueRolloutsResponse()
             worker_key = catalog.worker(tx, request.worker_id)
             if worker_key is not None:

@@ -3814,6 +3814,9 @@ export const RoleSchema: GenEnum<Role> = /*@__PURE__*/
  * types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
  * exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
  *
+ * Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
+ * given back as they came, byte for byte; in other messages they are ignored.
+ *
  * @generated from service agl_grpc.v1.StoreService
  */
 export const StoreService: GenService<{

@@ -41,7 +41,7 @@ def list_spans(
     as_json: JsonOption = False,
 ) -> None:
     """List spans in the order in which the store took them; conditions combine, all have to hold."""
-    _check_hex(trace)
+    _check_trace(trace)
 
     async def read(client: StoreClient) -> list[Span]:
         found = await client.query_spans(
@@ -77,8 +77,10 @@ def list_spans(
     print_table(headings, rows, empty=f"rollout {rollout_id!r} has no {such}spans in the store at {store}")
 
 
-def _check_hex(trace: str | None) -> None:
+def _check_trace(trace: str | None) -> None:
+    from agl_grpc.model.span import id_bytes
+
     try:
-        bytes.fromhex(trace or "")
+        id_bytes("--trace", trace or "0" * 32, 16)
     except ValueError as error:
-        raise typer.BadParameter(f"--trace {trace!r} is not hexadecimal") from error
+        raise typer.BadParameter(str(error)) from error

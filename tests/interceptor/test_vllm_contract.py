@@ -27,6 +27,7 @@ CHECKS = [
     "middleware_is_outermost",
     "beam_search_request_ids",
     "server_entry_and_options",
+    "help_shows_our_options_and_vllms",
     "validation_error",
 ]
 

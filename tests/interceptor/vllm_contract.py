@@ -366,6 +366,23 @@ def check_server_entry_and_options() -> None:
     assert parsed.middleware[-1].endswith("AttributionMiddleware")
 
 
+def check_help_shows_our_options_and_vllms() -> None:
+    import contextlib
+    import io
+
+    from agl_grpc_cli.main import main as command
+
+    printed, given = io.StringIO(), sys.argv
+    sys.argv = ["agl-grpc", "vllm", "serve", "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            command()
+    finally:
+        sys.argv = given
+    for option in ("--running-on-swap", "--max-model-len", "--tensor-parallel-size"):
+        assert option in printed.getvalue(), option
+
+
 def check_validation_error() -> None:
     from vllm.exceptions import VLLMClientError
 

@@ -61,7 +61,6 @@ _VIEWS: Mapping[str, tuple[Descriptor, Mapping[str, str]]] = {
         {"completions": "RawCompletion"},
     ),
     "RawListSpansResponse": (store_service_pb2.ListSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
-    "RawExportSpansResponse": (store_service_pb2.ExportSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
     "RawSampleColumns": (
         batch_pb2.SampleColumns.DESCRIPTOR,
         dict.fromkeys(
@@ -77,7 +76,6 @@ _VIEWS: Mapping[str, tuple[Descriptor, Mapping[str, str]]] = {
         trainer_service_pb2.StreamBatchResponse.DESCRIPTOR,
         {"samples": "RawSampleColumns"},
     ),
-    "RawWatchSpansResponse": (store_service_pb2.WatchSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
 }
 
 _HEADER_FIELDS = (
@@ -196,12 +194,6 @@ RawCompleteAttemptsRequest = _message("RawCompleteAttemptsRequest")
 
 RawListSpansResponse = _message("RawListSpansResponse")
 """ListSpansResponse with raw stored spans."""
-
-RawExportSpansResponse = _message("RawExportSpansResponse")
-"""ExportSpansResponse with raw stored spans."""
-
-RawWatchSpansResponse = _message("RawWatchSpansResponse")
-"""WatchSpansResponse with raw stored spans."""
 
 RawSampleColumns = _message("RawSampleColumns")
 """SampleColumns with its packed columns as little-endian bytes."""

@@ -3787,7 +3787,7 @@ export enum Role {
   UNSPECIFIED = 0,
 
   /**
-   * Read rollouts, attempts, spans, resources and rewards, and put rewards on attempts of its run.
+   * Of its run alone: read the run, rollouts, attempts, spans, rewards and the latest resources, and put rewards.
    *
    * @generated from enum value: ROLE_GRADER = 1;
    */

@@ -104,11 +104,6 @@ class Connection:
             raise TypeError("a client of an in-process store cannot leave its process")
         return _rebuild, (type(self), self.target, self.run_id, self._credential, self.retry, self._tls)
 
-    @property
-    def in_process(self) -> bool:
-        """Whether its store lives in this process and has no address."""
-        return self._source is not None
-
     def for_run(self, run_id: str) -> Self:
         """A client of the same store with the same settings, for another run; it opens its own channel."""
         made: Self = _rebuild(type(self), self.target, run_id, self._credential, self.retry, self._tls)
@@ -212,6 +207,11 @@ class Connection:
     def run_or_default(self, run_id: str | None) -> str:
         """The run that a call names, else the client's own."""
         return self.run_id if run_id is None else run_id
+
+
+def is_in_process(client: Connection) -> bool:
+    """Whether a client's store lives in this process and has no address."""
+    return client._source is not None
 
 
 def _rebuild(

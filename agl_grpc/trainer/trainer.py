@@ -15,7 +15,7 @@ from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline, BestOfN
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.algorithm.baseline import FastAlgorithm
 from agl_grpc.client import StoreClient
-from agl_grpc.client.connection import ChannelSource
+from agl_grpc.client.connection import ChannelSource, is_in_process
 from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.evaluation import Evaluation, Pass, Sampling
 from agl_grpc.grader import Graders
@@ -411,7 +411,7 @@ def _engine(spec: Any) -> tuple[EngineOptions, LLM | None]:
 def _address(store: object) -> str:
     if store is None:
         return ""
-    if isinstance(store, StoreClient) and not store.in_process:
+    if isinstance(store, StoreClient) and not is_in_process(store):
         return store.target
     if isinstance(store, StoreClient | ChannelSource):
         raise TrainerError(

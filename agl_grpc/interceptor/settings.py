@@ -44,7 +44,8 @@ class Settings:
     weights (``keep``), run to their end under the old ones (``finish``: those that do not within
     `swap_timeout` seconds make the swap fail), or are ``cut`` if they still run after `swap_timeout` seconds;
     `max_calls`, `max_tokens` and `max_concurrency` are limits of one rollout (tokens: prompts and answers of
-    calls that have ended; 0: no limit), `max_body` the most bytes of one of its requests.
+    calls that have ended; 0: no limit), `max_body` the most bytes of one of its requests; `adapters` (names
+    with commas between them) are the adapters that take new weights, each for itself, in the model's place.
     """
 
     store: str
@@ -69,6 +70,7 @@ class Settings:
     max_tokens: int = 0
     max_concurrency: int = 0
     max_body: int = 64 * 1024 * 1024
+    adapters: str = ""
 
     def environment(self) -> dict[str, str]:
         """As environment variables, for `from_environment` in another process."""
@@ -109,6 +111,7 @@ class Settings:
             max_tokens=int(given.get("max_tokens", "0")),
             max_concurrency=int(given.get("max_concurrency", "0")),
             max_body=int(given.get("max_body", str(64 * 1024 * 1024))),
+            adapters=given.get("adapters", ""),
         )
 
     def spool_path(self) -> Path:

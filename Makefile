@@ -214,5 +214,5 @@ bench: .venv/dev-ready .venv-go/ready .venv-cpp/ready .venv-sandbox/ready client
 # COUNT=... for one NAME, SCALE=0.1 for a tenth of everything, SEED=N to repeat a run.
 .PHONY: reliability
 reliability: .venv/dev-ready ## Proofs under fire at scale; writes benchmarks/reliability/ (NAME=kills for one)
-	.venv/bin/python -m tests.chaos $(or $(NAME),all) $(if $(COUNT),--count $(COUNT)) \
+	.venv/bin/python -m tests.chaos $(or $(NAME),all) --write $(if $(COUNT),--count $(COUNT)) \
 	  $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED))

@@ -8,12 +8,14 @@ work itself: 0 = not at all (a cost of one thing among many), 1 = in proportion 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import sqlite3
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from benchmarks import ingest, lives
 from benchmarks.bench_dispatch import arrivals, from_commit, helpers, publish, watch
@@ -21,8 +23,10 @@ from benchmarks.bench_size import crowd, read_back
 from benchmarks.clients import on_loop
 from benchmarks.database import grown
 from benchmarks.figures import Row, figure, median, percentile, run
-from benchmarks.messages import STORE, Calls, spec, store
+from benchmarks.messages import STORE, Attempt, Calls, spec, store
 from benchmarks.servers import Server, folder, store_server, traced_server
+
+T = TypeVar("T")
 
 PICTURES = Path(__file__).parent / "results"
 _READS, _VERSIONS = 20, 8
@@ -56,24 +60,55 @@ class Series(NamedTuple):
 
 
 def database_size(place: Path, sizes: Sequence[int], seconds: float) -> list[Series]:
-    """Ingest and restart against spans in the database."""
-    cpu, starting, starting_cpu = [], [], []
+    """Ingest, restart and bytes on disk against spans in the database."""
+    spans, calls, starting, starting_cpu = [], [], [], []
     for size in sizes:
         database = place / f"rows-{size}.db"
         attempts = grown(database, size)
         with store_server(database) as server:
             starting.append((size, server.starting))
             starting_cpu.append((size, server.cpu))
-            found = ingest.rate_of(server, ingest.Kind("spans", 100), attempts, 2, seconds)
-            cpu.append((size, found.server_cpu))
-        for file in place.glob(f"{database.name}*"):
-            file.unlink()
+        spans.append((size, _written(database, ingest.Kind("spans", 100), attempts, seconds)))
+        calls.append((size, _written(database, ingest.Kind("calls", 16), attempts, seconds)))
+        _files(database, Path.unlink)
     x = "spans in the database"
     return [
-        Series("server CPU of a span", "us", x, cpu, 0),
+        Series("server CPU of a span", "us", x, [(size, one.cpu) for size, one in spans], 0),
+        Series("bytes on disk of a span", "bytes", x, [(size, one.size) for size, one in spans], 0),
+        Series("server CPU of a model call", "us", x, [(size, one.cpu) for size, one in calls], 0),
+        Series("bytes on disk of a model call", "bytes", x, [(size, one.size) for size, one in calls], 0),
         Series("restart to serving", "s", x, starting, 0),
         Series("server CPU of a restart", "s", x, starting_cpu, 0),
     ]
+
+
+class _Cost(NamedTuple):
+    """Of one span: microseconds of the server's CPU, and bytes that its database grew by."""
+
+    cpu: float
+    size: float
+
+
+def _written(database: Path, kind: ingest.Kind, attempts: list[Attempt], seconds: float) -> _Cost:
+    """Streams spans into a database and stops its server, which leaves no write-ahead log behind."""
+    before, have = _size(database), _count(database)
+    with store_server(database) as server:
+        found = ingest.rate_of(server, kind, attempts, 2, seconds)
+    return _Cost(found.server_cpu, (_size(database) - before) / (_count(database) - have))
+
+
+def _files(database: Path, each: Callable[[Path], T]) -> list[T]:
+    return [each(file) for file in sorted(database.parent.glob(f"{database.name}*"))]
+
+
+def _size(database: Path) -> int:
+    return sum(_files(database, lambda file: file.stat().st_size))
+
+
+def _count(database: Path) -> int:
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        (count,) = db.execute("SELECT coalesce(max(span_key), 0) FROM spans").fetchone()
+    return int(count)
 
 
 def rollout_count(place: Path, counts: Sequence[int], seconds: float) -> list[Series]:

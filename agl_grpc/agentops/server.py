@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import orjson
+from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
@@ -26,6 +27,7 @@ from agl_grpc.store.http.door import HttpDoor
 from agl_grpc.store.http.problems import HttpProblem
 from agl_grpc.store.http.request import Request
 from agl_grpc.store.http.routing import Answer, Handler
+from agl_grpc.store.otlp.handlers import refuse_metrics
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +111,7 @@ class AgentOpsServer:
         return _json({"token": key, "project_id": "agl-grpc", "project_prem_status": "pro"})
 
     async def _traces(self, http: Request) -> Answer:
-        body = await http.body()
-        if http.media_type not in ("application/x-protobuf", "application/protobuf"):
-            raise HttpProblem(415, "MEDIA_TYPE_UNSUPPORTED", "send spans as application/x-protobuf")
+        body = await _protobuf(http, "spans")
         scheme, _, bearer = http.header(b"authorization").partition(" ")
         # Keys that are no credentials mean nothing to the store.
         known = scheme.lower() == "bearer" and looks_like_credential(bearer.strip())
@@ -126,15 +126,26 @@ class AgentOpsServer:
         return Answer(answer, media_type=_PROTOBUF)
 
     async def _metrics(self, http: Request) -> Answer:
-        """AgentOps' own usage counts: taken and dropped, as nobody reads them."""
-        await http.body()
-        answer = metrics_service_pb2.ExportMetricsServiceResponse().SerializeToString()
-        return Answer(answer, media_type=_PROTOBUF)
+        """AgentOps' own usage counts, which nobody keeps: read, and refused as the store's own door does."""
+        body = await _protobuf(http, "metrics")
+        try:
+            request = metrics_service_pb2.ExportMetricsServiceRequest.FromString(body)
+        except DecodeError as error:
+            what = "the body cannot be read: the bytes are not a request of this signal"
+            raise HttpProblem(400, "BODY_MALFORMED", what) from error
+        return Answer(refuse_metrics(request).SerializeToString(), media_type=_PROTOBUF)
 
     async def _upload(self, http: Request) -> Answer:
         """Files beside the spans (screenshots, captured output): taken and dropped."""
         body = await http.body()
         return _json({"url": "", "size": len(body)})
+
+
+async def _protobuf(http: Request, what: str) -> bytes:
+    body = await http.body()
+    if http.media_type not in ("application/x-protobuf", "application/protobuf"):
+        raise HttpProblem(415, "MEDIA_TYPE_UNSUPPORTED", f"send {what} as application/x-protobuf")
+    return body
 
 
 def _json(value: Any) -> Answer:

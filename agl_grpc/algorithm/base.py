@@ -81,6 +81,9 @@ class Algorithm:
         """Gives the seed of whatever the algorithm draws, in place of its own."""
         self._seed = seed
 
+    def check_datasets(self, train_dataset: Dataset | None, val_dataset: Dataset | None) -> None:
+        """Raises `TypeError` when ``run`` would not take these datasets; asked before anything starts."""
+
     def set_reporter(self, reporter: Reporter) -> None:
         """Gives what takes the algorithm's metrics."""
         self._reporter = reporter
@@ -142,11 +145,14 @@ class FunctionalAlgorithm(Algorithm):
 
     def run(self, train_dataset: Dataset | None = None, val_dataset: Dataset | None = None) -> Any:
         """Calls the function with what it asks for; a dataset that it does not ask for is a `TypeError`."""
+        self.check_datasets(train_dataset, val_dataset)
         given = {"train_dataset": train_dataset, "val_dataset": val_dataset}
-        for name, dataset in given.items():
+        return self._function(**{name: self._value(name, given) for name in self._wanted})
+
+    def check_datasets(self, train_dataset: Dataset | None, val_dataset: Dataset | None) -> None:
+        for name, dataset in (("train_dataset", train_dataset), ("val_dataset", val_dataset)):
             if dataset is not None and name not in self._wanted:
                 raise TypeError(f"{self._function.__qualname__} takes no {name}, but one was given")
-        return self._function(**{name: self._value(name, given) for name in self._wanted})
 
     def _value(self, name: str, datasets: Mapping[str, Dataset | None]) -> Any:
         if name in datasets:

@@ -49,6 +49,8 @@ class VERL(Algorithm):
         deadlines: of the learner's phases.
         alarms: limits of the alarms, and which of them end the run.
         trajectories: best, worst and random rollouts each, written down at every step; 0 = none.
+        reward_endpoint: where the reward model of verl's ``reward.reward_model`` is served, such as
+            ``http://HOST:8001``.
         keep_checkpoints: how many finished checkpoints stay; None = all.
 
     ``engines``, ``rollouts``, ``samples``, ``checks``, ``alarms`` and ``deadlines`` may also be given as
@@ -73,6 +75,7 @@ class VERL(Algorithm):
         deadlines: Deadlines | Mapping[str, Any] | None = None,
         alarms: AlarmLimits | Mapping[str, Any] | None = None,
         trajectories: int = 2,
+        reward_endpoint: str = "",
         keep_checkpoints: int | None = 3,
     ) -> None:
         super().__init__()
@@ -92,6 +95,7 @@ class VERL(Algorithm):
         self.checks = settings("checks", checks, CheckLimits)
         self.alarms = settings("alarms", alarms, AlarmLimits)
         self.trajectories = trajectories
+        self.reward_endpoint = reward_endpoint
         self.deadlines = settings("deadlines", deadlines, Deadlines)
         self.keep_checkpoints = keep_checkpoints
         self.best_of = BestOf()
@@ -143,6 +147,7 @@ class VERL(Algorithm):
             "deadlines": asdict(self.deadlines),
             "alarms": asdict(self.alarms),
             "trajectories": self.trajectories,
+            "reward_endpoint": self.reward_endpoint,
             "validation": asdict(validation or ValidationConfig()),
             "verl": {**self.config, **(more or {})},
         }

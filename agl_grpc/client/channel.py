@@ -12,9 +12,7 @@ from typing import TypeVar
 
 import grpc
 
-from agl_grpc.client.errors import error_from_rpc, retry_after
-
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+from agl_grpc.client.errors import MAX_MESSAGE_BYTES, error_from_rpc, retry_after
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

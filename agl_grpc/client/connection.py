@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import grpc
 
@@ -42,6 +42,7 @@ class UnaryMethod(Protocol[Request, Response]):
     ) -> Awaitable[Response]: ...
 
 
+@runtime_checkable
 class ChannelSource(Protocol):
     """What a client may be given in place of an address: a store of the same process."""
 
@@ -206,6 +207,11 @@ class Connection:
     def run_or_default(self, run_id: str | None) -> str:
         """The run that a call names, else the client's own."""
         return self.run_id if run_id is None else run_id
+
+
+def is_in_process(client: Connection) -> bool:
+    """Whether a client's store lives in this process and has no address."""
+    return client._source is not None
 
 
 def _rebuild(

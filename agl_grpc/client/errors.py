@@ -12,6 +12,13 @@ from google.rpc import error_details_pb2, status_pb2
 from agl_grpc.v1 import error_reason_pb2
 
 DOMAIN = "agl-grpc"
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Largest message that a client sends or takes."""
+
+OWN_LIMIT = "larger than"
+"""What gRPC itself says, as RESOURCE_EXHAUSTED, of a message over the limit of the process that says it."""
+
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -67,6 +74,13 @@ class TokensMalformed(InvalidRequest):
     """Token ids and logprobs differ in length, or a logprob is not a number."""
 
     reasons: ClassVar[tuple[str, ...]] = ("TOKENS_MALFORMED",)
+    codes: ClassVar[tuple[grpc.StatusCode, ...]] = ()
+
+
+class MessageTooLarge(InvalidRequest):
+    """A message is larger than the store, or this client, takes; ``metadata["limit_bytes"]`` is the limit."""
+
+    reasons: ClassVar[tuple[str, ...]] = ("MESSAGE_TOO_LARGE",)
     codes: ClassVar[tuple[grpc.StatusCode, ...]] = ()
 
 
@@ -151,6 +165,7 @@ _TYPES: tuple[type[StoreError], ...] = (
     NotFound,
     AlreadyExists,
     TokensMalformed,
+    MessageTooLarge,
     InvalidRequest,
     LeaseLost,
     IllegalTransition,
@@ -178,6 +193,13 @@ def error_from_rpc(error: grpc.aio.AioRpcError, target: str) -> StoreError:
     """Turn a failed call into a typed exception; ``target`` is named when the store cannot be reached."""
     info, retry_after = _details(error)
     code = error.code()
+    if (
+        not info.reason
+        and code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        and OWN_LIMIT in (error.details() or "")
+    ):
+        info.reason = "MESSAGE_TOO_LARGE"
+        info.metadata["limit_bytes"] = str(MAX_MESSAGE_BYTES)
     kind = error_type(code, info.reason)
     message = error.details() or code.name.lower().replace("_", " ")
     if kind is StoreUnavailable and not info.reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,10 +16,14 @@ from agl_grpc.model.failure import Failure
 from agl_grpc.model.resource import ResourcesUpdate
 from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import AttemptedRollout, Rollout, attempted_rollout
+from agl_grpc.model.span import Span
 from agl_grpc.model.times import from_duration, to_duration
 from agl_grpc.model.value import to_labels, to_payload
 from agl_grpc.model.worker import WorkerCommand
 from agl_grpc.v1 import runner_service_pb2 as pb
+from agl_grpc.v1 import span_pb2
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,13 +54,19 @@ class LeasedRollout:
 
 @dataclass(slots=True, kw_only=True)
 class Completion:
-    """How an attempt ended: ``succeeded`` or ``failed``, with what goes with it."""
+    """How an attempt ended: ``succeeded`` or ``failed``, with what goes with it.
+
+    ``spans`` are its last ones, stored in the same transaction; a span may be a `Span`, the contract's
+    message, or the bytes of one. They need a server with the capability ``completion_spans``: another one
+    drops them.
+    """
 
     lease: Lease
     status: AttemptStatus | str = AttemptStatus.SUCCEEDED
     failure: Failure | None = None
     rewards: Sequence[Reward] = ()
     output: Any = None
+    spans: Sequence[Span | span_pb2.Span | bytes] = ()
 
     def to_proto(self) -> pb.Completion:
         """Write the contract's form."""
@@ -67,6 +78,7 @@ class Completion:
             failure=self.failure.to_proto() if self.failure else None,
             rewards=[reward.to_proto() for reward in self.rewards],
             output=None if self.output is None else to_payload(self.output, "output"),
+            spans=[_span(span) for span in self.spans],
         )
 
 
@@ -139,12 +151,20 @@ class LeaseCalls(BlobCalls):
     async def complete_attempts(
         self, worker_id: str, completions: Sequence[Completion]
     ) -> list[Rollout | StoreError]:
-        """End attempts; answers for each its rollout as it now is, or why it was refused."""
+        """End attempts; answers for each its rollout as it now is, or why it was refused.
+
+        Spans that the store refuses are logged; they do not keep their attempt from ending.
+        """
         request = pb.CompleteAttemptsRequest(
             worker_id=worker_id, completions=[completion.to_proto() for completion in completions]
         )
         await self.spill(completion.output for completion in request.completions)
         response = await self.call(self.bound.runner.CompleteAttempts, request)
+        for result in response.results:
+            for rejected in result.rejected:
+                error = error_from_item(rejected.status)
+                text = "the store refused span %s of attempt %s: %s"
+                logger.warning(text, rejected.span_id.hex(), result.attempt_id, error)
         return [
             error_from_item(result.error) if result.HasField("error") else Rollout.from_proto(result.rollout)
             for result in response.results
@@ -166,6 +186,12 @@ class LeaseCalls(BlobCalls):
         return [
             error_from_item(result.error) if result.HasField("error") else None for result in response.results
         ]
+
+
+def _span(span: Span | span_pb2.Span | bytes) -> span_pb2.Span:
+    if isinstance(span, bytes):
+        return span_pb2.Span.FromString(span)
+    return span.to_proto() if isinstance(span, Span) else span
 
 
 def held_lease(lease: Lease) -> pb.HeldLease:

@@ -28,7 +28,7 @@ class RewardCalls(Connection):
     async def create_grader_credential(
         self, run_id: str | None = None, *, lifetime_seconds: float | None = None
     ) -> str:
-        """A credential that may read the store and put rewards on attempts of one run; only operators may.
+        """A credential that may read one run and put rewards on its attempts; only operators may.
 
         It lasts 7 days unless ``lifetime_seconds`` says otherwise, and cannot be taken back.
         """

@@ -45,6 +45,7 @@ class Submission:
     """What one caller sent, until all of it is settled."""
 
     future: asyncio.Future[SpanAck] | ThreadFuture[SpanAck]
+    attempt_ids: frozenset[str]
     parts_left: int
     size: int
     rejected: list[SpanRejection] = field(default_factory=list)

@@ -154,9 +154,12 @@ class SpanStreamer:
             SpanGroup(rollout_id=rollout_id, attempt_id=attempt_id, abandoned_calls=[span_id])
         )
 
-    async def flush(self) -> None:
-        """Wait until everything that was handed over before is settled; raises what ended the streamer."""
-        waiting = set(self._unsettled)
+    async def flush(self, attempt_id: str | None = None) -> None:
+        """Wait until everything that was handed over before, or all of one attempt, is settled.
+
+        Raises what ended the streamer.
+        """
+        waiting = {one for one in self._unsettled if attempt_id is None or attempt_id in one.attempt_ids}
         while waiting & self._unsettled:
             await self._progress.wait()
         if self._error is not None:
@@ -187,7 +190,8 @@ class SpanStreamer:
         if self._error is not None:
             raise self._error
         every: Sequence[SpanGroup] = [groups] if isinstance(groups, SpanGroup) else list(groups)
-        submission = Submission(future, parts_left=0, size=0)
+        attempt_ids = frozenset(group.attempt_id for group in every)
+        submission = Submission(future, attempt_ids, parts_left=0, size=0)
         parts: list[Part] = []
         for place, group in enumerate(every):
             for encoded in encode_group(group):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from agl_grpc.model.span import Span
+from agl_grpc.model.wire import varint
 from agl_grpc.v1 import span_pb2
 from agl_grpc.v1 import store_service_pb2 as pb
 
@@ -95,14 +96,14 @@ def encode_groups(parts: Sequence[Sequence[EncodedGroup]]) -> bytes:
         rollout_id, attempt_id = merged[0].key
         head = _field(_ROLLOUT_ID, rollout_id.encode()) + _field(_ATTEMPT_ID, attempt_id.encode())
         length = len(head) + sum(len(part.body) for part in merged)
-        chunks += (_MESSAGE_GROUPS, _varint(length), head, *(part.body for part in merged))
+        chunks += (_MESSAGE_GROUPS, varint(length), head, *(part.body for part in merged))
     return b"".join(chunks)
 
 
 def encode_message(sequence: int, groups: bytes) -> bytes:
     """Encode a `StreamSpansRequest` with numbered spans."""
-    number = _MESSAGE_SEQUENCE + _varint(sequence)
-    return b"".join((_REQUEST_SPANS, _varint(len(number) + len(groups)), number, groups))
+    number = _MESSAGE_SEQUENCE + varint(sequence)
+    return b"".join((_REQUEST_SPANS, varint(len(number) + len(groups)), number, groups))
 
 
 def encode_open(producer_id: str) -> bytes:
@@ -118,13 +119,4 @@ def _span_bytes(span: Span | span_pb2.Span | bytes) -> bytes:
 
 
 def _field(tag: bytes, data: bytes) -> bytes:
-    return b"".join((tag, _varint(len(data)), data))
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return b"".join((tag, varint(len(data)), data))

@@ -12,7 +12,7 @@ from agl_grpc.client.watch import Watched, resumed, watch
 from agl_grpc.model.enums import FilterLogic, SortOrder
 from agl_grpc.model.otel import span_from_readable
 from agl_grpc.model.page import PaginatedResult
-from agl_grpc.model.span import Span
+from agl_grpc.model.span import Span, id_bytes
 from agl_grpc.v1 import span_pb2
 from agl_grpc.v1 import store_service_pb2 as pb
 
@@ -123,11 +123,11 @@ class SpanCalls(Connection):
             rollout_id=rollout_id,
             attempt_id=attempt_id or "",
             filter=pb.SpanFilter(
-                trace_id=bytes.fromhex(trace_id or ""),
+                trace_id=id_bytes("trace_id", trace_id, 16) if trace_id else b"",
                 trace_id_contains=trace_id_contains or "",
-                span_id=bytes.fromhex(span_id or ""),
+                span_id=id_bytes("span_id", span_id, 8) if span_id else b"",
                 span_id_contains=span_id_contains or "",
-                parent_span_id=bytes.fromhex(parent_id or ""),
+                parent_span_id=id_bytes("parent_id", parent_id, 8) if parent_id else b"",
                 parent_span_id_contains=parent_id_contains or "",
                 name=name or "",
                 name_contains=name_contains or "",

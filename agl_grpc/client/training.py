@@ -11,6 +11,7 @@ from agl_grpc.client.watch import Watched, resumed, watch
 from agl_grpc.model import raw
 from agl_grpc.model.enums import BatchStatus, TrainingRunStatus
 from agl_grpc.model.failure import Failure
+from agl_grpc.model.span import id_bytes
 from agl_grpc.model.training import Batch, LogLine, StepMetrics, TrainingRun
 from agl_grpc.model.value import to_payload
 from agl_grpc.v1 import batch_pb2, training_pb2
@@ -253,10 +254,7 @@ class TrainingCalls(Connection):
         self, rollout_id: str, span_id: str, *, attempt_id: str = "latest", choice: int = 0
     ) -> pb.ExplainTokensResponse:
         """What became of the tokens of one choice of a model call (``span_id`` in hex), and why."""
-        try:
-            span = bytes.fromhex(span_id)
-        except ValueError as error:
-            raise ValueError(f"span id {span_id!r} must be 16 hexadecimal digits") from error
+        span = id_bytes("span_id", span_id, 8)
         request = pb.ExplainTokensRequest(
             rollout_id=rollout_id, attempt_id=attempt_id, span_id=span, choice=choice
         )

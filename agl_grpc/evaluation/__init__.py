@@ -8,7 +8,7 @@ from agl_grpc.evaluation.errors import EvaluationError
 from agl_grpc.evaluation.report import write_report
 from agl_grpc.evaluation.result import Answered, Evaluation, Figures, TaskResult, describe
 from agl_grpc.evaluation.run import Pass, evaluate, publish_sampling
-from agl_grpc.evaluation.sampling import Sampling
+from agl_grpc.evaluation.sampling import Sampling, with_sampling
 from agl_grpc.evaluation.statistics import (
     Interval,
     PairedTest,
@@ -39,5 +39,6 @@ __all__ = [
     "paired_test",
     "pass_at_k",
     "publish_sampling",
+    "with_sampling",
     "write_report",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agl_grpc.client import StoreClient
-from agl_grpc.client.rollout_batch import Judgements, WatchEnded, judgements, run_rollouts
+from agl_grpc.client.rollout_batch import Judgements, WatchEnded, cancel_rest, judgements, run_rollouts
 from agl_grpc.evaluation.answers import Finder, answer_of, find_answer
 from agl_grpc.evaluation.errors import EvaluationError
 from agl_grpc.evaluation.result import Answered, Evaluation, TaskResult, task_digest
@@ -25,6 +25,7 @@ from agl_grpc.model import (
     Rollout,
     RolloutConfig,
     RolloutMode,
+    RolloutStatus,
 )
 from agl_grpc.model.rollout import SEED_LABEL
 
@@ -56,6 +57,7 @@ class Pass:
         queue: of the rollouts; None = the run's own. The workers must serve it.
         config: rules of each rollout's life.
         timeout: seconds for the whole pass.
+        partial: whether what is unfinished then is cancelled and left out, in place of an error.
         about: what is kept with the result.
     """
 
@@ -72,6 +74,7 @@ class Pass:
     queue: str | None = None
     config: RolloutConfig | None = None
     timeout: float = 1800.0
+    partial: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,7 +127,7 @@ async def evaluate(
     label = plan.label or f"validation-{uuid.uuid4().hex[:12]}"
     digests = [task_digest(task) for task in tasks]
     requests = [*_requests(tasks, digests, plan, label, resources_id)]
-    ended = await _finished(store, label, requests, plan.timeout, on_progress)
+    ended = await _finished(store, label, requests, plan, on_progress)
     judged = await judgements(store, [*ended.values()], plan.weights)
     answers = await _answers(store, [*judged.rewards], plan) if plan.answers else {}
     results = tuple(
@@ -133,7 +136,7 @@ async def evaluate(
             digest=digests[number],
             source=_source(task),
             rollouts=tuple(
-                _answered(ended[name], judged, answers)
+                _answered(ended[name], judged, answers) if name in ended else _unfinished(name)
                 for name in (f"{label}.{number}.{sample}" for sample in range(plan.samples))
             ),
         )
@@ -181,24 +184,30 @@ async def _finished(
     store: StoreClient,
     label: str,
     requests: Sequence[EnqueueRolloutRequest],
-    seconds: float,
+    plan: Pass,
     on_progress: Callable[[int, int], None],
 ) -> dict[str, Rollout]:
     ended: dict[str, Rollout] = {}
     rollouts = run_rollouts(store, requests, label=label)
     try:
-        async with asyncio.timeout(seconds), contextlib.aclosing(rollouts):
+        async with asyncio.timeout(plan.timeout), contextlib.aclosing(rollouts):
             async for rollout in rollouts:
                 ended[rollout.rollout_id] = rollout
                 on_progress(len(ended), len(requests))
     except TimeoutError as error:
-        raise EvaluationError(
-            f"{len(ended)} of {len(requests)} rollouts were finished after {seconds:g} s; "
-            "are there workers, and does the engine answer?"
-        ) from error
+        if not ended or not plan.partial:
+            raise EvaluationError(
+                f"{len(ended)} of {len(requests)} rollouts were finished after {plan.timeout:g} s; "
+                "are there workers, and does the engine answer?"
+            ) from error
+        await cancel_rest(store, label)
     except WatchEnded as error:
         raise EvaluationError(str(error)) from error
     return ended
+
+
+def _unfinished(name: str) -> Answered:
+    return Answered(name, None, failure=FailureKind.CANCELLED.value, message="it was not finished in time")
 
 
 def _answered(rollout: Rollout, judged: Judgements, answers: Mapping[str, str | None]) -> Answered:
@@ -206,6 +215,8 @@ def _answered(rollout: Rollout, judged: Judgements, answers: Mapping[str, str | 
     if name in judged.rewards:
         return Answered(name, judged.rewards[name], answers.get(name))
     failure = rollout.failure or judged.failures.get(name)
+    if rollout.status is RolloutStatus.CANCELLED:
+        return _unfinished(name)
     if failure is None or failure.kind is None:
         return Answered(name, None, failure=NO_REWARD, message="it ended without a reward")
     wrong = failure.kind in _COUNTED_AS_WRONG

@@ -44,13 +44,13 @@ class PromptDeltas:
         tokens = as_ids(prompt)
         # The newest first: a conversation goes on from there, and nothing beats a whole prompt.
         for base in reversed(self._bases.get(attempt, ())):
-            common = common_prefix(base.tokens, tokens)
-            if common > length:
-                best, length = base, common
-            if length == len(tokens):
+            if length >= len(tokens):
                 break
+            # One look tells whether this one shares more than the best so far: most do not.
+            if base.tokens[: length + 1] == tokens[: length + 1]:
+                best, length = base, common_prefix(base.tokens, tokens)
         if best is None:
-            return whole(prompt)
+            return whole(tokens)
         message = whole(tokens[length:])
         message.base_span_id = best.span_id
         message.base_choice = best.choice
@@ -91,16 +91,13 @@ def whole(prompt: Sequence[int]) -> model_call_pb2.PromptTokens:
 
 def common_prefix(first: array[int], second: array[int]) -> int:
     """Length of the common beginning of two token sequences."""
-    limit = min(len(first), len(second))
-    # Bytes are compared in one go, items one by one.
-    one, other = memoryview(first).cast("B"), memoryview(second).cast("B")
-    width = first.itemsize
-    if one[: limit * width] == other[: limit * width]:
-        return limit
-    low, high = 0, limit
+    low, high = 0, min(len(first), len(second))
+    # Slices are compared in one go, items one by one.
+    if first[:high] == second[:high]:
+        return high
     while high - low > 1:
         middle = (low + high) // 2
-        if one[low * width : middle * width] == other[low * width : middle * width]:
+        if first[low:middle] == second[low:middle]:
             low = middle
         else:
             high = middle

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 _HEADER = struct.Struct("<II")
+_END = bytes(_HEADER.size)
+"""Stands after the last record of a file that has room for more."""
+
+_ROOM = 512 * 1024
 _SUFFIX = ".spool"
 
 
@@ -45,6 +49,8 @@ class _Segment:
     path: Path
     size: int
     waiting: int
+    room: int = 0
+    """Bytes of its file, where it is longer than its records."""
 
 
 class Spool:
@@ -53,19 +59,20 @@ class Spool:
     `append` returns once its record is fsynced (records that come together share one fsync). Records are
     named oldest first by `peek`, read with `read` and removed with `drop`. A segment's file goes when its
     last record is dropped, so a crash may deliver records of one segment again: they must be harmless to
-    repeat. Records are kept on disk only. An emptied file goes on taking records up to `reuse_bytes` bytes,
-    which spares making one for each of them; a crash then delivers so many again. Use from one event loop.
+    repeat. Records are kept on disk only. With `reuse` a file is longer than its records, and one whose
+    records are all delivered is written again from its beginning: making a file, and making one longer, turns
+    the file system's journal, which takes longer than the record itself. What such a file has room for, at
+    most a segment, is not counted as held. Use from one event loop.
     """
 
     def __init__(
-        self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024, *, reuse_bytes: int = 0
+        self, folder: Path, limit: int, segment_bytes: int = 16 * 1024 * 1024, *, reuse: bool = False
     ) -> None:
         self._lock = _lock(folder)
         self._folder = folder
         self._limit = limit
         self._segment_bytes = segment_bytes
-        # What is kept for reuse counts as full like anything else.
-        self._reuse_bytes = min(reuse_bytes, limit // 8)
+        self._reuse = reuse
         self._last_number = 0
         self._segments: dict[int, _Segment] = {}
         self._entries: deque[Entry] = deque()
@@ -154,7 +161,7 @@ class Spool:
             batch, self._pending = self._pending, []
             try:
                 segment = self._current or self._new_segment()
-                written = await asyncio.to_thread(self._write, segment.path, [each[0] for each in batch])
+                written = await asyncio.to_thread(self._write, segment, [each[0] for each in batch])
             except OSError as error:
                 self._disk_full = True
                 self._close_current()
@@ -179,16 +186,23 @@ class Spool:
         self._current = self._segments[number] = _Segment(number, path, 0, 0)
         return self._current
 
-    def _write(self, path: Path, records: list[bytes]) -> int:
+    def _write(self, segment: _Segment, records: list[bytes]) -> int:
         if self._file is None:
-            self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+            self._file = os.open(segment.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             _fsync_folder(self._folder)
         data = b"".join(_HEADER.pack(len(r), zlib.crc32(r)) + r for r in records)
-        view = memoryview(data)
+        written = len(data)
+        if self._reuse:
+            data += _END
+            if segment.size + len(data) > segment.room:
+                data += bytes(_ROOM)
+                segment.room = segment.size + len(data)
+        view, position = memoryview(data), segment.size
         while view:
-            view = view[os.write(self._file, view) :]
+            done = os.pwrite(self._file, view, position)
+            view, position = view[done:], position + done
         os.fdatasync(self._file)
-        return len(data)
+        return written
 
     def _close_reader(self) -> None:
         if self._reader is not None:
@@ -204,12 +218,17 @@ class Spool:
             self._remove(current)
 
     def _emptied(self, segment: _Segment) -> None:
-        if segment is not self._current or segment.size > self._reuse_bytes:
+        if segment is not self._current or not self._reuse:
             self._remove(segment)
+        elif not self._writing():
+            segment.size = 0
+
+    def _writing(self) -> bool:
+        return bool(self._pending) or (self._writer is not None and not self._writer.done())
 
     def _remove(self, segment: _Segment) -> None:
         if segment is self._current:
-            if self._pending or (self._writer is not None and not self._writer.done()):
+            if self._writing():
                 return  # being written to: it goes with its last record
             self._current = None
             if self._file is not None:
@@ -232,14 +251,14 @@ class Spool:
         deleted.add_done_callback(self._unlinks.discard)
 
     def _read_segment(self, path: Path) -> None:
-        segment = _Segment(int(path.stem), path, path.stat().st_size, 0)
+        data = path.read_bytes()
+        segment = _Segment(int(path.stem), path, 0, 0)
         self._segments[segment.number] = segment
-        consumed = 0
-        for length in _records(path.read_bytes()):
-            self._entries.append(Entry(segment.number, consumed + _HEADER.size, length))
+        for length in _records(data):
+            self._entries.append(Entry(segment.number, segment.size + _HEADER.size, length))
             segment.waiting += 1
-            consumed += _HEADER.size + length
-        if consumed < segment.size:
+            segment.size += _HEADER.size + length
+        if data[segment.size :] and not data.startswith(_END, segment.size):
             self.damaged += 1
         if segment.waiting == 0:
             self._remove(segment)
@@ -294,7 +313,7 @@ def _records(data: bytes) -> Iterator[int]:
     while position + _HEADER.size <= len(data):
         length, checksum = _HEADER.unpack_from(data, position)
         record = data[position + _HEADER.size : position + _HEADER.size + length]
-        if len(record) < length or zlib.crc32(record) != checksum:
+        if not length or len(record) < length or zlib.crc32(record) != checksum:
             return
         yield length
         position += _HEADER.size + length

@@ -8,13 +8,10 @@ import sys
 from array import array
 from collections.abc import Sequence
 
+from agl_grpc.model.wire import field as field
+
 LITTLE = sys.byteorder == "little" and array("I").itemsize == array("f").itemsize == 4
 """Whether an array lies in memory as a packed field lies on the wire."""
-
-
-def field(number: int, data: bytes) -> bytes:
-    """A length-delimited field: bytes, text, a message or a packed list."""
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
 def packed_ids(values: Sequence[int]) -> bytes:
@@ -37,14 +34,3 @@ def _packed(values: array[int] | array[float]) -> bytes:
         values = values[:]
         values.byteswap()
     return values.tobytes()
-
-
-def _varint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes((value,))
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)

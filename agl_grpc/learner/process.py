@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from agl_grpc.learner.reporting import Reporting, TrajectorySamples
+    from agl_grpc.learner.reward_loop import RewardLoop
     from agl_grpc.learner.trainer import AglTrainer
 
 
@@ -220,8 +221,14 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
     # Ray's start walks through.
     importlib.import_module("agl_grpc.learner.trainer")
+    from agl_grpc.learner.reward_loop import take_rewards
+
+    rewards = take_rewards(verl, config.reward_endpoint)
+    # The rollouts that it follows are judged by the learner that asks for them.
+    rewards = None if config.follows else rewards
     tell(training, "starting Ray")
-    with local_ray(device=device, gpus=gpus, address=config.ray_address):
+    others = rewards.reward.num_workers if rewards is not None else 0
+    with local_ray(device=device, gpus=gpus, address=config.ray_address, others=others):
         import transfer_queue as tq
 
         from agl_grpc.learner.reporting import Reporting, TrajectorySamples
@@ -235,8 +242,14 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
             "seed": config.seed,
             "model": config.model.name,
         }
-        with closing(Reporting(training, output, config.alarms, about, say)) as reporting, closing(samples):
+        with (
+            closing(Reporting(training, output, config.alarms, about, say)) as reporting,
+            closing(samples),
+            _reward_loop(config, rewards, link) as judging,
+        ):
             trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
+            if judging is not None:
+                judging.start(manager.deliver)
             tell(training, "starting verl's workers, loading the model, publishing its weights")
             try:
                 trainer.init()
@@ -248,6 +261,22 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
                 tq.close()
 
 
+@contextmanager
+def _reward_loop(
+    config: RunConfig, rewards: DictConfig | None, link: StoreLink
+) -> Iterator[RewardLoop | None]:
+    """verl's reward workers, where its configuration asks for them."""
+    if rewards is None:
+        yield None
+        return
+    from agl_grpc.learner.reward_loop import RewardLoop
+    from agl_grpc.learner.tokens import decoder
+
+    decode = decoder(Path(config.model.path).expanduser())
+    with closing(RewardLoop(link, rewards, config.reward_endpoint, decode)) as judging:
+        yield judging
+
+
 def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
     """Supervised fine-tuning: reads, trains, saves one checkpoint."""
     from agl_grpc.learner import sft
@@ -257,7 +286,7 @@ def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, trainin
         output / f"learner-{training.identity.trainer_epoch}.json",
         {"config": verl, **_made_by(config, device), "sft": asdict(config.sft)},
     )
-    found = sft.collect(link, config.run_id, config.samples.rules(config.model.name), config.sft)
+    found = sft.collect(link, config.run_id, _rules(link, config.run_id, config), config.sft)
     tell(training, f"{found.kept} of {found.seen} rollouts are good enough: {len(found.rows)} rows")
     os.environ.update(worker_environment(device))
 

@@ -74,20 +74,21 @@ def _start(**arguments: Any) -> None:
 
 
 @contextmanager
-def local_ray(*, device: str, gpus: int, address: str = "") -> Iterator[None]:
+def local_ray(*, device: str, gpus: int, address: str = "", others: int = 0) -> Iterator[None]:
     """Starts Ray in this process's session, or joins a cluster, and leaves it at the end.
 
     Args:
         device: ``cpu`` gives verl ``gpus`` nominal GPUs, because its resource pools count nothing else.
         gpus: accelerators that the trainer uses.
         address: of a Ray cluster that runs already (``HOST:6379``, ``auto``); empty = start Ray here.
+        others: actors besides verl's own that each take a nominal CPU.
     """
     environment = worker_environment(device)
     os.environ.update(environment)
     import ray
 
     started_here = {
-        "num_cpus": CPUS_PER_GPU * gpus + OTHER_CPUS,
+        "num_cpus": CPUS_PER_GPU * gpus + OTHER_CPUS + others,
         "num_gpus": gpus,
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,

@@ -57,6 +57,8 @@ def _versions(row: Row, fallback: int) -> tuple[int, int]:
 def queue_rows(request: GroupRequest, number: int, rollout: FinishedRollout, source: str) -> list[QueueRow]:
     """Entries of one rollout; every row carries the rollout's reward on its last token."""
     reward = 0.0 if rollout.reward is None else rollout.reward
+    # By name, for verl's filter of groups by one of them. Validation has no use for them.
+    named = {} if request.validate else {each.name: each.value for each in rollout.facts.verdicts}
     entries = []
     for position, row in enumerate(rollout.rows):
         fields = _tensors(row, reward)
@@ -67,7 +69,7 @@ def queue_rows(request: GroupRequest, number: int, rollout: FinishedRollout, sou
             data_source=source,
             num_turns=len(rollout.rows) + 1,
             multi_modal_inputs={},
-            extra_fields={"reward_extra_info": {}},
+            extra_fields={"reward_extra_info": named},
             reward_model={"ground_truth": None},
         )
         oldest, newest = _versions(row, request.step - 1)

@@ -170,7 +170,8 @@ class RunConfig:
     row that cannot be trained end the run. ``keep_checkpoints`` None keeps all. ``visible_devices`` are the
     GPUs of this machine that the learner may use (``"4,5,6,7"``; empty = all). ``ray_address`` names a Ray
     cluster that runs already, for trainers on several nodes (empty = Ray is started here). ``trajectories``
-    best, worst and random rollouts each are written down at every step (0 = none).
+    best, worst and random rollouts each are written down at every step (0 = none). ``reward_endpoint`` is
+    where the reward model of verl's ``reward.reward_model`` is served (``http://HOST:8001``).
 
     Several models of one run: each has a training run and a learner of its own. ``follows`` names the
     training run whose rollouts this one trains its model on; that one names the others' models in
@@ -205,6 +206,7 @@ class RunConfig:
     best_of: BestOf = field(default_factory=BestOf)
     alarms: AlarmLimits = field(default_factory=AlarmLimits)
     trajectories: int = 2
+    reward_endpoint: str = ""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     verl: dict[str, Any] = field(default_factory=dict)
 

@@ -24,7 +24,8 @@ class StoreLink:
 
     def __init__(self, address: str, run_id: str, *, patience: float = 120.0) -> None:
         self.address = address
-        self.client = StoreClient(address, run_id=run_id, retry=RetryPolicy(timeout=patience))
+        self.retry = RetryPolicy(timeout=patience)
+        self.client = StoreClient(address, run_id=run_id, retry=self.retry)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="learner-io", daemon=True)
         self._thread.start()

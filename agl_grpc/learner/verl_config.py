@@ -44,7 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     },
     "critic": {"strategy": "fsdp2", "fsdp": {"strategy": "fsdp2"}},
     "algorithm": {"adv_estimator": "grpo", "rollout_correction": {"bypass_mode": False}},
-    # Rewards come with the rollouts: no reward worker is started.
+    # Rewards come with the rollouts, unless the user names verl's (see ``reward_loop.py``).
     "reward": {"num_workers": 0},
     "trainer": {
         "n_gpus_per_node": 1,
@@ -203,11 +203,6 @@ def _check_supported(config: DictConfig, user: Mapping[str, Any]) -> None:
     if config.distillation.get("enabled", False):
         raise ConfigError(
             "distillation.enabled=True is not supported with engines outside verl; set it to False"
-        )
-    if config.reward.reward_model.enable:
-        raise ConfigError(
-            "reward.reward_model.enable=True is not supported: rewards come with the rollouts "
-            "(emit_reward or PutRewards)"
         )
     if config.actor_rollout_ref.actor.checkpoint.async_save:
         raise ConfigError(

@@ -20,7 +20,14 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import Descriptor
 
-from agl_grpc.v1 import batch_pb2, model_call_pb2, span_pb2, store_service_pb2, trainer_service_pb2
+from agl_grpc.v1 import (
+    batch_pb2,
+    model_call_pb2,
+    runner_service_pb2,
+    span_pb2,
+    store_service_pb2,
+    trainer_service_pb2,
+)
 
 _PACKAGE = "agl_grpc.raw"
 _FILE_NAME = "agl_grpc/model/raw.proto"
@@ -48,8 +55,12 @@ _VIEWS: Mapping[str, tuple[Descriptor, Mapping[str, str]]] = {
         store_service_pb2.StreamSpansRequest.DESCRIPTOR,
         {"spans": "RawSpanStreamMessage"},
     ),
+    "RawCompletion": (runner_service_pb2.Completion.DESCRIPTOR, {"spans": BYTES}),
+    "RawCompleteAttemptsRequest": (
+        runner_service_pb2.CompleteAttemptsRequest.DESCRIPTOR,
+        {"completions": "RawCompletion"},
+    ),
     "RawListSpansResponse": (store_service_pb2.ListSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
-    "RawExportSpansResponse": (store_service_pb2.ExportSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
     "RawSampleColumns": (
         batch_pb2.SampleColumns.DESCRIPTOR,
         dict.fromkeys(
@@ -65,7 +76,6 @@ _VIEWS: Mapping[str, tuple[Descriptor, Mapping[str, str]]] = {
         trainer_service_pb2.StreamBatchResponse.DESCRIPTOR,
         {"samples": "RawSampleColumns"},
     ),
-    "RawWatchSpansResponse": (store_service_pb2.WatchSpansResponse.DESCRIPTOR, {"spans": "RawStoredSpan"}),
 }
 
 _HEADER_FIELDS = (
@@ -176,14 +186,14 @@ RawStreamSpansRequest = _message("RawStreamSpansRequest")
 RawSpanStreamMessage = _message("RawSpanStreamMessage")
 """SpanStreamMessage with raw groups."""
 
+RawCompletion = _message("RawCompletion")
+"""Completion with `spans` as a list of bytes."""
+
+RawCompleteAttemptsRequest = _message("RawCompleteAttemptsRequest")
+"""CompleteAttemptsRequest with raw completions."""
+
 RawListSpansResponse = _message("RawListSpansResponse")
 """ListSpansResponse with raw stored spans."""
-
-RawExportSpansResponse = _message("RawExportSpansResponse")
-"""ExportSpansResponse with raw stored spans."""
-
-RawWatchSpansResponse = _message("RawWatchSpansResponse")
-"""WatchSpansResponse with raw stored spans."""
 
 RawSampleColumns = _message("RawSampleColumns")
 """SampleColumns with its packed columns as little-endian bytes."""

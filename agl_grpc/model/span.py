@@ -206,10 +206,10 @@ class Span:
         """
         status_code = self.status.status_code
         return span_pb2.Span(
-            trace_id=_id_bytes("trace_id", self.trace_id, 16),
-            span_id=_id_bytes("span_id", self.span_id, 8),
+            trace_id=id_bytes("trace_id", self.trace_id, 16),
+            span_id=id_bytes("span_id", self.span_id, 8),
             trace_state=self.trace_state,
-            parent_span_id=_id_bytes("parent_id", self.parent_id, 8) if self.parent_id else b"",
+            parent_span_id=id_bytes("parent_id", self.parent_id, 8) if self.parent_id else b"",
             name=self.name,
             kind=number_of(self.kind),
             start_time_unix_nano=self.start_time_ns,
@@ -234,7 +234,8 @@ def _nanoseconds(seconds: float) -> int:
     return round(seconds * 1_000_000) * 1000
 
 
-def _id_bytes(name: str, value: str, length: int) -> bytes:
+def id_bytes(name: str, value: str, length: int) -> bytes:
+    """An id in hex as its bytes; `ValueError` names it when it does not have so many."""
     try:
         data = bytes.fromhex(value)
     except ValueError:
@@ -267,8 +268,8 @@ def _link_from_proto(message: span_pb2.SpanLink) -> Link:
 
 def _link_to_proto(link: Link) -> span_pb2.SpanLink:
     return span_pb2.SpanLink(
-        trace_id=_id_bytes("link.trace_id", link.trace_id, 16),
-        span_id=_id_bytes("link.span_id", link.span_id, 8),
+        trace_id=id_bytes("link.trace_id", link.trace_id, 16),
+        span_id=id_bytes("link.span_id", link.span_id, 8),
         trace_state=link.trace_state,
         attributes=to_key_values(link.attributes, "link"),
     )

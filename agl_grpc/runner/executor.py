@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from agl_grpc.runner.hooks import Hook, HookCalls, call_reported
 from agl_grpc.runner.outcome import Outcome, read_result
 from agl_grpc.runner.program import ProgramAgent
 from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
+from agl_grpc.tracer.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Executor:
     """Executes attempts with one agent; any number at once.
 
     `runner` is what hooks and the agent see as their runner; `abandoned` counts threads of synchronous agents
-    that did not stop.
+    that did not stop. `keeps_end` says whether whoever takes the outcome also stores the end of its trace.
     """
 
     def __init__(
@@ -61,12 +62,16 @@ class Executor:
         hooks: Sequence[Hook] = (),
         runner: Any = None,
         abandoned: AbandonedThreads | None = None,
+        keeps_end: Callable[[], bool] = lambda: False,
     ) -> None:
         self._agent = agent
         self._tracer = tracer
         self._hooks = hooks
         self._runner = runner
         self._abandoned = abandoned or AbandonedThreads()
+        # Whoever is called after the trace's end finds its spans in the store.
+        self._is_heard = bool(hooks) or type(agent).on_rollout_end is not LitAgent.on_rollout_end
+        self._keeps_end = keeps_end
         if runner is not None:
             agent.set_runner(runner)
 
@@ -97,6 +102,10 @@ class Executor:
             await hooks.call("on_trace_start", tracer=tracer)
             outcome = Outcome(failure=hooks.failure) if hooks.failure else await self._run_agent(task)
             await hooks.call("on_trace_end", tracer=tracer)
+            if isinstance(traced, Trace) and not self._is_heard and self._keeps_end():
+                traced.keep_end()
+        if isinstance(traced, Trace):
+            outcome.last_spans = traced.kept
         outcome.rewards.update(traced.judgements)
         await call_reported(agent.on_rollout_end, rollout.input, rollout, self._runner, tracer)
         await hooks.call("on_rollout_end", spans=traced.spans)

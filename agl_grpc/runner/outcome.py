@@ -30,6 +30,8 @@ class Outcome:
     """Rewards that the agent returned, by name."""
     spans: list[span_pb2.Span] = field(default_factory=list)
     """Spans that the agent returned, to be stored before the attempt is completed."""
+    last_spans: list[bytes] = field(default_factory=list)
+    """The end of the attempt's trace, where the executor left it to be stored with the completion."""
     output: Any = None
     """What the attempt left beside rewards and spans, kept as its metadata; JSON values."""
     rewards: dict[RewardKey, float] = field(default_factory=dict)

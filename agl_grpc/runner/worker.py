@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from agl_grpc.agent import LitAgent
@@ -37,7 +37,6 @@ from agl_grpc.model import (
     CommandKind,
     Failure,
     FailureKind,
-    Lease,
     WorkerCommand,
     WorkerStatus,
 )
@@ -100,6 +99,8 @@ class Worker:
         self._withheld = config.concurrency
         self._background: set[asyncio.Task[None]] = set()
         self._taken = 0
+        # Whether completions may bring spans along: what the store that is connected now says of itself.
+        self._carries_spans = False
         self._leave = asyncio.Event()
         self._release = asyncio.Event()
         session = uuid.uuid4().hex
@@ -118,7 +119,9 @@ class Worker:
         if agent is None:
             self._execution = ProcessPool(config, worker_id, self._streamer)
         else:
-            self._execution = Executor(agent, self.tracer, hooks, self, self._abandoned)
+            self._execution = Executor(
+                agent, self.tracer, hooks, self, self._abandoned, lambda: self._carries_spans
+            )
         self._agents = AgentLoop()
         self._attendant = Attendant(
             self._execution,
@@ -127,6 +130,7 @@ class Worker:
             self._client.load,
             self._agent_ended,
             self._leave_behind,
+            lambda: self._carries_spans,
         )
 
     @property
@@ -221,17 +225,30 @@ class Worker:
                     reason,
                     len(self._held),
                 )
+                self._carries_spans = False
                 self._idle("the store is away")
 
     def _greeted(self) -> None:
+        self._beside(self._look_at_store(), "store")
         if not self._withheld:
             self._idle("no work")
             return
         self._idle("no resources")
         # Only now: what is published from here on is announced on the stream.
-        task = asyncio.create_task(self._look_for_resources(), name=f"{self.worker_id} resources")
+        self._beside(self._look_for_resources(), "resources")
+
+    def _beside(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        task = asyncio.create_task(work, name=f"{self.worker_id} {what}")
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def _look_at_store(self) -> None:
+        try:
+            info = await self._client.get_server_info()
+        except StoreError as error:
+            log.warning("%s cannot ask the store what it is capable of: %s", self.worker_id, error)
+        else:
+            self._carries_spans = "completion_spans" in info.capabilities
 
     async def _look_for_resources(self) -> None:
         try:
@@ -270,18 +287,21 @@ class Worker:
             log.warning("the result of attempt %s came too late: %s", completion.lease.attempt_id, error)
         except StoreError as error:
             log.error("the result of attempt %s is refused: %s", completion.lease.attempt_id, error)
-            await self._deliver_refusal(completion.lease, error)
+            await self._deliver_refusal(completion, error)
 
-    async def _deliver_refusal(self, lease: Lease, refusal: StoreError) -> None:
+    async def _deliver_refusal(self, completion: Completion, refusal: StoreError) -> None:
         # A rollout must not hang on a result that the store will never take.
         failure = Failure(
             kind=FailureKind.AGENT, type=type(refusal).__name__, message=f"the result is refused: {refusal}"
         )
+        refused = Completion(
+            lease=completion.lease, status=AttemptStatus.FAILED, failure=failure, spans=completion.spans
+        )
         try:
-            await self._stream.complete(Completion(lease=lease, status=AttemptStatus.FAILED, failure=failure))
+            await self._stream.complete(refused)
         except StoreError as error:
-            log.error("attempt %s is handed back: %s", lease.attempt_id, error)
-            await self._stream.release([lease], reason=str(error))
+            log.error("attempt %s is handed back: %s", completion.lease.attempt_id, error)
+            await self._stream.release([completion.lease], reason=str(error))
 
     def _attended(self, task: asyncio.Task[None]) -> None:
         self._attending.discard(task)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -10,7 +12,7 @@ from agl_grpc.store.door.call import Authenticator
 from agl_grpc.store.door.methods import Methods
 from agl_grpc.store.door.server import GrpcDoor, StartError
 from agl_grpc.store.door.service import Parser
-from agl_grpc.store.door.tls import TlsFiles
+from agl_grpc.store.door.tls import RenewedTls, TlsFiles
 from agl_grpc.store.http.app import HttpApp
 from agl_grpc.store.http.door import HttpDoor
 from agl_grpc.store.http.legacy import legacy_routes
@@ -44,8 +46,10 @@ class Doors:
         self.port = 0
         self.http_port: int | None = None
         self._grace = grace
-        grpc_tls = None if tls is None else tls.context(["h2"])
-        http_tls = None if tls is None else tls.context(["http/1.1"])
+        self._tls = None if tls is None else RenewedTls(tls)
+        self._renewal: asyncio.Task[None] | None = None
+        grpc_tls = None if self._tls is None else self._tls.context(["h2"])
+        http_tls = None if self._tls is None else self._tls.context(["http/1.1"])
         self._grpc = GrpcDoor(services, authenticator, parsers, grpc_tls)
         self.draining = self._grpc.draining
         """Set as soon as the server is on its way out."""
@@ -79,9 +83,15 @@ class Doors:
         await self._grpc.serve()
         if http_port is not None or otlp:
             await self._http.start()
+        if self._tls is not None:
+            self._renewal = asyncio.create_task(self._tls.follow())
 
     async def close(self) -> None:
         """Drains: new calls are refused, those under way have the grace."""
         self.draining.set()
+        if self._renewal is not None:
+            self._renewal.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._renewal
         await self._http.stop()
         await self._grpc.stop(self._grace)

@@ -337,6 +337,27 @@ def method_unimplemented(method: str) -> StoreError:
     )
 
 
+def method_unknown(path: str) -> StoreError:
+    """No version that this server knows of has the method."""
+    return StoreError(
+        code_pb2.UNIMPLEMENTED,
+        error_reason_pb2.ERROR_REASON_METHOD_UNIMPLEMENTED,
+        f"there is no method {path}; see GetServerInfo for what this version serves",
+        {"method": path},
+    )
+
+
+def message_too_large(size: int, limit: int) -> StoreError:
+    """A message of `size` bytes or more where `limit` bytes are taken."""
+    return StoreError(
+        code_pb2.RESOURCE_EXHAUSTED,
+        error_reason_pb2.ERROR_REASON_MESSAGE_TOO_LARGE,
+        f"a message of {size} bytes or more; at most {limit} bytes are taken: send less at once, "
+        "and large values as blobs",
+        {"limit_bytes": str(limit)},
+    )
+
+
 def trainer_fenced(epoch: int, current: int) -> StoreError:
     """A newer trainer has taken the training run over."""
     return StoreError(

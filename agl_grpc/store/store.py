@@ -48,7 +48,7 @@ class Store:
         self.clock = clock
         self.start_time = clock.now()
         self.hub = Hub()
-        self._shared: dict[Hashable, asyncio.Future[Any]] = {}
+        self._shared: dict[Hashable, _SharedRead] = {}
         self.reads = ReadPool(database)
         self.writer = Writer(database, clock, self._committed)
         self.timers = Timers(self.writer, clock)
@@ -100,13 +100,12 @@ class Store:
         """
         # A read that began before the newest change was published may not have seen it.
         key = (name, self.hub.generation)
-        reading = self._shared.get(key)
-        if reading is None:
+        shared = self._shared.get(key)
+        if shared is None:
             reading = asyncio.ensure_future(self.reads.run(read))
-            self._shared[key] = reading
+            shared = self._shared[key] = _SharedRead(reading)
             reading.add_done_callback(lambda _: self._shared.pop(key, None))
-        # One who leaves must not take the result from the others.
-        result: T = await asyncio.shield(reading)
+        result: T = await shared.result()
         return result
 
     def _committed(self, events: Sequence[EventRow], due: int | None) -> None:
@@ -150,6 +149,35 @@ class Store:
         await self.writer.stop()
         self.reads.close()
         self.database.close()
+
+
+class _SharedRead:
+    """A read that many wait for, each with a future of its own: one who leaves takes nothing from the others.
+
+    As `asyncio.shield` would do it, with one callback for all in place of several for each.
+    """
+
+    def __init__(self, reading: asyncio.Future[Any]) -> None:
+        self._waiting: list[asyncio.Future[Any]] = []
+        reading.add_done_callback(self._settle)
+
+    def result(self) -> asyncio.Future[Any]:
+        """What was read, or why it could not be; only before it is done."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        return future
+
+    def _settle(self, reading: asyncio.Future[Any]) -> None:
+        error = None if reading.cancelled() else reading.exception()
+        for future in self._waiting:
+            if future.done():
+                continue
+            if reading.cancelled():
+                future.cancel()
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(reading.result())
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, receive: Callable[[News], None], news: News) -> None:

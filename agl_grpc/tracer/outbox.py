@@ -96,6 +96,15 @@ class Outbox:
             finally:
                 self._sending.release()
 
+    def take_back(self, destination: Destination) -> list[ReadableSpan]:
+        """The destination's spans that nobody has begun to send; they are the caller's again."""
+        with self._state:
+            mine = [span for owner, span in self._waiting if owner is destination]
+            if mine:
+                self._waiting = deque(item for item in self._waiting if item[0] is not destination)
+                self._state.notify_all()
+            return mine
+
     @property
     def idle(self) -> bool:
         """Whether nothing waits and no thread was needed, so that `close` does not block."""
@@ -143,12 +152,13 @@ class Outbox:
             self._submit(destination, [span for _, span in group])
 
     def _submit(self, destination: Destination, spans: list[ReadableSpan]) -> None:
-        encoded = [data for span in spans if (data := _encoded(span)) is not None]
+        messages = [data for span in spans if (data := encoded(span)) is not None]
         future: Future[SpanAck]
         try:
-            future = self._sink.submit(
-                SpanGroup(rollout_id=destination.rollout_id, attempt_id=destination.attempt_id, spans=encoded)
+            group = SpanGroup(
+                rollout_id=destination.rollout_id, attempt_id=destination.attempt_id, spans=messages
             )
+            future = self._sink.submit(group)
         # Told at the flush: an agent that ends a span is not to blame for a stream that has ended.
         except Exception as error:
             future = Future()
@@ -156,7 +166,8 @@ class Outbox:
         future.add_done_callback(_teller(destination, len(spans)))
 
 
-def _encoded(span: ReadableSpan) -> bytes | None:
+def encoded(span: ReadableSpan) -> bytes | None:
+    """The span in the contract's form; None, and a line in the log, where it has none."""
     try:
         return span_from_readable(span).SerializeToString()
     except (TypeError, ValueError) as error:  # times before 1970, for example: one span, not its neighbours

@@ -27,7 +27,7 @@ from agl_grpc.model.failure import Failure, text_of
 from agl_grpc.model.reading import read_rewards
 from agl_grpc.model.reward import Reward, RewardKey
 from agl_grpc.model.span import SpanCoreFields, TraceStatus
-from agl_grpc.tracer.outbox import Outbox
+from agl_grpc.tracer.outbox import Outbox, encoded
 
 if TYPE_CHECKING:
     from agl_grpc.tracer.otel import OtelTracer
@@ -87,8 +87,9 @@ class OpenOtelSpan:
 class Trace:
     """The trace of one attempt, as context manager: ``async with`` on an event loop, ``with`` on a thread.
 
-    At its end everything recorded is on disk (where the tracer has a store). Many may be open at once, each
-    in its own task or thread; an agent's own threads belong to it if they carry OpenTelemetry's context.
+    At its end everything recorded is on disk, where the tracer has a store and nobody called `keep_end`. Many
+    may be open at once, each in its own task or thread; an agent's own threads belong to it if they carry
+    OpenTelemetry's context.
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class Trace:
         self._rejected: deque[SpanRejection] = deque(maxlen=_KEPT_REJECTIONS)
         self._error: BaseException | None = None
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self.kept: list[bytes] = []
+        self._keeps = False
         self._root: OtelSpan | None = None
         self._otel_token: Token[otel_context.Context] | None = None
         self._recorder_token: Token[Recorder | None] | None = None
@@ -197,6 +200,13 @@ class Trace:
                 otel_context.detach(token)
             span.end()
 
+    def keep_end(self) -> None:
+        """Leave the spans that the end of the trace would send in `kept`, for a caller that stores them.
+
+        Those that are under way by then go on; a trace that ends with an exception is sent whole.
+        """
+        self._keeps = self._outbox is not None
+
     async def flush(self) -> list[SpanRejection]:
         """Wait until every span that has ended is on disk; answers those that the store refused."""
         self._drain()
@@ -231,10 +241,14 @@ class Trace:
         """So many spans are on disk, or were refused. For the outbox."""
         error = future.exception()
         with self._state:
-            self._unsettled -= count
             if error is None:
                 self._rejected.extend(future.result().rejected)
             self._error = self._error or error
+        self._settle(count)
+
+    def _settle(self, count: int) -> None:
+        with self._state:
+            self._unsettled -= count
             if self._unsettled:
                 return
             waiters, self._waiters = self._waiters, []
@@ -258,9 +272,17 @@ class Trace:
         if self._outbox is None:
             return
         if self._root is not None and span.context == self._root.get_span_context():
-            self._outbox.put_last(self, span)
+            if self._keeps:
+                self._keep(self._outbox, span)
+            else:
+                self._outbox.put_last(self, span)
         else:
             self._outbox.put(self, span)
+
+    def _keep(self, outbox: Outbox, root: ReadableSpan) -> None:
+        spans = [*outbox.take_back(self), root]
+        self.kept = [data for span in spans if (data := encoded(span)) is not None]
+        self._settle(len(spans))
 
     def _begin(self) -> None:
         if self._root is not None:
@@ -277,6 +299,7 @@ class Trace:
         reset_recorder(self._recorder_token)
         otel_context.detach(self._otel_token)
         if error is not None:
+            self._keeps = False
             OpenOtelSpan(self._root).record_exception(error)
         self._root.end()
         self._tracer.closed(self)

@@ -8,7 +8,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from agl_grpc.algorithm import Algorithm
@@ -36,7 +36,6 @@ from agl_grpc.trainer.strategy import (
 from agl_grpc.trainer.training_record import RunStopped, TrainingRecord, result_fields
 
 log = logging.getLogger(__name__)
-UNFINISHED = tuple(status for status in RolloutStatus if not status.is_terminal)
 
 
 class LocalSession(Session[FitResult]):
@@ -91,10 +90,12 @@ class LocalSession(Session[FitResult]):
         value = None
         try:
             value = await self.stack.until(self._run_algorithm(algorithm))
+            counts = await self._rollout_counts()
             with contextlib.suppress(StoreError):  # it has ended well, whatever the store says of it
-                await self._tell_of_rollouts(record)
+                await self._tell_of_rollouts(record, counts)
         except RunStopped as stopped:
             self.progress.say(str(stopped))
+            counts = await self._rollout_counts()
             await record.end(TrainingRunStatus.STOPPED)
         except BaseException as error:
             asked = isinstance(error, asyncio.CancelledError)
@@ -106,24 +107,20 @@ class LocalSession(Session[FitResult]):
             await record.end(TrainingRunStatus.SUCCEEDED, value=value)
         fields = result_fields(record)
         draw_history(self.plan.folder, fields["history"], self.progress)
-        return FitResult(folder=self.plan.folder, restarts=self.stack.restarts, value=value, **fields)
+        folder, restarts = self.plan.folder, self.stack.restarts
+        return FitResult(folder=folder, restarts=restarts, value=value, rollouts=counts, **fields)
 
-    async def _tell_of_rollouts(self, record: TrainingRecord) -> None:
+    async def _tell_of_rollouts(self, record: TrainingRecord, counts: Mapping[RolloutStatus, int]) -> None:
         """Says what an algorithm may not have noticed: rollouts that failed, or that it did not wait for."""
-        name = self.plan.run_id
-        failed = await self.client.query_rollouts(
-            filter=rollout_filter(run_id=name, status_in=(RolloutStatus.FAILED,)), limit=1
-        )
-        if failed.total:
-            total = (await self.client.query_rollouts(filter=rollout_filter(run_id=name), limit=1)).total
-            failure = failed[0].failure
+        failed = counts.get(RolloutStatus.FAILED, 0)
+        if failed:
+            wanted = rollout_filter(run_id=self.plan.run_id, status_in=(RolloutStatus.FAILED,))
+            failure = (await self.client.query_rollouts(filter=wanted, limit=1))[0].failure
             why = f", for example with: {failure.message}" if failure else ""
-            record.say(f"{failed.total} of the run's {total} rollouts failed{why}")
-        left = await self.client.query_rollouts(
-            filter=rollout_filter(run_id=name, status_in=UNFINISHED), limit=1
-        )
-        if left.total:
-            record.say(f"{left.total} rollouts are unfinished: the algorithm ended without them")
+            record.say(f"{failed} of the run's {sum(counts.values())} rollouts failed{why}")
+        left = sum(count for status, count in counts.items() if not status.is_terminal)
+        if left:
+            record.say(f"{left} rollouts are unfinished: the algorithm ended without them")
 
     def _open_folder(self) -> None:
         plan = self.plan

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agl_grpc.evaluation import Evaluation
 from agl_grpc.learner.best import BestCheckpoint
+from agl_grpc.model import RolloutStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer.run_folder import RunFolder
 
@@ -31,6 +33,8 @@ class FitResult:
             the engine was not started here.
         restarts: how often the store was started again.
         value: what an algorithm in this process answered.
+        rollouts: how many rollouts of the run, of validation too and of earlier sessions, were in each state
+            at the end; empty when the store could not be asked any more.
     """
 
     folder: RunFolder
@@ -44,3 +48,14 @@ class FitResult:
     captured: dict[str, Any] = field(default_factory=dict)
     restarts: int = 0
     value: object = None
+    rollouts: Mapping[RolloutStatus, int] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> int:
+        """How many rollouts of the run failed for good: no attempt of theirs succeeded."""
+        return self.rollouts.get(RolloutStatus.FAILED, 0)
+
+    @property
+    def unfinished(self) -> int:
+        """How many rollouts of the run the algorithm did not wait for."""
+        return sum(count for status, count in self.rollouts.items() if not status.is_terminal)

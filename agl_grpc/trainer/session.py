@@ -15,7 +15,7 @@ from agl_grpc.evaluation import EvaluationError, Pass, Sampling, describe, evalu
 from agl_grpc.grader import GraderFailed, GraderWorker
 from agl_grpc.grader.tokens import TokenDecoder
 from agl_grpc.manifest.diff import manifest_key
-from agl_grpc.model import LLM, NamedResources, ProxyLLM
+from agl_grpc.model import LLM, NamedResources, ProxyLLM, RolloutStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
@@ -93,6 +93,14 @@ class Session(Generic[T]):
 
     async def _work(self) -> T:
         raise TypeError("Session is a base class")
+
+    async def _rollout_counts(self) -> dict[RolloutStatus, int]:
+        """The run's rollouts by state; empty when the store cannot say: the run is over all the same."""
+        try:
+            counts = (await self.client.statistics(run_id=self.plan.run_id))["rollouts_by_status"]
+        except StoreError:
+            return {}
+        return {status: counts[status] for status in RolloutStatus if counts.get(status)}
 
     def _last_step(self) -> StepMetrics | None:
         """The last step that was reported; None = there was none."""

@@ -15,6 +15,7 @@ from agl_grpc.algorithm import APO, GEPA, VERL, Algorithm, Baseline, BestOfN
 from agl_grpc.algorithm.base import FunctionalAlgorithm
 from agl_grpc.algorithm.baseline import FastAlgorithm
 from agl_grpc.client import StoreClient
+from agl_grpc.client.connection import ChannelSource, is_in_process
 from agl_grpc.diagnosis import AlarmLimits
 from agl_grpc.evaluation import Evaluation, Pass, Sampling
 from agl_grpc.grader import Graders
@@ -189,8 +190,9 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once everything has stopped.
         """
         agent = None if agent is None and self.runner_options.is_agent else _agent(agent)
-        train = tasks_of("train_dataset", train_dataset)
-        plan = self._plan(agent, train or (), tasks_of("val_dataset", val_dataset))
+        train, val = tasks_of("train_dataset", train_dataset), tasks_of("val_dataset", val_dataset)
+        self._check_datasets(train, val)
+        plan = self._plan(agent, train or (), val)
         if self.training_run is not None:
             training_run_id, trainer_id = self.training_run
             plan = dataclasses.replace(plan, training_run_id=training_run_id, trainer_id=trainer_id)
@@ -282,6 +284,7 @@ class Trainer:
         if train is None and val is None:
             raise TrainerError("dev needs tasks: give train_dataset or val_dataset")
         if isinstance(self.algorithm, FastAlgorithm | FunctionalAlgorithm):
+            self._check_datasets(train, val)
             plan = self._plan(agent, train or (), val)
             return dev_algorithm(plan, self.algorithm, self.runner, self.adapter, self)
         resources = dict(self.initial_resources)
@@ -302,6 +305,15 @@ class Trainer:
                 hooks=self.hooks,
             )
         )
+
+    def _check_datasets(self, train: Sequence[Any] | None, val: Sequence[Any] | None) -> None:
+        """Refuses datasets that the algorithm, where it runs here, does not take."""
+        if self.algorithm is None or not self.strategy.runs_algorithm:
+            return
+        try:
+            self.algorithm.check_datasets(train, val)
+        except TypeError as error:
+            raise TrainerError(f"{error}: leave it out, or have the algorithm ask for it") from error
 
     def _plan(self, agent: Any, train: Sequence[Any], val: Sequence[Any] | None) -> Plan:
         strategy = self.strategy
@@ -396,11 +408,18 @@ def _engine(spec: Any) -> tuple[EngineOptions, LLM | None]:
     return options("llm_proxy", spec, EngineOptions), None
 
 
-def _address(store: str | StoreClient | None) -> str:
+def _address(store: object) -> str:
     if store is None:
         return ""
-    if isinstance(store, StoreClient):
+    if isinstance(store, StoreClient) and not is_in_process(store):
         return store.target
+    if isinstance(store, StoreClient | ChannelSource):
+        raise TrainerError(
+            "store is an in-process store, which only the event loop that opened it can use, and workers "
+            "have their own: leave store out, or give the address of a store that `agl-grpc store serve` runs"
+        )
+    if not isinstance(store, str):
+        raise TrainerError(f"store is a {type(store).__name__}: give host:port or a StoreClient")
     if not _ADDRESS.fullmatch(store):
         raise TrainerError(f"store {store!r} is not host:port, for example 127.0.0.1:4747")
     return store

@@ -18,7 +18,7 @@ from agl_grpc.learner.best import read_best
 from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import scores
 from agl_grpc.learner.run_config import ValidationConfig
-from agl_grpc.model import LLM
+from agl_grpc.model import LLM, RolloutStatus
 from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
@@ -108,7 +108,8 @@ class VerlSession(Session[FitResult]):
             after = await self.stack.until(self._validate("after"))
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
-        return self._result(training, before, after, counters)
+        counts = await self._rollout_counts()
+        return self._result(training, before, after, counters, counts)
 
     def _last_step(self) -> StepMetrics | None:
         return self._history[max(self._history)] if self._history else None
@@ -312,7 +313,12 @@ class VerlSession(Session[FitResult]):
             self.plan.folder.write_manifest(self._manifest)
 
     def _result(
-        self, training: TrainingRun, before: Scores, after: Scores, counters: dict[str, Any]
+        self,
+        training: TrainingRun,
+        before: Scores,
+        after: Scores,
+        counters: dict[str, Any],
+        counts: Mapping[RolloutStatus, int],
     ) -> FitResult:
         folder = self.plan.folder
         checkpoint: Path | None = None
@@ -331,6 +337,7 @@ class VerlSession(Session[FitResult]):
             model=hugging_face_folder(checkpoint) if checkpoint else None,
             captured=counters,
             restarts=self.stack.restarts,
+            rollouts=counts,
         )
 
     async def _captured(self) -> dict[str, Any]:

@@ -108,6 +108,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The attempt's spans were evicted from a throw-away store. Example:
     {"reason":"SPANS_EVICTED","metadata":{"attempt_id":"at-1"}}
     """
+    ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 25
+    """A message is larger than ServerLimits.max_message_bytes, or than its sender or its receiver allows: nothing of it
+    was taken. Send less at once, and large values as blobs. Example:
+    {"reason":"MESSAGE_TOO_LARGE","metadata":{"limit_bytes":"67108864"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reasons of errors. Every error is a google.rpc.Status with exactly one
@@ -196,6 +201,11 @@ Example: {"reason":"STORAGE_AWAY"}
 ERROR_REASON_SPANS_EVICTED: ErrorReason.ValueType  # 24
 """The attempt's spans were evicted from a throw-away store. Example:
 {"reason":"SPANS_EVICTED","metadata":{"attempt_id":"at-1"}}
+"""
+ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 25
+"""A message is larger than ServerLimits.max_message_bytes, or than its sender or its receiver allows: nothing of it
+was taken. Send less at once, and large values as blobs. Example:
+{"reason":"MESSAGE_TOO_LARGE","metadata":{"limit_bytes":"67108864"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

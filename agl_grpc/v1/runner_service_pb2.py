@@ -28,71 +28,73 @@ from agl_grpc.v1 import error_reason_pb2 as agl__grpc_dot_v1_dot_error__reason__
 from agl_grpc.v1 import resources_pb2 as agl__grpc_dot_v1_dot_resources__pb2
 from agl_grpc.v1 import reward_pb2 as agl__grpc_dot_v1_dot_reward__pb2
 from agl_grpc.v1 import rollout_pb2 as agl__grpc_dot_v1_dot_rollout__pb2
+from agl_grpc.v1 import span_pb2 as agl__grpc_dot_v1_dot_span__pb2
+from agl_grpc.v1 import store_service_pb2 as agl__grpc_dot_v1_dot_store__service__pb2
 from agl_grpc.v1 import worker_pb2 as agl__grpc_dot_v1_dot_worker__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n agl_grpc/v1/runner_service.proto\x12\x0b\x61gl_grpc.v1\x1a\x19\x61gl_grpc/v1/attempt.proto\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1e\x61gl_grpc/v1/error_reason.proto\x1a\x1b\x61gl_grpc/v1/resources.proto\x1a\x18\x61gl_grpc/v1/reward.proto\x1a\x19\x61gl_grpc/v1/rollout.proto\x1a\x18\x61gl_grpc/v1/worker.proto\x1a\x1egoogle/protobuf/duration.proto\"\xad\x01\n\rLeasedRollout\x12%\n\x07rollout\x18\x01 \x01(\x0b\x32\x14.agl_grpc.v1.Rollout\x12%\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x14.agl_grpc.v1.Attempt\x12!\n\x05lease\x18\x03 \x01(\x0b\x32\x12.agl_grpc.v1.Lease\x12+\n\tresources\x18\x04 \x01(\x0b\x32\x18.agl_grpc.v1.ResourceSet\"\x84\x01\n\x0bWorkRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06queues\x18\x02 \x03(\t\x12\"\n\x06labels\x18\x03 \x03(\x0b\x32\x12.agl_grpc.v1.Label\x12\x31\n\x0elease_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb1\x01\n\x14LeaseRolloutsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12&\n\x04work\x18\x04 \x01(\x0b\x32\x18.agl_grpc.v1.WorkRequest\x12\r\n\x05limit\x18\x05 \x01(\x05\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x15LeaseRolloutsResponse\x12,\n\x08rollouts\x18\x01 \x03(\x0b\x32\x1a.agl_grpc.v1.LeasedRollout\"4\n\tHeldLease\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\x0c\"\x97\x01\n\x0fLeaseStreamOpen\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12&\n\x04work\x18\x03 \x01(\x0b\x32\x18.agl_grpc.v1.WorkRequest\x12$\n\x04held\x18\x04 \x03(\x0b\x32\x16.agl_grpc.v1.HeldLease\x12\x0f\n\x07granted\x18\x05 \x01(\x03\"\x1e\n\x0b\x43reditGrant\x12\x0f\n\x07granted\x18\x01 \x01(\x03\"!\n\nCommandAck\x12\x13\n\x0b\x63ommand_ids\x18\x01 \x03(\x03\"\xd2\x01\n\x13StreamLeasesRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.agl_grpc.v1.LeaseStreamOpenH\x00\x12*\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x18.agl_grpc.v1.CreditGrantH\x00\x12&\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x17.agl_grpc.v1.CommandAckH\x00\x12.\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x1d.agl_grpc.v1.LeaseStreamDrainH\x00\x42\t\n\x07message\"\"\n\x10LeaseStreamDrain\x12\x0e\n\x06reason\x18\x01 \x01(\t\"K\n\x11LeaseStreamOpened\x12\x18\n\x10lost_attempt_ids\x18\x01 \x03(\t\x12\x1c\n\x14released_attempt_ids\x18\x02 \x03(\t\"\x8e\x02\n\x14StreamLeasesResponse\x12\x30\n\x06opened\x18\x01 \x01(\x0b\x32\x1e.agl_grpc.v1.LeaseStreamOpenedH\x00\x12/\n\x08\x64\x65livery\x18\x02 \x01(\x0b\x32\x1b.agl_grpc.v1.LeasedRolloutsH\x00\x12/\n\x08\x63ommands\x18\x03 \x01(\x0b\x32\x1b.agl_grpc.v1.WorkerCommandsH\x00\x12\'\n\x04idle\x18\x04 \x01(\x0b\x32\x17.agl_grpc.v1.IdleNoticeH\x00\x12.\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x1d.agl_grpc.v1.LeaseStreamDrainH\x00\x42\t\n\x07message\">\n\x0eLeasedRollouts\x12,\n\x08rollouts\x18\x01 \x03(\x0b\x32\x1a.agl_grpc.v1.LeasedRollout\">\n\x0eWorkerCommands\x12,\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1a.agl_grpc.v1.WorkerCommand\"\x1c\n\nIdleNotice\x12\x0e\n\x06reason\x18\x01 \x01(\t\"q\n\x12RenewLeasesRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12&\n\x06leases\x18\x02 \x03(\x0b\x32\x16.agl_grpc.v1.HeldLease\x12 \n\x18\x61\x63knowledged_command_ids\x18\x03 \x03(\x03\"w\n\x0cLeaseRenewal\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.agl_grpc.v1.ItemStatus\"p\n\x13RenewLeasesResponse\x12+\n\x08renewals\x18\x01 \x03(\x0b\x32\x19.agl_grpc.v1.LeaseRenewal\x12,\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x1a.agl_grpc.v1.WorkerCommand\"\xe8\x01\n\nCompletion\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x0c\x12*\n\x06status\x18\x04 \x01(\x0e\x32\x1a.agl_grpc.v1.AttemptStatus\x12%\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x14.agl_grpc.v1.Failure\x12$\n\x07rewards\x18\x06 \x03(\x0b\x32\x13.agl_grpc.v1.Reward\x12$\n\x06output\x18\x07 \x01(\x0b\x32\x14.agl_grpc.v1.Payload\"n\n\x17\x43ompleteAttemptsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12,\n\x0b\x63ompletions\x18\x03 \x03(\x0b\x32\x17.agl_grpc.v1.Completion\"u\n\x10\x43ompletionResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.agl_grpc.v1.ItemStatus\x12%\n\x07rollout\x18\x03 \x01(\x0b\x32\x14.agl_grpc.v1.Rollout\"J\n\x18\x43ompleteAttemptsResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.agl_grpc.v1.CompletionResult\"w\n\x16ReleaseAttemptsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12&\n\x06leases\x18\x03 \x03(\x0b\x32\x16.agl_grpc.v1.HeldLease\x12\x0e\n\x06reason\x18\x04 \x01(\t\"K\n\rReleaseResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.agl_grpc.v1.ItemStatus\"F\n\x17ReleaseAttemptsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.agl_grpc.v1.ReleaseResult\"\x9f\x01\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12$\n\x05stats\x18\x02 \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\x12\x13\n\x0bidle_reason\x18\x03 \x01(\t\x12)\n\x06status\x18\x04 \x01(\x0e\x32\x19.agl_grpc.v1.WorkerStatus\x12\x12\n\nkeep_stats\x18\x05 \x01(\x08\"f\n\x11HeartbeatResponse\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.agl_grpc.v1.Worker\x12,\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x1a.agl_grpc.v1.WorkerCommand2\x9d\x04\n\rRunnerService\x12V\n\rLeaseRollouts\x12!.agl_grpc.v1.LeaseRolloutsRequest\x1a\".agl_grpc.v1.LeaseRolloutsResponse\x12W\n\x0cStreamLeases\x12 .agl_grpc.v1.StreamLeasesRequest\x1a!.agl_grpc.v1.StreamLeasesResponse(\x01\x30\x01\x12P\n\x0bRenewLeases\x12\x1f.agl_grpc.v1.RenewLeasesRequest\x1a .agl_grpc.v1.RenewLeasesResponse\x12_\n\x10\x43ompleteAttempts\x12$.agl_grpc.v1.CompleteAttemptsRequest\x1a%.agl_grpc.v1.CompleteAttemptsResponse\x12\\\n\x0fReleaseAttempts\x12#.agl_grpc.v1.ReleaseAttemptsRequest\x1a$.agl_grpc.v1.ReleaseAttemptsResponse\x12J\n\tHeartbeat\x12\x1d.agl_grpc.v1.HeartbeatRequest\x1a\x1e.agl_grpc.v1.HeartbeatResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n agl_grpc/v1/runner_service.proto\x12\x0b\x61gl_grpc.v1\x1a\x19\x61gl_grpc/v1/attempt.proto\x1a\x18\x61gl_grpc/v1/common.proto\x1a\x1e\x61gl_grpc/v1/error_reason.proto\x1a\x1b\x61gl_grpc/v1/resources.proto\x1a\x18\x61gl_grpc/v1/reward.proto\x1a\x19\x61gl_grpc/v1/rollout.proto\x1a\x16\x61gl_grpc/v1/span.proto\x1a\x1f\x61gl_grpc/v1/store_service.proto\x1a\x18\x61gl_grpc/v1/worker.proto\x1a\x1egoogle/protobuf/duration.proto\"\xad\x01\n\rLeasedRollout\x12%\n\x07rollout\x18\x01 \x01(\x0b\x32\x14.agl_grpc.v1.Rollout\x12%\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x14.agl_grpc.v1.Attempt\x12!\n\x05lease\x18\x03 \x01(\x0b\x32\x12.agl_grpc.v1.Lease\x12+\n\tresources\x18\x04 \x01(\x0b\x32\x18.agl_grpc.v1.ResourceSet\"\x84\x01\n\x0bWorkRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06queues\x18\x02 \x03(\t\x12\"\n\x06labels\x18\x03 \x03(\x0b\x32\x12.agl_grpc.v1.Label\x12\x31\n\x0elease_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb1\x01\n\x14LeaseRolloutsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12&\n\x04work\x18\x04 \x01(\x0b\x32\x18.agl_grpc.v1.WorkRequest\x12\r\n\x05limit\x18\x05 \x01(\x05\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x15LeaseRolloutsResponse\x12,\n\x08rollouts\x18\x01 \x03(\x0b\x32\x1a.agl_grpc.v1.LeasedRollout\"4\n\tHeldLease\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\x0c\"\x97\x01\n\x0fLeaseStreamOpen\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12&\n\x04work\x18\x03 \x01(\x0b\x32\x18.agl_grpc.v1.WorkRequest\x12$\n\x04held\x18\x04 \x03(\x0b\x32\x16.agl_grpc.v1.HeldLease\x12\x0f\n\x07granted\x18\x05 \x01(\x03\"\x1e\n\x0b\x43reditGrant\x12\x0f\n\x07granted\x18\x01 \x01(\x03\"!\n\nCommandAck\x12\x13\n\x0b\x63ommand_ids\x18\x01 \x03(\x03\"\xd2\x01\n\x13StreamLeasesRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.agl_grpc.v1.LeaseStreamOpenH\x00\x12*\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x18.agl_grpc.v1.CreditGrantH\x00\x12&\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x17.agl_grpc.v1.CommandAckH\x00\x12.\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x1d.agl_grpc.v1.LeaseStreamDrainH\x00\x42\t\n\x07message\"\"\n\x10LeaseStreamDrain\x12\x0e\n\x06reason\x18\x01 \x01(\t\"K\n\x11LeaseStreamOpened\x12\x18\n\x10lost_attempt_ids\x18\x01 \x03(\t\x12\x1c\n\x14released_attempt_ids\x18\x02 \x03(\t\"\x8e\x02\n\x14StreamLeasesResponse\x12\x30\n\x06opened\x18\x01 \x01(\x0b\x32\x1e.agl_grpc.v1.LeaseStreamOpenedH\x00\x12/\n\x08\x64\x65livery\x18\x02 \x01(\x0b\x32\x1b.agl_grpc.v1.LeasedRolloutsH\x00\x12/\n\x08\x63ommands\x18\x03 \x01(\x0b\x32\x1b.agl_grpc.v1.WorkerCommandsH\x00\x12\'\n\x04idle\x18\x04 \x01(\x0b\x32\x17.agl_grpc.v1.IdleNoticeH\x00\x12.\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x1d.agl_grpc.v1.LeaseStreamDrainH\x00\x42\t\n\x07message\">\n\x0eLeasedRollouts\x12,\n\x08rollouts\x18\x01 \x03(\x0b\x32\x1a.agl_grpc.v1.LeasedRollout\">\n\x0eWorkerCommands\x12,\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1a.agl_grpc.v1.WorkerCommand\"\x1c\n\nIdleNotice\x12\x0e\n\x06reason\x18\x01 \x01(\t\"q\n\x12RenewLeasesRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12&\n\x06leases\x18\x02 \x03(\x0b\x32\x16.agl_grpc.v1.HeldLease\x12 \n\x18\x61\x63knowledged_command_ids\x18\x03 \x03(\x03\"w\n\x0cLeaseRenewal\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.agl_grpc.v1.ItemStatus\"p\n\x13RenewLeasesResponse\x12+\n\x08renewals\x18\x01 \x03(\x0b\x32\x19.agl_grpc.v1.LeaseRenewal\x12,\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x1a.agl_grpc.v1.WorkerCommand\"\x8a\x02\n\nCompletion\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x0c\x12*\n\x06status\x18\x04 \x01(\x0e\x32\x1a.agl_grpc.v1.AttemptStatus\x12%\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x14.agl_grpc.v1.Failure\x12$\n\x07rewards\x18\x06 \x03(\x0b\x32\x13.agl_grpc.v1.Reward\x12$\n\x06output\x18\x07 \x01(\x0b\x32\x14.agl_grpc.v1.Payload\x12 \n\x05spans\x18\x08 \x03(\x0b\x32\x11.agl_grpc.v1.Span\"n\n\x17\x43ompleteAttemptsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12,\n\x0b\x63ompletions\x18\x03 \x03(\x0b\x32\x17.agl_grpc.v1.Completion\"\xa2\x01\n\x10\x43ompletionResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.agl_grpc.v1.ItemStatus\x12%\n\x07rollout\x18\x03 \x01(\x0b\x32\x14.agl_grpc.v1.Rollout\x12+\n\x08rejected\x18\x04 \x03(\x0b\x32\x19.agl_grpc.v1.RejectedSpan\"J\n\x18\x43ompleteAttemptsResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.agl_grpc.v1.CompletionResult\"w\n\x16ReleaseAttemptsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12&\n\x06leases\x18\x03 \x03(\x0b\x32\x16.agl_grpc.v1.HeldLease\x12\x0e\n\x06reason\x18\x04 \x01(\t\"K\n\rReleaseResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.agl_grpc.v1.ItemStatus\"F\n\x17ReleaseAttemptsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.agl_grpc.v1.ReleaseResult\"\x9f\x01\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12$\n\x05stats\x18\x02 \x03(\x0b\x32\x15.agl_grpc.v1.KeyValue\x12\x13\n\x0bidle_reason\x18\x03 \x01(\t\x12)\n\x06status\x18\x04 \x01(\x0e\x32\x19.agl_grpc.v1.WorkerStatus\x12\x12\n\nkeep_stats\x18\x05 \x01(\x08\"f\n\x11HeartbeatResponse\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.agl_grpc.v1.Worker\x12,\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x1a.agl_grpc.v1.WorkerCommand2\x9d\x04\n\rRunnerService\x12V\n\rLeaseRollouts\x12!.agl_grpc.v1.LeaseRolloutsRequest\x1a\".agl_grpc.v1.LeaseRolloutsResponse\x12W\n\x0cStreamLeases\x12 .agl_grpc.v1.StreamLeasesRequest\x1a!.agl_grpc.v1.StreamLeasesResponse(\x01\x30\x01\x12P\n\x0bRenewLeases\x12\x1f.agl_grpc.v1.RenewLeasesRequest\x1a .agl_grpc.v1.RenewLeasesResponse\x12_\n\x10\x43ompleteAttempts\x12$.agl_grpc.v1.CompleteAttemptsRequest\x1a%.agl_grpc.v1.CompleteAttemptsResponse\x12\\\n\x0fReleaseAttempts\x12#.agl_grpc.v1.ReleaseAttemptsRequest\x1a$.agl_grpc.v1.ReleaseAttemptsResponse\x12J\n\tHeartbeat\x12\x1d.agl_grpc.v1.HeartbeatRequest\x1a\x1e.agl_grpc.v1.HeartbeatResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agl_grpc.v1.runner_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASEDROLLOUT']._serialized_start=275
-  _globals['_LEASEDROLLOUT']._serialized_end=448
-  _globals['_WORKREQUEST']._serialized_start=451
-  _globals['_WORKREQUEST']._serialized_end=583
-  _globals['_LEASEROLLOUTSREQUEST']._serialized_start=586
-  _globals['_LEASEROLLOUTSREQUEST']._serialized_end=763
-  _globals['_LEASEROLLOUTSRESPONSE']._serialized_start=765
-  _globals['_LEASEROLLOUTSRESPONSE']._serialized_end=834
-  _globals['_HELDLEASE']._serialized_start=836
-  _globals['_HELDLEASE']._serialized_end=888
-  _globals['_LEASESTREAMOPEN']._serialized_start=891
-  _globals['_LEASESTREAMOPEN']._serialized_end=1042
-  _globals['_CREDITGRANT']._serialized_start=1044
-  _globals['_CREDITGRANT']._serialized_end=1074
-  _globals['_COMMANDACK']._serialized_start=1076
-  _globals['_COMMANDACK']._serialized_end=1109
-  _globals['_STREAMLEASESREQUEST']._serialized_start=1112
-  _globals['_STREAMLEASESREQUEST']._serialized_end=1322
-  _globals['_LEASESTREAMDRAIN']._serialized_start=1324
-  _globals['_LEASESTREAMDRAIN']._serialized_end=1358
-  _globals['_LEASESTREAMOPENED']._serialized_start=1360
-  _globals['_LEASESTREAMOPENED']._serialized_end=1435
-  _globals['_STREAMLEASESRESPONSE']._serialized_start=1438
-  _globals['_STREAMLEASESRESPONSE']._serialized_end=1708
-  _globals['_LEASEDROLLOUTS']._serialized_start=1710
-  _globals['_LEASEDROLLOUTS']._serialized_end=1772
-  _globals['_WORKERCOMMANDS']._serialized_start=1774
-  _globals['_WORKERCOMMANDS']._serialized_end=1836
-  _globals['_IDLENOTICE']._serialized_start=1838
-  _globals['_IDLENOTICE']._serialized_end=1866
-  _globals['_RENEWLEASESREQUEST']._serialized_start=1868
-  _globals['_RENEWLEASESREQUEST']._serialized_end=1981
-  _globals['_LEASERENEWAL']._serialized_start=1983
-  _globals['_LEASERENEWAL']._serialized_end=2102
-  _globals['_RENEWLEASESRESPONSE']._serialized_start=2104
-  _globals['_RENEWLEASESRESPONSE']._serialized_end=2216
-  _globals['_COMPLETION']._serialized_start=2219
-  _globals['_COMPLETION']._serialized_end=2451
-  _globals['_COMPLETEATTEMPTSREQUEST']._serialized_start=2453
-  _globals['_COMPLETEATTEMPTSREQUEST']._serialized_end=2563
-  _globals['_COMPLETIONRESULT']._serialized_start=2565
-  _globals['_COMPLETIONRESULT']._serialized_end=2682
-  _globals['_COMPLETEATTEMPTSRESPONSE']._serialized_start=2684
-  _globals['_COMPLETEATTEMPTSRESPONSE']._serialized_end=2758
-  _globals['_RELEASEATTEMPTSREQUEST']._serialized_start=2760
-  _globals['_RELEASEATTEMPTSREQUEST']._serialized_end=2879
-  _globals['_RELEASERESULT']._serialized_start=2881
-  _globals['_RELEASERESULT']._serialized_end=2956
-  _globals['_RELEASEATTEMPTSRESPONSE']._serialized_start=2958
-  _globals['_RELEASEATTEMPTSRESPONSE']._serialized_end=3028
-  _globals['_HEARTBEATREQUEST']._serialized_start=3031
-  _globals['_HEARTBEATREQUEST']._serialized_end=3190
-  _globals['_HEARTBEATRESPONSE']._serialized_start=3192
-  _globals['_HEARTBEATRESPONSE']._serialized_end=3294
-  _globals['_RUNNERSERVICE']._serialized_start=3297
-  _globals['_RUNNERSERVICE']._serialized_end=3838
+  _globals['_LEASEDROLLOUT']._serialized_start=332
+  _globals['_LEASEDROLLOUT']._serialized_end=505
+  _globals['_WORKREQUEST']._serialized_start=508
+  _globals['_WORKREQUEST']._serialized_end=640
+  _globals['_LEASEROLLOUTSREQUEST']._serialized_start=643
+  _globals['_LEASEROLLOUTSREQUEST']._serialized_end=820
+  _globals['_LEASEROLLOUTSRESPONSE']._serialized_start=822
+  _globals['_LEASEROLLOUTSRESPONSE']._serialized_end=891
+  _globals['_HELDLEASE']._serialized_start=893
+  _globals['_HELDLEASE']._serialized_end=945
+  _globals['_LEASESTREAMOPEN']._serialized_start=948
+  _globals['_LEASESTREAMOPEN']._serialized_end=1099
+  _globals['_CREDITGRANT']._serialized_start=1101
+  _globals['_CREDITGRANT']._serialized_end=1131
+  _globals['_COMMANDACK']._serialized_start=1133
+  _globals['_COMMANDACK']._serialized_end=1166
+  _globals['_STREAMLEASESREQUEST']._serialized_start=1169
+  _globals['_STREAMLEASESREQUEST']._serialized_end=1379
+  _globals['_LEASESTREAMDRAIN']._serialized_start=1381
+  _globals['_LEASESTREAMDRAIN']._serialized_end=1415
+  _globals['_LEASESTREAMOPENED']._serialized_start=1417
+  _globals['_LEASESTREAMOPENED']._serialized_end=1492
+  _globals['_STREAMLEASESRESPONSE']._serialized_start=1495
+  _globals['_STREAMLEASESRESPONSE']._serialized_end=1765
+  _globals['_LEASEDROLLOUTS']._serialized_start=1767
+  _globals['_LEASEDROLLOUTS']._serialized_end=1829
+  _globals['_WORKERCOMMANDS']._serialized_start=1831
+  _globals['_WORKERCOMMANDS']._serialized_end=1893
+  _globals['_IDLENOTICE']._serialized_start=1895
+  _globals['_IDLENOTICE']._serialized_end=1923
+  _globals['_RENEWLEASESREQUEST']._serialized_start=1925
+  _globals['_RENEWLEASESREQUEST']._serialized_end=2038
+  _globals['_LEASERENEWAL']._serialized_start=2040
+  _globals['_LEASERENEWAL']._serialized_end=2159
+  _globals['_RENEWLEASESRESPONSE']._serialized_start=2161
+  _globals['_RENEWLEASESRESPONSE']._serialized_end=2273
+  _globals['_COMPLETION']._serialized_start=2276
+  _globals['_COMPLETION']._serialized_end=2542
+  _globals['_COMPLETEATTEMPTSREQUEST']._serialized_start=2544
+  _globals['_COMPLETEATTEMPTSREQUEST']._serialized_end=2654
+  _globals['_COMPLETIONRESULT']._serialized_start=2657
+  _globals['_COMPLETIONRESULT']._serialized_end=2819
+  _globals['_COMPLETEATTEMPTSRESPONSE']._serialized_start=2821
+  _globals['_COMPLETEATTEMPTSRESPONSE']._serialized_end=2895
+  _globals['_RELEASEATTEMPTSREQUEST']._serialized_start=2897
+  _globals['_RELEASEATTEMPTSREQUEST']._serialized_end=3016
+  _globals['_RELEASERESULT']._serialized_start=3018
+  _globals['_RELEASERESULT']._serialized_end=3093
+  _globals['_RELEASEATTEMPTSRESPONSE']._serialized_start=3095
+  _globals['_RELEASEATTEMPTSRESPONSE']._serialized_end=3165
+  _globals['_HEARTBEATREQUEST']._serialized_start=3168
+  _globals['_HEARTBEATREQUEST']._serialized_end=3327
+  _globals['_HEARTBEATRESPONSE']._serialized_start=3329
+  _globals['_HEARTBEATRESPONSE']._serialized_end=3431
+  _globals['_RUNNERSERVICE']._serialized_start=3434
+  _globals['_RUNNERSERVICE']._serialized_end=3975
 # @@protoc_insertion_point(module_scope)

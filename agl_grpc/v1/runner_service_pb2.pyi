@@ -9,6 +9,8 @@ from agl_grpc.v1 import error_reason_pb2 as _error_reason_pb2
 from agl_grpc.v1 import resources_pb2 as _resources_pb2
 from agl_grpc.v1 import reward_pb2 as _reward_pb2
 from agl_grpc.v1 import rollout_pb2 as _rollout_pb2
+from agl_grpc.v1 import span_pb2 as _span_pb2
+from agl_grpc.v1 import store_service_pb2 as _store_service_pb2
 from agl_grpc.v1 import worker_pb2 as _worker_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -619,6 +621,7 @@ class Completion(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     REWARDS_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     rollout_id: _builtins.str
     """The rollout."""
     attempt_id: _builtins.str
@@ -639,6 +642,13 @@ class Completion(_message.Message):
     def output(self) -> _common_pb2.Payload:
         """The agent's output, kept as metadata; optional."""
 
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[_span_pb2.Span]:
+        """The attempt's last spans, stored in the same transaction just before its end; as by AppendSpans, also when the
+        completion itself is refused. At most 10 000 in a call. Needs the capability `completion_spans`: a server without
+        it leaves them out.
+        """
+
     def __init__(
         self,
         *,
@@ -649,10 +659,11 @@ class Completion(_message.Message):
         failure: _attempt_pb2.Failure | None = ...,
         rewards: _abc.Iterable[_reward_pb2.Reward] | None = ...,
         output: _common_pb2.Payload | None = ...,
+        spans: _abc.Iterable[_span_pb2.Span] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "failure", b"failure", "lease_token", b"lease_token", "output", b"output", "rewards", b"rewards", "rollout_id", b"rollout_id", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "failure", b"failure", "lease_token", b"lease_token", "output", b"output", "rewards", b"rewards", "rollout_id", b"rollout_id", "spans", b"spans", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -699,6 +710,7 @@ class CompletionResult(_message.Message):
     ATTEMPT_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     ROLLOUT_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.str
     """The attempt."""
     @_builtins.property
@@ -709,16 +721,23 @@ class CompletionResult(_message.Message):
     def rollout(self) -> _rollout_pb2.Rollout:
         """The rollout as it now is; without input and metadata when all of the call's have more than 48 MiB together."""
 
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[_store_service_pb2.RejectedSpan]:
+        """Spans of the completion that were not stored; their group_index is the completion's place in the call. They do
+        not keep the attempt from ending.
+        """
+
     def __init__(
         self,
         *,
         attempt_id: _builtins.str = ...,
         error: _error_reason_pb2.ItemStatus | None = ...,
         rollout: _rollout_pb2.Rollout | None = ...,
+        rejected: _abc.Iterable[_store_service_pb2.RejectedSpan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "rollout", b"rollout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "error", b"error", "rollout", b"rollout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "error", b"error", "rejected", b"rejected", "rollout", b"rollout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,7 +64,7 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     ROLE_UNSPECIFIED: _Role.ValueType  # 0
     """Not stated."""
     ROLE_GRADER: _Role.ValueType  # 1
-    """Read rollouts, attempts, spans, resources and rewards, and put rewards on attempts of its run."""
+    """Of its run alone: read the run, rollouts, attempts, spans, rewards and the latest resources, and put rewards."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """What the bearer of a credential may do."""
@@ -72,7 +72,7 @@ class Role(_Role, metaclass=_RoleEnumTypeWrapper):
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 """Not stated."""
 ROLE_GRADER: Role.ValueType  # 1
-"""Read rollouts, attempts, spans, resources and rewards, and put rewards on attempts of its run."""
+"""Of its run alone: read the run, rollouts, attempts, spans, rewards and the latest resources, and put rewards."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final

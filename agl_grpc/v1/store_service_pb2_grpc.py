@@ -38,6 +38,9 @@ class StoreServiceStub(object):
     queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
     types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
     exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+
+    Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
+    given back as they came, byte for byte; in other messages they are ignored.
     """
 
     def __init__(self, channel):
@@ -291,6 +294,9 @@ class StoreServiceServicer(object):
     queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
     types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
     exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+
+    Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
+    given back as they came, byte for byte; in other messages they are ignored.
     """
 
     def GetServerInfo(self, request, context):
@@ -870,6 +876,9 @@ class StoreService(object):
     queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
     types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
     exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+
+    Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
+    given back as they came, byte for byte; in other messages they are ignored.
     """
 
     @staticmethod

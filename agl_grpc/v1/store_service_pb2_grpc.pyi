@@ -39,6 +39,9 @@ class StoreServiceStub:
     queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
     types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
     exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+
+    Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
+    given back as they came, byte for byte; in other messages they are ignored.
     """
 
     @_typing.overload
@@ -154,6 +157,9 @@ class StoreServiceAsyncStub(StoreServiceStub):
     queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
     types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
     exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+
+    Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
+    given back as they came, byte for byte; in other messages they are ignored.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -265,6 +271,9 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
     queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
     types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
     exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+
+    Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
+    given back as they came, byte for byte; in other messages they are ignored.
     """
 
     @_abc_1.abstractmethod

@@ -46,7 +46,7 @@ def start(
 ) -> None:
     """Judge succeeded, sealed attempts of a run, those that are there and those that come; Ctrl-C ends it.
 
-    The worker makes itself a credential that may read the store and put rewards of its run, and uses
+    The worker makes itself a credential that may read its run and put rewards on it, and uses
     nothing else. Attempts that a grader's version has judged are not judged again.
 
     \b

@@ -31,15 +31,30 @@ def list_spans(
         str | None, typer.Option(metavar="ID", help="Only of this attempt, or `latest`; default: all.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Most spans.")] = 1000,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Only of this name.")] = None,
+    contains: Annotated[str | None, typer.Option(metavar="TEXT", help="Only names with this part.")] = None,
+    trace: Annotated[str | None, typer.Option(metavar="HEX", help="Only of this trace.")] = None,
+    calls: Annotated[bool, typer.Option("--calls", help="Only model calls.")] = False,
     tokens: Annotated[
         bool, typer.Option("--tokens", help="With --json: token ids and logprobs too.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List spans in the order in which the store took them."""
+    """List spans in the order in which the store took them; conditions combine, all have to hold."""
+    _check_trace(trace)
 
     async def read(client: StoreClient) -> list[Span]:
-        return list(await client.query_spans(rollout_id, attempt, limit=limit, omit_tokens=not tokens))
+        found = await client.query_spans(
+            rollout_id,
+            attempt,
+            name=name,
+            name_contains=contains,
+            trace_id=trace,
+            model_calls_only=calls,
+            limit=limit,
+            omit_tokens=not tokens,
+        )
+        return list(found)
 
     spans = with_store(store, "default", read)
     if as_json:
@@ -58,4 +73,14 @@ def list_spans(
         for span in spans
     ]
     headings = ("SEQ", "ATTEMPT", "SPAN", "PARENT", "TOOK", "NAME", "")
-    print_table(headings, rows, empty=f"rollout {rollout_id!r} has no spans in the store at {store}")
+    such = "such " if attempt or name or contains or trace or calls else ""
+    print_table(headings, rows, empty=f"rollout {rollout_id!r} has no {such}spans in the store at {store}")
+
+
+def _check_trace(trace: str | None) -> None:
+    from agl_grpc.model.span import id_bytes
+
+    try:
+        id_bytes("--trace", trace or "0" * 32, 16)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -124,6 +124,14 @@ type typedStream struct {
 	target string
 }
 
+func (s typedStream) SendMsg(message interface{}) error {
+	err := s.ClientStream.SendMsg(message)
+	if err == io.EOF {
+		return err // why the stream ended, RecvMsg says
+	}
+	return typed(err, s.target)
+}
+
 func (s typedStream) RecvMsg(message interface{}) error {
 	err := s.ClientStream.RecvMsg(message)
 	if err == io.EOF {

@@ -75,8 +75,19 @@ func TestAMessageOverTheLimitIsNotTriedAgain(t *testing.T) {
 	payload := &pb.Payload{Content: &pb.Payload_Data{Data: bytes.Repeat([]byte("x"), 65<<20)}}
 	_, err := client.Enqueue(within(t, 20*time.Second), &pb.RolloutSpec{Input: payload})
 	var known *Error
-	if !errors.As(err, &known) || known.Code != codes.ResourceExhausted {
+	if !errors.As(err, &known) || known.Code != codes.ResourceExhausted || !errors.Is(err, MessageTooLarge) {
 		t.Fatalf("got %v", err)
+	}
+	if known.Info["limit_bytes"] != "67108864" || transient(err) {
+		t.Errorf("got %v, %v", known.Info, err)
+	}
+	stream, err := client.Store.PutBlob(within(t, 20*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	chunk := &pb.PutBlobRequest{Message: &pb.PutBlobRequest_Chunk{Chunk: payload.GetData()}}
+	if err := stream.Send(chunk); !errors.Is(err, MessageTooLarge) {
+		t.Errorf("on a stream: %v", err)
 	}
 }
 

@@ -3,6 +3,7 @@ package agl
 import (
 	"context"
 	"errors"
+	"strconv"
 	"strings"
 	"time"
 
@@ -77,6 +78,7 @@ const (
 	Internal            Reason = "INTERNAL"
 	StorageAway         Reason = "STORAGE_AWAY"
 	SpansEvicted        Reason = "SPANS_EVICTED"
+	MessageTooLarge     Reason = "MESSAGE_TOO_LARGE"
 )
 
 // typed turns a failed call into an *Error; nil and errors that are none of gRPC's stay as they are.
@@ -103,6 +105,10 @@ func typed(err error, target string) error {
 			delay := detail.GetRetryDelay()
 			made.RetryAfter = time.Duration(delay.GetSeconds())*time.Second + time.Duration(delay.GetNanos())
 		}
+	}
+	// What gRPC itself says of a message over this process's own limit.
+	if made.Reason == "" && made.Code == codes.ResourceExhausted && strings.Contains(made.Message, "larger than") {
+		made.Reason, made.Info = string(MessageTooLarge), map[string]string{"limit_bytes": strconv.Itoa(maxMessageBytes)}
 	}
 	away := made.Code == codes.Unavailable || made.Code == codes.DeadlineExceeded
 	if away && made.Reason == "" {

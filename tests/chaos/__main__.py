@@ -1,7 +1,8 @@
 """The proofs under fire as a program: `python -m tests.chaos NAME … --count N --seed N`, or all at scale.
 
 Each name prints its seed first and what it did at the end. `all` runs every one of them with its own count,
-one after another, and writes `benchmarks/reliability/<time>.json`; `--write` does so for the ones named.
+one after another, and writes `benchmarks/reliability/<time>.json`; `--write` does so for the ones named, and
+puts their names before the time.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from tests.chaos import fuzz, kills, leases, watches
+from tests.chaos import fuzz, kills, leases, soak, watches
 from tests.runner import reliability
 from tests.support.postgres import PostgresServer
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "reliability"
 _TELL_SECONDS = 5.0
-_MACHINE = "tests/store/test_state_machine.py::test_the_store_keeps_to_the_model"
+_MACHINE = "tests/store/test_state_machine.py::test_the_store_keeps_to_the_model[{}]"
 
 Row = dict[str, object]
 Proof = Callable[[argparse.Namespace, int, int], Row]
@@ -41,17 +42,19 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the default counts (default 1)")
     parser.add_argument("--seed", type=int, help="seed; default: a random one, printed")
     parser.add_argument("--database", help="kills: URL of an empty database; default: an SQLite file")
+    parser.add_argument("--minutes", type=float, help="fuzz: end after so long, however many there were")
     parser.add_argument("--write", action="store_true", help="write what was proven; `all` always does")
     options = parser.parse_args()
     everything = "all" in options.name
     names = list(PROOFS) if everything else options.name
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d-%H%M")
+    file = stamp if everything else "-".join([*names, stamp])
     results: dict[str, Row] = {}
     for name in names:
         results[name] = _prove(name, options)
         if everything or options.write:
             # After each: a run that is cut short leaves what it has proven.
-            write(stamp, results)
+            write(file, stamp, results)
     return 0 if all(row["held"] for row in results.values()) else 1
 
 
@@ -131,12 +134,13 @@ def _watches(_options: argparse.Namespace, count: int, seed: int) -> Row:
     return {"seed": seed, **vars(total)}
 
 
-def _fuzz(_options: argparse.Namespace, count: int, seed: int) -> Row:
-    """Nonsense for every method, `count` inputs each."""
+def _fuzz(options: argparse.Namespace, count: int, seed: int) -> Row:
+    """Nonsense for every method, `count` inputs each, or as many as the time allows."""
+    seconds = float("inf") if options.minutes is None else 60 * options.minutes
 
     async def run() -> fuzz.Result:
         async with fuzz.fuzzer(seed) as one:
-            return await one.run(count, _slowly("fuzz"))
+            return await one.run(count, _slowly("fuzz"), seconds)
 
     result = asyncio.run(run())
     assert not result.defects, "\n".join(result.defects[:20])
@@ -147,10 +151,16 @@ def _fuzz(_options: argparse.Namespace, count: int, seed: int) -> Row:
     return {
         "seed": seed,
         "methods": len(result.counts),
+        "inputs of each method": min(outcomes.total() for outcomes in result.counts.values()),
         "inputs": total,
         "carried_out": done,
         "grown_mib": grown,
     }
+
+
+def _soak(_options: argparse.Namespace, count: int, seed: int) -> Row:
+    """So many minutes."""
+    return {"seed": seed, **soak.prove(count, _teller("soak, minutes", count))}
 
 
 def _slowly(name: str) -> Callable[[str], None]:
@@ -186,6 +196,10 @@ def _pytest(node: str, seed_name: str, count_name: str, _options: object, count:
     return {"seed": seed}
 
 
+def _machine(backend: str) -> Proof:
+    return functools.partial(_pytest, _MACHINE.format(backend), "AGL_TEST_SEED", "AGL_TEST_EXAMPLES")
+
+
 def _workers(prove: Callable[[int, int], Row], _options: object, count: int, seed: int) -> Row:
     return {"seed": seed, **prove(count, seed)}
 
@@ -196,23 +210,24 @@ PROOFS: dict[str, tuple[Proof, int]] = {
     "leases": (_leases, 1_000_000),
     "fuzz": (_fuzz, 100_000),
     "watches": (_watches, 500),
-    "machine": (
-        functools.partial(_pytest, _MACHINE, "AGL_TEST_SEED", "AGL_TEST_EXAMPLES"),
-        5_000,
-    ),
+    "machine": (_machine("memory"), 5_000),
+    "machine-file": (_machine("file"), 2_000),
+    "machine-postgres": (_machine("postgres"), 1_000),
+    "soak": (_soak, 30),
     "simulated-workers": (functools.partial(_workers, reliability.prove_simulated), 1_000),
     "killed-workers": (functools.partial(_workers, reliability.prove_kills), 2_000),
     "rolling-restart": (functools.partial(_workers, reliability.prove_restart), 2_000),
+    "store-away": (functools.partial(_workers, reliability.prove_store_away), 400),
 }
 """By name: what runs, and how much of it for a release."""
 
 
-def write(stamp: str, results: dict[str, Row]) -> None:
-    """Writes what was proven, with the machine it was proven on."""
+def write(file: str, stamp: str, results: dict[str, Row]) -> None:
+    """Writes what was proven at this moment, with the machine it was proven on."""
     RESULTS.mkdir(exist_ok=True)
     body = json.dumps({"measured": stamp, "machine": machine.describe(), "results": results}, indent=1)
-    (RESULTS / f"{stamp}.json").write_text(body + "\n")
-    print(f"written: benchmarks/reliability/{stamp}.json", flush=True)
+    (RESULTS / f"{file}.json").write_text(body + "\n")
+    print(f"written: benchmarks/reliability/{file}.json", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import asyncio
 import random
 import sqlite3
 import struct
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -211,22 +212,27 @@ class Fuzzer:
         _count_changes(self._watcher)
         self.result = Result()
 
-    async def run(self, count: int, say: Callable[[str], None] = lambda text: None) -> Result:
-        """`count` inputs for each method, in rounds, so that what one makes another one meets."""
-        begun, memory = time.monotonic(), 0
+    async def run(
+        self, count: int, say: Callable[[str], None] = lambda text: None, seconds: float = float("inf")
+    ) -> Result:
+        """`count` inputs for each method, in rounds, so that what one makes another one meets.
+
+        Ends earlier, after a whole round, when it has taken so many seconds.
+        """
+        begun, memory = time.monotonic(), []
         rounds = -(-count // _ROUND)
         for turn in range(rounds):
+            if time.monotonic() - begun > seconds:
+                break
             for method, handler in self._methods:
                 for _ in range(min(_ROUND, count - turn * _ROUND)):
                     await self._one(method, handler)
             await self._sweep()
-            rss = psutil.Process().memory_info().rss
-            if turn <= rounds // 10:
-                memory = rss
-            say(f"round {turn + 1} of {rounds}: {rss >> 20} MiB, {len(self.result.defects)} defects")
+            memory.append(psutil.Process().memory_info().rss)
+            say(f"round {turn + 1} of {rounds}: {memory[-1] >> 20} MiB, {len(self.result.defects)} defects")
         report = await self._store.read(check)
         self.result.defects += [f"{broken.name}: {broken.rows[0]}" for broken in report.broken]
-        self.result.grown_bytes = psutil.Process().memory_info().rss - memory
+        self.result.grown_bytes = memory[-1] - memory[len(memory) // 10]
         self.result.seconds = time.monotonic() - begun
         self._watcher.close()
         return self.result
@@ -257,12 +263,17 @@ class Fuzzer:
         except Refusal as refusal:
             outcome = refusal.code.name
             if refusal.code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-                self.result.defects.append(f"{method.name}: {refusal}: {shown}")
+                self._defect(f"{method.name}: {refusal}: {shown}")
             elif not handler.request_streaming and self._version() != before:
-                self.result.defects.append(f"{method.name} was refused and wrote a row: {refusal}: {shown}")
+                self._defect(f"{method.name} was refused and wrote a row: {refusal}: {shown}")
         if outcome == "done" or handler.request_streaming:
             await self._store.write(lambda tx: None)  # what goes on beside the call ends before the next
         self.result.counts.setdefault(method.name, Counter())[outcome] += 1
+
+    def _defect(self, what: str) -> None:
+        """Notes it, and says it at once: a long run need not end for it to be looked into."""
+        self.result.defects.append(what)
+        print(what, file=sys.stderr, flush=True)
 
     async def _call(self, method: MethodDescriptor, handler: Any, inputs: list[bytes]) -> None:
         answer_type: Any = message_factory.GetMessageClass(method.output_type)

@@ -17,7 +17,8 @@ from agl_grpc_cli.main import main
 from agl_grpc_cli.registry import COMMANDS
 
 from agl_grpc.client import SyncStoreClient
-from agl_grpc.model import Span
+from agl_grpc.model import Choice, ModelCall, PolicyRun, Span
+from agl_grpc.model.model_call import logprobs, token_ids
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import free_port
 
@@ -38,6 +39,20 @@ def run(*arguments: str, within: float = 60.0, **environment: str) -> subprocess
     )
 
 
+CALL = ModelCall(
+    model="tiny",
+    prompt_token_ids=token_ids([1, 2, 3]),
+    choices=[
+        Choice(
+            token_ids=token_ids([7, 8]),
+            logprobs=logprobs([-0.5, -0.25]),
+            policy_runs=[PolicyRun(0, 2, 3)],
+            routed_experts=b"\x01\x02",
+        )
+    ],
+)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
     """A store with one rollout that has failed and one that waits."""
@@ -51,9 +66,9 @@ def rollouts(store: StoreProcess) -> tuple[str, str]:
     with SyncStoreClient(store.address) as client:
         started = client.start_rollout({"question": "2 + 2"}, rollout_id="started", worker_id="somebody")
         attempt_id = started.attempt.attempt_id
-        client.add_span(
-            Span.from_attributes(attributes={}, rollout_id="started", attempt_id=attempt_id, name="s1")
-        )
+        span = Span.from_attributes(attributes={}, rollout_id="started", attempt_id=attempt_id, name="s1")
+        span.model_call = CALL
+        client.add_span(span)
         client.update_attempt("started", attempt_id, "failed")
         waiting = client.enqueue_rollout("task", rollout_id="waiting")
     return started.rollout_id, waiting.rollout_id
@@ -99,6 +114,7 @@ def test_version() -> None:
         (["rollouts", "ls", "--older-than", "soon"], 2, "--older-than 'soon': write a number and a unit"),
         (["rollouts", "cancel"], 2, "name rollouts, give conditions, or say --all"),
         (["rollouts", "delete", "--run", "*"], 2, "name rollouts, give conditions, or say --all"),
+        (["spans", "ls", "r", "--trace", "xyz"], 2, "--trace is 'xyz'; it must be 32 hex digits"),
         (["leases", "expire"], 2, "name attempts, or a worker"),
         (["runs", "update", "default"], 2, "say what to change"),
         (["blobs", "put", "/no/such/file"], 2, "does not exist"),
@@ -162,6 +178,25 @@ def test_spans_and_workers_are_listed(store: StoreProcess, rollouts: tuple[str, 
     )
     assert [span["name"] for span in spans] == ["s1"]
     assert " s1" in run("spans", "ls", "started", "--store", store.address).stdout
+    assert spans[0]["model_call"]["prompt_token_ids"] == []
+    with_tokens = inside(store, "spans", "ls", "started", "--json", "--tokens").stdout
+    call = json.loads(with_tokens)[0]["model_call"]
+    assert call["prompt_token_ids"] == [1, 2, 3]
+    (choice,) = call["choices"]
+    assert (choice["token_ids"], choice["logprobs"]) == ([7, 8], [-0.5, -0.25])
+    assert choice["policy_runs"] == [{"start": 0, "end": 2, "policy_version": 3}]
+    assert choice["routed_experts"] == "AQI="
+    for chosen, count in (
+        (["--name", "s1"], 1),
+        (["--contains", "s"], 1),
+        (["--name", "s"], 0),
+        (["--trace", spans[0]["trace_id"]], 1),
+        (["--trace", "00" * 16], 0),
+        (["--calls"], 1),
+    ):
+        listed = json.loads(inside(store, "spans", "ls", "started", "--json", *chosen).stdout)
+        assert len(listed) == count, chosen
+    assert "has no such spans" in inside(store, "spans", "ls", "started", "--name", "s").stderr
     workers = json.loads(run("workers", "ls", "--json", "--store", store.address).stdout)
     assert [worker["worker_id"] for worker in workers] == ["somebody"]
 

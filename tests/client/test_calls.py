@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from agl_grpc.client import (
     InvalidRequest,
     LeaseLost,
+    MessageTooLarge,
     NotFound,
     Overloaded,
     RetryPolicy,
@@ -28,6 +29,7 @@ from agl_grpc.client import (
 from agl_grpc.client.channel import BROKEN_WRITE, is_transient
 from agl_grpc.client.rpc_table import RPC_OF
 from agl_grpc.model import LLM, EnqueueRolloutRequest, RolloutStatus, Span
+from agl_grpc.v1 import common_pb2, rollout_pb2
 from agl_grpc.v1 import store_service_pb2 as pb
 from tests.client.recording import Failing, recording_server
 
@@ -192,6 +194,7 @@ def _status(code: grpc.StatusCode, reason: str, metadata: dict[str, str], wait: 
         (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", InvalidRequest),
         (grpc.StatusCode.FAILED_PRECONDITION, "A_REASON_OF_THE_FUTURE", StoreError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", Overloaded),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE", MessageTooLarge),
     ],
 )
 async def test_errors_are_typed_by_their_reason(
@@ -209,6 +212,20 @@ async def test_errors_are_typed_by_their_reason(
     assert (caught.value.reason, caught.value.metadata) == (reason, {"field": "x"})
     assert str(caught.value) == "as the store said"
     assert len(server.calls) == 1
+
+
+async def test_a_message_over_the_limit_is_named_and_never_sent() -> None:
+    def answer(path: str, request: Message, context: object) -> object:
+        raise AssertionError(f"{path} was called")
+
+    spec = rollout_pb2.RolloutSpec(input=common_pb2.Payload(data=bytes(65 << 20)))
+    async with recording_server(answer) as server, StoreClient(server.target) as client:
+        request = pb.EnqueueRolloutsRequest(rollouts=[spec])
+        with pytest.raises(MessageTooLarge) as caught:
+            await client.call(client.bound.store.EnqueueRollouts, request)
+    assert caught.value.reason == "MESSAGE_TOO_LARGE"
+    assert caught.value.metadata == {"limit_bytes": str(64 << 20)}
+    assert not server.calls
 
 
 async def test_overload_is_retried_when_the_store_says_when() -> None:

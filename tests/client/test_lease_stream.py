@@ -21,7 +21,7 @@ from agl_grpc.client import (
     LeaseStream,
     StoreClient,
 )
-from agl_grpc.model import CommandKind, EnqueueRolloutRequest, Failure, Reward, RolloutStatus
+from agl_grpc.model import CommandKind, EnqueueRolloutRequest, Failure, Reward, RolloutStatus, Span
 from agl_grpc.store.door.app import StoreServer
 from tests.client.flaky import FlakyProxy
 from tests.support.waiting import eventually
@@ -124,8 +124,9 @@ async def test_a_lost_lease_is_told_and_its_completion_refused(client: StoreClie
         lost = await _next(stream, LeaseEnded)
         assert (lost.rollout_id, lost.attempt_id) == (work.lease.rollout_id, work.attempt_id)
         assert stream.held == {}
+        last = Span.from_attributes(attributes={}, name="last", rollout_id="", attempt_id="")
         with pytest.raises(LeaseLost) as caught:
-            await stream.complete(Completion(lease=work.lease))
+            await stream.complete(Completion(lease=work.lease, spans=[last]))
         assert caught.value.reason == "LEASE_LOST"
 
 

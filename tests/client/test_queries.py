@@ -168,6 +168,9 @@ async def test_spans(client: StoreClient) -> None:
     orders = ("sequence_id", "name", "trace_id", "span_id", "parent_id", "attempt_id", "rollout_id")
     await _check_orders(query, (*orders, "start_time", "end_time"))
     assert (await client.query_spans("nobody")).total == 0
+    for name, digits in (("trace_id", 32), ("span_id", 16), ("parent_id", 16)):
+        with pytest.raises(ValueError, match=f"{name} is 'xyz'; it must be {digits} hex digits"):
+            await client.query_spans("nobody", **{name: "xyz"})
 
 
 async def test_resources(client: StoreClient) -> None:

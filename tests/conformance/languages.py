@@ -46,9 +46,17 @@ CPP = str(ROOT / ".venv-cpp" / "with")
 """Runs a program with the libraries of C++ as `make cpp-tools` unpacks them."""
 
 CPP_BUILD = ROOT / ".venv-cpp" / "build"
-"""Where the C++ client is built, with its programs; what has not changed is not built again."""
+"""Where the C++ client is built to be tested; what has not changed is not built again."""
 
-_CONFIGURE = ("-DAGL_GRPC_PROGRAMS=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
+
+def cpp_build(folder: Path, build_type: str, *targets: str) -> tuple[tuple[str, ...], ...]:
+    """The commands, for the client's folder, that build programs of it; the type "None" = not optimised."""
+    configure = ("-S", ".", "-B", str(folder), "-DAGL_GRPC_PROGRAMS=ON", f"-DCMAKE_BUILD_TYPE={build_type}")
+    return (
+        (CPP, "cmake", *configure),
+        (CPP, "cmake", "--build", str(folder), "-j", "2", "--target", *targets),
+    )
+
 
 LANGUAGES: Mapping[str, Language] = {
     "python": Language(ROOT, (), (sys.executable, "-m", "tests.conformance.replay")),
@@ -64,10 +72,7 @@ LANGUAGES: Mapping[str, Language] = {
     ),
     "cpp": Language(
         ROOT / "clients" / "cpp",
-        (
-            (CPP, "cmake", "-S", ".", "-B", str(CPP_BUILD), *_CONFIGURE),
-            (CPP, "cmake", "--build", str(CPP_BUILD), "-j", "2"),
-        ),
+        cpp_build(CPP_BUILD, "None", "replay", "agl_grpc_tests"),
         (CPP, str(CPP_BUILD / "replay")),
     ),
 }

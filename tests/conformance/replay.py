@@ -39,7 +39,8 @@ def replay(path: Path, channel: grpc.Channel, *, show: bool = False) -> None:
     for number, step in enumerate(json.loads(path.read_text())["steps"]):
         where = f"{path.stem}, step {number} ({step['rpc']})"
         step = _filled(step, kept)
-        received, error = _call(channel, step)
+        messages, error = _call(channel, step)
+        received = [_plain(message) for message in messages]
         if show:
             print(where, json.dumps(received, indent=1), error)
         if "error" in step:
@@ -51,16 +52,21 @@ def replay(path: Path, channel: grpc.Channel, *, show: bool = False) -> None:
             raise Mismatch(f"{where}: {error.reason or error.code}: {error}")
         else:
             _match(received, step.get("receive", []), where)
+            for place, expected in step.get("bytes", {}).items():
+                found_bytes = _message_at(messages, place).SerializeToString(deterministic=True).hex()
+                _match(found_bytes, expected, f"{where}: the bytes of {place}")
         for name, place in step.get("keep", {}).items():
             kept[name] = _at(received, place)
 
 
-def _call(channel: grpc.Channel, step: dict[str, Any]) -> tuple[list[Any], StoreError | None]:
+def _call(channel: grpc.Channel, step: dict[str, Any]) -> tuple[list[Message], StoreError | None]:
     method = _method(step["rpc"])
     path = f"/{method.containing_service.full_name}/{method.name}"
     request, response = (message_factory.GetMessageClass(m) for m in (method.input_type, method.output_type))
     messages = [json_format.ParseDict(message, request()) for message in step["send"]]
-    received: list[Any] = []
+    for place, fields in step.get("newer", {}).items():
+        _message_at(messages, place).MergeFromString(bytes.fromhex(fields))
+    received: list[Message] = []
     kind = (
         "stream" if method.client_streaming else "unary",
         "stream" if method.server_streaming else "unary",
@@ -70,12 +76,12 @@ def _call(channel: grpc.Channel, step: dict[str, Any]) -> tuple[list[Any], Store
     outgoing: Any = iter(messages) if method.client_streaming else messages[0]
     try:
         if not method.server_streaming:
-            return [_plain(call(outgoing, timeout=TIMEOUT_SECONDS))], None
+            return [call(outgoing, timeout=TIMEOUT_SECONDS)], None
         if method.client_streaming:
             outgoing = _in_step(messages, received)
         answers = call(outgoing, timeout=TIMEOUT_SECONDS)
         for answer in answers:
-            received.append(_plain(answer))
+            received.append(answer)
             if step.get("until") == "cancel" and len(received) == len(step["receive"]):
                 answers.cancel()
                 break
@@ -84,7 +90,7 @@ def _call(channel: grpc.Channel, step: dict[str, Any]) -> tuple[list[Any], Store
     return received, None
 
 
-def _in_step(messages: list[Message], received: list[Any]) -> Iterator[Message]:
+def _in_step(messages: list[Message], received: list[Message]) -> Iterator[Message]:
     """The next message once an answer to the one before has come; gRPC asks from a thread of its own."""
     for number, message in enumerate(messages):
         while len(received) < number:
@@ -96,6 +102,19 @@ def _method(rpc: str) -> MethodDescriptor:
     service, name = rpc.split("/")
     pool = descriptor_pool.Default()
     return pool.FindServiceByName(f"agl_grpc.v1.{service}").methods_by_name[name]
+
+
+def _message_at(messages: list[Message], place: str) -> Message:
+    """The message at a place as ``0.groups.0.spans.1``: lists by index, fields by their names in JSON."""
+    found: Any = messages
+    for part in place.split("."):
+        if part.isdigit():
+            found = found[int(part)]
+        else:
+            names = {field.json_name: field.name for field in found.DESCRIPTOR.fields}
+            found = getattr(found, names[part])
+    assert isinstance(found, Message)
+    return found
 
 
 def _plain(message: Message) -> Any:

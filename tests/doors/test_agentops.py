@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 
 from agl_grpc.agentops import AgentOpsServerManager
 from agl_grpc.agentops.daemon import find
@@ -112,7 +113,19 @@ async def test_what_the_sdk_calls_is_answered(memory: StoreServer) -> None:
                 refused = await http.post("/v1/traces", content=content, headers=given)
                 assert (refused.status_code, refused.json()["reason"]) == (status, reason), refused.text
             assert len(await stored(memory, attempt.rollout_id)) == 1
-            assert (await http.post("/v1/metrics", content=b"", headers=PROTOBUF)).status_code == 200
+            for sent, given, status in (
+                (b"", PROTOBUF, 200),
+                (b"\xff\xff", PROTOBUF, 400),
+                (b"{}", {"Content-Type": "application/json"}, 415),
+            ):
+                counts = await http.post("/v1/metrics", content=sent, headers=given)
+                assert counts.status_code == status, counts.text
+            usage = metrics_service_pb2.ExportMetricsServiceRequest()
+            metric = usage.resource_metrics.add().scope_metrics.add().metrics.add(name="calls")
+            metric.sum.data_points.add(as_int=1)
+            counts = await http.post("/v1/metrics", content=usage.SerializeToString(), headers=PROTOBUF)
+            told = metrics_service_pb2.ExportMetricsServiceResponse.FromString(counts.content)
+            assert told.partial_success.rejected_data_points == 1
             assert (await http.post("/v4/logs/upload/", json={"body": "x"})).status_code == 200
             elsewhere = await http.get("/elsewhere")
             assert (elsewhere.status_code, elsewhere.json()["reason"]) == (404, "ROUTE_UNKNOWN")

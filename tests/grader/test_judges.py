@@ -125,19 +125,6 @@ async def test_a_pair_is_judged_in_both_orders(script: Script, value: float) -> 
     assert {grade.notes["first"]["prompt"], grade.notes["second"]["prompt"]} == {p for _, p in model.calls}
 
 
-async def test_several_responses_are_ranked_by_their_wins() -> None:
-    with ScriptedModel(prefers("11")) as model:
-        judge = PairwiseJudge("judge", endpoint=model.endpoint)
-        grades = await judge.rank([submission(text) for text in ("11", "4", "6")])
-        assert [grade.value for grade in grades] == [1.0, 0.25, 0.25]
-        assert [one["against"] for one in grades[1].notes["comparisons"]] == [0, 2]
-        with pytest.raises(ValueError, match="at least two"):
-            await judge.rank([submission("11")])
-        with pytest.raises(ValueError, match="different tasks"):
-            await judge.rank([submission("11"), Submission(input="another", response="11")])
-        await judge.close()
-
-
 async def test_a_verdict_without_a_winner_is_asked_for_again() -> None:
     with (
         ScriptedModel(lambda model, prompt: '{"winner": "both"}') as model,

@@ -65,6 +65,10 @@ def test_chat_ids_and_logprobs_are_vllms_own(
     assert call.logprob_semantics == model_call_pb2.LOGPROB_SEMANTICS_PROCESSED
     assert call.timings.total_ns >= call.timings.first_token_ns > 0
     assert answer["id"] == call.request_id
+    # Who does not ask for token ids gets vLLM's own answer, in which they are null.
+    unasked = {"model": "tiny", "messages": HELLO, "max_tokens": 1}
+    plain = http.post(f"{running.url}/v1/chat/completions", json=unasked).json()
+    assert plain["prompt_token_ids"] is plain["choices"][0]["token_ids"] is None
 
 
 def test_chat_stream(running: Engine, store: ScriptedStore, http: httpx.Client) -> None:

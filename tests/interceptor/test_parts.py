@@ -138,6 +138,16 @@ def test_deltas_always_rebuild_the_prompt() -> None:
     assert saved > 200
 
 
+def test_a_prompt_builds_on_the_call_that_shares_most_with_it() -> None:
+    deltas = PromptDeltas()
+    for number, shared in enumerate([3, 30, 12, 29, 8]):
+        deltas.remember(("ro", "at"), b"%08d" % number, [*range(shared), 1000 + number], {0: [7, 7]})
+    most = deltas.encode(("ro", "at"), range(40))
+    assert (most.base_span_id, most.base_length, list(most.token_ids)) == (b"00000001", 30, [*range(30, 40)])
+    whole = deltas.encode(("ro", "at"), range(1000, 1040))
+    assert (whole.base_span_id, list(whole.token_ids)) == (b"", [*range(1000, 1040)])
+
+
 def test_vllms_arguments_are_passed_on_and_ours_give_way() -> None:
     given = ["--port", "1", "--max_model_len=512", "--generation-config", "auto", "--host", "0.0.0.0"]
     arguments = engine_arguments("m", given)

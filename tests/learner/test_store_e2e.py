@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from agl_grpc.client import StoreClient
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import TrainingRun
 from tests.support.environments import learner_python
+from tests.support.scripted_scores import ScriptedScores
 from tests.support.store_process import StoreProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -147,6 +149,11 @@ async def _state(store: StoreProcess) -> tuple[TrainingRun, list[Any], list[Any]
         return record, batches, versions, rewards
 
 
+def _targets(text: str) -> float:
+    """The share of rewarded tokens among both answers; the prompt holds four such tokens."""
+    return (sum(int(number) < 10 for number in re.findall(r"t(\d+)", text)) - 4) / 8
+
+
 async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     store: StoreProcess, engine: None, folder: Path
 ) -> None:
@@ -155,8 +162,19 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
             store.kill()
             store.start()
 
-    learner = Learner(_configure(folder, STEPS), store.address, on_line=restart_once)
-    assert learner.finish() == 0, "\n".join(learner.lines[-40:])
+    with ScriptedScores(_targets) as model:
+        path = _configure(folder, STEPS)
+        config = orjson.loads(path.read_bytes()) | {"reward_endpoint": model.endpoint}
+        config["verl"] |= {
+            "reward.reward_model.enable": True,
+            "reward.reward_model.model_path": str(folder / "model"),
+        }
+        path.write_bytes(orjson.dumps(config))
+        learner = Learner(path, store.address, on_line=restart_once)
+        assert learner.finish() == 0, "\n".join(learner.lines[-40:])
+    # verl's own worker asked for every rollout once, and its score was the reward.
+    assert {name for name, _ in model.asked} == {str(folder / "model")}
+    assert len(model.asked) == STEPS * 4 * 8
     record, batches, versions, rewards = await _state(store)
     assert record.status is TrainingRunStatus.SUCCEEDED
     assert record.checkpoint_id == f"global_step_{STEPS}"
@@ -182,7 +200,11 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     alarms = {name for line in lines for name, value in line.items() if name.startswith("alarm/") and value}
     # Whether the engine waits for the learner is this machine's affair, and its store was away for a while.
     assert alarms <= {"alarm/engine_starved", "alarm/optimiser_starved"}
-    assert lines[0]["grader/agent/primary/mean"] == lines[0]["reward/mean"]
+    assert (
+        lines[0]["grader/verl/verl/mean"] == lines[0]["reward/mean"] != lines[0]["grader/agent/primary/mean"]
+    )
+    scores = sum(_targets(text) for _, text in model.asked)
+    assert scores == pytest.approx(sum(entry.reward or 0.0 for batch in batches for entry in batch.entries))
     pages = sorted(each.name for each in (folder / "out" / "trajectories").glob("*.html"))
     assert pages[-1] == f"step-{STEPS:06d}.html"
     await _learns_the_best_of_its_rollouts(store, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,14 @@ import pytest
 from agl_grpc_cli.main import app
 from typer.testing import CliRunner
 
+from agl_grpc import LLM, StoreClient
+from agl_grpc.algorithm import APO
 from agl_grpc.manifest import ManifestError, RunRecord, compare, git_state
 from agl_grpc.manifest.describe import CONTRACT, without_secrets
+from agl_grpc.model.rollout import SEED_LABEL
 from agl_grpc.trainer import Trainer
+from tests.algorithm.words import FIRST, helpful, wordy
+from tests.support.scripted_model import ScriptedModel
 from tests.support.store_process import StoreProcess
 from tests.trainer import agents
 
@@ -58,6 +64,54 @@ def test_two_runs_are_compared_by_their_folders_and_in_the_store(tmp_path: Path,
     table = CliRunner().invoke(app, ["runs", "diff", str(tmp_path / "one"), str(tmp_path / "two")])
     assert "config" in table.stdout
     assert "concurrency" in table.stdout
+
+
+async def _done(store: StoreProcess, run: str) -> list[tuple[str, str, str, str]]:
+    """Id within its run, which says its place, mode, task and seed of every rollout."""
+    async with StoreClient(store.address, run_id=run) as client:
+        rollouts = await client.query_rollouts()
+    return sorted(
+        (each.rollout_id.removeprefix(run), str(each.mode), str(each.input), each.labels.get(SEED_LABEL, ""))
+        for each in rollouts
+    )
+
+
+def test_two_runs_of_one_seed_do_the_same_and_differ_in_nothing(tmp_path: Path, store: StoreProcess) -> None:
+    tasks = [{"question": f"t{number}"} for number in range(6)]
+    values = []
+    with ScriptedModel(helpful) as critic:
+        for name in ("one", "two"):
+            apo = APO(
+                endpoint=critic.endpoint,
+                gradient_model="critic",
+                apply_edit_model="editor",
+                beam_rounds=2,
+                beam_width=1,
+                branch_factor=1,
+                gradient_batch_size=2,
+                val_batch_size=2,
+                validation={"temperature": 0.0},
+            )
+            trainer = Trainer(
+                algorithm=apo,
+                seed=7,
+                strategy="shm",
+                store=store.address,
+                run_name=name,
+                run_dir=tmp_path,
+                initial_resources={"prompt": FIRST, "llm": LLM(endpoint="http://127.0.0.1:9/v1", model="m")},
+            )
+            values.append(trainer.fit(wordy, tasks, val_dataset=tasks[:3]).value)
+    first, second = (asyncio.run(_done(store, name)) for name in ("one", "two"))
+    assert first == second
+    assert values[0] == values[1]
+    # Validation is seeded by its task, and has sampling parameters of its own; training is neither.
+    assert {mode: bool(seed) for _, mode, _, seed in first} == {"val": True, "train": False}
+    done = CliRunner().invoke(app, ["run", "diff", str(tmp_path / "one"), str(tmp_path / "two"), "--json"])
+    assert done.exit_code == 0, done.output
+    found = orjson.loads(done.stdout)
+    assert found["differences"] == []
+    assert found["metrics"]["validation/best"] == {"a": 0.5, "b": 0.5}
 
 
 @pytest.mark.parametrize(

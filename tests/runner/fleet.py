@@ -205,6 +205,40 @@ def check_redelivery(attempts: dict[str, list[Attempt]], kills: list[float], lim
     return slowest
 
 
+async def store_away(
+    store: StoreProcess, client: StoreClient, fleet: Fleet, folder: Path, seconds: float
+) -> dict[str, Any]:
+    """Kills the store while all agents are at work, and lets it come back long after they have finished."""
+    run_id = client.run_id
+    request = EnqueueRolloutRequest(input={"do": "wait", "gate": "gate"})
+    with machines(store, fleet, run_id, folder) as fleet_now:
+        await all_work(client, fleet, run_id)
+        async with trainer(client) as seen:
+            rollouts = await client.enqueue_many_rollouts([request] * fleet.rollouts)
+            held = fleet.machines * fleet.workers * fleet.concurrency
+            some = fleet_now[0]
+            await eventually(lambda: len(some.notes("started")) == held, within=LONG, what="all are at work")
+            store.kill()
+            some.open_gate("gate")
+            await eventually(lambda: len(some.notes("ended")) == held, within=LONG, what="all have finished")
+            finished = set(some.notes("ended"))
+            await asyncio.sleep(seconds)  # no wait for anything: that it is away is what happens here
+            assert all(one.says("their results are kept") for one in fleet_now)
+            await asyncio.to_thread(store.start)
+            attempts = await end_of(client, seen, [rollout.rollout_id for rollout in rollouts])
+    tries = [one for several in attempts.values() for one in several]
+    assert finished <= {one.attempt_id for one in tries if one.status is AttemptStatus.SUCCEEDED}
+    assert len(tries) == len(rollouts), "something ran twice"
+    assert len(some.notes("ended")) == len(rollouts), "an agent ran whose attempt nobody knows"
+    return {
+        "rollouts": len(rollouts),
+        "workers": fleet.machines * fleet.workers,
+        "seconds away": seconds,
+        "results held meanwhile": len(finished),
+        "delivered again": 0,
+    }
+
+
 async def rolling_restart(
     store: StoreProcess, client: StoreClient, fleet: Fleet, folder: Path, seed: int
 ) -> dict[str, Any]:

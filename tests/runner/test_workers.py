@@ -115,6 +115,24 @@ async def test_a_lost_lease_stops_the_agent_and_nothing_more_is_written(
 
 
 @pytest.mark.parametrize("agent", ["AsyncAgent", "SyncAgent"])
+async def test_the_end_of_a_trace_comes_with_the_completion(
+    store: StoreProcess, client: StoreClient, run_id: str, folder: Path, agent: str
+) -> None:
+    async def together() -> bool:
+        rollout = await client.enqueue_rollout({"do": "number"})
+        await ended(client, rollout)
+        (attempt,) = await client.query_attempts(rollout.rollout_id)
+        spans = await client.query_spans(rollout.rollout_id)
+        assert {"thinking", "agentlightning.annotation", rollout.rollout_id} <= {span.name for span in spans}
+        assert not any(span.late for span in spans)
+        return attempt.end_time in {span.received_time for span in spans}
+
+    with RunnerProcess(store.address, agent, folder, "--run", run_id):
+        # The first attempts may end before the worker knows that the store takes spans with completions.
+        await eventually(together, within=LONG, what="spans stored in the completion's transaction")
+
+
+@pytest.mark.parametrize("agent", ["AsyncAgent", "SyncAgent"])
 async def test_a_blocking_agent_does_not_lose_its_lease(
     store: StoreProcess, client: StoreClient, run_id: str, folder: Path, agent: str
 ) -> None:

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from agl_grpc.client.channel import open_channel
-from agl_grpc.v1 import attempt_pb2, reward_pb2, run_pb2, store_service_pb2
+from agl_grpc.v1 import attempt_pb2, reward_pb2, rollout_pb2, run_pb2, store_service_pb2
 from agl_grpc.v1.store_service_pb2_grpc import StoreServiceStub
 from tests.store.rig import FAILED, Rig, reason, seconds
 
@@ -162,6 +162,26 @@ async def test_a_grader_s_credential_judges_its_run_and_does_nothing_else(rig: R
         theirs = verdict(leased.attempt, "maths", 1.0)
         call = stub.PutRewards(store_service_pb2.PutRewardsRequest(rewards=[theirs]), metadata=metadata)
         assert await refused(call) == "NOT_PERMITTED"
+        # Of another run it cannot read either: neither by name nor by asking for all.
+        pb = store_service_pb2
+        reads: list[tuple[str, Any]] = [
+            ("GetRun", pb.GetRunRequest(run_id="default")),
+            ("GetRollout", pb.GetRolloutRequest(rollout_id="ro-other")),
+            ("ListRollouts", pb.ListRolloutsRequest(filter=rollout_pb2.RolloutFilter(run_id="*"))),
+            ("ListSpans", pb.ListSpansRequest(rollout_id="ro-other")),
+            ("ListRewards", pb.ListRewardsRequest(rollout_ids=["ro-1", "ro-other"])),
+            ("GetLatestResources", pb.GetLatestResourcesRequest()),
+        ]
+        for method, wrong in reads:
+            assert await refused(getattr(stub, method)(wrong, metadata=metadata)) == "NOT_PERMITTED", method
+        streams: list[tuple[str, Any]] = [
+            ("ExportSpans", pb.ExportSpansRequest(run_id="*")),
+            ("WatchRollouts", pb.WatchRolloutsRequest()),
+        ]
+        for method, wrong in streams:
+            stream = getattr(stub, method)(wrong, metadata=metadata)
+            assert await refused(stream.read()) == "NOT_PERMITTED", method
+        await stub.ListRewards(pb.ListRewardsRequest(rollout_ids=["ro-1"]), metadata=metadata)
         for method, wrong in (
             ("EnqueueRollouts", store_service_pb2.EnqueueRolloutsRequest()),
             ("UpdateRun", store_service_pb2.UpdateRunRequest()),

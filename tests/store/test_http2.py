@@ -14,6 +14,7 @@ import h2.events
 import h2.settings
 import pytest
 
+from agl_grpc.client.errors import error_from_rpc
 from agl_grpc.store.door.http2 import frames
 from agl_grpc.store.door.http2.patience import MOST_RESETS
 from agl_grpc.store.door.http2.stream import RECEIVE_WINDOW
@@ -132,14 +133,18 @@ async def test_compressed_messages_are_read(how: grpc.Compression) -> None:
 
 async def test_what_cannot_be_served_is_refused_alone() -> None:
     async with echoing() as (_, _, port), client(port) as channel:
-        for path, data, code in (
-            ("/t/Nothing", b"", grpc.StatusCode.UNIMPLEMENTED),
-            ("/t/Broken", b"", grpc.StatusCode.UNKNOWN),
-            ("/t/Unary", bytes(MAX_MESSAGE + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        too_large = ("MESSAGE_TOO_LARGE", {"limit_bytes": str(MAX_MESSAGE)})
+        unknown = ("METHOD_UNIMPLEMENTED", {"method": "/t/Nothing"})
+        for path, data, code, reason in (
+            ("/t/Nothing", b"", grpc.StatusCode.UNIMPLEMENTED, unknown),
+            ("/t/Broken", b"", grpc.StatusCode.UNKNOWN, ("", {})),
+            ("/t/Unary", bytes(MAX_MESSAGE + 1), grpc.StatusCode.RESOURCE_EXHAUSTED, too_large),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary(path)(data)
             assert caught.value.code() is code
+            found = error_from_rpc(caught.value, "x")
+            assert (found.reason, found.metadata) == reason
         assert await channel.unary_unary("/t/Unary")(b"on") == b"on"
 
 

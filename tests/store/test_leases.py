@@ -10,8 +10,9 @@ import pytest
 
 from agl_grpc.store.clock import SECOND, ManualClock, SystemClock
 from agl_grpc.store.door.app import ServeConfig, StoreServer
-from agl_grpc.v1 import attempt_pb2, reward_pb2, runner_service_pb2, store_service_pb2
+from agl_grpc.v1 import attempt_pb2, reward_pb2, runner_service_pb2, span_pb2, store_service_pb2
 from tests.store.rig import FAILED, SUCCEEDED, TIMEOUT, UNRESPONSIVE, Rig, held, reason, running, seconds
+from tests.store.span_support import span
 
 
 async def test_a_life_from_enqueue_to_success(rig: Rig) -> None:
@@ -272,6 +273,22 @@ async def test_a_repeated_completion_is_one_completion(rig: Rig) -> None:
     assert reason(caught.value) == "REQUEST_ID_REUSED"
 
 
+@pytest.mark.parametrize("own", [["", "default"], ["default", ""], ["", "other", "default", ""]])
+async def test_a_queue_that_is_named_twice_is_one_queue(rig: Rig, own: list[str]) -> None:
+    """A run's own queue has two names: the run's, and none."""
+    for number in range(4):
+        await rig.enqueue(rollout_id=f"r{number}")
+    leased = await rig.lease(limit=2, queues=own)
+    request = store_service_pb2.DequeueRolloutsRequest(queues=own, limit=10)
+    taken = (await rig.store.DequeueRollouts(request)).rollouts
+    found = [one.rollout.rollout_id for one in leased] + [one.rollout.rollout.rollout_id for one in taken]
+    assert found == ["r0", "r1", "r2", "r3"]
+    waiting = asyncio.create_task(rig.lease(wait=30, queues=own))
+    await rig.enqueue(rollout_id="later")
+    (later,) = await waiting
+    assert later.rollout.rollout_id == "later"
+
+
 async def test_a_bad_completion_does_not_block_its_neighbours(rig: Rig) -> None:
     for name in ("a", "b", "c"):
         await rig.enqueue(rollout_id=name)
@@ -288,6 +305,55 @@ async def test_a_bad_completion_does_not_block_its_neighbours(rig: Rig) -> None:
     assert await rig.status("b") == "preparing"
     rewards = await rig.store.ListRewards(store_service_pb2.ListRewardsRequest(rollout_ids=["b"]))
     assert not rewards.rewards, "the good reward before the bad one is undone"
+
+
+async def test_a_completion_brings_its_last_spans(rig: Rig) -> None:
+    await rig.enqueue(rollout_id="a")
+    (leased,) = await rig.lease()
+    spans = [_early(), _early(name=""), _early()]
+    first = await rig.complete(leased, request_id="c", spans=spans)
+    assert await rig.complete(leased, request_id="c", spans=spans) == first
+    (done,) = first
+    assert not done.HasField("error")
+    assert [(one.group_index, one.index, one.status.metadata[0].value) for one in done.rejected] == [
+        (0, 1, "completions[0].spans[1].name")
+    ]
+    assert await rig.status("a") == "succeeded"
+    (attempt,) = await rig.attempts("a")
+    stored = await _spans_of(rig, "a")
+    assert [(one.sequence_id, one.span, one.late) for one in stored] == [
+        (1, spans[0], False),
+        (2, spans[2], False),
+    ]
+    assert attempt.sealed
+    assert {one.received_time.ToMicroseconds() for one in stored} == {attempt.end_time.ToMicroseconds()}
+
+
+async def test_last_spans_do_not_hang_on_their_completion(rig: Rig) -> None:
+    for name in ("a", "b"):
+        await rig.enqueue(rollout_id=name)
+    first, second = await rig.lease(limit=2)
+    request = runner_service_pb2.CompleteAttemptsRequest(worker_id="w1")
+    for leased, token in ((first, b"wrong"), (second, second.lease.lease_token)):
+        completion = request.completions.add(lease_token=token, status=SUCCEEDED, spans=[_early()])
+        completion.attempt_id = leased.attempt.attempt_id
+    results = (await rig.runner.CompleteAttempts(request)).results
+    assert [(one.error.code, len(one.rejected)) for one in results] == [(9, 0), (0, 0)]
+    assert await rig.status("a") == "running"
+    assert [len(await _spans_of(rig, name)) for name in ("a", "b")] == [1, 1]
+    (late,) = await rig.complete(second, spans=[_early()])
+    assert late.error.code == 9
+    assert [one.late for one in await _spans_of(rig, "b")] == [False, True]
+
+
+def _early(name: str = "step") -> span_pb2.Span:
+    """A span of long ago: the tests' clocks are not today's."""
+    return span(name, start_time_unix_nano=1, end_time_unix_nano=2)
+
+
+async def _spans_of(rig: Rig, rollout_id: str) -> list[span_pb2.StoredSpan]:
+    request = store_service_pb2.ListSpansRequest(rollout_id=rollout_id)
+    return list((await rig.store.ListSpans(request)).spans)
 
 
 async def test_an_output_is_kept_as_metadata(rig: Rig) -> None:

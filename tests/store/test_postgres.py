@@ -109,6 +109,19 @@ async def test_leases_outlive_a_time_without_any_server(url: str) -> None:
         assert not done.HasField("error")
 
 
+async def test_a_slow_machine_extends_no_lease_of_a_clock_that_a_test_moves(url: str) -> None:
+    """Else a test that gets no processor for 5 s sees leases live on that its own clock has ended."""
+    async with running(url, ManualClock()) as rig:
+        await rig.enqueue(rollout_id="r", config={"max_redeliveries": 1})
+        await rig.lease(lease_duration=seconds(30))
+        with psycopg.connect(url) as operator:
+            operator.execute("UPDATE counters SET beat = beat - 60000000")
+        assert isinstance(rig.clock, ManualClock)
+        rig.clock.advance(31)
+        await rig.server.store.timers.fire()
+        assert await rig.status("r") == "requeuing"
+
+
 async def test_a_group_that_others_are_in_the_way_of_runs_again(url: str) -> None:
     """A deadlock with another program's transaction: PostgreSQL ends one of the two, the store repeats it."""
     store = await Store.open(url, clock=ManualClock())

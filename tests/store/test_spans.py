@@ -16,7 +16,14 @@ import pytest
 
 from agl_grpc.model import raw
 from agl_grpc.store.door.app import StoreServer
-from agl_grpc.v1 import error_reason_pb2, model_call_pb2, span_pb2, store_service_pb2, store_service_pb2_grpc
+from agl_grpc.v1 import (
+    attempt_pb2,
+    error_reason_pb2,
+    model_call_pb2,
+    span_pb2,
+    store_service_pb2,
+    store_service_pb2_grpc,
+)
 from tests.store.span_support import (
     append,
     call_span,
@@ -54,6 +61,29 @@ async def test_stored_bytes_come_back_as_they_were_sent(served: tuple[StoreServe
     assert (stored.rollout_id, stored.attempt_id, stored.sequence_id) == ("ro-1", "at-1", 1)
     assert not stored.late
     assert abs(stored.received_time.seconds - time.time()) < 60
+
+
+async def test_an_answer_is_what_protobuf_would_write(database: Path | str | None) -> None:
+    async with serving(database) as (server, channel):
+        await make_attempts(server, "1")
+        stub: Stub = store_service_pb2_grpc.StoreServiceStub(channel)
+        # Lengths around those at which a length takes another byte, and sequence ids likewise.
+        long = [span("x" * size, explicit_sequence_id=size) for size in (1, 90, 127, 128, 1000)]
+        await append(stub, group("1", *long))
+        request = store_service_pb2.UpdateAttemptRequest()
+        request.attempt.rollout_id, request.attempt.attempt_id = "ro-1", "at-1"
+        request.attempt.status = attempt_pb2.ATTEMPT_STATUS_SUCCEEDED
+        request.update_mask.paths.append("status")
+        await stub.UpdateAttempt(request)
+        await append(stub, group("1", span("late"), span("large", trace_state="y" * 20_000)))
+        method = channel.unary_unary("/agl_grpc.v1.StoreService/ListSpans")
+        for size in (3, 10):
+            wanted = store_service_pb2.ListSpansRequest(rollout_id="ro-1", page_size=size, include_total=True)
+            answer: bytes = await method(wanted.SerializeToString())
+            read = store_service_pb2.ListSpansResponse.FromString(answer)
+            assert read.SerializeToString() == answer
+            assert (len(read.spans), read.total_size) == (min(size, 7), 7)
+        assert [one.late for one in read.spans] == [False] * 5 + [True] * 2
 
 
 async def test_a_repeat_is_counted_and_not_stored_twice(served: tuple[StoreServer, Stub]) -> None:

@@ -17,7 +17,7 @@ from agl_grpc.client import StoreClient, SyncStoreClient
 from agl_grpc.client.channel import Tls, open_channel
 from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.door.server import StartError
-from agl_grpc.store.door.tls import TlsFiles
+from agl_grpc.store.door.tls import RenewedTls, TlsFiles
 from tests.store.http2_peer import echoing
 
 
@@ -96,6 +96,86 @@ async def test_a_store_with_tls_serves_grpc_and_http(issued: Issued) -> None:
             assert (await web.get(f"{server.url}/agl/v1/health")).status_code == 200
     finally:
         await server.stop()
+
+
+def _issue(by: trustme.CA, name: str, certificate: Path, key: Path) -> None:
+    """Writes a certificate and its key, the certificate first, over what stands there."""
+    made = by.issue_cert(name)
+    certificate.write_bytes(b"".join(part.bytes() for part in made.cert_chain_pems))
+    made.private_key_pem.write_to_path(str(key))
+
+
+async def _reach(target: str, tls: Tls) -> grpc.StatusCode:
+    """How a call over a new connection ends."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with open_channel(target, tls=tls, options=options) as channel:
+        try:
+            await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
+        except grpc.aio.AioRpcError as refused:
+            return refused.code()
+        return grpc.StatusCode.OK
+
+
+async def test_a_renewed_certificate_is_taken_up_under_way(tmp_path: Path) -> None:
+    before, after = trustme.CA(), trustme.CA()
+    served, key, issuers = tmp_path / "served.pem", tmp_path / "served.key", tmp_path / "issuers.pem"
+    clients = {}
+    for name, issuer in (("before", before), ("after", after)):
+        roots, mine, mine_key = (tmp_path / f"{name}.{part}" for part in ("roots", "pem", "key"))
+        issuer.cert_pem.write_to_path(str(roots))
+        _issue(issuer, "worker", mine, mine_key)
+        clients[name] = Tls(roots, mine, mine_key)
+    _issue(before, "127.0.0.1", served, key)
+    before.cert_pem.write_to_path(str(issuers))
+    files = TlsFiles(served, key, issuers)
+    server = await StoreServer.start(ServeConfig(port=0, http_port=0, database=None, tls=files))
+    try:
+        target = f"grpcs://127.0.0.1:{server.port}"
+        old = clients["before"]
+        async with StoreClient(
+            target, root_certificates=old.root_certificates, certificate=old.certificate, key=old.key
+        ) as client:
+            await client.enqueue_rollout({"a": 1})
+            assert await _reach(target, clients["after"]) is grpc.StatusCode.UNAVAILABLE
+            # Half of a renewal: the key is another's, so all stays as it was.
+            key.write_text("no key")
+            assert await _reach(target, old) is grpc.StatusCode.OK
+            after.cert_pem.write_to_path(str(issuers))
+            _issue(after, "127.0.0.1", served, key)
+            async with asyncio.timeout(60):
+                while await _reach(target, clients["after"]) is not grpc.StatusCode.OK:
+                    pass
+            assert await _reach(target, old) is grpc.StatusCode.UNAVAILABLE
+            # Whoever was connected goes on.
+            assert len(await client.query_rollouts()) == 1
+        new = clients["after"]
+        trusted = ssl.create_default_context(cafile=str(new.root_certificates))
+        trusted.load_cert_chain(str(new.certificate), str(new.key))
+        async with httpx.AsyncClient(verify=trusted) as web:
+            assert (await web.get(f"{server.url}/agl/v1/health")).status_code == 200
+    finally:
+        await server.stop()
+
+
+def test_files_that_cannot_be_used_change_nothing_while_serving(
+    issued: Issued, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served, key = tmp_path / "served.pem", tmp_path / "served.key"
+    served.write_bytes(issued.certificate.read_bytes())
+    key.write_bytes(issued.key.read_bytes())
+    tls = RenewedTls(TlsFiles(served, key))
+    tls.context(["h2"])
+    assert not tls.look()
+    served.unlink()
+    assert not tls.look()
+    assert not tls.look()
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith(
+        f"the certificate is not renewed, the old one stays in use: {served} cannot be read"
+    )
+    served.write_bytes(issued.certificate.read_bytes())
+    assert tls.look()
+    assert not tls.look()
 
 
 def test_files_that_cannot_be_used_are_named(issued: Issued, tmp_path: Path) -> None:

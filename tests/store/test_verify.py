@@ -283,6 +283,32 @@ def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
             files.verify(tmp_path / wrong)
 
 
+def test_a_folder_is_no_database_and_no_copy(copy: Path, tmp_path: Path) -> None:
+    for act in (
+        lambda: files.verify(tmp_path),
+        lambda: files.verify(Path("/")),
+        lambda: operations.compact(tmp_path),
+        lambda: operations.backup(copy, tmp_path, force=True),
+        lambda: files.restore(copy, tmp_path, force=True),
+    ):
+        with pytest.raises(DatabaseError, match="is a folder; name a file in it"):
+            act()
+    for folder in (tmp_path, Path("/")):
+        with pytest.raises(StartError, match="is a folder"):
+            asyncio.run(StoreServer.start(ServeConfig(port=0, database=folder)))
+
+
+def test_a_url_of_another_database_is_refused_without_its_password(tmp_path: Path) -> None:
+    url = "mysql://user:secret@db/agl"
+    words = "a mysql:// database is not supported; name a file or postgresql://user@host/name"
+    with pytest.raises(StartError) as refused:
+        asyncio.run(StoreServer.start(ServeConfig(port=0, database=url)))
+    assert str(refused.value) == words
+    with pytest.raises(DatabaseError) as unread:
+        files.verify_postgres(url)
+    assert str(unread.value) == words
+
+
 def test_a_newer_database_is_refused_with_both_versions(copy: Path, tmp_path: Path) -> None:
     damage(copy, "UPDATE schema_families SET version = 41 WHERE name = 'spans'")
     words = "newer server .its tables 'spans' have version 41, this server knows 1"

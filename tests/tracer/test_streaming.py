@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import threading
@@ -20,6 +21,7 @@ from agl_grpc.model import AttemptedRollout, NamedResources
 from agl_grpc.runner import LitAgentRunner
 from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.tracer import OtelTracer, Trace
+from agl_grpc.v1 import span_pb2
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
 
@@ -124,6 +126,32 @@ async def test_rewards_for_steps_and_spans_are_stored_as_such(client: StoreClien
         ("format", 1, None): 0.5,
         ("primary", None, None): 1.0,
     }
+
+
+async def test_the_end_of_a_trace_may_be_left_to_its_caller(client: StoreClient) -> None:
+    tracer = OtelTracer(install_globally=False)
+    tracer.init_worker(0, client)
+
+    async def attempt(*, fails: bool) -> tuple[list[str], list[str]]:
+        rollout = await client.start_rollout(0)
+        ids = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+        with contextlib.suppress(ZeroDivisionError):
+            async with tracer.trace_context("agent", **ids) as trace:
+                emit_message("early")
+                await trace.flush()
+                trace.keep_end()
+                emit_message("last")
+                if fails:
+                    raise ZeroDivisionError
+        kept = [span_pb2.Span.FromString(data).name for data in trace.kept]
+        return [span.name for span in await client.query_spans(rollout.rollout_id)], kept
+
+    stored, kept = await attempt(fails=False)
+    assert len(stored + kept) == 3
+    assert kept[-1] == "agent", "the root ends last"
+    stored, kept = await attempt(fails=True)
+    assert (len(stored), kept) == (3, [])
+    await tracer.teardown_worker(0)
 
 
 async def test_refusals_are_told_at_the_flush(client: StoreClient) -> None:

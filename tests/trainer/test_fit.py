@@ -14,7 +14,8 @@ import pytest
 
 from agl_grpc.algorithm import algo, run_rollouts
 from agl_grpc.client import StoreClient
-from agl_grpc.model import EnqueueRolloutRequest, PromptTemplate
+from agl_grpc.model import EnqueueRolloutRequest, PromptTemplate, RolloutStatus
+from agl_grpc.store.in_process import InProcessStore
 from agl_grpc.trainer import Trainer, TrainerError
 from agl_grpc.trainer.sweep import MARK
 from tests.support.waiting import free_port
@@ -28,6 +29,8 @@ def test_an_algorithm_of_this_process_has_its_rollouts_done(strategy: str, tmp_p
     trainer = Trainer(algorithm=agents.summing, strategy=strategy, run_name="sum", run_dir=tmp_path)
     result = trainer.fit(agents.halver, TASKS)
     assert result.value == 6.0
+    assert result.rollouts == {RolloutStatus.SUCCEEDED: 3}
+    assert result.failed == result.unfinished == 0
     manifest = orjson.loads(result.folder.manifest.read_bytes())
     assert manifest["datasets"]["train"]["tasks"] == 3
     assert manifest["sessions"][0]["versions"]["user"]["python"] == sys.version.split()[0]
@@ -91,11 +94,29 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
         ),
         ({"algorithm": "bsaeline"}, "did you mean 'baseline'"),
         ({"strategy": "spawn"}, "strategy 'spawn': .*short names: cs, shm"),
+        ({"store": 4747}, "store is a int: give host:port or a StoreClient"),
     ],
 )
 def test_wrong_arguments_are_named_at_once(arguments: dict[str, Any], part: str) -> None:
     with pytest.raises(TrainerError, match=part):
         Trainer(**arguments)
+
+
+async def test_a_store_of_this_event_loop_is_refused_with_the_way_out() -> None:
+    async with await InProcessStore.open() as store, StoreClient(store) as client:
+        for given in (store, client):
+            with pytest.raises(TrainerError, match=r"in-process store.* leave store out"):
+                Trainer(store=given)  # type: ignore[arg-type]  # the first is what a caller may try
+
+
+def test_a_dataset_that_the_algorithm_does_not_take_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    trainer = Trainer(algorithm=agents.summing, strategy="shm", run_name="val", run_dir=tmp_path)
+    for run in (trainer.fit, trainer.dev):
+        with pytest.raises(
+            TrainerError, match="summing takes no val_dataset, but one was given: leave it out"
+        ):
+            run(agents.halver, TASKS, val_dataset=TASKS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dataset_that_raises_is_named_with_its_place(tmp_path: Path) -> None:
@@ -168,7 +189,9 @@ async def hasty(store: StoreClient, train_dataset: Any) -> None:
 
 def test_what_an_algorithm_did_not_notice_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = Trainer(algorithm=hasty, strategy="shm", run_name="hasty", run_dir=tmp_path)
-    trainer.fit(agents.prompted, ["one"])
+    result = trainer.fit(agents.prompted, ["one"])
+    assert result.rollouts == {RolloutStatus.FAILED: 1, RolloutStatus.QUEUING: 1}
+    assert (result.failed, result.unfinished) == (1, 1)
     said = capsys.readouterr().out
     assert "1 of the run's 2 rollouts failed, for example with: the agent needs a PromptTemplate" in said
     assert "1 rollouts are unfinished: the algorithm ended without them" in said

@@ -21,7 +21,8 @@ from agl_grpc.algorithm.prompt.candidate import Candidate
 from agl_grpc.algorithm.prompt.choices import batch, seeded
 from agl_grpc.algorithm.prompt.critic import Critic
 from agl_grpc.algorithm.prompt.instructions import read_instructions
-from agl_grpc.algorithm.prompt.search import PromptSearch, Settings, positive
+from agl_grpc.algorithm.prompt.search import PromptSearch, Settings, positive, validation_of
+from agl_grpc.evaluation import Sampling
 from agl_grpc.model import PromptTemplate, RolloutConfig
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class APO(Algorithm):
         branch_factor: new versions of each parent in a round.
         beam_rounds: rounds.
         rollout_batch_timeout: seconds that one batch of rollouts may take; unfinished ones are cancelled
-            and left out of the mean. A rollout without a reward counts as 0.
+            and left out of the mean.
+        validation: how requests are sampled when versions are scored; None = as their endpoint says.
         run_initial_validation: whether the first prompts are scored on the whole validation dataset too.
         gradient_prompt_files: instructions for the critic instead of ours; one is chosen at random for each
             critique. See ``agl_grpc/algorithm/apo/instructions.py`` for their places.
@@ -77,6 +79,7 @@ class APO(Algorithm):
         branch_factor: int = 4,
         beam_rounds: int = 3,
         rollout_batch_timeout: float = 3600.0,
+        validation: Sampling | Mapping[str, Any] | None = None,
         run_initial_validation: bool = True,
         gradient_prompt_files: Sequence[str | Path] | None = None,
         apply_edit_prompt_files: Sequence[str | Path] | None = None,
@@ -110,7 +113,10 @@ class APO(Algorithm):
         self._edits = read_instructions(apply_edit_prompt_files, EDITS)
         self._seed = seed
         self._settings = Settings(
-            rollout_batch_timeout=rollout_batch_timeout, rollouts=rollouts, best_prompt_file=best_prompt_file
+            rollout_batch_timeout=rollout_batch_timeout,
+            validation=validation_of(validation, seed),
+            rollouts=rollouts,
+            best_prompt_file=best_prompt_file,
         )
         self._best: Candidate | None = None
 

@@ -12,7 +12,7 @@ from agl_grpc.algorithm.prompt.critic import Critic
 from agl_grpc.algorithm.prompt.instructions import fill, prompts_as_text
 from agl_grpc.algorithm.prompt.rewriting import rewrite
 from agl_grpc.algorithm.prompt.search import PromptSearch
-from agl_grpc.model import PromptTemplate, RolloutMode
+from agl_grpc.model import PromptTemplate
 
 
 class Branches:
@@ -68,7 +68,7 @@ class Branches:
         self, parent: Candidate, version: str, name: str, tasks: Mapping[int, Any]
     ) -> Mapping[str, Any]:
         evaluator = self._search.evaluator
-        results = await evaluator.run(parent, tasks, RolloutMode.TRAIN, f"train.{version}")
+        results = await evaluator.run(parent, tasks, f"train.{version}")
         traces = await evaluator.traces(results)
         experiments = "\n\n".join(f"Experiment {n}\n{text}" for n, text in enumerate(traces, start=1))
         instruction = seeded(self._seed, "critique", version).choice(self._critiques)

@@ -22,8 +22,9 @@ from agl_grpc.algorithm.prompt.critic import Critic
 from agl_grpc.algorithm.prompt.evaluation import TaskResult
 from agl_grpc.algorithm.prompt.instructions import prompts_as_text, read_instructions
 from agl_grpc.algorithm.prompt.rewriting import rewrite
-from agl_grpc.algorithm.prompt.search import PromptSearch, Settings, positive
-from agl_grpc.model import PromptTemplate, RolloutConfig, RolloutMode
+from agl_grpc.algorithm.prompt.search import PromptSearch, Settings, positive, validation_of
+from agl_grpc.evaluation import Sampling
+from agl_grpc.model import PromptTemplate, RolloutConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -65,6 +66,7 @@ class GEPA(Algorithm):
         max_merges: merges that are tried at most; 0 = none.
         merge_tasks: validation tasks on which a merged candidate is tried.
         rollout_batch_timeout: seconds that one batch of rollouts may take; unfinished ones are left out.
+        validation: how requests are sampled when candidates are scored; None = as their endpoint says.
         reflection_prompt_files: instructions instead of ours; see
             ``agl_grpc/algorithm/gepa/instructions.py``.
         endpoint: base URL of any OpenAI-compatible endpoint; empty = ``OPENAI_BASE_URL``, else OpenAI's own.
@@ -88,6 +90,7 @@ class GEPA(Algorithm):
         max_merges: int = 5,
         merge_tasks: int = 5,
         rollout_batch_timeout: float = 3600.0,
+        validation: Sampling | Mapping[str, Any] | None = None,
         reflection_prompt_files: list[str] | None = None,
         endpoint: str = "",
         api_key: str = "",
@@ -118,7 +121,10 @@ class GEPA(Algorithm):
         self._instructions = read_instructions(reflection_prompt_files, (REFLECTION,))
         self._seed = seed
         self._settings = Settings(
-            rollout_batch_timeout=rollout_batch_timeout, rollouts=rollouts, best_prompt_file=best_prompt_file
+            rollout_batch_timeout=rollout_batch_timeout,
+            validation=validation_of(validation, seed),
+            rollouts=rollouts,
+            best_prompt_file=best_prompt_file,
         )
         self._candidates: dict[str, Candidate] = {}
         self._rewards: dict[str, list[float]] = {}
@@ -213,24 +219,30 @@ class GEPA(Algorithm):
             self._rewards[one], self._rewards[other], size, seeded(self._seed, "tasks", number)
         )
         tasks = {place: val[place] for place in places}
-        found = await search.evaluator.run(child, tasks, RolloutMode.VAL, f"merge.{child.version}")
+        after, judged = await self._on_merge_tasks(search, child, tasks)
         scores = {
-            parent: sum(self._rewards[parent][each.index] for each in found) / len(found)
+            parent: sum(self._rewards[parent][place] for place in judged) / len(judged)
             for parent in merger.parents
         }
-        after = _mean_of(found)
         accepted = child if after >= max(scores.values()) else None
         search.say(
             f"iteration {number}: {one} and {other} merged to {child.version}, {after:.3f} on {size} tasks"
         )
         return _Trial({**scores, child.version: after}, len(tasks), accepted)
 
+    async def _on_merge_tasks(
+        self, search: PromptSearch, child: Candidate, tasks: Mapping[int, Any]
+    ) -> tuple[float, list[int]]:
+        """A merged candidate's mean, and the tasks that it is the mean of: all, where none has a reward."""
+        found = await search.scores(child, tasks, f"merge.{child.version}", "merge")
+        return float(found["score"]), [int(place) for place in found["rewards"]] or [*tasks]
+
     async def _mutate(
         self, search: PromptSearch, parent: Candidate, tasks: Mapping[int, Any], number: int
     ) -> _Trial:
         """Has a parent and a child of it do the minibatch; a child that does better is accepted."""
         evaluator, version = search.evaluator, f"v{number}"
-        results = await evaluator.run(parent, tasks, RolloutMode.TRAIN, f"train.{version}")
+        results = await evaluator.run(parent, tasks, f"train.{version}")
         before = _mean_of(results)
         if before >= self._perfect:
             search.say(f"iteration {number}: {parent.version} is perfect on its tasks")
@@ -269,7 +281,7 @@ class GEPA(Algorithm):
         if not made["templates"]:
             return _Trial({parent.version: before}, len(tasks))
         child = Candidate.from_data(made)
-        after = _mean_of(await evaluator.run(child, tasks, RolloutMode.TRAIN, f"child.{version}"))
+        after = _mean_of(await evaluator.run(child, tasks, f"child.{version}"))
         search.say(f"iteration {number}: {parent.version} {before:.3f}, its child {version} {after:.3f}")
         scores = {parent.version: before, version: after}
         return _Trial(scores, 2 * len(tasks), child if after > before else None)

@@ -1,4 +1,8 @@
-"""How good prompts are: tasks are done with them by the run's workers."""
+"""How good prompts are: tasks are done with them by the run's workers.
+
+Scores are evaluations like any other (`agl_grpc.evaluation`): mode ``val``, seeds of their own, and failures
+that are not the prompt's in no mean.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,11 @@ from agl_grpc.algorithm.prompt.candidate import Candidate
 from agl_grpc.algorithm.prompt.traces import describe
 from agl_grpc.client import StoreClient
 from agl_grpc.client.rollout_batch import cancel_rest, primary_rewards, run_rollouts
+from agl_grpc.evaluation import EvaluationError, Pass, Sampling, evaluate, with_sampling
 from agl_grpc.model import (
+    LLM,
     EnqueueRolloutRequest,
+    FailureKind,
     NamedResources,
     Rollout,
     RolloutConfig,
@@ -44,6 +51,7 @@ class Evaluator:
             left out.
         config: rules of each rollout's life.
         published: called after every publication of a candidate, which is then the run's latest.
+        validation: how requests are sampled when a candidate is scored; None = as the endpoint says.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class Evaluator:
         timeout: float,
         config: RolloutConfig | None = None,
         published: Callable[[], Awaitable[None]],
+        validation: Sampling | None = None,
     ) -> None:
         self._store = store
         self._prefix = prefix
@@ -62,18 +71,27 @@ class Evaluator:
         self._timeout = timeout
         self._config = config
         self._published = published
+        self._validation = validation
         self._publishing = asyncio.Lock()
 
     def resources_of(self, candidate: Candidate) -> NamedResources:
         """All that agents get with a candidate."""
         return {**self._resources, **candidate.templates}
 
-    async def publish(self, candidate: Candidate) -> str:
-        """The id of the candidate's resources, published now unless they are already."""
+    async def publish(self, candidate: Candidate, sampling: Sampling | None = None) -> str:
+        """The id of the candidate's resources, published now unless they are already.
+
+        With ``sampling`` the first endpoint of theirs samples so, under an id of its own.
+        """
         resources_id = f"{self._prefix}-{candidate.version}"
+        resources = self.resources_of(candidate)
+        if sampling is not None:
+            resources_id += "-validation"
+            endpoint = next((name for name, value in resources.items() if isinstance(value, LLM)), "")
+            resources = with_sampling(resources, endpoint, sampling)
         async with self._publishing:
             if await self._store.get_resources_by_id(resources_id) is None:
-                await self._store.update_resources(resources_id, self.resources_of(candidate))
+                await self._store.update_resources(resources_id, resources)
                 # Its rollouts name it; whoever asks for the latest wants the best, not what is being tried.
                 await self._published()
         return resources_id
@@ -82,10 +100,11 @@ class Evaluator:
         self,
         candidate: Candidate,
         tasks: Mapping[int, Any],
-        mode: RolloutMode,
         label: str,
     ) -> list[TaskResult]:
-        """Has tasks (by their place in the dataset) done; results in their order, unfinished ones left out.
+        """Has training tasks (by their place in the dataset) done, to learn from what happens.
+
+        Results are in their order, unfinished ones left out.
 
         Raises:
             AlgorithmError: none was finished in time, or no agent could begin its work.
@@ -95,7 +114,7 @@ class Evaluator:
         requests = [
             EnqueueRolloutRequest(
                 input=task,
-                mode=mode,
+                mode=RolloutMode.TRAIN,
                 resources_id=resources_id,
                 config=self._config,
                 rollout_id=f"{label}.{index}",
@@ -118,7 +137,7 @@ class Evaluator:
                 "workers? (rollout_batch_timeout sets the time)"
             )
         rewards = await primary_rewards(self._store, [*ended.values()])
-        _refuse_unfit(candidate, [*ended.values()])
+        _refuse_unfit(candidate, [one.failure.message if one.failure else None for one in ended.values()])
         return [
             TaskResult(index, ended[name], rewards.get(name))
             for index in tasks
@@ -126,16 +145,41 @@ class Evaluator:
         ]
 
     async def score(self, candidate: Candidate, tasks: Mapping[int, Any], label: str) -> dict[str, Any]:
-        """Mean reward in mode ``val``, a missing reward counting as 0, as plain values for the journal."""
-        results = await self.run(candidate, tasks, RolloutMode.VAL, label)
-        rewards = [result.reward or 0.0 for result in results]
+        """The mean of an evaluation in mode ``val``, as plain values for the journal.
+
+        What the agent itself fails counts as 0; what was not finished in time, failed for other reasons or
+        was judged by nobody is in no mean, and counted.
+
+        Raises:
+            AlgorithmError: none was finished in time, or no agent could begin its work.
+        """
+        plan = Pass(
+            name=candidate.version,
+            sampling=self._validation or Sampling(),
+            label=f"{self._prefix}.{label}",
+            config=self._config,
+            timeout=self._timeout,
+            partial=True,
+        )
+        resources_id = await self.publish(candidate, self._validation)
+        try:
+            found = await evaluate(self._store, [*tasks.values()], plan, resources_id=resources_id)
+        except EvaluationError as error:
+            raise AlgorithmError(
+                f"{candidate.version} cannot be scored: {error} (rollout_batch_timeout sets the time)"
+            ) from error
+        rollouts = [one for task in found.tasks for one in task.rollouts]
+        _refuse_unfit(candidate, [one.failure and one.message for one in rollouts])
+        rewards = {index: task.mean for index, task in zip(tasks, found.tasks, strict=True)}
+        unfinished = sum(one.failure == FailureKind.CANCELLED.value for one in rollouts)
+        known = {str(index): reward for index, reward in rewards.items() if reward is not None}
         return {
             "version": candidate.version,
-            "score": sum(rewards) / len(rewards),
+            "score": sum(known.values()) / len(known) if known else 0.0,
             "tasks": len(tasks),
-            "unfinished": len(tasks) - len(results),
-            "without_reward": sum(result.reward is None for result in results),
-            "rewards": {str(result.index): result.reward or 0.0 for result in results},
+            "unfinished": unfinished,
+            "without_reward": len(tasks) - len(known) - unfinished,
+            "rewards": known,
         }
 
     async def traces(self, results: Sequence[TaskResult]) -> list[str]:
@@ -148,12 +192,9 @@ class Evaluator:
         return await together(one(result) for result in results)
 
 
-def _refuse_unfit(candidate: Candidate, ended: Sequence[Rollout]) -> None:
+def _refuse_unfit(candidate: Candidate, failures: Sequence[str | None]) -> None:
     """A run in which no agent works is a mistake of the set-up, not a bad prompt."""
-    if candidate.parent is not None or any(rollout.failure is None for rollout in ended):
-        return
-    failure = ended[0].failure
-    assert failure is not None
-    raise AlgorithmError(
-        f"every rollout with the first prompts failed, so nothing can be learned: {failure.message}"
-    )
+    if candidate.parent is None and all(failures):
+        raise AlgorithmError(
+            f"every rollout with the first prompts failed, so nothing can be learned: {failures[0]}"
+        )

@@ -16,6 +16,7 @@ from agl_grpc.algorithm.prompt.critic import Critic
 from agl_grpc.algorithm.prompt.evaluation import Evaluator
 from agl_grpc.algorithm.prompt.journal import Journal, journal_id
 from agl_grpc.chat import Usage
+from agl_grpc.evaluation import EvaluationError, Sampling
 from agl_grpc.model import RolloutConfig
 
 BEST_FILE = "best_prompt"
@@ -27,6 +28,7 @@ class Settings:
     """What every search is told: see `APO` for the meaning of each."""
 
     rollout_batch_timeout: float
+    validation: Sampling | None = None
     rollouts: RolloutConfig | None = None
     best_prompt_file: str | Path | None = None
 
@@ -54,6 +56,7 @@ class PromptSearch:
             timeout=settings.rollout_batch_timeout,
             config=settings.rollouts,
             published=self.journal.publish_best,
+            validation=settings.validation,
         )
 
     async def open(self, fixed: Mapping[str, Any]) -> None:
@@ -170,6 +173,20 @@ class PromptSearch:
         }
         data = {key: value for key, value in candidate.to_data().items() if key != "usage"}
         return files | {base / "best.json": orjson.dumps(data, option=orjson.OPT_INDENT_2).decode() + "\n"}
+
+
+def validation_of(given: Sampling | Mapping[str, Any] | None, seed: int) -> Sampling | None:
+    """How candidates are scored, from what a user says of it; its seed is the algorithm's unless named.
+
+    Raises:
+        ValueError: a key that is none of `Sampling`'s, or a value that cannot be.
+    """
+    if given is None or isinstance(given, Sampling):
+        return given
+    try:
+        return Sampling(**{"seed": seed, **given})
+    except (TypeError, EvaluationError) as error:
+        raise ValueError(f"validation: {error}") from error
 
 
 def positive(**values: float) -> None:

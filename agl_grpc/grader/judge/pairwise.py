@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from agl_grpc.grader.grade import Grade
@@ -43,39 +42,6 @@ class PairwiseJudge(Judge):
         other = as_text(look_up(submission.input, self.reference))
         value, notes = await self._compare(submission, submission.response, other)
         return Grade(value=value, notes=notes)
-
-    async def rank(self, submissions: Sequence[Submission]) -> list[Grade]:
-        """Several responses to one task against each other: each one's share of wins, ties counting half.
-
-        Every pair is judged in both orders: n responses take n * (n - 1) questions.
-
-        Raises:
-            GraderFailed: one verdict cannot be had.
-            ValueError: fewer than two responses, or of different tasks.
-        """
-        if len(submissions) < 2:
-            raise ValueError(f"{len(submissions)} responses cannot be compared; give at least two")
-        texts = {self.task_text(one) for one in submissions}
-        if len(texts) > 1:
-            raise ValueError("the responses are to different tasks; compare those of one group")
-        pairs = list(itertools.combinations(range(len(submissions)), 2))
-        found = await both(
-            *(
-                self._compare(submissions[one], submissions[one].response, submissions[other].response)
-                for one, other in pairs
-            )
-        )
-        won: list[list[tuple[float, dict[str, Any]]]] = [[] for _ in submissions]
-        for (one, other), (value, notes) in zip(pairs, found, strict=True):
-            won[one].append((value, {"against": other, **notes}))
-            won[other].append((1.0 - value, {"against": one, **notes}))
-        return [
-            Grade(
-                value=sum(value for value, _ in each) / len(each),
-                notes={"comparisons": [{"value": value, **notes} for value, notes in each]},
-            )
-            for each in won
-        ]
 
     def form(self) -> dict[str, Any]:
         """The winner."""

@@ -31,8 +31,6 @@ from agl_grpc.interceptor.transport import AppendTransport, open_channel
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
-_REUSED_SPOOL_BYTES = 4 * 1024 * 1024
-
 
 class Proxy:
     """A running proxy; `start` makes one, `stop` ends it."""
@@ -67,7 +65,7 @@ class Proxy:
             spool = Spool(
                 settings.spool_path(listening.getsockname()[1]),
                 settings.spool_bytes,
-                reuse_bytes=_REUSED_SPOOL_BYTES,
+                reuse=True,
             )
         except BaseException:
             listening.close()

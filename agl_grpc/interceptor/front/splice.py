@@ -18,10 +18,15 @@ from typing import Any, NamedTuple
 
 import orjson
 
-_NUMBERS = (b'"prompt_token_ids":[', b'"token_ids":[')
+_NUMBERS = b'token_ids":['
+_OF_ANSWER, _OF_PROMPT = b'"', b'"prompt_'
+"""What stands before that: the key of an answer's ids, and of a prompt's."""
+
 _TABLE = b'"logprobs":{'
 _AFTER_TABLE = b',"finish_reason":'
-_CHAT_LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
+_CHAT_LOGPROB = re.compile(rb'"logprob":([^,]+),[^}]*')
+"""One of each entry, up to whose end nothing is looked at: that is most of a table."""
+
 _TEXT_LOGPROBS = re.compile(rb'"token_logprobs":(\[[-0-9.eE+,]*\])')
 
 
@@ -73,7 +78,7 @@ _NO_IDS = array("I")
 
 def splice(data: bytes, chat: bool, prompts: PromptTexts | None = None, key: object = None) -> Spliced | None:
     """Cut an answer; None when it is not laid out as expected. `key` names the conversation in `prompts`."""
-    ranges = sorted(_ranges(data))
+    ranges = list(_ranges(data))
     if not ranges:
         return None
     rest = [
@@ -104,20 +109,24 @@ def _with_numbers(parts: list[bytes]) -> Iterator[bytes]:
 
 
 def _ranges(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where the lists and tables stand."""
-    for key in _NUMBERS:
-        begin = 0
-        while (found := data.find(key, begin)) >= 0:
-            begin = data.find(b"]", found) + 1
-            if not begin:
-                return
-            yield found + len(key) - 1, begin
+    """Where the lists and tables stand, in their order. Each byte is looked at once."""
     begin = 0
-    while (found := data.find(_TABLE, begin)) >= 0:
-        begin = data.find(_AFTER_TABLE, found)
+    while (table := data.find(_TABLE, begin)) >= 0:
+        yield from _lists(data, begin, table)
+        begin = data.find(_AFTER_TABLE, table)
         if begin < 0:
             return
-        yield found + len(_TABLE) - 1, begin
+        yield table + len(_TABLE) - 1, begin
+    yield from _lists(data, begin, len(data))
+
+
+def _lists(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    while (found := data.find(_NUMBERS, begin, end)) >= 0:
+        begin = data.find(b"]", found, end) + 1
+        if not begin:
+            return
+        if data.endswith((_OF_ANSWER, _OF_PROMPT), 0, found):
+            yield found + len(_NUMBERS) - 1, begin
 
 
 def _assigned(

@@ -29,14 +29,13 @@ _ATTEMPT_METHODS = frozenset(
 _ROLE_METHODS = {
     "grader": frozenset(
         {
-            *("GetServerInfo", "GetRun", "GetGroup", "GetRollout", "ListRollouts", "WaitRollouts"),
-            *("WatchRollouts", "ListAttempts", "GetAttempt", "WatchAttempts", "ListSpans", "ExportSpans"),
-            *("WatchSpans", "ListRewards", "PutRewards", "GetResources", "GetLatestResources"),
-            *("ListResources", "WatchResources", "GetBlob"),
+            *("GetServerInfo", "GetRun", "GetRollout", "ListRollouts", "WatchRollouts", "ListSpans"),
+            # A blob is found by the digest of its content alone, which only its run's spans say.
+            *("ExportSpans", "ListRewards", "PutRewards", "GetLatestResources", "GetBlob"),
         }
     )
 }
-"""What the bearers of roles may call."""
+"""What the bearers of roles may call, each handler for the run of its caller alone (`require_run`)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,11 @@ class Caller:
         """Refuse a caller whose credential is for another attempt."""
         if self.credential is not None and self.credential.attempt_id != attempt_id:
             raise errors.not_permitted(f"a credential of attempt {attempt_id}")
+
+    def require_run(self, run_id: str) -> None:
+        """Refuse a caller whose role is in another run; empty = the run `default`, `*` = all runs."""
+        if self.role is not None and (run_id or "default") != self.role.run_id:
+            raise errors.not_permitted(f"a credential for run {run_id or 'default'}")
 
 
 @dataclass

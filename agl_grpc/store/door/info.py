@@ -9,7 +9,10 @@ from agl_grpc.store.door.call import Call
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import common_pb2, store_service_pb2
 
-CAPABILITIES = ("span_streams", "prompt_deltas", "policy_versions", "training_runs", "blobs", "otlp_traces")
+CAPABILITIES = (
+    *("span_streams", "prompt_deltas", "policy_versions", "training_runs", "blobs", "otlp_traces"),
+    "completion_spans",
+)
 """Optional behaviour that is on."""
 
 

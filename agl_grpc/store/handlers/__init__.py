@@ -73,7 +73,7 @@ def handlers(
             ResourceHandlers(side),
             BlobHandlers(side.store),
         ],
-        _RUNNER: [RunnerHandlers(side), LeaseStreamHandlers(side)],
+        _RUNNER: [RunnerHandlers(side, evictor), LeaseStreamHandlers(side)],
         _TRAINER: [
             TrainingHandlers(side),
             BatchHandlers(side),
@@ -85,6 +85,7 @@ def handlers(
     parsers: dict[str, Parser] = {
         "AppendSpans": raw.RawAppendSpansRequest.FromString,
         "StreamSpans": raw.RawStreamSpansRequest.FromString,
+        "CompleteAttempts": raw.RawCompleteAttemptsRequest.FromString,
         **OTLP_PARSERS,
     }
     side.store.maintenance.register(prune_producers)

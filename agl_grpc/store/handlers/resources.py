@@ -72,9 +72,10 @@ class ResourceHandlers:
         return await self._store.read(read)
 
     async def get_latest_resources(
-        self, request: store_service_pb2.GetLatestResourcesRequest, _call: Call
+        self, request: store_service_pb2.GetLatestResourcesRequest, call: Call
     ) -> store_service_pb2.GetLatestResourcesResponse:
         """The run's last publication in commit order."""
+        call.caller.require_run(request.run_id)
 
         def read(db: Connection) -> store_service_pb2.GetLatestResourcesResponse:
             answer = store_service_pb2.GetLatestResourcesResponse(position=position(db))

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from agl_grpc.store import errors, limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
-from agl_grpc.store.handlers.common import change
+from agl_grpc.store.handlers.common import change, require_runs_of
 from agl_grpc.store.rewards import load_rewards, put_all_rewards
 from agl_grpc.store.rollouts.names import attempt_status
 from agl_grpc.store.rollouts.rows import AttemptRow, attempts_by_name
@@ -60,7 +60,7 @@ class RewardHandlers:
         return await change(self._store, call, request, run, rows=len(request.rewards))
 
     async def list_rewards(
-        self, request: store_service_pb2.ListRewardsRequest, _call: Call
+        self, request: store_service_pb2.ListRewardsRequest, call: Call
     ) -> store_service_pb2.ListRewardsResponse:
         """Rewards of rollouts in the order in which they were written."""
         count = len(request.rollout_ids)
@@ -76,6 +76,7 @@ class RewardHandlers:
             where.append(_NEWEST)
 
         def read(db: Connection) -> store_service_pb2.ListRewardsResponse:
+            require_runs_of(db, call, request.rollout_ids)
             order = Order("w.reward_key", "w.reward_key", descending=False)
             wanted = PageRequest(size, request.page_token, 0, count=False)
             page = fetch_page(db, _SOURCE, " AND ".join(where), values, order, wanted)
@@ -101,8 +102,7 @@ def _authorise(tx: Tx, attempt: AttemptRow, lease_token: bytes, call: Call) -> N
         return
     if call.caller.role is not None:
         (run_id,) = tx.execute("SELECT run_id FROM runs WHERE run_key = ?", (attempt.run_key,)).fetchone()
-        if run_id != call.caller.role.run_id:
-            raise errors.not_permitted(f"a credential for run {run_id}")
+        call.caller.require_run(run_id)
     if call.caller.credential is None:
         return
     call.caller.require_attempt(attempt.attempt_id)

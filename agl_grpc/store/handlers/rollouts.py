@@ -11,7 +11,7 @@ from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.events.waits import Wait
-from agl_grpc.store.handlers.common import at_most, change, mask_paths, request_key
+from agl_grpc.store.handlers.common import at_most, change, mask_paths, request_key, require_runs_of
 from agl_grpc.store.rollouts import workers
 from agl_grpc.store.rollouts.deletion import STEP, Deleted
 from agl_grpc.store.rollouts.dispatch import within
@@ -28,7 +28,6 @@ from agl_grpc.store.rollouts.lifecycle import CANCELLED, FAILED, SUCCEEDED
 from agl_grpc.store.rollouts.rows import RolloutRow, rollouts_where
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage import idempotency
-from agl_grpc.store.storage.catalog import RunRow
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import position
 from agl_grpc.store.storage.sql import LAST_TEXT
@@ -103,9 +102,7 @@ class RolloutHandlers:
 
         def run(tx: Tx) -> store_service_pb2.DequeueRolloutsResponse:
             catalog = self._side.catalog
-            of_run: RunRow = catalog.run(tx, request.run_id)
-            names = list(dict.fromkeys(request.queues)) or [""]
-            keys = [catalog.queue(tx, of_run, name).queue_key for name in names]
+            keys = catalog.queue_keys(tx, catalog.run(tx, request.run_id), request.queues)
             answer = store_service_pb2.DequeueRolloutsResponse()
             worker_key = catalog.worker(tx, request.worker_id)
             if worker_key is not None:
@@ -120,11 +117,12 @@ class RolloutHandlers:
         return await change(self._store, call, request, run, 4 * max(1, request.limit))
 
     async def get_rollout(
-        self, request: store_service_pb2.GetRolloutRequest, _call: Call
+        self, request: store_service_pb2.GetRolloutRequest, call: Call
     ) -> store_service_pb2.GetRolloutResponse:
         """One rollout with its newest attempt."""
 
         def read(db: Connection) -> store_service_pb2.GetRolloutResponse:
+            require_runs_of(db, call, [request.rollout_id])
             rows = select_rollouts(db, "WHERE r.rollout_id = ?", request.rollout_id)
             if not rows:
                 raise not_found("rollout", request.rollout_id)
@@ -135,9 +133,10 @@ class RolloutHandlers:
         return await self._store.read(read)
 
     async def list_rollouts(
-        self, request: store_service_pb2.ListRolloutsRequest, _call: Call
+        self, request: store_service_pb2.ListRolloutsRequest, call: Call
     ) -> store_service_pb2.ListRolloutsResponse:
         """Rollouts by filter."""
+        call.caller.require_run(request.filter.run_id)
         wanted = PageRequest(
             check_size(request.page_size), request.page_token, request.skip, request.include_total
         )

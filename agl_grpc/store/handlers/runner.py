@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Any
 
+from agl_grpc.model import raw
 from agl_grpc.store import limits
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.door.call import Call
+from agl_grpc.store.door.fields import check_request
 from agl_grpc.store.errors import StoreError, invalid_field
 from agl_grpc.store.handlers.common import at_most, change, request_key
+from agl_grpc.store.handlers.span_writes import read_message, rejections
 from agl_grpc.store.rollouts import commands, workers
 from agl_grpc.store.rollouts.dispatch import Waiter
 from agl_grpc.store.rollouts.encode import duration_of
 from agl_grpc.store.rollouts.leases import wanted_duration
 from agl_grpc.store.rollouts.write_side import WriteSide
+from agl_grpc.store.spans.evict import Evictor
+from agl_grpc.store.spans.write import SpanMessage, SpanOutcome, write_messages
 from agl_grpc.store.storage import idempotency
 from agl_grpc.store.storage.catalog import labels_of
 from agl_grpc.store.storage.idempotency import RequestKey
@@ -36,9 +42,8 @@ def waiter_of(
     if worker_key is None:
         raise invalid_field("worker_id", "must not be empty")
     run = side.catalog.run(tx, work.run_id)
-    names = list(dict.fromkeys(work.queues)) or [""]
-    at_most(len(names), 100, "work.queues")
-    queues = tuple(side.catalog.queue(tx, run, name).queue_key for name in names)
+    at_most(len(work.queues), 100, "work.queues")
+    queues = side.catalog.queue_keys(tx, run, work.queues)
     workers.serves(tx, side.catalog, worker_key, work)
     return Waiter(
         run_key=run.run_key,
@@ -128,10 +133,16 @@ class _Poll:
 
 
 class RunnerHandlers:
-    """Serves the unary methods of RunnerService."""
+    """Serves the unary methods of RunnerService.
 
-    def __init__(self, side: WriteSide) -> None:
+    Args:
+        side: What they change.
+        evictor: Keeps a throw-away store small; None = spans stay.
+    """
+
+    def __init__(self, side: WriteSide, evictor: Evictor | None = None) -> None:
         self._side = side
+        self._evictor = evictor
         self._store = side.store
         self._cleanups: set[asyncio.Task[None]] = set()
 
@@ -184,17 +195,37 @@ class RunnerHandlers:
 
         return await change(self._store, call, request, run, 1 + len(request.leases))
 
-    async def complete_attempts(
-        self, request: runner_service_pb2.CompleteAttemptsRequest, call: Call
-    ) -> bytes:
-        """Ends attempts with their results."""
-        at_most(len(request.completions), limits.BATCH_ITEMS, "completions")
+    async def complete_attempts(self, request: Any, call: Call) -> bytes:
+        """Ends the attempts of a RawCompleteAttemptsRequest with their last spans and results."""
+        check_request(request)
+        spans = self._last_spans(request.completions, call)
 
         def run(tx: Tx) -> runner_service_pb2.CompleteAttemptsResponse:
+            outcome = _stored(tx, spans) if spans.groups else None
             results = self._side.leases.complete(tx, request.completions)
+            for rejected in rejections(outcome) if outcome else ():
+                results[rejected.group_index].rejected.append(rejected)
             return runner_service_pb2.CompleteAttemptsResponse(results=results)
 
-        return await change(self._store, call, request, run, 4 * len(request.completions))
+        answer = await change(self._store, call, request, run, 4 * len(request.completions) + spans.rows)
+        if self._evictor is not None and spans.groups:
+            self._evictor.added(spans.size)
+        return answer
+
+    def _last_spans(self, completions: Any, call: Call) -> SpanMessage:
+        """The spans that come with completions, checked; without groups where there are none."""
+        if not any(completion.spans for completion in completions):
+            return SpanMessage((), 0, 0)
+        if self._evictor is not None:
+            self._evictor.admit()
+        groups = (
+            raw.RawAttemptSpans(rollout_id=one.rollout_id, attempt_id=one.attempt_id, spans=one.spans)
+            for one in completions
+        )
+        message = read_message(groups, call, self._store.clock.now() * 1000, "completions")
+        # No span is no sign of life either.
+        message.groups = [group for group in message.groups if group.count]
+        return message
 
     async def release_attempts(self, request: runner_service_pb2.ReleaseAttemptsRequest, call: Call) -> bytes:
         """Takes attempts back unfinished."""
@@ -224,3 +255,11 @@ class RunnerHandlers:
         if worker_key is None:
             raise invalid_field("worker_id", "must not be empty")
         return worker_key
+
+
+def _stored(tx: Tx, message: SpanMessage) -> SpanOutcome:
+    """What became of spans; the command may run again with the same message."""
+    fresh = SpanMessage([group.fresh() for group in message.groups], message.size, message.rows)
+    (outcome,) = write_messages(tx, [fresh])
+    assert isinstance(outcome, SpanOutcome), "only messages of streams are fenced"
+    return outcome

@@ -56,9 +56,10 @@ class RunHandlers:
         return await change(self._store, call, request, run)
 
     async def get_run(
-        self, request: store_service_pb2.GetRunRequest, _call: Call
+        self, request: store_service_pb2.GetRunRequest, call: Call
     ) -> store_service_pb2.GetRunResponse:
         """One run."""
+        call.caller.require_run(request.run_id)
 
         def read(db: Connection) -> run_pb2.Run:
             key = run_key_of(db, request.run_id)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
-from agl_grpc.model import raw
 from agl_grpc.store import errors, limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import check_size, seal, unseal
+from agl_grpc.store.handlers.common import require_runs_of
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.rows import attempt_by_name, refuse_evicted, rollout_by_id
 from agl_grpc.store.spans.check import MODEL_CALL
-from agl_grpc.store.spans.read import SpanReader, rows_by_key, rows_where
+from agl_grpc.store.spans.read import Answer, SpanReader, rows_by_key, rows_where
 from agl_grpc.store.spans.select import COLUMNS, scan, sort_name
 from agl_grpc.store.spans.watch import SpanWatch
 from agl_grpc.store.storage.engine import Connection
@@ -39,15 +39,21 @@ class SpanReadHandlers:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def list_spans(self, request: store_service_pb2.ListSpansRequest, _call: Call) -> bytes:
+    async def list_spans(self, request: store_service_pb2.ListSpansRequest, call: Call) -> bytes:
         """One page of a rollout's spans."""
         query = _Query(request)
-        return await self._store.read(query.answer)
+
+        def read(db: Connection) -> bytes:
+            require_runs_of(db, call, [request.rollout_id])
+            return query.answer(db)
+
+        return await self._store.read(read)
 
     async def export_spans(
         self, request: store_service_pb2.ExportSpansRequest, call: Call
     ) -> AsyncIterator[bytes]:
         """Spans of many rollouts, oldest first, up to the moment of the call."""
+        call.caller.require_run(request.run_id)
         last, newest = await self._store.read(partial(_begin, cursor=request.cursor))
         while not call.drain.is_set():
             page, last = await self._store.read(
@@ -97,20 +103,17 @@ class _Query:
         keys = (self._by_database if simple else self._by_scan)(db, attempt_keys)
         rows = rows_by_key(db, keys[: self._size])
         reader = SpanReader(db, omit_tokens=request.omit_tokens)
-        answer = raw.RawListSpansResponse()
-        size = 0
+        answer, rest = Answer(), store_service_pb2.ListSpansResponse()
         for row in rows:
-            message = reader.message(row)
-            size += message.ByteSize()
-            if size > ANSWER_BYTES and answer.spans:
+            stored = reader.stored(row)
+            if answer.count and answer.size + len(stored) > ANSWER_BYTES:
                 break
-            answer.spans.append(message)
-        if len(answer.spans) < len(keys):
-            answer.next_page_token = seal(db, self._scope, [rows[len(answer.spans) - 1].span_key])
+            answer.add(stored)
+        if answer.count < len(keys):
+            rest.next_page_token = seal(db, self._scope, [rows[answer.count - 1].span_key])
         if request.include_total:
-            answer.total_size = self._total(db, attempt_keys)
-        data: bytes = answer.SerializeToString()
-        return data
+            rest.total_size = self._total(db, attempt_keys)
+        return answer.serialise(rest)
 
     def _by_database(self, db: Connection, attempt_keys: Sequence[int]) -> list[int]:
         """One key more than a page holds, if there are so many."""
@@ -193,14 +196,11 @@ def _export_page(
     if not rows:
         return None, last
     reader = SpanReader(db, whole=not request.delta_prompts)
-    answer = raw.RawExportSpansResponse()
-    size = 0
+    answer = Answer()
     for row in rows:
-        message = reader.message(row)
-        answer.spans.append(message)
+        answer.add(reader.stored(row))
         last = row.span_key
-        size += message.ByteSize()
-        if size > _EXPORT_BYTES:
+        if answer.size > _EXPORT_BYTES:
             break
-    answer.cursor = seal(db, _EXPORT, [last])
-    return answer.SerializeToString(), last
+    cursor = seal(db, _EXPORT, [last])
+    return answer.serialise(store_service_pb2.ExportSpansResponse(cursor=cursor)), last

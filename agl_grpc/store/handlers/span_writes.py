@@ -85,8 +85,14 @@ class SpanWriteHandlers:
         return await change(self._store, call, request, run, rows=len(request.keys))
 
 
-def read_message(groups: Iterable[Any], call: Call, now_ns: int) -> SpanMessage:
+def read_message(groups: Iterable[Any], call: Call, now_ns: int, field: str = "groups") -> SpanMessage:
     """Check raw groups of spans and who sent them.
+
+    Args:
+        groups: RawAttemptSpans, or what has the same fields as far as they are set.
+        call: Who sent them.
+        now_ns: The store's time in nanoseconds.
+        field: The request's field that holds the groups.
 
     Raises:
         StoreError: INVALID_FIELD when there are too many spans.
@@ -97,11 +103,9 @@ def read_message(groups: Iterable[Any], call: Call, now_ns: int) -> SpanMessage:
         count = len(group.spans)
         rows_ += count
         if rows_ > limits.SPANS_PER_MESSAGE:
-            raise errors.invalid_field(
-                "groups", f"hold more than {limits.SPANS_PER_MESSAGE} spans; send fewer"
-            )
+            raise errors.invalid_field(field, f"hold more than {limits.SPANS_PER_MESSAGE} spans; send fewer")
         attempt_id, refusal = _target(group.attempt_id, call)
-        one = check_group(group, attempt_id, index, now_ns)
+        one = check_group(group, attempt_id, field, index, now_ns)
         if refusal is not None:
             one.refuse(refusal)
         checked.append(one)

@@ -32,9 +32,10 @@ class WatchHandlers:
         self._store = side.store
 
     async def watch_rollouts(
-        self, request: store_service_pb2.WatchRolloutsRequest, _call: Call
+        self, request: store_service_pb2.WatchRolloutsRequest, call: Call
     ) -> AsyncIterator[Answer | bytes]:
         """Rollouts as they change."""
+        call.caller.require_run(request.filter.run_id)
         if request.include_existing and request.cursor:
             raise invalid_field("cursor", "must be 0 with include_existing")
         run_key = await self._store.read(lambda db: run_key_of(db, request.filter.run_id))

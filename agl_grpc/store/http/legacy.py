@@ -146,7 +146,7 @@ def _digest(*parts: bytes) -> bytes:
 
 def _check(group: raw.RawAttemptSpans, triplets: int) -> None:
     """Raises when the store would refuse a span, of which the first ones are the triplets."""
-    for place, _, error in check_group(group, group.attempt_id, 0, time.time_ns()).rejected:
+    for place, _, error in check_group(group, group.attempt_id, "groups", 0, time.time_ns()).rejected:
         path = f"triplets[{place}]" if place < triplets else ""
         raise malformed(path, f"cannot be kept: {error.message}")
 

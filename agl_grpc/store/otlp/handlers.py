@@ -98,18 +98,22 @@ class MetricsHandlers:
 
     async def export(self, request: Any, _call: Call) -> metrics_service_pb2.ExportMetricsServiceResponse:
         """Refuses every data point, so that nobody thinks that it was kept."""
-        response = metrics_service_pb2.ExportMetricsServiceResponse()
-        metrics = [
-            metric
-            for one in request.resource_metrics
-            for scope in one.scope_metrics
-            for metric in scope.metrics
-        ]
-        count = sum(_points(metric) for metric in metrics)
-        if count:
-            response.partial_success.rejected_data_points = count
-            response.partial_success.error_message = _NOT_KEPT
-        return response
+        return refuse_metrics(request)
+
+
+def refuse_metrics(
+    request: metrics_service_pb2.ExportMetricsServiceRequest,
+) -> metrics_service_pb2.ExportMetricsServiceResponse:
+    """The answer that says how many data points were not kept; a plain one when there were none."""
+    response = metrics_service_pb2.ExportMetricsServiceResponse()
+    metrics = [
+        metric for one in request.resource_metrics for scope in one.scope_metrics for metric in scope.metrics
+    ]
+    count = sum(_points(metric) for metric in metrics)
+    if count:
+        response.partial_success.rejected_data_points = count
+        response.partial_success.error_message = _NOT_KEPT
+    return response
 
 
 def _points(metric: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from agl_grpc.model import gen_ai, semconv
+from agl_grpc.model import gen_ai, semconv, wire
 from agl_grpc.model.value import from_key_values
 from agl_grpc.store import limits
 from agl_grpc.v1 import span_pb2
@@ -82,14 +82,14 @@ def _spans(request: Any) -> Iterator[tuple[Owner, bytes]]:
     for of_resource in request.resource_spans:
         resource = of_resource.resource
         owner = _owner_of_resource(resource)
-        before = _field(100, resource) if resource else b""
+        before = wire.field(100, resource) if resource else b""
         for of_scope in of_resource.scope_spans:
             scope = of_scope.scope
             head = before
             if scope.name:
-                head += _field(101, scope.name.encode())
+                head += wire.field(101, scope.name.encode())
             if scope.version:
-                head += _field(102, scope.version.encode())
+                head += wire.field(102, scope.version.encode())
             for data in of_scope.spans:
                 if _OURS in data or gen_ai.MARK in data:
                     yield _look_into(owner, head, data)
@@ -147,17 +147,3 @@ def _sequence(owner: Owner) -> bytes:
     if not owner.sequence_id:
         return b""
     return span_pb2.Span(explicit_sequence_id=owner.sequence_id).SerializeToString()
-
-
-def _field(number: int, data: bytes) -> bytes:
-    """A length-delimited field on the wire."""
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
-        value >>= 7
-    found.append(value)
-    return bytes(found)

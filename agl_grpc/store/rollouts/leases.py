@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from agl_grpc.store import blobs
 from agl_grpc.store.clock import SECOND
@@ -106,10 +107,8 @@ class Leases:
         tx.execute("UPDATE workers SET last_heartbeat_time = ? WHERE worker_key = ?", (tx.now, worker_key))
         return answers
 
-    def complete(
-        self, tx: Tx, completions: Sequence[runner_service_pb2.Completion]
-    ) -> list[runner_service_pb2.CompletionResult]:
-        """Ends attempts with their rewards; one that is refused never blocks the others."""
+    def complete(self, tx: Tx, completions: Sequence[Any]) -> list[runner_service_pb2.CompletionResult]:
+        """Ends attempts with their rewards, by RawCompletions; a refused one never blocks the others."""
         results = []
         done: dict[int, runner_service_pb2.CompletionResult] = {}
         pairs = find_pairs(tx.connection, [one.attempt_id for one in completions])
@@ -126,9 +125,7 @@ class Leases:
             done[key].rollout.CopyFrom(rollout)
         return results
 
-    def _complete(
-        self, tx: Tx, pairs: dict[str, Pair], completion: runner_service_pb2.Completion, path: str
-    ) -> int:
+    def _complete(self, tx: Tx, pairs: dict[str, Pair], completion: Any, path: str) -> int:
         attempt, rollout = holder(pairs, completion.attempt_id, completion.lease_token)
         if completion.status == attempt_pb2.ATTEMPT_STATUS_SUCCEEDED:
             event = AttemptEvent.SUCCEED

@@ -58,6 +58,7 @@ class CheckedGroup:
     """Spans of one attempt, checked. What may be stored stands in columns of equal length.
 
     Attributes:
+        path: Where the group stands in its message, for paths in errors.
         index: The group's place in its message.
         rollout_id: As given; empty = whatever rollout the attempt belongs to.
         attempt_id: The attempt.
@@ -73,6 +74,7 @@ class CheckedGroup:
         abandoned: Announced calls that ended without a span.
     """
 
+    path: str
     index: int
     rollout_id: str
     attempt_id: str
@@ -92,6 +94,17 @@ class CheckedGroup:
         """Whether the group was rejected as a whole."""
         return bool(self.rejected) and self.rejected[0][0] == -1
 
+    def fresh(self) -> CheckedGroup:
+        """A copy to be stored or refused in place of this one, which stays as it is for another try."""
+        return dataclasses.replace(
+            self,
+            places=self.places.copy(),
+            refs=self.refs.copy(),
+            starts=self.starts.copy(),
+            data=self.data.copy(),
+            rejected=self.rejected.copy(),
+        )
+
     def refuse(self, error: StoreError) -> None:
         """Reject the group as a whole."""
         for column in (self.places, self.refs, self.starts, self.data):
@@ -109,19 +122,20 @@ def id_of(ref: int) -> bytes:
     return ref.to_bytes(8, "big", signed=True)
 
 
-def check_group(group: Any, attempt_id: str, index: int, now_ns: int) -> CheckedGroup:
+def check_group(group: Any, attempt_id: str, field: str, index: int, now_ns: int) -> CheckedGroup:
     """Check the spans of a RawAttemptSpans; bad ones are rejected alone.
 
     Args:
         group: The group.
         attempt_id: The attempt that it is for.
-        index: Its place in the message, for paths in errors.
+        field: The message's field that holds it.
+        index: Its place there.
         now_ns: The store's time in nanoseconds.
     """
-    checked = CheckedGroup(index, group.rollout_id, attempt_id, len(group.spans))
+    checked = CheckedGroup(f"{field}[{index}]", index, group.rollout_id, attempt_id, len(group.spans))
     _check_spans(checked, group.spans, now_ns + _AHEAD_NS)
     if not attempt_id:
-        checked.refuse(errors.invalid_field(f"groups[{index}].attempt_id", "is required"))
+        checked.refuse(errors.invalid_field(f"{checked.path}.attempt_id", "is required"))
     if (group.open_calls or group.abandoned_calls) and not checked.refused:
         _check_announcements(checked, group)
     return checked
@@ -139,7 +153,7 @@ def _check_announcements(checked: CheckedGroup, group: Any) -> None:
 def _is_announced(checked: CheckedGroup, span_id: bytes, name: str) -> bool:
     if len(span_id) == 8 and any(span_id):
         return True
-    error = errors.invalid_field(f"groups[{checked.index}].{name}", "must be 8 bytes, not all zero")
+    error = errors.invalid_field(f"{checked.path}.{name}", "must be 8 bytes, not all zero")
     checked.rejected.append((ANNOUNCEMENT, span_id, error))
     return False
 
@@ -175,7 +189,7 @@ def _check_spans(checked: CheckedGroup, spans: Sequence[bytes], latest: int) -> 
 
 def _named(error: StoreError, group: CheckedGroup, place: int) -> StoreError:
     """The error with the field's whole path in place of its name within the span."""
-    path = f"groups[{group.index}].spans[{place}]"
+    path = f"{group.path}.spans[{place}]"
     name = error.metadata["field"]
     full = f"{path}.{name}" if name else path
     return dataclasses.replace(

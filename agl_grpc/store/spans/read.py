@@ -1,18 +1,33 @@
-"""Stored spans as readers get them: the bytes that arrived, prompts whole (R14, R19)."""
+"""Stored spans as readers get them: the bytes that arrived, prompts whole (R14, R19).
+
+Answers are put together on the wire: a message that is built of a span, and copied into another one, costs
+several times what the span's bytes do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from google.protobuf import timestamp_pb2
+from google.protobuf.message import Message
+
 from agl_grpc.model import raw
+from agl_grpc.model.wire import field, tag, varint
 from agl_grpc.store.rollouts.encode import set_time
 from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, ref_of
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.sql import marks, padded
+from agl_grpc.v1 import span_pb2, store_service_pb2
 
 _TOKEN_BYTES = 4
 _CHUNK = 512
+
+_SPANS = tag(store_service_pb2.ListSpansResponse.SPANS_FIELD_NUMBER)
+_STORED = span_pb2.StoredSpan
+_SEQUENCE = varint(_STORED.SEQUENCE_ID_FIELD_NUMBER << 3)
+_SPAN = tag(_STORED.SPAN_FIELD_NUMBER)
+_IS_LATE = varint(_STORED.LATE_FIELD_NUMBER << 3) + b"\x01"
 
 
 class SpanRow(NamedTuple):
@@ -66,7 +81,7 @@ def rows_where(db: Connection, where: str, values: Iterable[object]) -> list[Spa
 
 
 class SpanReader:
-    """Turns rows into RawStoredSpans. Remembers prompts, so that a conversation is put together once.
+    """Turns rows into serialised StoredSpans. Remembers prompts, so that a conversation is put together once.
 
     Args:
         db: A read transaction.
@@ -79,18 +94,28 @@ class SpanReader:
         self._omit = omit_tokens
         self._whole = whole
         self._sequences: dict[tuple[int, int], tuple[bytes, Any]] = {}
+        self._names: dict[int, bytes] = {}
+        self._times: dict[int, bytes] = {}
 
-    def message(self, row: SpanRow) -> Any:
-        """The row as RawStoredSpan."""
-        stored = raw.RawStoredSpan(
-            rollout_id=row.rollout_id,
-            attempt_id=row.attempt_id,
-            sequence_id=row.sequence_id,
-            late=bool(row.flags & LATE),
-            span=self.data(row),
-        )
-        set_time(stored.received_time, row.received_time)
-        return stored
+    def stored(self, row: SpanRow) -> bytes:
+        """The row as StoredSpan."""
+        data = self.data(row)
+        names = self._names.get(row.attempt_key) or self._named(row)
+        time = self._times.get(row.received_time) or self._timed(row.received_time)
+        late = _IS_LATE if row.flags & LATE else b""
+        sequence = varint(row.sequence_id)
+        return b"".join((names, _SEQUENCE, sequence, time, _SPAN, varint(len(data)), data, late))
+
+    def _named(self, row: SpanRow) -> bytes:
+        names = _STORED(rollout_id=row.rollout_id, attempt_id=row.attempt_id).SerializeToString()
+        self._names[row.attempt_key] = names
+        return names
+
+    def _timed(self, micros: int) -> bytes:
+        moment = timestamp_pb2.Timestamp()
+        set_time(moment, micros)
+        self._times[micros] = time = field(_STORED.RECEIVED_TIME_FIELD_NUMBER, moment.SerializeToString())
+        return time
 
     def data(self, row: SpanRow) -> bytes:
         """The span's bytes with the whole prompt, or without any tokens."""
@@ -137,6 +162,30 @@ class SpanReader:
             # Spans go only with their whole attempt, so a base cannot be missing in a sound database.
             raise LookupError(f"base {ref:#x} of attempt {attempt_key} is missing")
         return raw.RawSpan.FromString(row[0]).model_call
+
+
+class Answer:
+    """The spans of an answer, serialised: `spans` is the first field of every message that has some.
+
+    Attributes:
+        count: How many they are.
+        size: Bytes that they have.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.size = 0
+        self._parts: list[bytes] = []
+
+    def add(self, stored: bytes) -> None:
+        """Adds a StoredSpan."""
+        self.count += 1
+        self.size += len(stored)
+        self._parts += (_SPANS, varint(len(stored)), stored)
+
+    def serialise(self, rest: Message) -> bytes:
+        """The message with these spans and what else `rest` says."""
+        return b"".join((*self._parts, rest.SerializeToString()))
 
 
 def _without_tokens(data: bytes) -> bytes:

@@ -6,15 +6,14 @@ import time
 from collections.abc import AsyncIterator, Collection
 from functools import partial
 
-from agl_grpc.model import raw
 from agl_grpc.store import errors
 from agl_grpc.store.events.watches import CHECKPOINT_SECONDS
 from agl_grpc.store.spans.check import MODEL_CALL
-from agl_grpc.store.spans.read import SpanReader, rows_where
+from agl_grpc.store.spans.read import Answer, SpanReader, rows_where
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.reads import oldest_position, position
 from agl_grpc.store.store import Store
-from agl_grpc.v1 import event_pb2
+from agl_grpc.v1 import event_pb2, store_service_pb2
 
 _ENTRIES = 200
 _SPANS = 1000
@@ -76,12 +75,11 @@ class SpanWatch:
             f"{scope}ORDER BY position LIMIT {_ENTRIES}",
             (at, _SPANS_ENTITY),
         ).fetchall()
-        answer = raw.RawWatchSpansResponse()
-        reader = SpanReader(db)
-        size, more = 0, len(entries) == _ENTRIES
+        answer, reader = Answer(), SpanReader(db)
+        more = len(entries) == _ENTRIES
         for entry, attempt_key, low, high in entries:
             # Whole entries only, which the writer keeps small: a cursor is never within one.
-            if size > _BYTES or len(answer.spans) > _SPANS:
+            if answer.size > _BYTES or answer.count > _SPANS:
                 more = True
                 break
             for row in rows_where(
@@ -91,17 +89,16 @@ class SpanWatch:
                 (attempt_key, low, high, self._flags, self._flags),
             ):
                 if not self._rollout_ids or row.rollout_id in self._rollout_ids:
-                    answer.spans.append(reader.message(row))
-                    size += len(answer.spans[-1].span)
+                    answer.add(reader.stored(row))
             at = entry
-        answer.cursor = at = at if more else max(end, at)
-        return answer.SerializeToString() if answer.spans else None, at, more
+        at = at if more else max(end, at)
+        rest = store_service_pb2.WatchSpansResponse(cursor=at)
+        return answer.serialise(rest) if answer.count else None, at, more
 
 
 def _checkpoint(cursor: int) -> bytes:
     """A message that says only where the watch stands."""
-    serialised: bytes = raw.RawWatchSpansResponse(cursor=cursor, checkpoint=True).SerializeToString()
-    return serialised
+    return store_service_pb2.WatchSpansResponse(cursor=cursor, checkpoint=True).SerializeToString()
 
 
 def _start(db: Connection, cursor: int) -> int:

@@ -127,6 +127,11 @@ class Catalog:
             queue = self._load_queue(tx, "run_key = ? AND name = ?", run.run_key, name)
         return queue
 
+    def queue_keys(self, tx: Tx, run: RunRow, names: Iterable[str]) -> tuple[int, ...]:
+        """The run's queues of these names, none = its own; each once, though its own has two names."""
+        keys = (self.queue(tx, run, name).queue_key for name in dict.fromkeys(names))
+        return tuple(dict.fromkeys(keys)) or (self.queue(tx, run, "").queue_key,)
+
     def queue_by_key(self, tx: Tx, queue_key: int) -> QueueRow:
         """The queue with this key, which exists."""
         return self._queues_by_key.get(queue_key) or self._load_queue(tx, "queue_key = ?", queue_key)

@@ -23,15 +23,21 @@ def open_database(where: Path | str | None, *, limit_pages: int = 0) -> Database
         DatabaseError: It cannot be used; one line says why and what to do.
     """
     if isinstance(where, str):
-        if is_postgres(where):
-            return _open_postgres(where)
+        if "://" in where:
+            return _open_postgres(_postgres(where))
         where = Path(where)
     return open_sqlite(where, limit_pages=limit_pages)
 
 
-def is_postgres(where: str) -> bool:
-    """Whether a database is named by the URL of a PostgreSQL server."""
-    return where.startswith(_POSTGRES)
+def _postgres(url: str) -> str:
+    """The URL, if it is one of a PostgreSQL server."""
+    if not url.startswith(_POSTGRES):
+        # Only so much of it: a URL may hold a password.
+        kind = url.partition("://")[0]
+        raise DatabaseError(
+            f"a {kind}:// database is not supported; name a file or postgresql://user@host/name"
+        )
+    return url
 
 
 def reading_postgres(url: str) -> AbstractContextManager[Connection]:
@@ -42,7 +48,7 @@ def reading_postgres(url: str) -> AbstractContextManager[Connection]:
     """
     with _driver():
         from agl_grpc.store.storage.postgres.database import reading
-    return reading(url)
+    return reading(_postgres(url))
 
 
 def _open_postgres(url: str) -> Database:

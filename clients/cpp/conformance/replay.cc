@@ -119,6 +119,43 @@ std::string at(const Value& received, const std::string& place) {
   return found->kind_case() == Value::kStringValue ? found->string_value() : text_of(*found);
 }
 
+using Messages = std::vector<std::unique_ptr<Message>>;
+
+// The message at a place as 0.groups.0.spans.1: lists by index, fields by their names in JSON.
+Message* message_at(const Messages& messages, const std::string& place) {
+  std::istringstream parts(place);
+  std::string part;
+  std::getline(parts, part, '.');
+  Message* found = messages.at(std::stoul(part)).get();
+  const google::protobuf::FieldDescriptor* list = nullptr;
+  while (std::getline(parts, part, '.')) {
+    const auto* reflection = found->GetReflection();
+    if (list != nullptr) {
+      const int index = std::stoi(part);
+      if (index >= reflection->FieldSize(*found, list)) throw Mismatch("nothing is at " + place);
+      found = reflection->MutableRepeatedMessage(found, list, index);
+      list = nullptr;
+      continue;
+    }
+    const auto* field = found->GetDescriptor()->FindFieldByCamelcaseName(part);
+    if (field == nullptr || field->cpp_type() != field->CPPTYPE_MESSAGE) throw Mismatch("no message is at " + place);
+    if (field->is_repeated()) {
+      list = field;
+    } else {
+      found = reflection->MutableMessage(found, field);
+    }
+  }
+  return found;
+}
+
+std::string from_hex(const std::string& text) {
+  std::string bytes;
+  for (size_t at = 0; at + 1 < text.size(); at += 2) {
+    bytes += static_cast<char>(std::stoi(text.substr(at, 2), nullptr, 16));
+  }
+  return bytes;
+}
+
 std::unique_ptr<Message> make(const google::protobuf::Descriptor* type) {
   return std::unique_ptr<Message>(google::protobuf::MessageFactory::generated_factory()->GetPrototype(type)->New());
 }
@@ -160,14 +197,14 @@ class Call {
     call_->WritesDone(this);
     wait();
   }
-  bool receive(Value* received) {
+  bool receive(Messages* received) {
     grpc::ByteBuffer buffer;
     call_->Read(&buffer, this);
     if (!wait()) return false;
-    const auto message = make(method_->output_type());
+    auto message = make(method_->output_type());
     const auto status = grpc::SerializationTraits<Message>::Deserialize(&buffer, message.get());
     if (!status.ok()) throw Mismatch(status.error_message());
-    *received->mutable_list_value()->add_values() = parsed(text_of(*message));
+    received->push_back(std::move(message));
     return true;
   }
   grpc::Status finish() {
@@ -191,28 +228,40 @@ class Call {
   std::unique_ptr<grpc::GenericClientAsyncReaderWriter> call_;
 };
 
-grpc::Status exchange(const agl_grpc::Client& client, const Value& step, Value* received) {
+Messages to_send(const MethodDescriptor* method, const Value& step) {
+  Messages made;
+  for (const auto& fields : member(step, "send")->list_value().values()) {
+    made.push_back(make(method->input_type()));
+    const auto status = JsonStringToMessage(text_of(fields), made.back().get());
+    if (!status.ok()) throw Mismatch("a message to send: " + status.ToString());
+  }
+  if (const Value* newer = member(step, "newer")) {
+    for (const auto& [place, fields] : newer->struct_value().fields()) {
+      message_at(made, place)->MergeFromString(from_hex(fields.string_value()));
+    }
+  }
+  return made;
+}
+
+grpc::Status exchange(const agl_grpc::Client& client, const Value& step, Messages* received) {
   const std::string rpc = string_at(step, "rpc");
   const size_t slash = rpc.find('/');
   const auto* service =
       google::protobuf::DescriptorPool::generated_pool()->FindServiceByName("agl_grpc.v1." + rpc.substr(0, slash));
   const auto* method = service == nullptr ? nullptr : service->FindMethodByName(rpc.substr(slash + 1));
   if (method == nullptr) throw Mismatch("no such rpc");
-  const auto& messages = member(step, "send")->list_value().values();
+  const Messages messages = to_send(method, step);
   const bool in_step = method->client_streaming() && method->server_streaming();
   const bool until = member(step, "until") != nullptr;
   const Value* expected = member(step, "receive");
   Call call(client, method);
   bool open = true;
-  for (int number = 0; open && number < messages.size(); number++) {
-    const auto message = make(method->input_type());
-    const auto status = JsonStringToMessage(text_of(messages[number]), message.get());
-    if (!status.ok()) throw Mismatch("a message to send: " + status.ToString());
-    open = call.send(*message) && !(in_step && number + 1 < messages.size() && !call.receive(received));
+  for (size_t number = 0; open && number < messages.size(); number++) {
+    open = call.send(*messages[number]) && !(in_step && number + 1 < messages.size() && !call.receive(received));
   }
   if (!until || !method->client_streaming()) call.done();
-  const int enough = expected == nullptr ? 0 : expected->list_value().values_size();
-  while (open && (!until || received->list_value().values_size() < enough)) open = call.receive(received);
+  const size_t enough = expected == nullptr ? 0 : static_cast<size_t>(expected->list_value().values_size());
+  while (open && (!until || received->size() < enough)) open = call.receive(received);
   return until && open ? grpc::Status::OK : call.finish();
 }
 
@@ -226,6 +275,17 @@ Value outcome(const agl_grpc::Error& error) {
   return found;
 }
 
+void match_bytes(const Messages& messages, const Value& step, const std::string& where) {
+  const Value* bytes = member(step, "bytes");
+  if (bytes == nullptr) return;
+  for (const auto& [place, expected] : bytes->struct_value().fields()) {
+    const std::string found = message_at(messages, place)->SerializeAsString();
+    if (found != from_hex(expected.string_value())) {
+      throw Mismatch(where + ": the bytes of " + place + " are other ones than " + expected.string_value());
+    }
+  }
+}
+
 void replay(const agl_grpc::Client& client, const std::filesystem::path& file) {
   std::ifstream stream(file);
   std::stringstream text;
@@ -237,9 +297,11 @@ void replay(const agl_grpc::Client& client, const std::filesystem::path& file) {
        *(*vector.mutable_struct_value()->mutable_fields())["steps"].mutable_list_value()->mutable_values()) {
     fill(&step, kept);
     const std::string where = "step " + std::to_string(number++) + " (" + string_at(step, "rpc") + ")";
+    Messages messages;
+    const grpc::Status status = exchange(client, step, &messages);
     Value received;
     received.mutable_list_value();
-    const grpc::Status status = exchange(client, step, &received);
+    for (const auto& message : messages) *received.mutable_list_value()->add_values() = parsed(text_of(*message));
     if (const Value* expected = member(step, "error")) {
       if (status.ok()) throw Mismatch(where + ": no error came, but " + text_of(received));
       const Value found = outcome(agl_grpc::error_from(status, client.target()));
@@ -251,6 +313,7 @@ void replay(const agl_grpc::Client& client, const std::filesystem::path& file) {
       nothing.mutable_list_value();
       const Value* receive = member(step, "receive");
       match(&received, receive == nullptr ? nothing : *receive, where);
+      match_bytes(messages, step, where);
     }
     const Value* keep = member(step, "keep");
     if (keep == nullptr) continue;

@@ -14,7 +14,6 @@ namespace agl_grpc {
 namespace {
 
 constexpr char kContractVersion[] = "v1";
-constexpr int kMaxMessageBytes = 64 << 20;
 constexpr size_t kInlineBytes = 1 << 20;
 constexpr std::chrono::milliseconds kLongestPoll{50'000};
 

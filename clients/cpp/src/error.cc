@@ -9,6 +9,8 @@ namespace {
 
 constexpr char kDomain[] = "agl-grpc";
 constexpr char kPrefix[] = "ERROR_REASON_";
+/// What gRPC itself says of a message over this process's own limit.
+constexpr char kOwnLimit[] = "larger than";
 
 std::string one_line(const std::string& text) {
   std::istringstream words(text);
@@ -65,6 +67,11 @@ Error error_from(const grpc::Status& status, const std::string& target) {
             std::chrono::seconds(retry.retry_delay().seconds()) + std::chrono::nanoseconds(retry.retry_delay().nanos());
       }
     }
+  }
+  if (info.reason().empty() && status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED &&
+      status.error_message().find(kOwnLimit) != std::string::npos) {
+    info.set_reason(name_of(v1::ERROR_REASON_MESSAGE_TOO_LARGE));
+    (*info.mutable_metadata())["limit_bytes"] = std::to_string(kMaxMessageBytes);
   }
   const bool away = status.error_code() == grpc::StatusCode::UNAVAILABLE ||
                     status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED;

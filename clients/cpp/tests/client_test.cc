@@ -114,6 +114,9 @@ TEST(a_message_over_the_limit_is_not_tried_again) {
   const auto begun = std::chrono::steady_clock::now();
   const auto error = error_of([&] { client.enqueue({spec}); });
   EQUAL(error.code, grpc::StatusCode::RESOURCE_EXHAUSTED);
+  HOLDS(error.is(v1::ERROR_REASON_MESSAGE_TOO_LARGE));
+  EQUAL(error.info.at("limit_bytes"), "67108864");
+  HOLDS(!error.transient());
   HOLDS(std::chrono::steady_clock::now() - begun < std::chrono::seconds(20));
 }
 

@@ -82,7 +82,7 @@ type Role int32
 const (
 	// Not stated.
 	Role_ROLE_UNSPECIFIED Role = 0
-	// Read rollouts, attempts, spans, resources and rewards, and put rewards on attempts of its run.
+	// Of its run alone: read the run, rollouts, attempts, spans, rewards and the latest resources, and put rewards.
 	Role_ROLE_GRADER Role = 1
 )
 

@@ -1,6 +1,8 @@
 // Replays the shared vectors: `node dist/conformance/replay.js HOST:PORT FOLDER`.
 
-import { fromJson, toJson, type DescMethod, type JsonObject, type JsonValue } from "@bufbuild/protobuf";
+import {
+  fromJson, mergeFromBinary, toBinary, toJson, type DescMessage, type DescMethod, type JsonObject, type JsonValue, type Message,
+} from "@bufbuild/protobuf";
 import { readdirSync, readFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { AsyncQueue } from "../src/queue.js";
@@ -13,6 +15,8 @@ interface Step {
   readonly error?: { readonly code: number; readonly reason: string; readonly info?: JsonObject };
   readonly keep?: Readonly<Record<string, string>>;
   readonly until?: "cancel";
+  readonly newer?: Readonly<Record<string, string>>;
+  readonly bytes?: Readonly<Record<string, string>>;
 }
 
 class Mismatch extends Error {}
@@ -27,7 +31,9 @@ async function replay(path: string, client: StoreClient): Promise<void> {
   for (const [number, raw] of steps.entries()) {
     const where = `${name}, step ${number} (${raw.rpc})`;
     const step = filled(raw as unknown as JsonValue, kept) as unknown as Step;
-    const { received, error } = await call(client, step);
+    const method = methodOf(step);
+    const { messages, error } = await call(client, method, step);
+    const received = messages.map((message) => toJson(method.output, message));
     if (step.error) {
       if (!error) throw new Mismatch(`${where}: no error came, but ${JSON.stringify(received)}`);
       match({ code: error.code, reason: error.reason, info: error.info }, step.error as unknown as JsonValue, `${where}: error`);
@@ -35,29 +41,56 @@ async function replay(path: string, client: StoreClient): Promise<void> {
       throw new Mismatch(`${where}: ${error.reason || error.code}: ${error.message}`);
     } else {
       match(received, (step.receive ?? []) as JsonValue, where);
+      for (const [place, expected] of Object.entries(step.bytes ?? {})) {
+        const { desc, message } = messageAt(method.output, messages, place);
+        match(Buffer.from(toBinary(desc, message)).toString("hex"), expected, `${where}: the bytes of ${place}`);
+      }
     }
     for (const [key, place] of Object.entries(step.keep ?? {})) kept[key] = at(received, place);
   }
 }
 
-async function call(client: StoreClient, step: Step): Promise<{ received: JsonValue[]; error?: StoreError }> {
-  const [serviceName = "", methodName] = step.rpc.split("/");
-  const service = SERVICES[serviceName as keyof typeof SERVICES];
-  const method = service.methods.find(({ name }) => name === methodName) as DescMethod;
-  const calls = { StoreService: client.store, RunnerService: client.runner, TrainerService: client.trainer }[serviceName] as unknown as Record<
+function methodOf({ rpc }: Step): DescMethod {
+  const [service = "", name] = rpc.split("/");
+  return SERVICES[service as keyof typeof SERVICES].methods.find((method) => method.name === name) as DescMethod;
+}
+
+/** The message at a place as `0.groups.0.spans.1`: lists by index, fields by their names in JSON. */
+function messageAt(first: DescMessage, messages: readonly Message[], place: string): { desc: DescMessage; message: Message } {
+  let desc = first;
+  let found: unknown = messages;
+  for (const part of place.split(".")) {
+    const at = found as Record<string, unknown>;
+    if (/^\d+$/.test(part)) {
+      found = at[part];
+    } else {
+      const field = desc.field[part]!;
+      found = field.oneof ? (at[field.oneof.localName] as { value: unknown }).value : at[part];
+      desc = field.message!;
+    }
+  }
+  return { desc, message: found as Message };
+}
+
+async function call(client: StoreClient, method: DescMethod, step: Step): Promise<{ messages: Message[]; error?: StoreError }> {
+  const calls = { StoreService: client.store, RunnerService: client.runner, TrainerService: client.trainer }[method.parent.name] as unknown as Record<
     string,
     (request: unknown, options: object) => unknown
   >;
   const messages = step.send.map((message) => fromJson(method.input, message));
-  const received: JsonValue[] = [];
+  for (const [place, fields] of Object.entries(step.newer ?? {})) {
+    const { desc, message } = messageAt(method.input, messages, place);
+    mergeFromBinary(desc, message, Buffer.from(fields, "hex"));
+  }
+  const [first] = messages;
+  const received: Message[] = [];
   const stop = new AbortController();
   const options = { timeoutMs: TIMEOUT_MS, signal: stop.signal };
   const run = calls[method.localName]!;
   try {
     if (method.methodKind === "unary" || method.methodKind === "client_streaming") {
-      const request = method.methodKind === "unary" ? messages[0] : from(messages);
-      const answer = (await run(request, options)) as never;
-      return { received: [toJson(method.output, answer)] };
+      const request = method.methodKind === "unary" ? first : from(messages);
+      return { messages: [(await run(request, options)) as Message] };
     }
     const outgoing = new AsyncQueue<unknown>();
     const send = (): void => {
@@ -66,19 +99,19 @@ async function call(client: StoreClient, step: Step): Promise<{ received: JsonVa
       if (messages.length === 0 && !step.until) outgoing.end();
     };
     send();
-    const request = method.methodKind === "bidi_streaming" ? outgoing : step.send.map((message) => fromJson(method.input, message))[0];
-    for await (const answer of run(request, options) as AsyncIterable<never>) {
-      received.push(toJson(method.output, answer));
+    const request = method.methodKind === "bidi_streaming" ? outgoing : first;
+    for await (const answer of run(request, options) as AsyncIterable<Message>) {
+      received.push(answer);
       if (step.until && received.length === step.receive?.length) break;
       send();
     }
   } catch (failure) {
-    if (failure instanceof StoreError) return { received, error: failure };
+    if (failure instanceof StoreError) return { messages: received, error: failure };
     throw failure;
   } finally {
     stop.abort();
   }
-  return { received };
+  return { messages: received };
 }
 
 async function* from<T>(items: readonly T[]): AsyncGenerator<T> {

@@ -7,11 +7,9 @@ import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-no
 import { RunnerService } from "./gen/agl_grpc/v1/runner_service_pb.js";
 import { StoreService } from "./gen/agl_grpc/v1/store_service_pb.js";
 import { TrainerService } from "./gen/agl_grpc/v1/trainer_service_pb.js";
-import { storeError } from "./errors.js";
+import { MAX_MESSAGE_BYTES, storeError } from "./errors.js";
 import type { RetryPolicy } from "./retry.js";
 import { DEFAULT_RETRY, retrying } from "./retry.js";
-
-const MAX_MESSAGE_BYTES = 64 * 1024 * 1024;
 
 /** How to reach a store. */
 export interface ConnectionOptions {

@@ -7,6 +7,9 @@ import { ErrorInfoSchema, RetryInfoSchema } from "./gen/google/rpc/error_details
 
 const DOMAIN = "agl-grpc";
 
+/** Largest message that a client sends or takes. */
+export const MAX_MESSAGE_BYTES = 64 * 1024 * 1024;
+
 /** A gRPC status. */
 export { Code };
 
@@ -45,6 +48,8 @@ export class AlreadyExists extends StoreError {}
 export class InvalidRequest extends StoreError {}
 /** Token ids and logprobs differ in length, or a logprob is not a number. */
 export class TokensMalformed extends InvalidRequest {}
+/** A message is larger than the store, or this client, takes; `info.limit_bytes` is the limit. */
+export class MessageTooLarge extends InvalidRequest {}
 /** The lease is over, re-leased or completed: stop. */
 export class LeaseLost extends StoreError {}
 /** The entity is in a state that forbids the change. */
@@ -78,6 +83,7 @@ const BY_REASON: Readonly<Record<string, Kind>> = {
   PAGE_TOKEN_INVALID: InvalidRequest,
   REQUEST_ID_REUSED: InvalidRequest,
   TOKENS_MALFORMED: TokensMalformed,
+  MESSAGE_TOO_LARGE: MessageTooLarge,
   LEASE_LOST: LeaseLost,
   ILLEGAL_TRANSITION: IllegalTransition,
   STREAM_FENCED: StreamFenced,
@@ -118,10 +124,17 @@ export function storeError(failure: unknown, target: string): StoreError {
   const info = error.findDetails(ErrorInfoSchema).find((detail) => detail.domain === DOMAIN);
   const delay = error.findDetails(RetryInfoSchema)[0]?.retryDelay;
   const retryAfterMs = delay && Number(delay.seconds) * 1000 + delay.nanos / 1e6;
-  const kind = kindOf(error.code, info?.reason ?? "");
+  const { reason, metadata } = info ?? ownLimit(error);
+  const kind = kindOf(error.code, reason);
   const away = kind === StoreUnavailable && !info ? `the store at ${target} cannot be reached: ` : "";
-  const context = { reason: info?.reason ?? "", info: info?.metadata ?? {}, retryAfterMs };
+  const context = { reason, info: metadata, retryAfterMs };
   return new kind(away + error.rawMessage, error.code, context, error);
+}
+
+/** What the transport itself refuses, in the contract's words: a message over this client's own limit. */
+function ownLimit(error: ConnectError): { readonly reason: string; readonly metadata: Readonly<Record<string, string>> } {
+  const tooLarge = error.code === Code.ResourceExhausted && error.rawMessage.includes("larger than");
+  return tooLarge ? { reason: "MESSAGE_TOO_LARGE", metadata: { limit_bytes: String(MAX_MESSAGE_BYTES) } } : { reason: "", metadata: {} };
 }
 
 /** The outcome of one item of a batched call as a typed error. */

@@ -2,6 +2,7 @@
 
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { create, toBinary } from "@bufbuild/protobuf";
+import { BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
 import { Code } from "@connectrpc/connect";
 import { randomUUID } from "node:crypto";
 import type { Connection } from "./connection.js";
@@ -11,7 +12,7 @@ import { Durability } from "./gen/agl_grpc/v1/common_pb.js";
 import type { AttemptSpans } from "./gen/agl_grpc/v1/span_pb.js";
 import { AttemptSpansSchema, SpanSchema } from "./gen/agl_grpc/v1/span_pb.js";
 import type { SpanStreamAck, SpanStreamOpened, StreamSpansRequest } from "./gen/agl_grpc/v1/store_service_pb.js";
-import { StreamSpansRequestSchema } from "./gen/agl_grpc/v1/store_service_pb.js";
+import { SpanStreamMessageSchema, StreamSpansRequestSchema } from "./gen/agl_grpc/v1/store_service_pb.js";
 import { AsyncQueue, Signal } from "./queue.js";
 import { pause, waitAfter } from "./retry.js";
 
@@ -19,6 +20,8 @@ const MAX_SPANS = 1000;
 const MAX_BYTES = 1 << 20;
 const MAX_SPAN_BYTES = 4 << 20;
 const TRIES_OF_A_REFUSED_STREAM = 5;
+const NO_CALLS = { openCalls: [], abandonedCalls: [] };
+const GROUPS = SpanStreamMessageSchema.field.groups.number;
 
 export interface SpanStreamerOptions {
   /** Two streamers with one id fence each other; default: a new id. */
@@ -54,8 +57,11 @@ interface Submission {
 }
 
 interface Part {
-  readonly group: AttemptSpans;
-  readonly size: number;
+  /** The part as an `AttemptSpans` with its length before it: encoded once, however often it is sent. */
+  readonly wire: Uint8Array;
+  readonly spanCount: number;
+  /** The first span's id, to name it by when it is refused here. */
+  readonly firstId: Uint8Array;
   readonly groupIndex: number;
   /** Where the part's first span stands in the caller's group. */
   readonly firstSpan: number;
@@ -111,7 +117,7 @@ export class SpanStreamer {
    */
   async send(...groups: readonly SpanGroup[]): Promise<SpanAck> {
     const split = groups.map((group) => splitGroup(create(AttemptSpansSchema, group)));
-    const size = split.flat().reduce((sum, piece) => sum + piece.size, 0);
+    const size = split.flat().reduce((sum, piece) => sum + piece.wire.length, 0);
     while (this.#error === undefined && this.#buffered > 0 && this.#buffered + size > this.#limit) await this.#progress.wait();
     if (this.#error !== undefined) throw this.#error;
     this.#task ??= this.#run();
@@ -152,12 +158,12 @@ export class SpanStreamer {
   }
 
   #take(part: Part): void {
-    if (part.size > MAX_SPAN_BYTES) {
+    if (part.wire.length > MAX_SPAN_BYTES) {
       part.submission.rejected.push(tooLarge(part));
       return;
     }
     part.submission.partsLeft++;
-    this.#buffered += part.size;
+    this.#buffered += part.wire.length;
     this.#inbox.push(part);
   }
 
@@ -240,13 +246,15 @@ export class SpanStreamer {
 
   #put(outgoing: AsyncQueue<StreamSpansRequest>, sent: Sent): void {
     sent.sequence = ++this.#sequence;
-    const value = { sequence: sent.sequence, groups: sent.parts.map((part) => part.group) };
+    const value = create(SpanStreamMessageSchema, { sequence: sent.sequence });
+    // As fields that need no encoding any more: protobuf writes unknown ones as they are.
+    value.$unknown = sent.parts.map(({ wire }) => ({ no: GROUPS, wireType: WireType.LengthDelimited, data: wire }));
     outgoing.push(create(StreamSpansRequestSchema, { message: { case: "spans", value } }));
   }
 
   #fits({ maxInFlightBytes, maxInFlightMessages }: SpanStreamOpened): boolean {
     if (this.#inFlight.length === 0) return true;
-    const next = this.#inbox[0]?.size ?? 0;
+    const next = this.#inbox[0]?.wire.length ?? 0;
     if (maxInFlightBytes > 0n && this.#inFlightBytes + next > Number(maxInFlightBytes)) return false;
     return maxInFlightMessages === 0 || this.#inFlight.length < maxInFlightMessages;
   }
@@ -256,8 +264,8 @@ export class SpanStreamer {
     let spans = 0;
     let count = 0;
     for (const part of this.#inbox) {
-      size += part.size;
-      spans += part.group.spans.length;
+      size += part.wire.length;
+      spans += part.spanCount;
       if (count > 0 && (size > MAX_BYTES || spans > MAX_SPANS)) break;
       count++;
     }
@@ -284,7 +292,7 @@ export class SpanStreamer {
 
   #settlePart(part: Part, rejected: readonly SpanRejection[], durability: Durability): void {
     const { submission } = part;
-    this.#buffered -= part.size;
+    this.#buffered -= part.wire.length;
     submission.rejected.push(...rejected);
     // The weakest promise among the parts is the one that holds.
     const weaker = submission.durability === Durability.UNSPECIFIED || durability < submission.durability;
@@ -307,37 +315,40 @@ type Piece = Omit<Part, "groupIndex" | "submission">;
 
 /** Cuts a group into parts that fit into one message each; announcements go with the first. */
 function splitGroup(group: AttemptSpans): Piece[] {
+  if (group.spans.length <= MAX_SPANS) {
+    const whole = piece(group, 0);
+    if (whole.wire.length <= MAX_BYTES) return [whole];
+  }
+  const sizes = group.spans.map((span) => toBinary(SpanSchema, span).length);
   const pieces: Piece[] = [];
-  const overhead = group.rolloutId.length + group.attemptId.length + 32 * (group.openCalls.length + group.abandonedCalls.length + 1);
-  const cut = (from: number, to: number, bytes: number): void => {
-    const first = pieces.length === 0;
-    const { rolloutId, attemptId } = group;
-    const openCalls = first ? group.openCalls : [];
-    const abandonedCalls = first ? group.abandonedCalls : [];
-    const spans = group.spans.slice(from, to);
-    const part = create(AttemptSpansSchema, { rolloutId, attemptId, spans, openCalls, abandonedCalls });
-    pieces.push({ group: part, size: bytes + overhead, firstSpan: from });
-  };
   let from = 0;
   let bytes = 0;
-  group.spans.forEach((span, index) => {
-    const size = toBinary(SpanSchema, span).length;
-    if (index > from && (bytes + size > MAX_BYTES || index - from >= MAX_SPANS)) {
-      cut(from, index, bytes);
-      [from, bytes] = [index, 0];
-    }
+  const cut = (to: number): void => {
+    const { rolloutId, attemptId, spans } = group;
+    const { openCalls, abandonedCalls } = pieces.length === 0 ? group : NO_CALLS;
+    const part = create(AttemptSpansSchema, { rolloutId, attemptId, spans: spans.slice(from, to), openCalls, abandonedCalls });
+    pieces.push(piece(part, from));
+    [from, bytes] = [to, 0];
+  };
+  sizes.forEach((size, index) => {
+    if (index > from && (bytes + size > MAX_BYTES || index - from >= MAX_SPANS)) cut(index);
     bytes += size;
   });
-  if (from < group.spans.length || pieces.length === 0) cut(from, group.spans.length, bytes);
+  if (from < sizes.length || pieces.length === 0) cut(sizes.length);
   return pieces;
 }
 
-function sizeOf(parts: readonly Part[]): number {
-  return parts.reduce((sum, part) => sum + part.size, 0);
+function piece(group: AttemptSpans, firstSpan: number): Piece {
+  const wire = new BinaryWriter().bytes(toBinary(AttemptSpansSchema, group)).finish();
+  return { wire, spanCount: group.spans.length, firstId: group.spans[0]?.spanId ?? new Uint8Array(), firstSpan };
 }
 
-function tooLarge({ group, size, groupIndex, firstSpan }: Part): SpanRejection {
-  const text = `spans[${firstSpan}] has ${size} bytes; at most ${MAX_SPAN_BYTES} are allowed: leave long values out`;
+function sizeOf(parts: readonly Part[]): number {
+  return parts.reduce((sum, part) => sum + part.wire.length, 0);
+}
+
+function tooLarge({ wire, firstId, groupIndex, firstSpan }: Part): SpanRejection {
+  const text = `spans[${firstSpan}] has ${wire.length} bytes; at most ${MAX_SPAN_BYTES} are allowed: leave long values out`;
   const error = new InvalidRequest(text, Code.InvalidArgument, { reason: "INVALID_FIELD" });
-  return { groupIndex, index: firstSpan, spanId: group.spans[0]?.spanId ?? new Uint8Array(), error };
+  return { groupIndex, index: firstSpan, spanId: firstId, error };
 }

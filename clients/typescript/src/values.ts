@@ -4,14 +4,14 @@ import { create } from "@bufbuild/protobuf";
 import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 import { DurationSchema, timestampDate, timestampFromDate } from "@bufbuild/protobuf/wkt";
 import type { AnyValue, KeyValue, Label, Payload } from "./gen/agl_grpc/v1/common_pb.js";
-import { AnyValueSchema, KeyValueSchema, LabelSchema, PayloadSchema } from "./gen/agl_grpc/v1/common_pb.js";
+import { LabelSchema, PayloadSchema } from "./gen/agl_grpc/v1/common_pb.js";
 
 /** What an attribute, a note or an output may hold. */
 export type Value = null | boolean | number | bigint | string | Uint8Array | readonly Value[] | { readonly [key: string]: Value };
 
 /** Whole numbers that JavaScript holds exactly become integers, others doubles. */
 export function toAnyValue(value: Value): AnyValue {
-  return create(AnyValueSchema, { value: toOneof(value) });
+  return { $typeName: "agl_grpc.v1.AnyValue", value: toOneof(value) };
 }
 
 function toOneof(value: Value): AnyValue["value"] {
@@ -62,7 +62,7 @@ export function fromAnyValue(message: AnyValue | undefined): Value {
 }
 
 export function toKeyValues(values: { readonly [key: string]: Value }): KeyValue[] {
-  return Object.entries(values).map(([key, value]) => create(KeyValueSchema, { key, value: toAnyValue(value) }));
+  return Object.entries(values).map(([key, value]) => ({ $typeName: "agl_grpc.v1.KeyValue", key, value: toAnyValue(value) }));
 }
 
 export function fromKeyValues(entries: readonly KeyValue[]): { [key: string]: Value } {

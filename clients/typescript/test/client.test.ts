@@ -7,7 +7,7 @@ import { fromBinary, toBinary } from "@bufbuild/protobuf";
 import { ConnectError } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import {
-  AlreadyExists, Code, fromAnyValue, fromPayload, InvalidRequest, NotFound, NotPermitted, StoreClient, StoreError,
+  AlreadyExists, Code, fromAnyValue, fromPayload, InvalidRequest, MessageTooLarge, NotFound, NotPermitted, StoreClient, StoreError,
   StoreUnavailable, toAnyValue, Unimplemented, type Value,
 } from "../src/index.js";
 import { RolloutSchema } from "../src/gen/agl_grpc/v1/rollout_pb.js";
@@ -86,7 +86,11 @@ describe("StoreClient", () => {
   it("reports a message over the limit and does not try again", async () => {
     const value = randomBytes(65 << 20);
     const started = Date.now();
-    await assert.rejects(client.store.enqueueRollouts({ rollouts: [{ input: { content: { case: "data", value } } }] }), StoreError);
+    await assert.rejects(client.store.enqueueRollouts({ rollouts: [{ input: { content: { case: "data", value } } }] }), (error: unknown) => {
+      assert(error instanceof MessageTooLarge);
+      assert.deepEqual([error.code, error.reason, error.info["limit_bytes"]], [Code.ResourceExhausted, "MESSAGE_TOO_LARGE", "67108864"]);
+      return true;
+    });
     assert(Date.now() - started < 20_000);
   });
 

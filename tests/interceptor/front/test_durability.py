@@ -178,18 +178,40 @@ async def test_two_proxies_cannot_share_a_spool(
 
 
 async def test_a_spool_that_is_reused_keeps_its_records_and_its_file(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, 10**6, reuse_bytes=10_000)
+    spool = Spool(tmp_path, 10**6, reuse=True)
     for number in range(3):
         entry = await spool.append(b"record %d" % number, note=number)
         assert (entry.note, spool.read(entry)) == (number, b"record %d" % number)
         spool.drop(1)
+        assert spool.size == 0
     assert len(os.listdir(tmp_path)) == 2  # one file and the lock
-    await spool.append(b"waiting")
+    waiting = [b"waiting", b"longer than what was delivered"]
+    for record in waiting:
+        await spool.append(record)
     await spool.close()
     again = Spool(tmp_path, 10**6)
-    # What was delivered from the same file comes again: spans are stored once all the same.
-    assert [again.read(entry) for entry in again.peek(10, 10**6)] == [
-        b"record 0", b"record 1", b"record 2", b"waiting",
-    ]  # fmt: skip
-    assert [entry.note for entry in again.peek(10, 10**6)] == [None] * 4
+    # They lie over what was delivered, of which nothing comes again.
+    assert [again.read(entry) for entry in again.peek(10, 10**6)] == waiting
+    assert [entry.note for entry in again.peek(10, 10**6)] == [None] * 2
+    assert again.damaged == 0
+    await again.close()
+
+
+def damage(folder: Path, position: int) -> None:
+    (path,) = folder.glob("*.spool")
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+async def test_a_spool_that_is_reused_loses_a_torn_record_only(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 10**6, reuse=True)
+    await spool.append(b"delivered, and longer than each that follows")
+    spool.drop(1)
+    entries = [await spool.append(b"record %d" % number) for number in range(2)]
+    await spool.close()
+    damage(tmp_path, entries[1].position)
+    again = Spool(tmp_path, 10**6, reuse=True)
+    assert [again.read(entry) for entry in again.peek(10, 10**6)] == [b"record 0"]
+    assert again.damaged == 1
     await again.close()

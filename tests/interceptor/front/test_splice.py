@@ -87,7 +87,7 @@ def test_completions_are_the_same_as_when_parsed(answer: dict[str, Any]) -> None
 def test_the_usual_layout_is_cut_and_others_are_left() -> None:
     choice = {
         "index": 0,
-        "logprobs": {"content": [{"logprob": -1.5}]},
+        "logprobs": {"content": [{"token": "a", "logprob": -1.5, "bytes": [97], "top_logprobs": []}]},
         "finish_reason": "stop",
         "token_ids": [7],
     }
@@ -98,6 +98,8 @@ def test_the_usual_layout_is_cut_and_others_are_left() -> None:
     assert splice(orjson.dumps(answer, option=orjson.OPT_INDENT_2), chat=True) is None
     assert splice(orjson.dumps({**answer, "more": {"token_ids": [1]}}), chat=True) is None
     assert splice(b'{"choices": [{"token_ids":[1', chat=True) is None
+    other = {**choice, "logprobs": {"content": [{"token": "a", "logprob": -1.5}]}}
+    assert splice(orjson.dumps({"choices": [other]}), chat=True) is None
 
 
 @given(st.lists(IDS, max_size=6), st.integers(0, 60))

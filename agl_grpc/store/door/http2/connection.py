@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
+from agl_grpc.store import errors
 from agl_grpc.store.door.http2 import frames, headers
 from agl_grpc.store.door.http2.frames import Code, ConnectionFailed, Setting
 from agl_grpc.store.door.http2.patience import Patience
@@ -235,9 +236,8 @@ class Connection(asyncio.Protocol):
         try:
             stream.receive(frames.unpadded(payload, flags & ~frames.HAS_PRIORITY), len(payload))
         except MessageTooLarge as error:
-            limit = self.max_message_bytes
-            text = f"a message of {error.size} bytes or more; at most {limit} bytes are taken"
-            self._break(stream, _RESOURCE_EXHAUSTED, text)
+            refusal = errors.message_too_large(error.size, self.max_message_bytes)
+            self._break(stream, refusal.code, refusal.message, refusal.trailers())
             self._endure()
         except BadMessage as error:
             self._break(stream, _INTERNAL, f"a message is {error}")
@@ -312,9 +312,11 @@ class Connection(asyncio.Protocol):
 
     # Ends
 
-    def _break(self, stream: Stream, code: int, text: str) -> None:
+    def _break(
+        self, stream: Stream, code: int, text: str, metadata: Sequence[tuple[str, str | bytes]] = ()
+    ) -> None:
         task = stream.task
-        stream.finish(headers.trailers(code, text))
+        stream.finish(headers.trailers(code, text, metadata))
         if task is not None:
             task.cancel()
 
@@ -414,4 +416,4 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-_DEADLINE_EXCEEDED, _RESOURCE_EXHAUSTED, _INTERNAL, _UNAVAILABLE = 4, 8, 13, 14
+_DEADLINE_EXCEEDED, _INTERNAL, _UNAVAILABLE = 4, 13, 14

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from agl_grpc.store import errors
 from agl_grpc.store.door.http2 import headers
 from agl_grpc.store.door.http2.connection import Connection
 from agl_grpc.store.door.http2.stream import Stream
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
 _HANDSHAKE_SECONDS = 10.0
-_UNKNOWN, _UNIMPLEMENTED, _INTERNAL = 2, 12, 13
+_UNKNOWN, _INTERNAL = 2, 13
 
 Serve = Callable[[Any, Stream, Any], Coroutine[Any, Any, None]]
 Handler = Any  # grpc.RpcMethodHandler: its stubs know no async handlers
@@ -109,7 +110,8 @@ class Http2Server:
         """A call's headers are there. Calls of one message start when that is there too."""
         handler = self._handler(stream.head)
         if handler is None:
-            stream.finish(headers.trailers(_UNIMPLEMENTED, f"there is no method {stream.head.path}"))
+            refusal = errors.method_unknown(stream.head.path)
+            stream.finish(headers.trailers(refusal.code, refusal.message, refusal.trailers()))
             return
         stream.parse, stream.serialise = handler.request_deserializer, handler.response_serializer
         if handler.request_streaming:

@@ -192,6 +192,7 @@ def open_sqlite(path: Path | None, *, limit_pages: int = 0) -> SqliteDatabase:
 def _prepare(database: SqliteDatabase) -> None:
     path = database.path
     try:
+        refuse_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         database._lock = lock_database(path)
         problem = truncation(path) if path.exists() else ""
@@ -218,6 +219,12 @@ def _prepare(database: SqliteDatabase) -> None:
         raise DatabaseError(f"database {path} cannot be used: {explain(error)}") from error
     except OSError as error:
         raise DatabaseError(f"database {path} cannot be opened: {error.strerror or error}") from error
+
+
+def refuse_folder(path: Path) -> None:
+    """Raises DatabaseError when a folder stands where a file has to be."""
+    if path.is_dir():
+        raise DatabaseError(f"{path} is a folder; name a file in it")
 
 
 def lock_database(path: Path) -> IO[str]:

@@ -17,6 +17,7 @@ from agl_grpc.store.storage.sqlite.database import (
     explain,
     lock_database,
     open_sqlite,
+    refuse_folder,
 )
 
 _SIDE_FILES = ("-wal", "-shm", "-journal")
@@ -25,6 +26,7 @@ _SIDE_FILES = ("-wal", "-shm", "-journal")
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[SqliteConnection]:
     """A connection that reads a file, also while a server has it; its errors become DatabaseError."""
+    refuse_folder(path)
     if not path.is_file():
         raise DatabaseError(f"database {path} does not exist")
     connection = None
@@ -69,6 +71,7 @@ def backup(source: Path, target: Path, *, force: bool = False) -> int:
     Raises:
         DatabaseError: The source cannot be read, the target is there or cannot be written.
     """
+    refuse_folder(target)
     if target.exists() and not force:
         raise DatabaseError(f"{target} is there already; name another file or say --force")
     partial = target.with_name(target.name + ".partial")
@@ -124,9 +127,13 @@ def put_back(copy: Path, target: Path, *, force: bool = False) -> None:
     Raises:
         DatabaseError: The copy cannot be read, a server has the target, or the target is there.
     """
+    refuse_folder(target)
     if target.exists() and not force:
         raise DatabaseError(f"database {target} is there already; say --force to replace it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseError(f"{target} cannot be written: {error.strerror or error}") from error
     with lock_database(target):
         arrived = target.with_name(target.name + ".restoring")
         backup(copy, arrived, force=True)
@@ -159,6 +166,7 @@ def compact(path: Path) -> Sizes:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[sqlite3.Connection]:
+    refuse_folder(path)
     if not path.is_file():
         raise DatabaseError(f"database {path} does not exist")
     with lock_database(path):

@@ -13,6 +13,9 @@
 
 namespace agl_grpc {
 
+/// Largest message that a client sends or takes.
+constexpr int kMaxMessageBytes = 64 << 20;
+
 /// A call that the store refused, or for which it could not be reached; what() is one line for people.
 class Error : public std::runtime_error {
  public:

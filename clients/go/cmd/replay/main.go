@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,6 +36,8 @@ type step struct {
 	Error   map[string]interface{}   `json:"error"`
 	Keep    map[string]string        `json:"keep"`
 	Until   string                   `json:"until"`
+	Newer   map[string]string        `json:"newer"`
+	Bytes   map[string]string        `json:"bytes"`
 }
 
 func main() {
@@ -89,8 +92,12 @@ func replay(client *agl.Client, name, file string) error {
 			return err
 		}
 		where := fmt.Sprintf("step %d (%s)", number, one.RPC)
-		received, err := call(client, one)
+		messages, err := call(client, one)
+		received := plain(messages)
 		if err := check(received, err, one, where); err != nil {
+			return err
+		}
+		if err := checkBytes(messages, one, where); err != nil {
 			return err
 		}
 		for key, place := range one.Keep {
@@ -126,7 +133,67 @@ func toList(items []interface{}) interface{} {
 	return items
 }
 
-func call(client *agl.Client, one step) ([]interface{}, error) {
+func checkBytes(messages []proto.Message, one step, where string) error {
+	for place, expected := range one.Bytes {
+		message, err := messageAt(messages, place)
+		if err != nil {
+			return err
+		}
+		found, err := proto.MarshalOptions{Deterministic: true}.Marshal(message)
+		if err != nil {
+			return err
+		}
+		if err := match(hex.EncodeToString(found), expected, where+": the bytes of "+place); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// messageAt finds the message at a place as "0.groups.0.spans.1": lists by index, fields by their names in JSON.
+func messageAt(messages []proto.Message, place string) (proto.Message, error) {
+	parts := strings.Split(place, ".")
+	first, err := strconv.Atoi(parts[0])
+	if err != nil || first >= len(messages) {
+		return nil, fmt.Errorf("no message is at %s", place)
+	}
+	found := protoreflect.ValueOfMessage(messages[first].ProtoReflect())
+	for _, part := range parts[1:] {
+		if list, ok := found.Interface().(protoreflect.List); ok {
+			index, err := strconv.Atoi(part)
+			if err != nil || index >= list.Len() {
+				return nil, fmt.Errorf("nothing is at %s", place)
+			}
+			found = list.Get(index)
+			continue
+		}
+		field := found.Message().Descriptor().Fields().ByJSONName(part)
+		if field == nil || field.Kind() != protoreflect.MessageKind {
+			return nil, fmt.Errorf("no message is at %s", place)
+		}
+		found = found.Message().Mutable(field)
+	}
+	return found.Message().Interface(), nil
+}
+
+func merge(messages []proto.Message, newer map[string]string) error {
+	for place, text := range newer {
+		fields, err := hex.DecodeString(text)
+		if err != nil {
+			return err
+		}
+		message, err := messageAt(messages, place)
+		if err != nil {
+			return err
+		}
+		if err := (proto.UnmarshalOptions{Merge: true}).Unmarshal(fields, message); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func call(client *agl.Client, one step) ([]proto.Message, error) {
 	service, name := "agl_grpc.v1."+strings.Split(one.RPC, "/")[0], strings.Split(one.RPC, "/")[1]
 	found, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service))
 	if err != nil {
@@ -143,6 +210,9 @@ func call(client *agl.Client, one step) ([]interface{}, error) {
 		}
 		messages = append(messages, message)
 	}
+	if err := merge(messages, one.Newer); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	if !method.IsStreamingClient() && !method.IsStreamingServer() {
@@ -150,7 +220,7 @@ func call(client *agl.Client, one step) ([]interface{}, error) {
 		if err := client.Conn().Invoke(ctx, path, messages[0], answer); err != nil {
 			return nil, err
 		}
-		return []interface{}{plain(answer)}, nil
+		return []proto.Message{answer}, nil
 	}
 	desc := &grpc.StreamDesc{ClientStreams: method.IsStreamingClient(), ServerStreams: method.IsStreamingServer()}
 	stream, err := client.Conn().NewStream(ctx, desc, path)
@@ -160,8 +230,8 @@ func call(client *agl.Client, one step) ([]interface{}, error) {
 	return exchange(stream, method, messages, one)
 }
 
-func exchange(stream grpc.ClientStream, method protoreflect.MethodDescriptor, messages []proto.Message, one step) ([]interface{}, error) {
-	var received []interface{}
+func exchange(stream grpc.ClientStream, method protoreflect.MethodDescriptor, messages []proto.Message, one step) ([]proto.Message, error) {
+	var received []proto.Message
 	inStep := method.IsStreamingClient() && method.IsStreamingServer()
 	for len(messages) > 0 {
 		if err := stream.SendMsg(messages[0]); err != nil && err != io.EOF {
@@ -175,7 +245,7 @@ func exchange(stream grpc.ClientStream, method protoreflect.MethodDescriptor, me
 		if err := stream.RecvMsg(answer); err != nil {
 			return received, err
 		}
-		received = append(received, plain(answer))
+		received = append(received, answer)
 	}
 	if one.Until == "" {
 		if err := stream.CloseSend(); err != nil {
@@ -189,7 +259,7 @@ func exchange(stream grpc.ClientStream, method protoreflect.MethodDescriptor, me
 		} else if err != nil {
 			return received, err
 		}
-		received = append(received, plain(answer))
+		received = append(received, answer)
 	}
 	return received, nil
 }
@@ -202,16 +272,18 @@ func newMessage(desc protoreflect.MessageDescriptor) proto.Message {
 	return kind.New().Interface()
 }
 
-func plain(message proto.Message) interface{} {
-	text, err := protojson.Marshal(message)
-	if err != nil {
-		panic(err) // what was parsed can be written
+func plain(messages []proto.Message) []interface{} {
+	values := make([]interface{}, len(messages))
+	for index, message := range messages {
+		text, err := protojson.Marshal(message)
+		if err != nil {
+			panic(err) // what was parsed can be written
+		}
+		if err := json.Unmarshal(text, &values[index]); err != nil {
+			panic(err)
+		}
 	}
-	var value interface{}
-	if err := json.Unmarshal(text, &value); err != nil {
-		panic(err)
-	}
-	return value
+	return values
 }
 
 var place = regexp.MustCompile(`\$\{(\w+)\}`)

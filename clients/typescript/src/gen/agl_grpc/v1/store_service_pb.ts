@@ -3787,7 +3787,7 @@ export enum Role {
   UNSPECIFIED = 0,
 
   /**
-   * Read rollouts, attempts, spans, resources and rewards, and put rewards on attempts of its run.
+   * Of its run alone: read the run, rollouts, attempts, spans, rewards and the latest resources, and put rewards.
    *
    * @generated from enum value: ROLE_GRADER = 1;
    */
@@ -3813,6 +3813,9 @@ export const RoleSchema: GenEnum<Role> = /*@__PURE__*/
  * queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
  * types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
  * exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+ *
+ * Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
+ * given back as they came, byte for byte; in other messages they are ignored.
  *
  * @generated from service agl_grpc.v1.StoreService
  */

@@ -187,11 +187,6 @@ hybrid: .venv/dev-ready ## verl starts vLLM itself, with capture inside, and tra
 	.venv/bin/agl-grpc env create hybrid --path .venv-hybrid
 	.venv/bin/python -m tests.learner.hybrid_run --write $(if $(STEPS),--steps $(STEPS))
 
-# STEPS=N for a longer run.
-.PHONY: adapters
-adapters: engines ## Train two adapters of one model through one engine, each by its own agent's calls; two minutes
-	.venv/bin/python -m tests.learner.adapters_run --write $(if $(STEPS),--steps $(STEPS))
-
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises

@@ -61,7 +61,8 @@ class Spool:
     last record is dropped, so a crash may deliver records of one segment again: they must be harmless to
     repeat. Records are kept on disk only. With `reuse` a file is longer than its records, and one whose
     records are all delivered is written again from its beginning: making a file, and making one longer, turns
-    the file system's journal, which takes longer than the record itself. Use from one event loop.
+    the file system's journal, which takes longer than the record itself. What such a file has room for, at
+    most a segment, is not counted as held. Use from one event loop.
     """
 
     def __init__(

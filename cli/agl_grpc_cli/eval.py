@@ -62,7 +62,11 @@ def evaluate(
     ],
     dataset: Annotated[
         str,
-        typer.Argument(metavar="[DATASET]", help="Tasks: a .jsonl file, or module:name.", show_default=False),
+        typer.Argument(
+            metavar="[DATASET]",
+            help="Tasks: JSONL, Parquet, a saved dataset, or module:name.",
+            show_default=False,
+        ),
     ] = "",
     agent: Annotated[str, typer.Option(metavar="MODULE:NAME", help="The agent that does the tasks.")] = "",
     n: Annotated[int, typer.Option("--n", help="Answers to each task.")] = 1,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,4 +83,4 @@ def _records(log: bytes) -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

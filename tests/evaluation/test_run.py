@@ -137,6 +137,29 @@ async def test_without_workers_it_says_how_far_it_came(client: StoreClient) -> N
         await evaluate(client, [{"number": 2}], Pass(timeout=0.2))
 
 
+async def test_a_pass_may_leave_out_what_is_not_finished_in_time(client: StoreClient) -> None:
+    stop = asyncio.Event()
+    async with LitAgentRunner(concurrency=8).run_context(agent=agents.halver, store=client) as runner:
+        work = asyncio.create_task(runner.iter(stop))
+        await evaluate(client, [{"number": 2}], Pass(label="part", timeout=60))
+        stop.set()
+        await work
+    # Nobody is there for the second task. A machine that is too slow to read the first is given more time.
+    for seconds in (1.0, 8.0, 64.0):
+        plan = Pass(label="part", timeout=seconds, partial=True)
+        try:
+            found = await evaluate(client, [{"number": 2}, {"number": 8}], plan)
+        except EvaluationError:
+            continue
+        break
+    assert [task.mean for task in found.tasks] == [1.0, None]
+    assert (found.mean, found.failures) == (1.0, {"cancelled": 1})
+    assert [each.status.value for each in await client.query_rollouts()] == ["succeeded", "cancelled"]
+    # Whoever takes it up finds the same.
+    again = await evaluate(client, [{"number": 2}, {"number": 8}], Pass(label="part", timeout=60))
+    assert again.failures == {"cancelled": 1}
+
+
 async def test_an_empty_dataset_is_refused(client: StoreClient) -> None:
     with pytest.raises(EvaluationError, match="the dataset is empty"):
         await evaluate(client, [])

@@ -15,7 +15,7 @@ import pytest
 from agl_grpc.store.clock import ManualClock
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.storage import idempotency, maintenance
-from agl_grpc.store.storage.engine import DatabaseError
+from agl_grpc.store.storage.engine import Connection, DatabaseError
 from agl_grpc.store.storage.idempotency import RequestKey
 from agl_grpc.store.storage.sqlite.database import open_sqlite
 from agl_grpc.store.storage.transaction import Tx
@@ -40,6 +40,31 @@ def put(name: str, value: str) -> Callable[[Tx], None]:
 
 async def names(store: Store) -> set[str]:
     return await store.read(lambda db: {row[0] for row in db.execute("SELECT name FROM meta")})
+
+
+async def test_a_shared_read_survives_whoever_leaves(store: Store) -> None:
+    reads: list[int] = []
+
+    def read(_db: Connection) -> int:
+        reads.append(len(reads))
+        return reads[-1]
+
+    tasks = [asyncio.create_task(store.read_shared("page", read)) for _ in range(3)]
+    await asyncio.sleep(0)  # all of them wait now
+    tasks[0].cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert results[1:] == [0, 0]
+    assert await store.read_shared("page", read) == 1, "what is read is not kept"
+
+
+async def test_a_shared_read_that_fails_fails_for_all(store: Store) -> None:
+    def read(_db: Connection) -> None:
+        raise LookupError("gone")
+
+    both = (store.read_shared("page", read), store.read_shared("page", read))
+    results = await asyncio.gather(*both, return_exceptions=True)
+    assert [str(result) for result in results] == ["gone", "gone"]
 
 
 async def test_a_failing_command_is_undone_alone(store: Store) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from agl_grpc.interceptor import engine_state
 from agl_grpc.interceptor.attribution import CURRENT, CallContext
-from agl_grpc.interceptor.record import CallRecord, EngineIdentity, note_experts, to_span
+from agl_grpc.interceptor.record import CallRecord, EngineIdentity, failed_record, note_experts, to_span
 from agl_grpc.interceptor.resume import AbortResumer
 from agl_grpc.interceptor.retries import Retries
 from agl_grpc.interceptor.sampling import capture_params, sampling_message, untrainable_reasons
@@ -220,11 +220,7 @@ class GenerateWrapper:
 
         What it answers resolves when the record is durable.
         """
-        record = CallRecord(context, "", self._identity.model, model_call_pb2.SamplingParameters())
-        record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_ERROR
-        record.error = f"{status}: {reason}"[:500]
-        record.raw_request = raw
-        record.end()
+        record = failed_record(context, self._identity.model, status, reason, raw)
         attempt = (context.attribution.rollout_id, context.attribution.attempt_id)
         span = to_span(record, self._identity)
         return self._sink.submit(CapturedCall(attempt, span, [], {}))
@@ -250,8 +246,11 @@ class GenerateWrapper:
         ended = False
         try:
             async for output in outputs:
-                self._guard(call, self._take, output)
+                for each in output.outputs:
+                    if each.finish_reason is not None:
+                        self._guard(call, self._take_end, each)
                 if output.finished:
+                    self._guard(call, self._take_timings, output.metrics)
                     ended = True
                     self._finish(call)
                 yield output
@@ -288,19 +287,16 @@ class GenerateWrapper:
             call.record.untrainable(f"capture failed: {type(error).__name__}")
 
     @staticmethod
-    def _take(call: _OpenCall, output: Any) -> None:
-        record = call.record
-        if not record.prompt_ids and output.prompt_token_ids:
-            record.prompt_ids = list(output.prompt_token_ids)
-        for each in output.outputs:
-            if each.finish_reason is not None:
-                stop = "" if each.stop_reason is None else str(each.stop_reason)
-                call.ends[each.index] = (each.finish_reason, stop)
-                call.experts[each.index] = getattr(each, "routed_experts", None)
-        stats = output.metrics if output.finished else None
+    def _take_end(call: _OpenCall, choice: Any) -> None:
+        stop = "" if choice.stop_reason is None else str(choice.stop_reason)
+        call.ends[choice.index] = (choice.finish_reason, stop)
+        call.experts[choice.index] = getattr(choice, "routed_experts", None)
+
+    @staticmethod
+    def _take_timings(call: _OpenCall, stats: Any) -> None:
         if stats is not None:
-            record.queue_ns = max(0, int((stats.scheduled_ts - stats.queued_ts) * 1e9))
-            record.first_token_ns = int(stats.first_token_latency * 1e9)
+            call.record.queue_ns = max(0, int((stats.scheduled_ts - stats.queued_ts) * 1e9))
+            call.record.first_token_ns = int(stats.first_token_latency * 1e9)
 
     def _finish(self, call: _OpenCall) -> None:
         """Complete the record; it goes to the sink with the end of its answer."""

@@ -19,7 +19,7 @@ from agl_grpc.interceptor.generate import GenerateWrapper
 from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.record import EngineIdentity
-from agl_grpc.interceptor.refusals import Refusal
+from agl_grpc.interceptor.refusals import Refusal, Refused
 from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
 from agl_grpc.interceptor.sink import CaptureSink
 from agl_grpc.interceptor.spool import Spool
@@ -54,6 +54,7 @@ class Interceptor:
         self._attempts = Attempts(channel)
         self._external = external
         self._limits = RolloutLimits(settings.max_calls, settings.max_tokens, settings.max_concurrency)
+        self._refused = Refused()
         self._channel = channel
         self._spool = spool
         self._sink = sink
@@ -140,6 +141,12 @@ class Interceptor:
         """Most bytes of a request of an attempt; 0: no limit."""
         return self._settings.max_body
 
+    def refused(self, refusal: Refusal, context: CallContext | None) -> None:
+        """Count a refusal; the first of its kind leaves a record with the attempt, which nobody waits for."""
+        attempt = "" if context is None else context.attribution.attempt_id
+        if self._refused.note(refusal, attempt) and context is not None:
+            self._wrapper.failed(context, refusal.status, refusal.message, None)
+
     def failed(
         self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
     ) -> asyncio.Future[None]:
@@ -172,6 +179,7 @@ class Interceptor:
             "external": self._external.recorded if self._external else 0,
             "resumed": self._wrapper.resumed,
             "retries": self._wrapper.retries,
+            "refusals": dict(self._refused.counts),
             "store_away": self._sink.away,
             "spool_bytes": self._spool.size,
             "spool_waiting": self._spool.waiting,

@@ -157,7 +157,7 @@ async def test_calls_that_do_not_finish_in_time_keep_the_old_weights() -> None:
 def test_the_resource_imposes_its_sampling_and_what_was_asked_for_is_kept() -> None:
     asked = SimpleNamespace(
         temperature=0.3, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
-        frequency_penalty=0.0, max_tokens=100, seed=None, n=1, logprobs=None,
+        frequency_penalty=0.0, max_tokens=100, seed=None, n=1, logprobs=None, extra_args=None,
     )  # fmt: skip
     llm = ProxyLLM(
         endpoint="http://x",

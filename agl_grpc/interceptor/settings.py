@@ -92,7 +92,8 @@ class Settings(CaptureSettings):
     calls while weights are loaded: they ``wait``, or are refused with 429 (``refuse``); `running_on_swap`
     what becomes of calls of attempts that run then: they go on under the new weights (``keep``), run to their
     end under the old ones (``finish``: those that do not within `swap_timeout` seconds make the swap fail),
-    or are ``cut`` if they still run after `swap_timeout` seconds.
+    or are ``cut`` if they still run after `swap_timeout` seconds; `adapters` (names with commas between them)
+    are the adapters that take new weights, each for itself, in the model's place.
     """
 
     engine_id: str = ""
@@ -103,6 +104,7 @@ class Settings(CaptureSettings):
     on_swap: str = "wait"
     running_on_swap: str = "keep"
     swap_timeout: float = 60.0
+    adapters: str = ""
 
     def environment(self) -> dict[str, str]:
         """As environment variables, for `from_environment` in another process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -122,6 +123,14 @@ def serve(
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest request of an attempt: bytes, or with K, M, G.")
     ] = f"{Settings.max_body >> 20}M",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=FOLDER]",
+            help="Serve an adapter (LoRA) of MODEL under NAME, which is trained instead of MODEL; without "
+            "FOLDER it begins as MODEL is. Give it several times.",
+        ),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
@@ -173,10 +182,23 @@ def serve(
         loader=os.environ.get("AGL_INTERCEPTOR_LOADER", "auto"),
     )
     try:
-        code = serve_vllm(model, settings, context.args, train=not raw)
+        code = serve_vllm(model, settings, context.args, train=not raw, adapters=_by_name(adapter or ()))
     except ServeError as error:
         raise CliError(str(error)) from error
     raise typer.Exit(code)
+
+
+def _by_name(adapters: Iterable[str]) -> dict[str, str]:
+    """Folder of each adapter by its name; empty where none is given."""
+    found: dict[str, str] = {}
+    for each in adapters:
+        name, _, folder = each.partition("=")
+        if not name or name in found:
+            raise typer.BadParameter(
+                f"write each name once, as NAME or NAME=FOLDER, not {each!r}", param_hint="--adapter"
+            )
+        found[name] = folder
+    return found
 
 
 def _help(context: typer.Context, run_vllm: object) -> None:

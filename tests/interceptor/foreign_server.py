@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from agl_grpc.interceptor.serve import MIDDLEWARE, is_cpu, set_environment
-from agl_grpc.interceptor.settings import Settings
+from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
 
 
 async def serve(arguments: Sequence[str]) -> None:
@@ -45,6 +45,8 @@ def main() -> None:
     settings = Settings.from_environment()
     assert settings is not None
     set_environment(os.environ, settings, cpu=is_cpu(), cores=len(os.sched_getaffinity(0)))
+    # By it vLLM's processes know that they end with this one, which a signal ends without a word to them.
+    os.environ[FAILURE_FILE] = os.devnull
     asyncio.run(serve(sys.argv[1:]))
 
 

@@ -1,8 +1,9 @@
-"""From stored model calls to packed columns, in one process: tokens a second of CPU, and growth with turns.
+"""From stored spans to packed columns, in one process: tokens a second of CPU, and growth with turns.
 
-What is measured is what the store does for StreamBatch between its database and the wire (token tree, rows,
-columns, bytes), and what the learner's side does with it: a TensorDict of jagged tensors, and the same
-through verl's TransferQueue. Database and network are not in it.
+What is measured is what the store does for StreamBatch between its database and the wire (the spans' bytes
+parsed, token tree, rows, columns, bytes), and what the learner's side does with it: a TensorDict of jagged
+tensors, and the same through verl's TransferQueue. Reading the rows of the database, and the network, are not
+in it; nor is parsing, where a figure says "parsed calls".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from agl_grpc.model import raw
@@ -22,6 +24,7 @@ from agl_grpc.sample import AttemptRecord, CallSpan, build_attempt, pack
 from agl_grpc.sample.calls import read_calls
 from agl_grpc.store.training.samples import PAGE_ENTRIES, PAGE_TOKENS
 from agl_grpc.v1 import model_call_pb2 as pb
+from agl_grpc.v1 import span_pb2
 from agl_grpc.v1.reward_pb2 import Reward
 from benchmarks.figures import Row, figure, run
 from tests.support.environments import learner_python
@@ -47,6 +50,41 @@ def conversation(turns: int, prompt: int, response: int) -> AttemptRecord:
         bare = raw.RawModelCall.FromString(call.SerializeToString())
         calls.append(CallSpan((turn + 1).to_bytes(8), turn, turn, False, bare))
     return AttemptRecord("ro", "at", "g", calls, [Reward(value=1.0)])
+
+
+def span_bytes(record: AttemptRecord) -> list[bytes]:
+    """The attempt's spans as the database holds them."""
+    return [
+        span_pb2.Span(
+            trace_id=bytes(16),
+            span_id=call.span_id,
+            name="model_call tiny",
+            start_time_unix_nano=call.start,
+            end_time_unix_nano=call.start + 1,
+            model_call=pb.ModelCall.FromString(call.call.SerializeToString()),
+        ).SerializeToString()
+        for call in read_calls(record.spans)
+    ]
+
+
+def from_bytes(record: AttemptRecord, count: int) -> float:
+    """As `cpu`, from the spans' bytes on, each parsed as `StreamBatch` does it."""
+    stored = span_bytes(record)
+    parse = raw.RawSpan.FromString
+    tokens = sum(row.length for row in build_attempt(record).rows)
+    page = max(1, min(PAGE_ENTRIES, PAGE_TOKENS // tokens))
+    start = time.process_time()
+    for first in range(0, count, page):
+        rows = []
+        for _ in range(min(page, count - first)):
+            spans = [parse(data) for data in stored]
+            calls = [
+                CallSpan(span.span_id, span.start_time_unix_nano, place, False, span.model_call)
+                for place, span in enumerate(spans)
+            ]
+            rows += build_attempt(replace(record, spans=calls)).rows
+        pack(rows).SerializeToString()
+    return time.process_time() - start
 
 
 def cpu(record: AttemptRecord, count: int) -> float:
@@ -135,15 +173,19 @@ def measure(options: argparse.Namespace) -> list[Row]:
     rows = []
     for tokens, target in ((64, 1), (4096, 10)):
         count = max(1, int(options.tokens / tokens))
-        seconds = min(cpu(conversation(1, tokens // 2, tokens // 2), count) for _ in range(3))
+        record = conversation(1, tokens // 2, tokens // 2)
+        parsed = min(cpu(record, count) for _ in range(3))
+        seconds = min(from_bytes(record, count) for _ in range(3))
         name = f"rows of {tokens:,} tokens"
-        rows.append(figure(f"{name}, calls to columns", "million tokens/s", tokens * count / seconds / 1e6))
+        for begin, each in (("parsed calls", parsed), ("stored spans", seconds)):
+            rate = tokens * count / each / 1e6
+            rows.append(figure(f"{name}, {begin} to columns", "million tokens/s", rate))
         torch = in_torch(tokens, options.tokens)
-        # A second of one core: building, packing and converting, one after the other.
+        # A second of one core: parsing, building, packing and converting, one after the other.
         each = seconds / (tokens * count) + torch["tensor_dict"] / torch["tokens"]
         rows.append(
             figure(
-                f"{name}, calls to TensorDict",
+                f"{name}, stored spans to TensorDict",
                 "million tokens/s",
                 1 / each / 1e6,
                 f">= {target}",

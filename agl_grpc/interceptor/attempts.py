@@ -112,6 +112,8 @@ class Attempts:
                 "attempt_ended",
                 f"attempt {attribution.attempt_id} of rollout {attribution.rollout_id} is over "
                 f"({known.ended}): its calls are not served any more; stop",
+                # A record would bring back an attempt that is over because nothing was heard of it.
+                recorded=known.ended != "unresponsive",
             )
 
     async def close(self) -> None:
@@ -166,6 +168,7 @@ class Attempts:
                 "attempt_unknown",
                 f"the store knows no attempt {attribution.attempt_id} of rollout {attribution.rollout_id}: "
                 "check the base URL",
+                recorded=False,
             ) from error
         found = self._remember(attempt)
         found.seed = next((each.value for each in rollout.labels if each.key == SEED_LABEL), "")
@@ -183,14 +186,18 @@ class Attempts:
             attribution.rollout_id,
             attribution.attempt_id,
         ):
-            raise Refusal(403, "wrong_attempt", "the API key is the credential of another attempt")
+            raise Refusal(
+                403, "wrong_attempt", "the API key is the credential of another attempt", recorded=False
+            )
         metadata = (("authorization", f"Bearer {attribution.credential}"),)
         request = store_service_pb2.AppendSpansRequest()
         try:
             await self._stub.AppendSpans(request, timeout=_LOOKUP_SECONDS, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                raise Refusal(401, "invalid_api_key", f"the API key is refused: {error.details()}") from error
+                raise Refusal(
+                    401, "invalid_api_key", f"the API key is refused: {error.details()}", recorded=False
+                ) from error
             if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
                 raise
         _keep(self._credentials, attribution.credential, True)

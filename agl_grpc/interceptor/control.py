@@ -35,6 +35,11 @@ class EngineControl:
         self.current = asyncio.Event()
         """Set once the engine serves what the store says is committed, or cannot learn it now."""
 
+    @property
+    def model(self) -> str:
+        """Whose versions are followed."""
+        return self._engine.model
+
     async def run(self, on_version: OnVersion) -> None:
         """Register, then hand each change of a policy version to `on_version` in order, for ever."""
         pause = _FIRST_BACKOFF

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from agl_grpc.interceptor.core_logprobs import taken_from
 from agl_grpc.interceptor.record import ChoiceRecord
 from agl_grpc.interceptor.versions import runs_from_engine
 
@@ -29,15 +30,22 @@ def watch_requests(output_processor: Any, on_sequence: Callable[[str, Any, Any],
     output_processor.add_request = add_request
 
 
-def watch_aborts(output_processor: Any, on_abort: Callable[[str], bool]) -> None:
-    """Ask `on_abort(internal request id)` about each abort that the engine core announces.
+def watch_outputs(output_processor: Any, on_abort: Callable[[str], bool]) -> None:
+    """Take sampled logprobs out of what the engine core says, and ask `on_abort(internal request id)` about
+    each abort that it announces.
 
-    Where it answers True, vLLM does not hear of the abort.
+    Where that answers True, vLLM does not hear of the abort.
     """
-    original = output_processor.process_outputs
+    original, states = output_processor.process_outputs, output_processor.request_states
 
     def process_outputs(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(_is_abort(each) for each in outputs):
+        aborts = False
+        for each in outputs:
+            if each.kv_transfer_params is not None:
+                _take_logprobs(states, each)
+            if each.finish_reason is not None:
+                aborts = aborts or _is_abort(each)
+        if aborts:
             outputs = [each for each in outputs if not (_is_abort(each) and on_abort(each.request_id))]
         return original(outputs, *args, **kwargs)
 
@@ -45,8 +53,16 @@ def watch_aborts(output_processor: Any, on_abort: Callable[[str], bool]) -> None
 
 
 def _is_abort(output: Any) -> bool:
-    reason = output.finish_reason
-    return reason is not None and str(reason) == "abort"
+    return output.finish_reason is not None and str(output.finish_reason) == "abort"
+
+
+def _take_logprobs(states: Any, output: Any) -> None:
+    found = taken_from(output)
+    state = None if found is None else states.get(output.request_id)
+    # A sequence whose capture failed, or that is gone, has nowhere to put them.
+    sampled = None if state is None else getattr(state.logprobs_processor, "sampled", None)
+    if sampled is not None:
+        sampled.extend(found)
 
 
 @functools.cache

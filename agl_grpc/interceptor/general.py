@@ -25,9 +25,10 @@ def register() -> None:
         # An engine core or a worker: it serves nobody, and is of no use without the one that started it.
         if FAILURE_FILE in os.environ:
             end_with(parent.pid)
-        from agl_grpc.interceptor import cpu_seeds
+        from agl_grpc.interceptor import core_logprobs, cpu_seeds
 
         cpu_seeds.install()
+        core_logprobs.install()
         return
     if settings.loader == "class" or importlib.util.find_spec("vllm.plugins.endpoint_plugins") is None:
         from agl_grpc.interceptor import class_loader

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from agl_grpc.interceptor import engine_state
 from agl_grpc.interceptor.attribution import CURRENT, CallContext
-from agl_grpc.interceptor.record import CallRecord, EngineIdentity, note_experts, to_span
+from agl_grpc.interceptor.record import CallRecord, EngineIdentity, failed_record, note_experts, to_span
 from agl_grpc.interceptor.resume import AbortResumer
 from agl_grpc.interceptor.retries import Retries
 from agl_grpc.interceptor.sampling import capture_params, sampling_message, untrainable_reasons
 from agl_grpc.interceptor.sink import CapturedCall
-from agl_grpc.interceptor.versions import runs_from_starts
+from agl_grpc.interceptor.versions import ServedWeights, runs_from_starts
 from agl_grpc.v1 import common_pb2, model_call_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
@@ -58,7 +58,8 @@ class GenerateWrapper:
 
     `refuse` builds the exception by which vLLM answers 400, `fail` the one for an answer that the engine
     aborted for good; `resume_timeout` seconds is how long such an abort may last. `record_external` takes
-    ended calls that name no attempt, with their session.
+    ended calls that name no attempt, with their session. `adapters` are served under names of their own, each
+    with versions of its own, which begin at 0; `policy_version` is the model's.
     """
 
     def __init__(
@@ -73,13 +74,13 @@ class GenerateWrapper:
         fail: Callable[[str], Exception],
         resume_timeout: float,
         record_external: Callable[[str, CapturedCall], None] | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         self._record_external = record_external
         self._client = engine_client
         self._sink = sink
         self._identity = identity
-        self._policy_version = policy_version
-        self._weights_digest = ""
+        self._served = ServedWeights(identity.model, policy_version, adapters)
         self._temperature = temperature
         self._refuse = refuse
         self._fail = fail
@@ -95,8 +96,12 @@ class GenerateWrapper:
 
     @property
     def policy_version(self) -> int:
-        """The version whose weights sample now."""
-        return self._policy_version
+        """The version whose weights sample now; of the model itself where adapters are served."""
+        return self.version_of(self._identity.model)
+
+    def version_of(self, model: str) -> int:
+        """The version that samples under a name."""
+        return self._served.of(model)[0]
 
     @property
     def resumed(self) -> int:
@@ -111,8 +116,8 @@ class GenerateWrapper:
         self._resumer.install()
 
     async def name_weights(self) -> None:
-        """Tell the engine which version it begins with."""
-        await self.update_weight_version(str(self._policy_version))
+        """Tell the engine which weights serve."""
+        await self.update_weight_version(self._served.label())
 
     async def update_weight_version(self, new_version: str) -> None:
         """As `AsyncLLM.update_weight_version`, which vLLM has from 0.29: whoever else changes the weights,
@@ -120,35 +125,38 @@ class GenerateWrapper:
         """
         if self._update_weight_version is not None:
             await self._update_weight_version(new_version)
-        if new_version.isdigit() and int(new_version) != self._policy_version:
+        if new_version.isdigit() and int(new_version) != self.policy_version:
             self.set_policy_version(int(new_version), "")
 
-    def set_policy_version(self, version: int, weights_digest: str) -> None:
-        """Note, while generation is paused, that tokens from here on are sampled by other weights."""
-        self._policy_version = version
-        self._weights_digest = weights_digest
+    def set_policy_version(self, version: int, weights_digest: str, adapter: str = "") -> None:
+        """Note, while generation is paused, that tokens from here on are sampled by other weights.
+
+        Those of an adapter, where one is named: other calls are not touched.
+        """
+        self._served.change(adapter or self._identity.model, version, weights_digest)
         for call in self._open.values():
-            for index, state in call.states.items():
-                call.starts[index].append((version, engine_state.tokens_so_far(state)))
+            if adapter in ("", call.record.model):
+                for index, state in call.states.items():
+                    call.starts[index].append((version, engine_state.tokens_so_far(state)))
 
-    def under_way(self) -> int:
-        """How many calls of attempts run."""
-        return len(self._of_attempts())
+    def under_way(self, adapter: str = "") -> int:
+        """How many calls of attempts run (under this adapter; empty: all)."""
+        return len(self._of_attempts(adapter))
 
-    async def drained(self, limit: float) -> bool:
-        """Wait until no call of an attempt runs, for at most `limit` seconds; whether that came about."""
+    async def drained(self, limit: float, adapter: str = "") -> bool:
+        """Wait until no such call runs, for at most `limit` seconds; whether that came about."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit):
-                while self._of_attempts():
+                while self._of_attempts(adapter):
                     self._one_ended.clear()
                     await self._one_ended.wait()
-        return not self._of_attempts()
+        return not self._of_attempts(adapter)
 
-    def cut(self, reason: str) -> int:
-        """End calls of attempts as errors, recorded as cut; how many. One without a token yet goes on."""
+    def cut(self, reason: str, adapter: str = "") -> int:
+        """End such calls as errors, recorded as cut; how many. One without a token yet goes on."""
         chosen = [
             call
-            for call in self._of_attempts()
+            for call in self._of_attempts(adapter)
             if any(engine_state.tokens_so_far(state) for state in call.states.values())
         ]
         for call in chosen:
@@ -156,8 +164,9 @@ class GenerateWrapper:
                 self._resumer.end(state, reason)
         return len(chosen)
 
-    def _of_attempts(self) -> list[_OpenCall]:
-        return [call for call in self._open.values() if call.record.context.external is None]
+    def _of_attempts(self, adapter: str) -> list[_OpenCall]:
+        running = [call for call in self._open.values() if call.record.context.external is None]
+        return [call for call in running if adapter in ("", call.record.model)]
 
     def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
@@ -174,26 +183,27 @@ class GenerateWrapper:
                 )
             self.unattributed += 1
             return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
-        imposed = self._imposed(context)
+        lora = kwargs.get("lora_request")
+        model = lora.lora_name if lora is not None else self._identity.model
+        imposed = self._imposed(context, model)
         if context.known is not None and sampling_params.seed is None and "seed" not in imposed:
             imposed.update(context.known.next_seed())
         params = capture_params(sampling_params, imposed)
-        call = self._begin(context, prompt, params, sampling_params, request_id, kwargs.get("lora_request"))
+        call = self._begin(context, prompt, params, sampling_params, request_id, model)
         return self._capture(call, self._generate(prompt, params, request_id, *args, **kwargs))
 
-    def _imposed(self, context: CallContext) -> dict[str, Any]:
+    def _imposed(self, context: CallContext, model: str) -> dict[str, Any]:
         """What the resource of the attempt says of sampling in this mode; in training the operator's word."""
         known, mode = context.known, context.attribution.mode
-        imposed = {} if known is None else known.sampling(self._identity.model, mode)
+        imposed = {} if known is None else known.sampling(model, mode)
         if self._temperature is not None and mode == "train" and context.external is None:
             imposed["temperature"] = self._temperature
         return imposed
 
     def _begin(
-        self, context: CallContext, prompt: Any, params: Any, asked: Any, request_id: str, lora: Any
+        self, context: CallContext, prompt: Any, params: Any, asked: Any, request_id: str, model: str
     ) -> _OpenCall:
         attribution = context.attribution
-        model = lora.lora_name if lora is not None else self._identity.model
         record = CallRecord(context, request_id, model, sampling_message(params, asked))
         for reason in untrainable_reasons(params):
             record.untrainable(reason)
@@ -220,11 +230,7 @@ class GenerateWrapper:
 
         What it answers resolves when the record is durable.
         """
-        record = CallRecord(context, "", self._identity.model, model_call_pb2.SamplingParameters())
-        record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_ERROR
-        record.error = f"{status}: {reason}"[:500]
-        record.raw_request = raw
-        record.end()
+        record = failed_record(context, self._identity.model, status, reason, raw)
         attempt = (context.attribution.rollout_id, context.attribution.attempt_id)
         span = to_span(record, self._identity)
         return self._sink.submit(CapturedCall(attempt, span, [], {}))
@@ -239,7 +245,7 @@ class GenerateWrapper:
             call.failure = call.failure or reason
 
         call.states[state.request_index] = state
-        call.starts[state.request_index] = [(self._policy_version, 0)]
+        call.starts[state.request_index] = [(self.version_of(call.record.model), 0)]
         if not call.tables_asked:
             engine_state.keep_sampled_logprobs(state)
         self._resumer.track(state, request, fail)
@@ -250,8 +256,11 @@ class GenerateWrapper:
         ended = False
         try:
             async for output in outputs:
-                self._guard(call, self._take, output)
+                for each in output.outputs:
+                    if each.finish_reason is not None:
+                        self._guard(call, self._take_end, each)
                 if output.finished:
+                    self._guard(call, self._take_timings, output.metrics)
                     ended = True
                     self._finish(call)
                 yield output
@@ -288,19 +297,16 @@ class GenerateWrapper:
             call.record.untrainable(f"capture failed: {type(error).__name__}")
 
     @staticmethod
-    def _take(call: _OpenCall, output: Any) -> None:
-        record = call.record
-        if not record.prompt_ids and output.prompt_token_ids:
-            record.prompt_ids = list(output.prompt_token_ids)
-        for each in output.outputs:
-            if each.finish_reason is not None:
-                stop = "" if each.stop_reason is None else str(each.stop_reason)
-                call.ends[each.index] = (each.finish_reason, stop)
-                call.experts[each.index] = getattr(each, "routed_experts", None)
-        stats = output.metrics if output.finished else None
+    def _take_end(call: _OpenCall, choice: Any) -> None:
+        stop = "" if choice.stop_reason is None else str(choice.stop_reason)
+        call.ends[choice.index] = (choice.finish_reason, stop)
+        call.experts[choice.index] = getattr(choice, "routed_experts", None)
+
+    @staticmethod
+    def _take_timings(call: _OpenCall, stats: Any) -> None:
         if stats is not None:
-            record.queue_ns = max(0, int((stats.scheduled_ts - stats.queued_ts) * 1e9))
-            record.first_token_ns = int(stats.first_token_latency * 1e9)
+            call.record.queue_ns = max(0, int((stats.scheduled_ts - stats.queued_ts) * 1e9))
+            call.record.first_token_ns = int(stats.first_token_latency * 1e9)
 
     def _finish(self, call: _OpenCall) -> None:
         """Complete the record; it goes to the sink with the end of its answer."""
@@ -318,7 +324,7 @@ class GenerateWrapper:
         for index, state in call.states.items():
             self._resumer.forget(state)
             self._guard(call, self._complete_choice, index, state)
-        record.weights_digest = self._weights_digest
+        _, record.weights_digest = self._served.of(record.model)
         if record.outcome == model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE and any(
             choice.finish_reason == "abort" for choice in record.choices.values()
         ):

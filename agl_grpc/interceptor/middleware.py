@@ -72,6 +72,10 @@ class Running(Protocol):
         """Most bytes of a request of an attempt; 0: no limit."""
         ...
 
+    def refused(self, refusal: Refusal, context: CallContext | None) -> None:
+        """Count a refusal; `context` is set for a call of an attempt, which may get a record of it."""
+        ...
+
     def failed(
         self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
     ) -> asyncio.Future[None]:
@@ -126,6 +130,8 @@ class AttributionMiddleware:
         raw_path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
         parsed = _attributed(raw_path, headers)
         api = api_of(raw_path if parsed is None else parsed[1])
+        context: CallContext | None = None
+        counted = scope.get("method") == "POST"
         try:
             if parsed is None:
                 await self._pass(scope, receive, send, headers, api)
@@ -133,36 +139,43 @@ class AttributionMiddleware:
             if scope["type"] != "http" or api is None:
                 raise Refusal(404, "no_such_path", _CLOSED)
             attribution, path = parsed
-            known = await self._admit(attribution)
+            counted = counted and path not in NOT_SAMPLING
+            context = CallContext(attribution, api, *parse_traceparent(headers.get("traceparent", "")))
+            context.known = known = await self._admit(attribution)
+            if known is not None and known.mode and not (names_mode(raw_path) or "x-agl-mode" in headers):
+                context.attribution = dataclasses.replace(attribution, mode=known.mode)
+            await self._let_in(self._rewrite(scope, path), receive, send, context, headers, counted)
         except Refusal as refusal:
+            if self.interceptor is not None:
+                self.interceptor.refused(refusal, context if counted else None)
             await _refuse(send, scope["type"], refusal, api or "")
+
+    async def _let_in(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        context: CallContext,
+        headers: Mapping[str, str],
+        counted: bool,
+    ) -> None:
+        """Serve a request of an attempt; `counted` says whether it is a call, which limits concern."""
+        running = self.interceptor if counted else None
+        if running is None:
+            await self._serve(scope, receive, send, context, headers)
             return
-        mode_given = names_mode(raw_path) or "x-agl-mode" in headers
-        if known is not None and known.mode and not mode_given:
-            attribution = dataclasses.replace(attribution, mode=known.mode)
-        context = CallContext(
-            attribution, api, *parse_traceparent(headers.get("traceparent", "")), known=known
-        )
-        rewritten, running = self._rewrite(scope, path), self.interceptor
-        if running is None or scope["method"] != "POST" or path in NOT_SAMPLING:
-            await self._serve(rewritten, receive, send, context, headers)
-            return
-        limits, rollout = running.limits, attribution.rollout_id
+        rollout = context.attribution.rollout_id
+        running.limits.enter(rollout)
         try:
-            limits.enter(rollout)
-        except Refusal as refusal:
-            await _refuse(send, scope["type"], refusal, api)
-            return
-        try:
-            await self._serve(rewritten, receive, send, context, headers, running)
+            await self._serve(scope, receive, send, context, headers, running)
         finally:
-            limits.leave(rollout)
+            running.limits.leave(rollout)
 
     async def _admit(self, attribution: Attribution) -> KnownAttempt | None:
         if self.interceptor is None:
             return None
         if not self.interceptor.accepting():
-            raise Refusal(503, "spool_full", _FULL, retry_after=RETRY_AFTER_SECONDS)
+            raise Refusal(503, "spool_full", _FULL, retry_after=RETRY_AFTER_SECONDS, recorded=False)
         return await self.interceptor.admit(attribution)
 
     async def _pass(

@@ -10,6 +10,7 @@ from typing import Any
 from agl_grpc.interceptor import class_loader
 from agl_grpc.interceptor.runtime import Interceptor
 from agl_grpc.interceptor.settings import Settings
+from agl_grpc.interceptor.swap import Adapter
 
 
 class InterceptorPlugin:
@@ -33,6 +34,17 @@ class InterceptorPlugin:
             # Port 0: whoever starts this server tells the address when it is known.
             endpoint=f"http://{args.host or '127.0.0.1'}:{args.port}" if args.port else "",
             api_key=keys[0] if keys else None,
+            adapters=_adapters(state, settings),
         )
         # vLLM serves nobody before this returns.
         await running.caught_up()
+
+
+def _adapters(state: Any, settings: Settings) -> list[Adapter]:
+    """The adapters that take new weights, as vLLM has loaded them at its start."""
+    loaded = state.openai_serving_models.lora_requests if settings.adapters else {}
+    return [
+        Adapter(name, loaded[name].lora_int_id, loaded[name].lora_path)
+        for name in settings.adapters.split(",")
+        if name
+    ]

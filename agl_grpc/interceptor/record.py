@@ -88,6 +88,18 @@ class CallRecord:
         self.total_ns = self.total_ns or time.monotonic_ns() - self.began
 
 
+def failed_record(
+    context: CallContext, model: str, status: int, reason: str, raw: common_pb2.Payload | None = None
+) -> CallRecord:
+    """The record of a call that was answered with an error of this HTTP status before any engine had it."""
+    record = CallRecord(context, "", model, model_call_pb2.SamplingParameters())
+    record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_ERROR
+    record.error = f"{status}: {reason}"[:500]
+    record.raw_request = raw
+    record.end()
+    return record
+
+
 def trace_id_of(record: CallRecord) -> bytes:
     """The agent's trace where it sent one, else one per attempt, so that an attempt's calls lie together."""
     if record.context.trace_id:

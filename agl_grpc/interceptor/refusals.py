@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 
 import orjson
@@ -31,10 +32,21 @@ class Refusal(Exception):
         code: machine-readable reason, for example ``model_not_found``.
         message: one line: what is wrong and what to do.
         retry_after: seconds after which trying again may help; None: it does not, and SDKs are told so.
+        recorded: whether the attempt that the call names gets a record of it. Not where the caller has not
+            shown that it may write to that attempt, nor where the store would not take the record.
     """
 
-    def __init__(self, status: int, code: str, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        recorded: bool = True,
+    ) -> None:
         super().__init__(message)
+        self.recorded = recorded
         self.status = status
         self.code = code
         self.message = message
@@ -62,6 +74,33 @@ class Refusal(Exception):
         if api == "messages":
             return {"type": "error", "error": {"type": kind, "message": self.message}}
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+
+class Refused:
+    """Counts refusals by their codes, and says which of them leave a record.
+
+    An attempt has one record for each code, however often its agent asks again; `attempts` attempts are
+    remembered, those longest without a refusal go first.
+    """
+
+    def __init__(self, attempts: int = 20_000) -> None:
+        self._limit = attempts
+        self._recorded: OrderedDict[str, set[str]] = OrderedDict()
+        self.counts: Counter[str] = Counter()
+
+    def note(self, refusal: Refusal, attempt_id: str = "") -> bool:
+        """Count a refusal of a call of an attempt (empty: of none); whether it is to be recorded."""
+        self.counts[refusal.code] += 1
+        if not attempt_id or not refusal.recorded:
+            return False
+        codes = self._recorded.setdefault(attempt_id, set())
+        self._recorded.move_to_end(attempt_id)
+        if len(self._recorded) > self._limit:
+            self._recorded.popitem(last=False)
+        if refusal.code in codes:
+            return False
+        codes.add(refusal.code)
+        return True
 
 
 def reason_of(body: bytes) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agl_grpc.interceptor import engine_state
+from agl_grpc.interceptor.core_logprobs import without_ours
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
@@ -59,7 +60,7 @@ class AbortResumer:
 
     def install(self) -> None:
         """Watch what the engine core says, and note when the engine is shut down."""
-        engine_state.watch_aborts(self._processor, self._on_abort)
+        engine_state.watch_outputs(self._processor, self._on_abort)
         shutdown = self._client.shutdown
 
         def closing(*args: Any, **kwargs: Any) -> Any:
@@ -159,7 +160,7 @@ def obstacle(request: Any, state: Any) -> str:
         "presence_penalty": params.presence_penalty,
         "frequency_penalty": params.frequency_penalty,
         "bad_words": params.bad_words,
-        "extra sampling arguments": params.extra_args,
+        "extra sampling arguments": without_ours(params.extra_args),
         "a thinking budget": getattr(params, "thinking_token_budget", None) is not None,
         "repetition detection": getattr(params, "repetition_detection", None) is not None,
         "a decode trace": getattr(params, "trace_decode_token_ids", None),

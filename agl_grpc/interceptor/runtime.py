@@ -7,9 +7,11 @@ import importlib.metadata
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
 from agl_grpc.interceptor.attribution import Attribution, CallContext
@@ -19,11 +21,11 @@ from agl_grpc.interceptor.generate import GenerateWrapper
 from agl_grpc.interceptor.limits import RolloutLimits
 from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.record import EngineIdentity
-from agl_grpc.interceptor.refusals import Refusal
+from agl_grpc.interceptor.refusals import Refusal, Refused
 from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
 from agl_grpc.interceptor.sink import CaptureSink
 from agl_grpc.interceptor.spool import Spool
-from agl_grpc.interceptor.swap import EngineBroken, RunningCalls, WeightSwapper
+from agl_grpc.interceptor.swap import Adapter, EngineBroken, RunningCalls, WeightSwapper
 from agl_grpc.interceptor.transport import AppendTransport, open_channel
 from agl_grpc.v1 import common_pb2, policy_pb2
 
@@ -36,6 +38,14 @@ _SWAPPING = "new weights are being loaded: try again in a moment"
 _SWAP_RETRY_SECONDS = 1
 
 
+@dataclass(frozen=True)
+class WeightLine:
+    """What follows the policy versions of one model: of the engine's own, or of an adapter that it serves."""
+
+    control: EngineControl
+    swapper: WeightSwapper
+
+
 class Interceptor:
     """Everything that runs beside vLLM in its API server process, on its event loop."""
 
@@ -46,30 +56,36 @@ class Interceptor:
         spool: Spool,
         sink: CaptureSink,
         wrapper: GenerateWrapper,
-        control: EngineControl,
-        swapper: WeightSwapper,
+        lines: Sequence[WeightLine],
         external: ExternalTraffic | None,
     ) -> None:
         self._settings = settings
         self._attempts = Attempts(channel)
         self._external = external
         self._limits = RolloutLimits(settings.max_calls, settings.max_tokens, settings.max_concurrency)
+        self._refused = Refused()
         self._channel = channel
         self._spool = spool
         self._sink = sink
         self._wrapper = wrapper
-        self._swapper = swapper
-        self._control = control
-        self._task = asyncio.create_task(self._drive(control))
+        self._lines = lines
+        self._task = asyncio.create_task(self._drive())
 
     @classmethod
     def start(
-        cls, engine_client: Any, settings: Settings, *, endpoint: str = "", api_key: str | None = None
+        cls,
+        engine_client: Any,
+        settings: Settings,
+        *,
+        endpoint: str = "",
+        api_key: str | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> Interceptor:
         """Wrap the engine client and connect to the store; serving does not wait for the store.
 
         Call it on the event loop that serves. `endpoint` is the base URL told to the store where the settings
-        name none; `api_key` is what vLLM asks of its clients (None: nothing).
+        name none; `api_key` is what vLLM asks of its clients (None: nothing). Where there are `adapters`,
+        each is an engine of its own to the store, and the model that they are added to is none.
         """
         spool = Spool(settings.spool_path(), settings.spool_bytes)
         channel = open_channel(settings.store)
@@ -90,6 +106,7 @@ class Interceptor:
             fail=_unavailable,
             resume_timeout=settings.resume_timeout,
             record_external=external.submit if external else None,
+            adapters=[adapter.name for adapter in adapters],
         )
         wrapper.install()
         engine = policy_pb2.Engine(
@@ -99,19 +116,11 @@ class Interceptor:
             endpoint=settings.endpoint or endpoint,
             engine_version=version,
         )
-        control = EngineControl(channel, engine, lambda: wrapper.policy_version)
-        swapper = WeightSwapper(
-            engine_client,
-            wrapper,
-            settings.engine_id,
-            control.report,
-            settings.kept_weights_path(),
-            RunningCalls(wrapper, settings.running_on_swap, settings.swap_timeout),
-        )
+        lines = _weight_lines(engine_client, settings, channel, wrapper, engine, adapters)
         logger.info(
             "capture on: store %s, run %s, engine %s", settings.store, settings.run_id, settings.engine_id
         )
-        running = cls(settings, channel, spool, sink, wrapper, control, swapper, external)
+        running = cls(settings, channel, spool, sink, wrapper, lines, external)
         AttributionMiddleware.interceptor = running
         AttributionMiddleware.engine_key = api_key or os.environ.get("VLLM_API_KEY") or None
         return running
@@ -140,6 +149,12 @@ class Interceptor:
         """Most bytes of a request of an attempt; 0: no limit."""
         return self._settings.max_body
 
+    def refused(self, refusal: Refusal, context: CallContext | None) -> None:
+        """Count a refusal; the first of its kind leaves a record with the attempt, which nobody waits for."""
+        attempt = "" if context is None else context.attribution.attempt_id
+        if self._refused.note(refusal, attempt) and context is not None:
+            self._wrapper.failed(context, refusal.status, refusal.message, None)
+
     def failed(
         self, context: CallContext, status: int, reason: str, raw: common_pb2.Payload | None
     ) -> asyncio.Future[None]:
@@ -154,10 +169,11 @@ class Interceptor:
         steps has a limit. Raises Refusal for an attempt that is over, unknown, or not the credential's, and
         while weights change where new calls are to be refused then.
         """
-        if self._swapper.swapping:
+        # Which model is asked for stands in the body, which has not been read; and the engine is one.
+        for swapper in [line.swapper for line in self._lines if line.swapper.swapping]:
             if self._settings.on_swap == "refuse":
                 raise Refusal(429, "weights_changing", _SWAPPING, retry_after=_SWAP_RETRY_SECONDS)
-            await self._swapper.swapped.wait()
+            await swapper.swapped.wait()
         return await self._attempts.admit(attribution)
 
     def describe(self) -> dict[str, Any]:
@@ -167,11 +183,15 @@ class Interceptor:
             "engine_id": self._settings.engine_id,
             "run_id": self._settings.run_id,
             "policy_version": self._wrapper.policy_version,
+            "policy_versions": {
+                line.control.model: self._wrapper.version_of(line.control.model) for line in self._lines
+            },
             "captured": self._wrapper.captured,
             "unattributed": self._wrapper.unattributed,
             "external": self._external.recorded if self._external else 0,
             "resumed": self._wrapper.resumed,
             "retries": self._wrapper.retries,
+            "refusals": dict(self._refused.counts),
             "store_away": self._sink.away,
             "spool_bytes": self._spool.size,
             "spool_waiting": self._spool.waiting,
@@ -184,13 +204,15 @@ class Interceptor:
         An engine that starts again in the middle of a training run takes it back from its disk here. A store
         that is away is not waited for.
         """
-        current = asyncio.create_task(self._control.current.wait())
-        await asyncio.wait([current, self._task], return_when=asyncio.FIRST_COMPLETED)
-        current.cancel()
+        for line in self._lines:
+            current = asyncio.create_task(line.control.current.wait())
+            await asyncio.wait([current, self._task], return_when=asyncio.FIRST_COMPLETED)
+            current.cancel()
 
     async def serves_at(self, endpoint: str) -> None:
         """Tell the store the base URL of a server whose address was not known when this was started."""
-        await self._control.serves_at(endpoint)
+        for line in self._lines:
+            await line.control.serves_at(endpoint)
 
     async def stop(self) -> None:
         """Deliver or spool what was captured and let go of the store."""
@@ -202,16 +224,58 @@ class Interceptor:
         await self._sink.close()
         await self._channel.close()
 
-    async def _drive(self, control: EngineControl) -> None:
+    async def _drive(self) -> None:
+        followers: list[asyncio.Task[None]] = []
         try:
             await self._wrapper.name_weights()
-            await control.run(self._swapper.on_version)
+            followers += [
+                asyncio.create_task(line.control.run(line.swapper.on_version)) for line in self._lines
+            ]
+            await asyncio.gather(*followers)
         except EngineBroken as broken:
             logger.critical("%s; the engine stops, it must not serve half-loaded weights", broken)
             _note_failure(str(broken))
             os.kill(os.getpid(), signal.SIGTERM)
         except Exception:  # a defect here must be seen: without the watch this engine takes no new weights
             logger.exception("the watch of policy versions ended for good; restart the engine")
+        finally:
+            for task in followers:
+                task.cancel()
+
+
+def _weight_lines(
+    engine_client: Any,
+    settings: Settings,
+    channel: grpc.aio.Channel,
+    wrapper: GenerateWrapper,
+    engine: policy_pb2.Engine,
+    adapters: Sequence[Adapter],
+) -> list[WeightLine]:
+    """One for the model, or one for each adapter."""
+    keep, standstill = settings.kept_weights_path(), asyncio.Lock()
+
+    def line(adapter: Adapter | None) -> WeightLine:
+        mine, folder, name = policy_pb2.Engine(), keep, "" if adapter is None else adapter.name
+        mine.CopyFrom(engine)
+        if adapter is not None:
+            mine.engine_id = f"{engine.engine_id}/{name}"
+            mine.model = name
+            folder = None if keep is None else keep / quote(name, safe="")
+        control = EngineControl(channel, mine, lambda: wrapper.version_of(mine.model))
+        running = RunningCalls(wrapper, settings.running_on_swap, settings.swap_timeout, name)
+        swapper = WeightSwapper(
+            engine_client,
+            wrapper,
+            mine.engine_id,
+            control.report,
+            folder,
+            running,
+            adapter=adapter,
+            standstill=standstill,
+        )
+        return WeightLine(control, swapper)
+
+    return [line(adapter) for adapter in adapters] or [line(None)]
 
 
 def served_model(engine_client: Any) -> str:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from agl_grpc.interceptor import core_logprobs
 from agl_grpc.interceptor.record import key_value
 from agl_grpc.v1 import model_call_pb2
 
@@ -52,6 +53,7 @@ def capture_params(params: Any, imposed: Mapping[str, Any]) -> Any:
     captured = copy.copy(params)
     if captured.logprobs is None:
         captured.logprobs = 0
+        captured.extra_args = core_logprobs.wanted(captured.extra_args)
     for name, value in imposed.items():
         if name not in _IMPOSABLE or not isinstance(value, int | float):
             continue

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from agl_grpc.interceptor.general import PLUGIN
 from agl_grpc.interceptor.middleware import AttributionMiddleware
@@ -86,8 +89,77 @@ def check_model(model: str, *, offline: bool) -> None:
         raise ServeError(f"model {model} does not exist{hint}")
 
 
-def serve(model: str, settings: Settings, given: Sequence[str], *, train: bool = True) -> int:
-    """Serve until a signal; the exit code. Raises ServeError for what is wrong before vLLM starts."""
+def adapter_arguments(
+    adapters: Mapping[str, str], folder: Path, given: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Let vLLM serve adapters of the model under names of their own.
+
+    Args:
+        adapters: folder of each by its name; empty: it begins as the model is.
+        folder: where what vLLM reads of those that have none is written.
+        given: the user's own arguments.
+
+    Returns:
+        vLLM's arguments, and the names.
+
+    Raises:
+        ServeError: a name or a folder cannot be used, or an argument contradicts.
+    """
+    if not adapters:
+        return [], []
+    if _value(given, "--lora-modules"):
+        raise ServeError("write --adapter NAME=FOLDER instead of --lora-modules: weights are swapped by name")
+    modules = []
+    for name, path in adapters.items():
+        if not name or set(name) & set(",="):
+            raise ServeError(f"an adapter cannot be named {name!r}: no comma and no equals sign")
+        if path and not (Path(path).expanduser() / "adapter_config.json").is_file():
+            raise ServeError(f"adapter {name}: {path} has no adapter_config.json: it is no adapter's folder")
+        where = Path(path).expanduser() if path else write_neutral_adapter(folder / quote(name, safe=""))
+        modules.append(f"{name}={where.resolve()}")
+    number = str(len(adapters))
+    # All of them fit: one that vLLM drops from its slots would be loaded again before each of its calls.
+    options = ["--enable-lora", "--max-loras", number, "--max-cpu-loras", number]
+    return [*options, "--lora-modules", *modules], list(adapters)
+
+
+def write_neutral_adapter(folder: Path) -> Path:
+    """An adapter that changes nothing, as vLLM reads it: what a training run with LoRA begins with.
+
+    vLLM takes none without tensors, so this one has a pair of a layer that no model has. The name of its
+    module must be one that the model has somewhere (`q_proj`: Llama, Qwen, Mistral and their like).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    stem = "base_model.model.model.layers.1000000.self_attn.q_proj"
+    header = json.dumps(
+        {
+            f"{stem}.lora_{half}.weight": {
+                "dtype": "F32",
+                "shape": [1, 1],
+                "data_offsets": [start, start + 4],
+            }
+            for half, start in (("A", 0), ("B", 4))
+        }
+    ).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(8)
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    return folder
+
+
+def serve(
+    model: str,
+    settings: Settings,
+    given: Sequence[str],
+    *,
+    train: bool = True,
+    adapters: Mapping[str, str] | None = None,
+) -> int:
+    """Serve until a signal; the exit code. Raises ServeError for what is wrong before vLLM starts.
+
+    `adapters` are folders by name, as `adapter_arguments` takes them.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ServeError(
             "vLLM is not installed here: use the engine environment (`agl-grpc env create engine`)"
@@ -98,7 +170,10 @@ def serve(model: str, settings: Settings, given: Sequence[str], *, train: bool =
             f"{MIDDLEWARE}` and AGL_INTERCEPTOR_STORE in its environment, or use vLLM 0.32"
         )
     check_model(model, offline=os.environ.get("HF_HUB_OFFLINE") == "1")
-    arguments = engine_arguments(model, given, train=train)
+    own, names = adapter_arguments(adapters or {}, settings.spool_path() / "adapters", given)
+    settings = dataclasses.replace(settings, adapters=",".join(names))
+    # The user's own come last, and count where they say the same thing.
+    arguments = engine_arguments(model, [*own, *given], train=train)
     _check_plugin()
     set_environment(os.environ, settings, cpu=is_cpu(), cores=len(os.sched_getaffinity(0)))
     if train:

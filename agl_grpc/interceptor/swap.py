@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,25 +51,40 @@ class Report(Protocol):
         ...
 
 
-class RunningCalls:
-    """What becomes of calls of attempts that run when new weights come: see `Settings.running_on_swap`."""
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that vLLM serves under a name: its number there, and the folder that it began with."""
 
-    def __init__(self, wrapper: GenerateWrapper, how: str, limit: float) -> None:
+    name: str
+    number: int
+    folder: str
+
+
+class RunningCalls:
+    """What becomes of calls of attempts that run when new weights come: see `Settings.running_on_swap`.
+
+    Where an adapter is named, its calls alone are meant.
+    """
+
+    def __init__(self, wrapper: GenerateWrapper, how: str, limit: float, adapter: str = "") -> None:
         self._wrapper = wrapper
         self._how = how
         self._limit = limit
+        self._adapter = adapter
 
     async def before_pause(self) -> None:
         """Let them end where they are to. Raises SwapError for those that had to and did not."""
         if self._how == "keep":
             return
-        if not await self._wrapper.drained(self._limit) and self._how == "finish":
-            raise SwapError(f"{self._wrapper.under_way()} calls still ran after {self._limit:g} s")
+        if not await self._wrapper.drained(self._limit, self._adapter) and self._how == "finish":
+            left = self._wrapper.under_way(self._adapter)
+            raise SwapError(f"{left} calls still ran after {self._limit:g} s")
 
     def in_pause(self) -> None:
         """End those that have had their time."""
         if self._how == "cut":
-            number = self._wrapper.cut(f"cut after {self._limit:g} s: new weights are being loaded")
+            reason = f"cut after {self._limit:g} s: new weights are being loaded"
+            number = self._wrapper.cut(reason, self._adapter)
             if number:
                 logger.warning("%d calls cut for new weights", number)
 
@@ -80,6 +95,9 @@ class WeightSwapper:
     `engine_client` is vLLM's; its dev mode stays off. Generation stands still only from pause to resume. The
     weights that serve are also kept in the folder `keep` (None: they are not), so that an engine that starts
     again can go on with them. `running` says what becomes of running calls.
+
+    Of an engine that serves several adapters, each has a swapper, which changes that `adapter` alone; they
+    share `standstill`, so that one pauses and resumes the engine at a time.
     """
 
     def __init__(
@@ -90,7 +108,12 @@ class WeightSwapper:
         report: Report,
         keep: Path | None = None,
         running: RunningCalls | None = None,
+        adapter: Adapter | None = None,
+        standstill: asyncio.Lock | None = None,
     ) -> None:
+        self._adapter = adapter
+        self._name = "" if adapter is None else adapter.name
+        self._standstill = standstill or asyncio.Lock()
         self._keep = keep
         self._running = running or RunningCalls(wrapper, "keep", 0.0)
         self._client = engine_client
@@ -109,6 +132,10 @@ class WeightSwapper:
     def swapping(self) -> bool:
         """Whether new weights are on their way into the engine: running calls end, or generation stands."""
         return not self.swapped.is_set()
+
+    @property
+    def _serving(self) -> int:
+        return self._wrapper.version_of(self._name) if self._name else self._wrapper.policy_version
 
     async def on_version(self, version: policy_pb2.PolicyVersion) -> None:
         """Follow one state of a policy version. Raises EngineBroken when the model is half-loaded."""
@@ -131,7 +158,7 @@ class WeightSwapper:
         known = number == self._preparing_version or (
             self._staging is not None and self._staging.transfer_id == version.source.group_id
         )
-        if not wanted or known or number <= self._wrapper.policy_version:
+        if not wanted or known or number <= self._serving:
             return
         if self._staging is not None:
             await self._drop(self._staging.policy_version, f"replaced by version {number}")
@@ -175,11 +202,10 @@ class WeightSwapper:
         """Have every worker receive the transfer; the digest that all of them computed."""
         if limit <= 0:
             raise SwapError("the deadline had passed before the engine heard of the version")
-        await self._rpc(
-            "agl_prepare_weights", self._engine_id, transfer, endpoint, limit, str(self._keep or "")
-        )
+        keep = str(self._keep or "")
+        await self._rpc("agl_prepare_weights", self._engine_id, transfer, endpoint, limit, keep, self._name)
         while True:
-            states = await self._rpc("agl_weights_status", transfer)
+            states = await self._rpc("agl_weights_status", transfer, self._name)
             for state in states:
                 if state["state"] in ("failed", "idle"):
                     raise SwapError(state["error"] or "the transfer was given up")
@@ -193,7 +219,7 @@ class WeightSwapper:
 
     async def _on_committed(self, version: policy_pb2.PolicyVersion) -> None:
         number = version.policy_version
-        if number <= self._wrapper.policy_version:
+        if number <= self._serving:
             return
         if self._preparing is not None and self._preparing_version == number:
             await asyncio.wait([self._preparing])
@@ -227,7 +253,7 @@ class WeightSwapper:
             transfer = f"kept/{number}"
             try:
                 states = await self._rpc(
-                    "agl_restore_weights", self._engine_id, transfer, str(self._keep), digest
+                    "agl_restore_weights", self._engine_id, transfer, str(self._keep), digest, self._name
                 )
                 errors = [state["error"] for state in states if state["error"]]
             except SwapError as error:
@@ -236,7 +262,7 @@ class WeightSwapper:
                 logger.info("policy version %d taken back from disk", number)
                 return Staging(number, transfer, digest, time.monotonic())
             reason += f": {errors[0]}"
-        logger.warning("%s: the engine goes on with version %d", reason, self._wrapper.policy_version)
+        logger.warning("%s: the engine goes on with version %d", reason, self._serving)
         if self._engine_id in version.source.engine_ids or not version.source.engine_ids:
             await self._report(number, policy_pb2.ENGINE_PHASE_FAILED, error=reason)
         return None
@@ -246,27 +272,33 @@ class WeightSwapper:
         self.swapped.clear()
         try:
             await self._running.before_pause()
-            started = time.monotonic_ns()
-            try:
-                await self._pause()
-                self._running.in_pause()
-                errors = await self._load(staging)
-                if not errors:
-                    self._wrapper.set_policy_version(staging.policy_version, staging.digest)
-                    await self._name_version(staging.policy_version)
-            finally:
-                await self._resume()
+            async with self._standstill:
+                started = time.monotonic_ns()
+                errors = await self._exchange(staging)
         finally:
             self.swapped.set()
         if errors:
             raise SwapError(f"{errors[0]} (the old weights were restored)")
         return time.monotonic_ns() - started
 
+    async def _exchange(self, staging: Staging) -> list[str]:
+        """Pause, load, set the version, resume; what went wrong and was undone."""
+        try:
+            await self._pause()
+            self._running.in_pause()
+            errors = await self._load(staging)
+            if not errors:
+                self._wrapper.set_policy_version(staging.policy_version, staging.digest, self._name)
+                await self._name_version(staging.policy_version)
+        finally:
+            await self._resume()
+        return errors
+
     async def _name_version(self, number: int) -> None:
         """Tell vLLM the version. Raises EngineBroken: the new weights are loaded by now."""
         try:
             async with asyncio.timeout(_RPC_TIMEOUT):
-                await self._client.update_weight_version(str(number))
+                await self._wrapper.name_weights()
         except TimeoutError:
             raise EngineBroken(
                 f"the engine did not take version {number} within {_RPC_TIMEOUT:g} s"
@@ -290,10 +322,11 @@ class WeightSwapper:
 
     async def _load(self, staging: Staging) -> list[str]:
         """Load on every worker; what went wrong and was undone. Raises EngineBroken otherwise."""
+        method, args = "agl_load_weights", (staging.transfer_id,)
+        if self._adapter is not None:
+            method, args = "agl_load_adapter", (staging.transfer_id, *astuple(self._adapter))
         try:
-            states = await self._client.collective_rpc(
-                "agl_load_weights", timeout=_LOAD_TIMEOUT, args=(staging.transfer_id,)
-            )
+            states = await self._client.collective_rpc(method, timeout=_LOAD_TIMEOUT, args=args)
         except Exception as error:  # any failure of the call itself leaves the workers in an unknown state
             raise EngineBroken(f"loading policy version {staging.policy_version} failed: {error}") from error
         errors = [state["error"] for state in states if state["error"]]
@@ -324,7 +357,7 @@ class WeightSwapper:
     async def _abort_workers(self, transfer: str, reason: str) -> None:
         """Free the workers' staging memory; a worker that cannot be asked must not stop the watch."""
         try:
-            await self._rpc("agl_abort_weights", transfer, reason)
+            await self._rpc("agl_abort_weights", transfer, reason, self._name)
         except SwapError as error:
             logger.warning("staging memory of %s not freed: %s", transfer or "the current transfer", error)
 

@@ -37,6 +37,10 @@ def common_environment() -> dict[str, str]:
         "TQ_CLIENT_ZMQ_IO_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray would start workers ahead that nobody takes: verl's have an environment of their own each.
+        "RAY_prestart_worker_first_driver": "0",
+        # Ray's own is 15, with which workers starve beside runners and engines on the same processors.
+        "RAY_worker_niceness": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
 

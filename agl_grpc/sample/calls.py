@@ -4,6 +4,7 @@ be trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -157,7 +158,8 @@ def _answer(
             f"model call {span.span_id.hex()} choice {choice.index}: {len(response)} token ids "
             f"but {len(logprobs)} logprobs"
         )
-    if not np.isfinite(logprobs).all():
+    # The product is cheap, and finite unless one of them is not (or is beyond any logprob).
+    if not math.isfinite(logprobs.dot(logprobs)) and not np.isfinite(logprobs).all():
         raise SampleError(f"model call {span.span_id.hex()} choice {choice.index}: logprob not finite")
     call = span.call
     versions = _versions(choice.policy_runs, len(response))
@@ -212,6 +214,8 @@ def _logprobs_usable(call: Any) -> bool:
 
 
 def _versions(runs: Sequence[Any], length: int) -> Int64Array:
+    if len(runs) == 1 and (runs[0].start, runs[0].end) == (0, length):
+        return np.full(length, runs[0].policy_version, dtype=np.int64)
     versions = np.full(length, -1, dtype=np.int64)
     for run in runs:
         if not 0 <= run.start <= run.end <= length:

@@ -30,13 +30,18 @@ class Judgement:
     failed: set[str] = field(default_factory=set)
 
 
-def judge(rewards: Iterable[Reward], rules: SampleRules) -> Judgement:
+def judge(rewards: Sequence[Reward], rules: SampleRules) -> Judgement:
     """The judgement of an attempt.
 
     Of one name and target the highest revision counts, then the latest time, then the last in the list. The
     attempt's reward is the one named by the rules (or the weighted sum of several); an attempt that was
     judged only by its steps or calls has their sum.
     """
+    if not rules.reward_weights and len(rewards) == 1 and _plain(rewards[0], rules.reward_name):
+        # As most attempts are: one reward, of the whole attempt.
+        value = rewards[0].value
+        # Added up as weighted sums are: a negative zero becomes a zero.
+        return Judgement(0.0 + value, 0.0 + value, {rules.reward_name: value})
     newest: dict[tuple[str, bytes, int | None], Reward] = {}
     for reward in rewards:
         if reward.HasField("value") or reward.HasField("failure"):
@@ -59,6 +64,12 @@ def judge(rewards: Iterable[Reward], rules: SampleRules) -> Judgement:
     return found
 
 
+def _plain(reward: Reward, name: str) -> bool:
+    """Whether a reward is the whole attempt's, by this name."""
+    of_part = reward.target_span_id or reward.HasField("step") or reward.HasField("failure")
+    return (reward.name or PRIMARY) == name and reward.HasField("value") and not of_part
+
+
 def _parts_of(grader: str, counted: Mapping[str, float]) -> set[str]:
     """Components that count of a grader, none of which is there when it has failed."""
     return {name for name in counted if name.startswith(f"{grader}/")}
@@ -77,7 +88,7 @@ def final_reward(rewards: Iterable[Reward], name: str = PRIMARY) -> float | None
 
     Only rewards of the whole attempt count, not those of a span or a step.
     """
-    return judge(rewards, SampleRules(reward_name=name)).named.get(name)
+    return judge([*rewards], SampleRules(reward_name=name)).named.get(name)
 
 
 def rewarded_spans(rewards: Iterable[Reward]) -> frozenset[bytes]:

@@ -221,7 +221,7 @@ class Sample:
     @property
     def trained_tokens(self) -> int:
         """Number of tokens with mask 1."""
-        return int(self.response_mask.sum())
+        return int(np.count_nonzero(self.response_mask))
 
     @property
     def length(self) -> int:

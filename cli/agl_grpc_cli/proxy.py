@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from agl_grpc.interceptor.front.settings import LOGPROBS_MODES, BadUpstream, ProxySettings, parse_upstream
+from agl_grpc.interceptor.settings import UNATTRIBUTED
 from agl_grpc_cli.errors import CliError
 from agl_grpc_cli.options import (
     DEFAULT_STORE,
@@ -62,69 +64,69 @@ def serve(
         ),
     ] = 1,
     store: StoreOption = DEFAULT_STORE,
-    run: RunOption = "default",
+    run: RunOption = ProxySettings.run_id,
     unattributed: Annotated[
         str,
         typer.Option(
             metavar="HOW",
             help="Calls that name no attempt: serve, record (as rollouts of --external-run), refuse.",
         ),
-    ] = "serve",
+    ] = ProxySettings.unattributed,
     external_run: Annotated[
         str, typer.Option(metavar="ID", help="The run of recorded calls that name no attempt.")
-    ] = "external",
+    ] = ProxySettings.external_run,
     temperature: Annotated[
         float | None,
         typer.Option(min=0.0, metavar="T", help="Impose this temperature on training calls."),
-    ] = None,
+    ] = ProxySettings.temperature,
     logprobs_mode: Annotated[
         str,
         typer.Option(
             metavar="MODE",
             help="What the engines' logprobs mean (vLLM's --logprobs-mode): raw, processed or unknown.",
         ),
-    ] = "unknown",
+    ] = ProxySettings.logprobs_mode,
     token_ids: Annotated[
         bool,
         typer.Option(
             "--token-ids/--no-token-ids",
             help="Ask engines for token ids (vLLM's return_token_ids) and logprobs.",
         ),
-    ] = True,
+    ] = ProxySettings.token_ids,
     policy_version: Annotated[
         int, typer.Option(min=0, metavar="N", help="The policy version in force where the store knows none.")
-    ] = 0,
-    max_calls: MaxCallsOption = 0,
-    max_tokens: MaxTokensOption = 0,
-    max_concurrency: MaxConcurrencyOption = 0,
+    ] = ProxySettings.policy_version,
+    max_calls: MaxCallsOption = ProxySettings.max_calls,
+    max_tokens: MaxTokensOption = ProxySettings.max_tokens,
+    max_concurrency: MaxConcurrencyOption = ProxySettings.max_concurrency,
     max_in_flight: Annotated[
         int, typer.Option(min=1, metavar="N", help="Most requests at one time; more are answered 503.")
-    ] = 4096,
+    ] = ProxySettings.max_in_flight,
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest request: bytes, or with K, M, G.")
-    ] = "64M",
-    keep_raw: KeepRawOption = True,
+    ] = f"{ProxySettings.max_body >> 20}M",
+    keep_raw: KeepRawOption = ProxySettings.keep_raw,
     spool_dir: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Where calls lie until the store has them.")
     ] = None,
     spool_bytes: Annotated[
         int, typer.Option(min=0, metavar="BYTES", help="How much may lie there.")
-    ] = 10_000_000_000,
+    ] = ProxySettings.spool_bytes,
     ack_timeout: Annotated[
         float,
         typer.Option(
             min=0.01, metavar="SECONDS", help="How long the store may take before it counts as away."
         ),
-    ] = 1.0,
+    ] = ProxySettings.ack_timeout,
     connect_timeout: Annotated[
         float, typer.Option(min=0.01, metavar="SECONDS", help="For a connection to an engine.")
-    ] = 5.0,
+    ] = ProxySettings.connect_timeout,
     read_timeout: Annotated[
         float, typer.Option(min=0.01, metavar="SECONDS", help="Longest silence of an engine.")
-    ] = 600.0,
+    ] = ProxySettings.read_timeout,
     drain_timeout: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="How long running requests may take at the end.")
-    ] = 30.0,
+    ] = ProxySettings.drain_timeout,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Serve OpenAI-compatible engines to agents, the exact tokens of their calls captured.
@@ -134,15 +136,14 @@ def serve(
     logprobs of chat completions and completions come from engines that know return_token_ids (vLLM); what
     cannot be had is recorded and marked as not trainable. GET /agl/interceptor answers counters.
     """
-    if unattributed not in ("serve", "record", "refuse"):
+    if unattributed not in UNATTRIBUTED:
         raise typer.BadParameter("write serve, record or refuse", param_hint="--unattributed")
-    if logprobs_mode not in ("unknown", "raw", "processed"):
+    if logprobs_mode not in LOGPROBS_MODES:
         raise typer.BadParameter("write raw, processed or unknown", param_hint="--logprobs-mode")
     if not upstream and upstreams is None:
         raise typer.BadParameter("name at least one engine", param_hint="--upstream")
     body_limit = parse_size(max_body)
     from agl_grpc.interceptor.front.command import run_proxy
-    from agl_grpc.interceptor.front.settings import BadUpstream, ProxySettings, parse_upstream
     from agl_grpc.interceptor.front.workers import WorkersFailed
     from agl_grpc.interceptor.spool import SpoolInUse
     from agl_grpc.runner.logs import LEVELS, configure_logging

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from agl_grpc.interceptor.settings import (
+    ON_SWAP,
+    RUNNING_ON_SWAP,
+    UNATTRIBUTED,
+    Settings,
+    default_engine_id,
+)
 from agl_grpc_cli.errors import CliError
 from agl_grpc_cli.options import (
     DEFAULT_STORE,
@@ -37,20 +45,20 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or its name on the hub.")] = "",
     store: StoreOption = DEFAULT_STORE,
-    run: RunOption = "default",
+    run: RunOption = Settings.run_id,
     engine_id: Annotated[
         str,
         typer.Option(metavar="ID", help="This engine's name in the run; default: host name and process id."),
     ] = "",
     policy_version: Annotated[
         int, typer.Option(min=0, metavar="N", help="The policy version of the weights on disk.")
-    ] = 0,
+    ] = Settings.policy_version,
     temperature: Annotated[
         float | None,
         typer.Option(
             min=0.0, metavar="T", help="Impose this temperature on training calls; default: the agent's."
         ),
-    ] = None,
+    ] = Settings.temperature,
     endpoint: Annotated[
         str, typer.Option(metavar="URL", help="Base URL by which others reach this engine.")
     ] = "",
@@ -59,42 +67,42 @@ def serve(
     ] = None,
     spool_bytes: Annotated[
         int, typer.Option(min=0, metavar="BYTES", help="How much may wait there.")
-    ] = 10_000_000_000,
+    ] = Settings.spool_bytes,
     ack_timeout: Annotated[
         float,
         typer.Option(min=0.0, metavar="SECONDS", help="How long an answer's last byte waits for the store."),
-    ] = 1.0,
+    ] = Settings.ack_timeout,
     resume_timeout: Annotated[
         float,
         typer.Option(
             min=0.0, metavar="SECONDS", help="How long answers wait for an engine that aborted them itself."
         ),
-    ] = 600.0,
+    ] = Settings.resume_timeout,
     keep_weights: Annotated[
         bool,
         typer.Option(
             "--keep-weights/--no-keep-weights",
             help="Keep the newest weights beside the spool, so that a restarted engine goes on with them.",
         ),
-    ] = True,
+    ] = Settings.keep_weights,
     unattributed: Annotated[
         str,
         typer.Option(
             metavar="serve|record|refuse",
             help="Calls that name no attempt: record makes them rollouts of --external-run.",
         ),
-    ] = "serve",
+    ] = Settings.unattributed,
     external_run: Annotated[
         str, typer.Option(metavar="RUN", help="The run of recorded calls that name no attempt.")
-    ] = "external",
-    keep_raw: KeepRawOption = True,
+    ] = Settings.external_run,
+    keep_raw: KeepRawOption = Settings.keep_raw,
     on_swap: Annotated[
         str,
         typer.Option(
             metavar="wait|refuse",
             help="New calls while weights are loaded: they wait, or get 429 with Retry-After.",
         ),
-    ] = "wait",
+    ] = Settings.on_swap,
     running_on_swap: Annotated[
         str,
         typer.Option(
@@ -102,19 +110,27 @@ def serve(
             help="Running calls of attempts when new weights come: keep lets them go on under these; finish "
             "waits for their end; cut ends those that still run after --swap-timeout.",
         ),
-    ] = "keep",
+    ] = Settings.running_on_swap,
     swap_timeout: Annotated[
         float,
         typer.Option(
             min=0.0, metavar="SECONDS", help="For running calls to end; with finish the swap fails after it."
         ),
-    ] = 60.0,
-    max_calls: MaxCallsOption = 0,
-    max_tokens: MaxTokensOption = 0,
-    max_concurrency: MaxConcurrencyOption = 0,
+    ] = Settings.swap_timeout,
+    max_calls: MaxCallsOption = Settings.max_calls,
+    max_tokens: MaxTokensOption = Settings.max_tokens,
+    max_concurrency: MaxConcurrencyOption = Settings.max_concurrency,
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest request of an attempt: bytes, or with K, M, G.")
-    ] = "64M",
+    ] = f"{Settings.max_body >> 20}M",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=FOLDER]",
+            help="Serve an adapter (LoRA) of MODEL under NAME, which is trained instead of MODEL; without "
+            "FOLDER it begins as MODEL is. Give it several times.",
+        ),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep vLLM's defaults for generation config and logprobs mode.")
     ] = False,
@@ -130,13 +146,6 @@ def serve(
     """
     from agl_grpc.interceptor.serve import ServeError, run_vllm
     from agl_grpc.interceptor.serve import serve as serve_vllm
-    from agl_grpc.interceptor.settings import (
-        ON_SWAP,
-        RUNNING_ON_SWAP,
-        UNATTRIBUTED,
-        Settings,
-        default_engine_id,
-    )
 
     if show_help:
         _help(context, run_vllm)
@@ -173,10 +182,23 @@ def serve(
         loader=os.environ.get("AGL_INTERCEPTOR_LOADER", "auto"),
     )
     try:
-        code = serve_vllm(model, settings, context.args, train=not raw)
+        code = serve_vllm(model, settings, context.args, train=not raw, adapters=_by_name(adapter or ()))
     except ServeError as error:
         raise CliError(str(error)) from error
     raise typer.Exit(code)
+
+
+def _by_name(adapters: Iterable[str]) -> dict[str, str]:
+    """Folder of each adapter by its name; empty where none is given."""
+    found: dict[str, str] = {}
+    for each in adapters:
+        name, _, folder = each.partition("=")
+        if not name or name in found:
+            raise typer.BadParameter(
+                f"write each name once, as NAME or NAME=FOLDER, not {each!r}", param_hint="--adapter"
+            )
+        found[name] = folder
+    return found
 
 
 def _help(context: typer.Context, run_vllm: object) -> None:

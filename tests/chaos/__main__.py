@@ -151,7 +151,7 @@ def _fuzz(options: argparse.Namespace, count: int, seed: int) -> Row:
     return {
         "seed": seed,
         "methods": len(result.counts),
-        "inputs of each method": min(outcomes.total() for outcomes in result.counts.values()),
+        "count": min(outcomes.total() for outcomes in result.counts.values()),
         "inputs": total,
         "carried_out": done,
         "grown_mib": grown,

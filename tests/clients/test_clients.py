@@ -6,6 +6,7 @@ import asyncio
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -16,8 +17,10 @@ from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.store.door.tls import TlsFiles
 from agl_grpc.v1 import common_pb2, rollout_pb2, store_service_pb2_grpc
 from agl_grpc.v1 import store_service_pb2 as pb
+from tests.clients import readme_examples
+from tests.clients.readme_examples import works
 from tests.conformance.__main__ import main as conformance
-from tests.conformance.languages import CPP, CPP_BUILD, GO, LANGUAGES, ROOT, Language, run
+from tests.conformance.languages import CPP, CPP_BUILD, GO, LANGUAGES, Language, run
 from tests.conformance.replay import VECTORS
 from tests.support.store_process import StoreProcess
 
@@ -47,7 +50,7 @@ def test_its_own_tests_pass(language: str) -> None:
         assert found is not None, output
         assert int(found[1]) >= 28
     else:
-        output = run(("npm", "test"), folder)
+        output = run(("node", "--test", "--test-reporter", "spec", "dist/test/"), folder)
         assert re.search(r" pass [1-9]\d+\n", output)
         assert " fail 0\n" in output
         assert " skipped 0\n" in output
@@ -86,32 +89,41 @@ def test_all_languages_replay_every_vector_and_leave_the_same(capsys: pytest.Cap
     assert printed.count("ok ") >= len(LANGUAGES) * 24
 
 
-def test_the_cpp_client_is_installed_and_found(tmp_path: Path) -> None:
+def test_the_typescript_package_is_installed_and_its_readme_works(tmp_path: Path) -> None:
+    LANGUAGES["typescript"].make()
+    with StoreProcess(tmp_path / "store.db") as store:
+        folder = tmp_path / "user"
+        folder.mkdir()
+        works(folder, readme_examples.typescript(folder, store.address), store)
+
+
+def test_the_readme_of_go_works(tmp_path: Path) -> None:
+    with StoreProcess(tmp_path / "store.db") as store:
+        works(tmp_path, readme_examples.go(tmp_path, store.address), store)
+
+
+def test_the_cpp_client_is_installed_and_found_and_its_readme_works(tmp_path: Path) -> None:
     LANGUAGES["cpp"].make()
-    run(("cmake", "--install", str(CPP_BUILD), "--prefix", str(tmp_path / "there")), ROOT)
-    (tmp_path / "CMakeLists.txt").write_text(_USER)
-    (tmp_path / "user.cc").write_text((ROOT / "clients" / "cpp" / "examples" / "greeter.cc").read_text())
-    run((CPP, "cmake", "-B", "build", f"-Dagl_grpc_ROOT={tmp_path / 'there'}"), tmp_path)
-    run((CPP, "cmake", "--build", "build"), tmp_path)
-    with StoreProcess(tmp_path / "store.db") as store, grpc.insecure_channel(store.address) as channel:
-        stub = store_service_pb2_grpc.StoreServiceStub(channel)
-        spec = rollout_pb2.RolloutSpec(input=common_pb2.Payload(data=b'"you"'))
-        request = pb.EnqueueRolloutsRequest(run_id="default", rollouts=[spec])
-        (made,) = stub.EnqueueRollouts(request).rollouts
-        with subprocess.Popen((CPP, "build/user", store.address, "default"), cwd=tmp_path) as user:
-            waiting = pb.WaitRolloutsRequest(rollout_ids=[made.rollout_id])
-            waiting.timeout.FromSeconds(30)
-            (done,) = stub.WaitRollouts(waiting, timeout=60).rollouts
-            user.terminate()
-            assert user.wait(30) == 0
-        spans = stub.ListSpans(pb.ListSpansRequest(rollout_id=made.rollout_id)).spans
+    with StoreProcess(tmp_path / "store.db") as store:
+        commands = readme_examples.cpp(tmp_path, store.address)
+        works(tmp_path, commands["agent"], store)
+        with grpc.insecure_channel(store.address) as channel:
+            _greets(
+                tmp_path, commands["greeter"], store.address, store_service_pb2_grpc.StoreServiceStub(channel)
+            )
+
+
+def _greets(
+    folder: Path, command: Sequence[str], address: str, stub: store_service_pb2_grpc.StoreServiceStub
+) -> None:
+    spec = rollout_pb2.RolloutSpec(input=common_pb2.Payload(data=b'"you"'))
+    (made,) = stub.EnqueueRollouts(pb.EnqueueRolloutsRequest(run_id="default", rollouts=[spec])).rollouts
+    with subprocess.Popen((*command, address, "default"), cwd=folder) as greeter:
+        waiting = pb.WaitRolloutsRequest(rollout_ids=[made.rollout_id])
+        waiting.timeout.FromSeconds(30)
+        (done,) = stub.WaitRollouts(waiting, timeout=60).rollouts
+        greeter.terminate()
+        assert greeter.wait(30) == 0
+    spans = stub.ListSpans(pb.ListSpansRequest(rollout_id=made.rollout_id)).spans
     assert done.status == rollout_pb2.ROLLOUT_STATUS_SUCCEEDED
     assert [stored.span.name for stored in spans] == ["greeting"]
-
-
-_USER = """cmake_minimum_required(VERSION 3.16)
-project(user CXX)
-find_package(agl_grpc REQUIRED)
-add_executable(user user.cc)
-target_link_libraries(user PRIVATE agl_grpc::agl_grpc)
-"""

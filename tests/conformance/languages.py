@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from tests.conformance.replay import VECTORS
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 600.0
 _MADE: set[Path] = set()
+_WORK = ROOT / ".work"
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,38 @@ class Language:
     folder: Path
     build: Sequence[Sequence[str]]
     replay: Sequence[str]
+    built_into: Sequence[str] = ()
+    """Folders of the client that its build makes anew; without any a build leaves what has not changed."""
 
     def make(self) -> None:
-        """Builds the client, once in a process; `AssertionError` with the output when that fails."""
-        if self.folder not in _MADE:
-            for command in self.build:
-                run(command, self.folder)
-            _MADE.add(self.folder)
+        """Builds the client, once in a process; `AssertionError` with the output when that fails.
+
+        Processes build one after the other, and what another has built of the same files stays as it is:
+        it may be in use there.
+        """
+        if self.folder in _MADE or not self.build:
+            return
+        _WORK.mkdir(exist_ok=True)
+        with (_WORK / f"{self.folder.name}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = self._sources()
+            lock.seek(0)
+            there = [(self.folder / name).is_dir() for name in self.built_into]
+            if not there or not all(there) or lock.read() != made:
+                for command in self.build:
+                    run(command, self.folder)
+                lock.truncate(0)
+                lock.write(made)
+        _MADE.add(self.folder)
+
+    def _sources(self) -> str:
+        """A hash of the files that the client is built from."""
+        found = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            inside = path.relative_to(self.folder).parts
+            if inside[0] not in self.built_into and path.is_file():
+                found.update(str(inside).encode() + path.read_bytes())
+        return found.hexdigest()
 
     def outcomes(self, target: str) -> dict[str, str]:
         """For each vector ``ok`` or what is wrong."""
@@ -69,6 +97,7 @@ LANGUAGES: Mapping[str, Language] = {
         ROOT / "clients" / "typescript",
         (("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"), ("npm", "run", "--silent", "build")),
         ("node", "dist/conformance/replay.js"),
+        ("node_modules", "dist"),
     ),
     "cpp": Language(
         ROOT / "clients" / "cpp",

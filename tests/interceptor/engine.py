@@ -7,15 +7,21 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
+from agl_grpc.interceptor.settings import Settings
 from tests.support.environments import REPOSITORY, engine_environment, engine_python
 
 START_LIMIT = 240.0
+SMALL = (
+    *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32"),
+    *("--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out"),
+)
+"""vLLM's options that make an engine small."""
 
 
 def free_port() -> int:
@@ -66,9 +72,15 @@ def engine_command(model: Path, store: str, folder: Path, *options: str, port: i
     return [
         engine_python(), "-m", "agl_grpc_cli", "vllm", "serve", str(model), "--store", store,
         "--run", "run-1", "--engine-id", "engine-1", "--spool-dir", str(folder / "spool"),
-        "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
-        "--max-num-seqs", "32", "--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out",
-        *options,
+        *SMALL, "--port", str(port), *options,
+    ]  # fmt: skip
+
+
+def foreign_command(model: Path, *options: str, port: int) -> list[str]:
+    """A server that somebody else puts together; the interceptor's settings come by the environment."""
+    return [
+        engine_python(), "-m", "tests.interceptor.foreign_server", "--model", str(model), *SMALL,
+        "--host", "127.0.0.1", "--port", str(port), *options,
     ]  # fmt: skip
 
 
@@ -78,14 +90,34 @@ def engine(
 ) -> Iterator[Engine]:
     """An engine that serves `model` as `tiny`, stopped at the end; `environment` adds to its variables."""
     port = free_port()
-    log = folder / "engine.log"
     command = engine_command(model, store, folder, *options, port=port)
+    with started(command, port, model, folder, environment or {}) as running:
+        yield running
+
+
+@contextmanager
+def foreign_engine(
+    model: Path, settings: Settings, folder: Path, *options: str, environment: Mapping[str, str]
+) -> Iterator[Engine]:
+    """As `engine`, with a server that somebody else has put together."""
+    port = free_port()
+    variables = {**settings.environment(), **environment}
+    with started(foreign_command(model, *options, port=port), port, model, folder, variables) as running:
+        yield running
+
+
+@contextmanager
+def started(
+    command: Sequence[str], port: int, model: Path, folder: Path, environment: Mapping[str, str]
+) -> Iterator[Engine]:
+    """The engine that a command starts, stopped at the end."""
+    log = folder / "engine.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=engine_environment(**(environment or {})),
+            env=engine_environment(**environment),
             cwd=REPOSITORY,
             start_new_session=True,
         )

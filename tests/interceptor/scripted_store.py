@@ -119,13 +119,14 @@ class _Trainer(trainer_service_pb2_grpc.TrainerServiceServicer):
 
     async def WatchPolicyVersions(self, request: Any, context: Any) -> AsyncIterator[Any]:
         queue: asyncio.Queue[policy_pb2.PolicyVersion] = asyncio.Queue()
-        self._owner.watchers.append(queue)
+        watcher = (request.model, queue)
+        self._owner.watchers.append(watcher)
         self._owner.changed()
         try:
             while True:
                 yield trainer_service_pb2.WatchPolicyVersionsResponse(policy_versions=[await queue.get()])
         finally:
-            self._owner.watchers.remove(queue)
+            self._owner.watchers.remove(watcher)
 
 
 class ScriptedStore:
@@ -146,7 +147,7 @@ class ScriptedStore:
         self.deltas = 0
         self.engine: policy_pb2.Engine | None = None
         self.states: list[policy_pb2.EngineState] = []
-        self.watchers: list[asyncio.Queue[policy_pb2.PolicyVersion]] = []
+        self.watchers: list[tuple[str, asyncio.Queue[policy_pb2.PolicyVersion]]] = []
         self._condition = threading.Condition()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="scripted-store", daemon=True)
@@ -201,18 +202,25 @@ class ScriptedStore:
         )
 
     def publish(self, version: policy_pb2.PolicyVersion) -> None:
-        """Push a policy version to the engine that watches."""
-        self.wait(lambda: self.watchers, "an engine watching policy versions")
-        for queue in self.watchers:
+        """Push a policy version to the engine that watches its model."""
+        watching = self.wait(
+            lambda: [queue for model, queue in self.watchers if model == version.model],
+            f"an engine watching policy versions of {version.model}",
+        )
+        for queue in watching:
             self._loop.call_soon_threadsafe(queue.put_nowait, version)
 
-    def state(self, version: int, phase: int, limit: float = 60.0) -> policy_pb2.EngineState:
-        """The engine's report of this phase of a version."""
-        return self.wait(
-            lambda: next((s for s in self.states if s.policy_version == version and s.phase == phase), None),
-            f"version {version} in phase {policy_pb2.EnginePhase.Name(phase)}; states: {self.states}",
-            limit,
-        )
+    def state(
+        self, version: int, phase: int, limit: float = 60.0, engine_id: str = ""
+    ) -> policy_pb2.EngineState:
+        """The engine's report of this phase of a version; of any engine where none is named."""
+
+        def reported() -> policy_pb2.EngineState | None:
+            found = [s for s in self.states if s.policy_version == version and s.phase == phase]
+            return next((s for s in found if engine_id in ("", s.engine_id)), None)
+
+        what = f"version {version} in phase {policy_pb2.EnginePhase.Name(phase)}; states: {self.states}"
+        return self.wait(reported, what, limit)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)

@@ -14,7 +14,7 @@ from agl_grpc.interceptor.attribution import Attribution, CallContext
 from agl_grpc.interceptor.held import HeldAnswer
 from agl_grpc.interceptor.record import CallRecord, ChoiceRecord, EngineIdentity, note_experts, to_span
 from agl_grpc.interceptor.refusals import Refusal
-from agl_grpc.interceptor.runtime import Interceptor
+from agl_grpc.interceptor.runtime import Interceptor, WeightLine
 from agl_grpc.interceptor.sampling import capture_params, sampling_message
 from agl_grpc.interceptor.settings import Settings
 from agl_grpc.interceptor.swap import RunningCalls, SwapError, WeightSwapper
@@ -104,7 +104,8 @@ async def test_new_calls_wait_or_are_refused_while_weights_are_loaded() -> None:
         interceptor = object.__new__(Interceptor)
         interceptor._settings = Settings("store", on_swap=on_swap)
         interceptor._attempts = Attempts()  # type: ignore[assignment]  # knows nothing
-        swapper = interceptor._swapper = WeightSwapper(None, None, "engine", None)  # type: ignore[arg-type]  # only its state
+        swapper = WeightSwapper(None, None, "engine", None)  # type: ignore[arg-type]  # only its state
+        interceptor._lines = [WeightLine(None, swapper)]  # type: ignore[arg-type]  # follows nothing
         swapper.swapped.clear()  # in the middle
         if on_swap == "wait":
             waiting = asyncio.create_task(interceptor.admit(Attribution("ro", "at")))
@@ -140,10 +141,10 @@ async def test_an_engine_that_does_not_pause_keeps_its_weights(monkeypatch: pyte
 
 async def test_calls_that_do_not_finish_in_time_keep_the_old_weights() -> None:
     class Wrapper:
-        async def drained(self, limit: float) -> bool:
+        async def drained(self, limit: float, adapter: str) -> bool:
             return False
 
-        def under_way(self) -> int:
+        def under_way(self, adapter: str) -> int:
             return 3
 
     running = RunningCalls(Wrapper(), "finish", 0.5)  # type: ignore[arg-type]  # all that is asked of it
@@ -157,7 +158,7 @@ async def test_calls_that_do_not_finish_in_time_keep_the_old_weights() -> None:
 def test_the_resource_imposes_its_sampling_and_what_was_asked_for_is_kept() -> None:
     asked = SimpleNamespace(
         temperature=0.3, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
-        frequency_penalty=0.0, max_tokens=100, seed=None, n=1, logprobs=None,
+        frequency_penalty=0.0, max_tokens=100, seed=None, n=1, logprobs=None, extra_args=None,
     )  # fmt: skip
     llm = ProxyLLM(
         endpoint="http://x",

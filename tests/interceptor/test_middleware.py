@@ -28,6 +28,7 @@ class Interceptor:
         self.limits = RolloutLimits()
         self.max_body = 1000
         self.errors: list[tuple[str, int, str]] = []
+        self.refusals: list[tuple[int, str]] = []
 
     def accepting(self) -> bool:
         return not self.full
@@ -39,6 +40,9 @@ class Interceptor:
 
     def describe(self) -> dict[str, Any]:
         return {"enabled": True}
+
+    def refused(self, refusal: Refusal, context: CallContext | None) -> None:
+        self.refusals.append((refusal.status, "" if context is None else context.attribution.attempt_id))
 
     def failed(self, context: CallContext, status: int, reason: str, raw: Any) -> asyncio.Future[None]:
         self.errors.append((context.api, status, reason))
@@ -121,6 +125,8 @@ async def test_refusals_have_the_shape_of_the_dialect(interceptor: Interceptor) 
     assert (await post(CHAT)).status_code == 200
     assert (await post("/rollout/r/attempt/b/collective_rpc")).status_code == 404
     assert (await post("/rollout/r/elsewhere")).status_code == 404
+    # Each is told to the interceptor, with the attempt where it is one's call.
+    assert interceptor.refusals == [(409, "a"), (409, "a"), (503, "b"), (404, ""), (404, "")]
 
 
 async def strict(scope: Any, receive: Any, send: Any) -> None:
@@ -180,4 +186,5 @@ async def test_limits_of_a_rollout_inside_the_engine(interceptor: Interceptor) -
     spent = await ask(CHAT, b"{}")
     assert (spent.status_code, spent.json()["error"]["code"]) == (429, "rollout_limit")
     assert "10 tokens of 10" in spent.json()["error"]["message"]
+    assert interceptor.refusals == [(429, "a"), (429, "a")]
     assert (await post("/v1/models")).status_code == 200

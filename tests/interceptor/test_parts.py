@@ -18,9 +18,16 @@ from agl_grpc.interceptor.attribution import (
 )
 from agl_grpc.interceptor.deltas import PromptDeltas
 from agl_grpc.interceptor.middleware import AttributionMiddleware, Message, Receive, Scope, Send
-from agl_grpc.interceptor.serve import MIDDLEWARE, ServeError, check_model, engine_arguments, set_environment
+from agl_grpc.interceptor.serve import (
+    MIDDLEWARE,
+    ServeError,
+    adapter_arguments,
+    check_model,
+    engine_arguments,
+    set_environment,
+)
 from agl_grpc.interceptor.settings import Settings
-from agl_grpc.interceptor.versions import VersionRun, runs_from_engine, runs_from_starts
+from agl_grpc.interceptor.versions import ServedWeights, VersionRun, runs_from_engine, runs_from_starts
 
 
 def test_base_urls() -> None:
@@ -65,6 +72,40 @@ def test_runs_cover_all_tokens_without_gaps() -> None:
     assert runs_from_starts([(3, 0)], 0) == []
     assert runs_from_engine([("0", 0), ("7", 4)], 6) == [VersionRun(0, 4, 0), VersionRun(4, 6, 7)]
     assert runs_from_engine([("default", 0)], 6) is None
+
+
+def test_every_adapter_has_its_own_version_and_vllm_is_told_none() -> None:
+    alone = ServedWeights("base", 3)
+    assert (alone.of("base"), alone.of("somebody's"), alone.label()) == ((3, ""), (3, ""), "3")
+    served = ServedWeights("base", 0, ["planner", "solver"])
+    served.change("solver", 2, "sha256:s")
+    assert [served.of(name) for name in ("base", "planner", "solver")] == [(0, ""), (0, ""), (2, "sha256:s")]
+    # No number: vLLM's account of a sequence's versions, which would be every adapter's, is left out.
+    assert runs_from_engine([(served.label(), 0)], 4) is None
+
+
+def test_arguments_for_adapters(tmp_path: Path) -> None:
+    assert adapter_arguments({}, tmp_path, ["--port", "1"]) == ([], [])
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    with pytest.raises(ServeError, match=r"no adapter_config\.json"):
+        adapter_arguments({"planner": str(trained)}, tmp_path, [])
+    (trained / "adapter_config.json").write_text("{}")
+    arguments, names = adapter_arguments({"planner": str(trained), "a/b": ""}, tmp_path, [])
+    assert names == ["planner", "a/b"]
+    number = arguments.index("--lora-modules")
+    assert arguments[:number] == ["--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2"]
+    assert arguments[number + 1 :] == [f"planner={trained}", f"a/b={tmp_path / 'a%2Fb'}"]
+    # What begins as the model is has tensors that say nothing, in the format's own terms.
+    data = (tmp_path / "a%2Fb" / "adapter_model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    assert [tensor["shape"] for tensor in header.values()] == [[1, 1], [1, 1]]
+    assert data[8 + size :] == bytes(8)
+    with pytest.raises(ServeError, match="instead of --lora-modules"):
+        adapter_arguments({"a": ""}, tmp_path, ["--lora-modules", "x=y"])
+    with pytest.raises(ServeError, match="cannot be named 'a,b'"):
+        adapter_arguments({"a,b": ""}, tmp_path, [])
 
 
 def test_deltas_always_rebuild_the_prompt() -> None:

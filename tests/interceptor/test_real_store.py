@@ -194,6 +194,18 @@ def test_the_agent_of_an_attempt_that_is_over_is_told_to_stop(together: Together
     assert answer.headers["x-should-retry"] == "false"
     anthropic = httpx.post(f"{base}/v1/messages", json=body, timeout=60)
     assert (anthropic.status_code, anthropic.json()["type"]) == (409, "error")
+    # One record of the refusals, however often the agent asks.
+    request = store_service_pb2.ListSpansRequest(rollout_id=rollout, page_size=1000)
+    until = time.monotonic() + 30
+    while not (
+        refused := [
+            stored
+            for stored in together.store.ListSpans(request).spans
+            if stored.span.status.message.startswith("409: ")
+        ]
+    ):
+        assert time.monotonic() < until, "the refusal has to reach the store"
+    assert [stored.late for stored in refused] == [True]
 
 
 def test_a_forged_credential_is_refused(together: Together) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from agl_grpc.interceptor.settings import Settings
 from agl_grpc.v1 import model_call_pb2, span_pb2
-from tests.interceptor.engine import Engine, engine
+from agl_grpc.weights.extension import EXTENSION
+from tests.interceptor.engine import Engine, foreign_engine
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.torch_client import TorchClient
 
@@ -34,11 +36,22 @@ def loader(request: pytest.FixtureRequest) -> str:
 def trained(
     tiny_model: Path, store: ScriptedStore, tmp_path_factory: pytest.TempPathFactory, loader: str
 ) -> Iterator[Engine]:
-    """An engine whose dev mode is on, so that the test can do as a trainer does in its process."""
+    """A server put together as verl does it, with vLLM's dev mode on, so that the test can do as a trainer
+    does in its process.
+    """
     folder = tmp_path_factory.mktemp(f"trained-{loader}")
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "AGL_INTERCEPTOR_LOADER": loader}
-    options = ("--resume-timeout", str(RESUME_SECONDS), "--max-num-seqs", "64")
-    with engine(tiny_model, store.address, folder, *options, environment=environment) as started:
+    settings = Settings(
+        store=store.address,
+        run_id="run-1",
+        engine_id="engine-1",
+        spool_dir=str(folder / "spool"),
+        resume_timeout=RESUME_SECONDS,
+        loader=loader,
+    )
+    train = ("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs")
+    options = (*train, "--max-num-seqs", "64", "--worker-extension-cls", EXTENSION)
+    dev_mode = {"VLLM_SERVER_DEV_MODE": "1"}
+    with foreign_engine(tiny_model, settings, folder, *options, environment=dev_mode) as started:
         yield started
 
 

@@ -24,15 +24,22 @@ ACTIVE = policy_pb2.ENGINE_PHASE_ACTIVE
 FAILED = policy_pb2.ENGINE_PHASE_FAILED
 
 
-def offer(number: int, endpoint: str, transfer: str, seconds: float = 60.0) -> policy_pb2.PolicyVersion:
+def offer(
+    number: int, endpoint: str, transfer: str, seconds: float = 60.0, model: str = "tiny"
+) -> policy_pb2.PolicyVersion:
     version = policy_pb2.PolicyVersion(
-        run_id="run-1", model="tiny", policy_version=number, status=policy_pb2.POLICY_VERSION_STATUS_PREPARING
+        run_id="run-1", model=model, policy_version=number, status=policy_pb2.POLICY_VERSION_STATUS_PREPARING
     )
     version.source.rendezvous = endpoint
     version.source.group_id = transfer
-    version.source.engine_ids.append("engine-1")
+    version.source.engine_ids.append(engine_id(model))
     version.deadline.FromNanoseconds(int((time.time() + seconds) * 1e9))
     return version
+
+
+def engine_id(model: str) -> str:
+    """The engine as the store knows it; an adapter is one of its own."""
+    return "engine-1" if model == "tiny" else f"engine-1/{model}"
 
 
 class Swaps:
@@ -44,41 +51,62 @@ class Swaps:
         self.client = client
         self._folder = folder
 
-    def weights(self, number: int) -> str:
-        return str(self._folder / f"v{number}.safetensors")
+    def weights(self, number: int, model: str = "tiny") -> str:
+        return str(self._folder / f"{model}-v{number}.safetensors")
 
     def send(
-        self, number: int, *, flip: bool = False, rename: dict[str, str] | None = None, adapter: bool = False
+        self,
+        number: int,
+        *,
+        flip: bool = False,
+        rename: dict[str, str] | None = None,
+        adapter: int = 0,
+        model: str = "tiny",
     ) -> Sent:
-        """Offer and send a version; it may be staged already or not."""
-        out = self.weights(number)
-        model = str(self.running.model)
+        """Offer and send a version, all weights or an adapter of this rank; it may be staged or not."""
+        out, base = self.weights(number, model), str(self.running.model)
         if adapter:
-            endpoint = self.client.call("adapt", model=model, out=out, seed=number)
+            what: dict[str, Any] = {"do": "adapt", "seed": sum(model.encode()) + number, "rank": adapter}
         else:
-            endpoint = self.client.call("perturb", model=model, out=out, seed=number, rename=rename or {})
-        version = offer(number, endpoint, f"t{number}")
+            what = {"do": "perturb", "seed": number}
+        endpoint = self.client.call(what.pop("do"), model=base, out=out, rename=rename or {}, **what)
+        transfer = f"{model}-t{number}"
+        version = offer(number, endpoint, transfer, model=model)
         self.store.publish(version)
-        report = self.client.call("send", out=out, transfer=f"t{number}", flip=flip)
+        report = self.client.call("send", out=out, transfer=transfer, flip=flip)
         return Sent(version, report["digest"], report["bytes"])
 
-    def logprobs(self, number: int, prompt: list[int], response: list[int]) -> list[float]:
+    def swap(self, number: int, adapter: int, model: str) -> policy_pb2.EngineState:
+        """Send an adapter and commit it; the engine's last word on it."""
+        sent = self.send(number, adapter=adapter, model=model)
+        self.store.state(number, RECEIVED, engine_id=engine_id(model))
+        self.store.publish(sent.commit())
+        active = self.store.state(number, ACTIVE, engine_id=engine_id(model))
+        assert active.weights_digest == sent.digest
+        return active
+
+    def logprobs(
+        self, number: int, prompt: list[int], response: list[int], model: str = "tiny"
+    ) -> list[float]:
         """What transformers says under a version; 0 is the model on disk."""
         (answer,) = self.client.call(
             "logprobs",
             model=str(self.running.model),
-            weights=self.weights(number) if number else "",
+            weights=self.weights(number, model) if number else "",
             rows=[{"prompt": prompt, "response": response}],
         )
         return list(answer)
 
-    def samples_from(self, number: int, rollout: str, prompt: list[int], tokens: int = 20) -> None:
+    def samples_from(
+        self, number: int, rollout: str, prompt: list[int], tokens: int = 20, model: str = "tiny"
+    ) -> None:
         """Assert that the engine samples from a version and says so."""
-        generate(self.running, rollout, prompt, tokens)
+        generate(self.running, rollout, prompt, tokens, model)
         ((span, _),) = self.store.calls_of(rollout)
         choice = span.model_call.choices[0]
+        assert span.model_call.model == model
         assert [r.policy_version for r in choice.policy_runs] == [number]
-        expected = self.logprobs(number, prompt, list(choice.token_ids))
+        expected = self.logprobs(number, prompt, list(choice.token_ids), model)
         assert list(choice.logprobs) == pytest.approx(expected, abs=1e-4)
 
 
@@ -102,8 +130,11 @@ def fresh(tiny_model: Path, tmp_path: Path, torch_client: TorchClient) -> Iterat
         yield Swaps(started, store, torch_client, tmp_path)
 
 
-def generate(running: Engine, rollout: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+def generate(
+    running: Engine, rollout: str, prompt: list[int], tokens: int, model: str = "tiny"
+) -> dict[str, Any]:
     body = {
+        "model": model,
         "token_ids": prompt,
         "sampling_params": {"max_tokens": tokens, "ignore_eos": True, "logprobs": 0},
     }
@@ -219,12 +250,81 @@ def adapters_are_added_to_the_base(fresh: Swaps) -> None:
     fresh.store.publish(whole.commit())
     fresh.store.state(7, ACTIVE)
     for number in (8, 9):
-        sent = fresh.send(number, adapter=True)
+        sent = fresh.send(number, adapter=4)
         assert sent.bytes < whole.bytes / 3
         fresh.store.state(number, RECEIVED)
         fresh.store.publish(sent.commit())
         fresh.store.state(number, ACTIVE)
         fresh.samples_from(number, f"adapter-{number}", [1, 2, 3, 4])
+
+
+@pytest.fixture
+def adapted(tiny_model: Path, tmp_path: Path, torch_client: TorchClient) -> Iterator[Swaps]:
+    """An engine that serves two adapters of its model."""
+    options = ("--adapter", "planner", "--adapter", "solver", "--max-lora-rank", "8")
+    with ScriptedStore() as store, engine(tiny_model, store.address, tmp_path, *options) as started:
+        yield Swaps(started, store, torch_client, tmp_path)
+
+
+def test_adapters_of_one_engine_have_each_their_own_versions(adapted: Swaps) -> None:
+    prompt = [1, *range(30, 80)]
+    for name in ("planner", "solver", "tiny"):
+        adapted.samples_from(0, f"{name}-0", prompt, model=name)
+    adapted.swap(1, 8, "solver")
+    what_an_adapter_cannot_be_is_refused(adapted)
+    one_changes_in_the_middle_of_its_answer_and_the_other_does_not(adapted, prompt)
+    adapted.samples_from(1, "planner-1", prompt, model="planner")
+    adapted.swap(5, 8, "solver")
+    # The longest prefix that is cached belongs to older weights: it must not be used.
+    adapted.samples_from(5, "solver-5", prompt, model="solver")
+    adapted.samples_from(1, "planner-still-1", prompt, model="planner")
+    adapted.samples_from(0, "base", prompt)
+    described = httpx.get(f"{adapted.running.url}/agl/interceptor", timeout=30).json()
+    assert described["policy_versions"] == {"planner": 1, "solver": 5}
+
+
+def what_an_adapter_cannot_be_is_refused(adapted: Swaps) -> None:
+    """Before anything is paused; the adapter that serves goes on."""
+    adapted.send(2, model="solver")
+    error = adapted.store.state(2, FAILED, engine_id=engine_id("solver")).error
+    assert "sent whole weights: train it with actor_rollout_ref.model.lora_rank" in error
+    adapted.send(3, adapter=16, model="solver")
+    error = adapted.store.state(3, FAILED, engine_id=engine_id("solver")).error
+    assert error == "the adapter has rank 16, the engine takes 8: start it with --max-lora-rank 16"
+    adapted.send(4, adapter=4, model="solver", rename={"layers.0.": "layers.9."})
+    error = adapted.store.state(4, FAILED, engine_id=engine_id("solver")).error
+    assert re.fullmatch(
+        r"the adapter changes model\.layers\.9\..*, of which this model takes no adapter", error
+    )
+    adapted.samples_from(1, "solver-refused", [1, 2, 3], model="solver")
+
+
+def one_changes_in_the_middle_of_its_answer_and_the_other_does_not(adapted: Swaps, prompt: list[int]) -> None:
+    running, store = adapted.running, adapted.store
+    sent = adapted.send(1, adapter=4, model="planner")
+    store.state(1, RECEIVED, engine_id=engine_id("planner"))
+    before = running.generated()
+    threads = [
+        threading.Thread(target=generate, args=(running, f"mid-{name}", prompt, 440, name))
+        for name in ("planner", "solver")
+    ]
+    for thread in threads:
+        thread.start()
+    store.wait(lambda: running.generated() > before + 60, "answers under way")
+    store.publish(sent.commit())
+    assert 0 < store.state(1, ACTIVE, engine_id=engine_id("planner")).pause_ns < 5e9
+    for thread in threads:
+        thread.join()
+    for name, versions in (("planner", [0, 1]), ("solver", [1])):
+        ((span, _),) = store.calls_of(f"mid-{name}")
+        choice = span.model_call.choices[0]
+        assert span.model_call.untrainable_reason == ""
+        assert [run.policy_version for run in choice.policy_runs] == versions
+        assert (span.model_call.weights_digest == sent.digest) == (name == "planner")
+        tokens = list(choice.token_ids)
+        for run in choice.policy_runs:
+            expected = adapted.logprobs(run.policy_version, prompt, tokens, name)[run.start : run.end]
+            assert list(choice.logprobs)[run.start : run.end] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture

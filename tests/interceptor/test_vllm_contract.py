@@ -16,6 +16,7 @@ CHECKS = [
     "output_processor",
     "request_state",
     "sampled_logprobs_take_the_place_of_tables",
+    "sampled_logprobs_travel_as_numbers",
     "outputs",
     "sampling_parameters",
     "seeds_on_a_cpu",
@@ -26,6 +27,7 @@ CHECKS = [
     "middleware_is_outermost",
     "beam_search_request_ids",
     "server_entry_and_options",
+    "help_shows_our_options_and_vllms",
     "validation_error",
 ]
 

@@ -90,6 +90,9 @@ def test_what_is_recorded_of_outputs(recorded: dict[str, Any]) -> None:
     stats = {"queued_ts", "scheduled_ts", "first_token_latency"}
     assert stats <= set(recorded["RequestStateStats"]["attributes"])
     assert "VLLMValidationError" in recorded["exceptions"]
+    # By which sampled logprobs are asked for as numbers, and by which they come.
+    assert "extra_args" in recorded["SamplingParams"]["attributes"]
+    assert {"kv_transfer_params", "new_logprobs"} <= set(recorded["EngineCoreOutput"]["attributes"])
 
 
 def test_what_differs_between_versions_is_what_the_code_expects(recorded: dict[str, Any]) -> None:

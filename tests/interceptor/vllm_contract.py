@@ -123,6 +123,106 @@ def check_sampled_logprobs_take_the_place_of_tables() -> None:
     assert "_update_sample_logprobs" in inspect.getsource(LogprobsProcessor.update_from_output)
 
 
+def check_sampled_logprobs_travel_as_numbers() -> None:
+    import numpy as np
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+    from vllm.v1.outputs import LogprobsLists
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    from agl_grpc.interceptor import core_logprobs, engine_state
+    from agl_grpc.interceptor.sampling import capture_params
+
+    theirs = Scheduler.update_from_output
+    source = inspect.getsource(theirs)
+    assert "logprobs = model_runner_output.logprobs\n" in source
+    assert "new_logprobs = logprobs.slice_request(req_index, len(new_token_ids))" in source
+    assert source.count("new_logprobs") == 4, "vLLM looks at what it has cut out"
+    core_logprobs.install()
+    ours = Scheduler.update_from_output
+    core_logprobs.install()
+    assert Scheduler.update_from_output is ours is not theirs
+
+    rows = LogprobsLists(
+        np.array([[7, 1], [8, 2], [9, 3]], dtype=np.int32),
+        np.array([[-0.5, -9], [-1.5, -9], [-2.5, -9]], dtype=np.float32),
+        np.array([1, 2, 3], dtype=np.int32),
+        [0, 2, 3],
+    )
+
+    class Step:
+        logprobs: Any = rows
+        num_scheduled_tokens = ("captured", "plain")
+
+    def cut(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM's does: two tokens of the first request, one of the second."""
+        logprobs = model_runner_output.logprobs
+        return {
+            0: EngineCoreOutputs(
+                outputs=[
+                    EngineCoreOutput(
+                        "captured",
+                        [7, 8],
+                        new_logprobs=logprobs.slice_request(0, 2),
+                        finish_reason=FinishReason.LENGTH,
+                        kv_transfer_params={"theirs": 1},
+                    ),
+                    EngineCoreOutput("plain", [9], new_logprobs=logprobs.slice_request(1, 1)),
+                ]
+            )
+        }
+
+    processor = OutputProcessor(None, log_stats=False)
+    engine_state.watch_outputs(processor, lambda name: True)
+    queues = {}
+    requests = {}
+    for name, params in (
+        ("captured", capture_params(SamplingParams(), {})),
+        ("plain", SamplingParams(logprobs=1)),
+    ):
+        params.output_kind = RequestOutputKind.DELTA
+        requests[name] = request = EngineCoreRequest(
+            request_id=name,
+            prompt_token_ids=[1],
+            mm_features=None,
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        request.external_req_id = name
+        queues[name] = RequestOutputCollector(RequestOutputKind.DELTA, name)
+        processor.add_request(request, None, queue=queues[name])
+    state = processor.request_states["captured"]
+    engine_state.keep_sampled_logprobs(state)
+
+    class Core:
+        pass
+
+    core: Any = Core()
+    core.requests = requests
+    Scheduler.update_from_output = cut
+    try:
+        core_logprobs.install()
+        step = Step()
+        outputs = Scheduler.update_from_output(core, step, step)[0]
+    finally:
+        Scheduler.update_from_output = theirs
+    assert step.logprobs is rows
+    buffers = MsgpackEncoder().encode(outputs)
+    received = MsgpackDecoder(EngineCoreOutputs).decode(buffers).outputs
+    assert received[0].new_logprobs is None
+    processor.process_outputs(received)
+    assert state.logprobs_processor.sampled == [-0.5, -1.5]
+    assert queues["captured"].get_nowait().kv_transfer_params == {"theirs": 1}
+    (table,) = queues["plain"].get_nowait().outputs[0].logprobs
+    assert table[9].logprob == -2.5
+
+
 def check_outputs() -> None:
     from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
     from vllm.v1.metrics.stats import RequestStateStats
@@ -180,7 +280,7 @@ def check_what_continues_an_aborted_request() -> None:
     processor = OutputProcessor(None, log_stats=False)
     queue = RequestOutputCollector(RequestOutputKind.DELTA, "internal")
     told: list[str] = []
-    engine_state.watch_aborts(processor, lambda name: told.append(name) is None)
+    engine_state.watch_outputs(processor, lambda name: told.append(name) is None)
     processor.add_request(request, None, queue=queue)
     processor.process_outputs([EngineCoreOutput("internal", [7, 8])])
     processor.process_outputs([EngineCoreOutput("internal", [], finish_reason=FinishReason.ABORT)])
@@ -264,6 +364,23 @@ def check_server_entry_and_options() -> None:
     assert parsed.generation_config == "vllm"
     assert parsed.worker_extension_cls.endswith("WeightSwapExtension")
     assert parsed.middleware[-1].endswith("AttributionMiddleware")
+
+
+def check_help_shows_our_options_and_vllms() -> None:
+    import contextlib
+    import io
+
+    from agl_grpc_cli.main import main as command
+
+    printed, given = io.StringIO(), sys.argv
+    sys.argv = ["agl-grpc", "vllm", "serve", "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            command()
+    finally:
+        sys.argv = given
+    for option in ("--running-on-swap", "--max-model-len", "--tensor-parallel-size"):
+        assert option in printed.getvalue(), option
 
 
 def check_validation_error() -> None:

@@ -19,8 +19,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agl_grpc.learner.ray_runtime import local_ray
 from agl_grpc.learner.rollouts import FinishedGroup, FinishedRollout, Row
+from agl_grpc.learner.run_config import BestOf
 from tests.learner.life import Ledger, Life
 from tests.learner.local_engine import LocalEngine
+from tests.learner.warm_ray import warm_cluster
 
 
 def make_model(folder: Path) -> None:
@@ -169,6 +171,9 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     def on_step(step: int) -> None:
         engine.change = CHANGES[changes[step]] if step < len(changes) else None
+        at, rules = options.get("later", (0, {}))
+        if step == at and rules:
+            life.trainer.hooks.best_of = BestOf(**rules)
 
     life = Life(folder, options, engine, ledger, on_step)
     mix_ups: dict[str, str] = {}
@@ -191,6 +196,7 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         "steps": life.steps,
         "commits": ledger.commits,
         "groups": groups,
+        "digests": {step: sorted(found) for step, found in engine.digests.items()},
         "mix_ups": mix_ups,
         "optimiser_steps": _optimiser_steps(saved[-1]) if options.get("checkpoints") else [],
         # Of one group of the first batch.
@@ -217,9 +223,9 @@ def make_tasks(folder: Path) -> None:
 
 
 def main(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All runs one after the other in one Ray session."""
+    """All runs one after the other on one Ray cluster."""
     make_tasks(folder)
-    with local_ray(device="cpu", gpus=1):
+    with warm_cluster(nodes=1) as address, local_ray(device="cpu", gpus=1, address=address):
         return [run(folder, options) for options in runs]
 
 

@@ -73,8 +73,8 @@ class Helper:
         self._tensors[out] = {rename.get(name, name): tensor for name, tensor in changed.items()}
         return str(sender.endpoint)
 
-    def adapt(self, model: str, out: str, seed: int) -> str:
-        """Make an adapter of rank 4, keep the merged model as `out`, open a sender for the adapter."""
+    def adapt(self, model: str, out: str, seed: int, rank: int, rename: dict[str, str]) -> str:
+        """Make an adapter of this rank, keep the merged model as `out`, open a sender for the adapter."""
         import torch
         from safetensors.torch import save_file
 
@@ -88,13 +88,17 @@ class Helper:
         for name, tensor in state.items():
             if name.endswith("_proj.weight"):
                 rows, columns = tensor.shape
-                a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((4, columns), (rows, 4)))
+                a, b = (
+                    torch.randn(shape, generator=generator) * 0.1 for shape in ((rank, columns), (rows, rank))
+                )
                 stem = f"base_model.model.{name.removesuffix('.weight')}"
+                for old, new in rename.items():
+                    stem = stem.replace(old, new)
                 adapter |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
                 changed[name] += 2.0 * (b @ a)
         save_file(changed, out)
         self._senders[out] = sender = WeightSender(bucket_bytes=100_000)
-        self._tensors[out] = dict(adapter_set(adapter.items(), {"r": 4, "lora_alpha": 8}))
+        self._tensors[out] = dict(adapter_set(adapter.items(), {"r": rank, "lora_alpha": 2 * rank}))
         return str(sender.endpoint)
 
     def send(self, out: str, transfer: str, flip: bool = False) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Handler:
         self._settings = parts.settings
         self._exchange = Exchange(parts.client, parts.upstreams)
         self.counters = Counters()
-        self._recorder = Recorder(parts, self.counters)
+        self.recorder = Recorder(parts, self.counters)
         self.draining = False
         self.idle = asyncio.Event()
         """Set while no request is under way."""
@@ -44,6 +44,7 @@ class Handler:
     async def handle(self, request: Incoming) -> None:
         """One request from its arrival to its end."""
         api = ""
+        turn: Turn | None = None
         self.counters.requests += 1
         self.counters.in_flight += 1
         self.idle.clear()
@@ -54,6 +55,7 @@ class Handler:
             await self._serve(request, turn)
         except Refusal as refusal:
             self.counters.refused += 1
+            self.recorder.turned_away(turn, refusal)
             refuse(request, refusal, api)
         finally:
             self.counters.in_flight -= 1
@@ -76,15 +78,15 @@ class Handler:
         try:
             await self._read_and_answer(request, turn, known)
         except Refusal as refusal:
-            await self._recorder.refused(turn, refusal)
+            await self.recorder.refused(turn, refusal)
             raise
         except (asyncio.CancelledError, ConnectionError):
-            self._recorder.client_left(turn)
+            self.recorder.client_left(turn)
             raise
         except Exception as error:  # a defect here: the call must be closed, the client told
             logger.exception("request of %s failed", turn.path)
             defect = Refusal(500, "internal", "a defect of the proxy; its log has the reason", retry_after=1)
-            self._recorder.failed(turn, ERROR, f"capture failed: {type(error).__name__}")
+            self.recorder.failed(turn, ERROR, f"capture failed: {type(error).__name__}")
             raise defect from error
         finally:
             if rollout and turn.recorded:
@@ -108,6 +110,7 @@ class Handler:
                 "spool_full",
                 "the capture spool is full because the store has been away for too long: try later",
                 retry_after=RETRY_AFTER_SECONDS,
+                recorded=False,
             )
         known = await self._parts.attempts.admit(turn.attribution)
         if known is not None and known.mode and not turn.mode_given:
@@ -121,13 +124,13 @@ class Handler:
             refusal = Refusal(
                 413, "request_too_large", f"the body has more than {self._settings.max_body} bytes"
             )
-            self._recorder.begin(turn, known)
+            self.recorder.begin(turn, known)
             raise refusal from None
         except Refusal:
-            self._recorder.begin(turn, known)
+            self.recorder.begin(turn, known)
             raise
         turn.asked = asked_by(turn.api, turn.request)
-        body = self._recorder.begin(turn, known)
+        body = self.recorder.begin(turn, known)
         if turn.method == "GET" and turn.path == "/v1/models":
             await self._models(request, turn)
             return
@@ -192,7 +195,7 @@ class Handler:
         except ValueError as error:
             raise upstream_failed(f"engine {engine.spec.url} sent {error}") from None
         capture.first_token()
-        self._recorder.complete(turn, engine, data if self._settings.keep_raw else b"")
+        self.recorder.complete(turn, engine, data if self._settings.keep_raw else b"")
         await asyncio.wait(capture.durable)
         request.answer(answer.status, answer_headers(answer.headers), data)
 
@@ -216,11 +219,11 @@ class Handler:
             events.end()
         except (BrokenStream, EngineError, TimeoutError) as error:
             reason = str(error) if isinstance(error, BrokenStream) else "the engine's stream broke off"
-            self._recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
+            self.recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
             await response.write(upstream_failed(reason).event(turn.api))
             await asyncio.wait(capture.durable)
         else:
-            self._recorder.complete(turn, engine, kept.data, EVENTS)
+            self.recorder.complete(turn, engine, kept.data, EVENTS)
             await asyncio.wait(capture.durable)
             if events.held:
                 await response.write(events.held)
@@ -243,7 +246,7 @@ class Handler:
                 await response.write(chunk)
         except (EngineError, TimeoutError):
             reason = "the engine's stream broke off"
-            self._recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
+            self.recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
             await response.write(upstream_failed(reason).event(turn.api))
         await self._end_passed(turn, engine, answer, kept.data)
         response.end()
@@ -260,7 +263,7 @@ class Handler:
             return
         if answer.status >= 400:
             reason = f"the engine answered {answer.status}: {said[:300].decode(errors='replace')}"
-            self._recorder.failed(turn, ERROR, reason, engine=engine, raw=raw)
+            self.recorder.failed(turn, ERROR, reason, engine=engine, raw=raw)
         else:
             turn.capture.finish(COMPLETE, None, engine, raw_response=raw, media_type=answer.content_type)
             self.counters.captured += 1

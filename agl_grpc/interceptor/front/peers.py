@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -193,6 +193,8 @@ def _together(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 total[name] = total.get(name, False) or value
             elif isinstance(value, int) and name in total:
                 total[name] += value
+            elif name == "refusals":
+                total[name] = {**Counter(total[name]) + Counter(value)}
     engines: dict[tuple[str, str], dict[str, Any]] = {}
     for engine in (engine for each in found for engine in each["upstreams"]):
         known = engines.setdefault((engine["model"], engine["url"]), {**engine, "in_flight": 0})

@@ -20,7 +20,8 @@ from agl_grpc.interceptor.front.turn import Turn
 from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions
 from agl_grpc.interceptor.limits import RolloutLimits
-from agl_grpc.interceptor.refusals import Refusal
+from agl_grpc.interceptor.record import EngineIdentity, failed_record, to_span
+from agl_grpc.interceptor.refusals import Refusal, Refused
 from agl_grpc.interceptor.retries import Retries, tries_of
 from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.v1 import model_call_pb2
@@ -66,6 +67,7 @@ class Recorder:
         self._counters = counters
         self._retries = Retries()
         self._texts = PromptTexts()
+        self.refusals = Refused()
 
     def begin(self, turn: Turn, known: KnownAttempt | None) -> bytes:
         """Impose, ask for ids, announce; the body as it goes to the engine."""
@@ -187,6 +189,20 @@ class Recorder:
         self.failed(turn, ERROR, refusal.message)
         if turn.capture is not None and turn.capture.durable:
             await asyncio.wait(turn.capture.durable)
+
+    def turned_away(self, turn: Turn | None, refusal: Refusal) -> None:
+        """Count a refusal; the first of its kind that came before its call had begun leaves a record with the
+        attempt, which nobody waits for.
+        """
+        if turn is None or turn.attribution is None or turn.capture is not None or not turn.recorded:
+            self.refusals.note(refusal)
+            return
+        attribution = turn.attribution
+        if self.refusals.note(refusal, attribution.attempt_id):
+            record = failed_record(turn.context(), turn.model, refusal.status, refusal.message)
+            span = to_span(record, EngineIdentity("", "", turn.model, False))
+            attempt = (attribution.rollout_id, attribution.attempt_id)
+            self._parts.journal.submit(CapturedCall(attempt, span, [], {}))
 
     def client_left(self, turn: Turn) -> None:
         if turn.capture is None:

@@ -107,6 +107,7 @@ class Proxy:
             "enabled": True,
             "run_id": self._parts.settings.run_id,
             **dataclasses.asdict(self._handler.counters),
+            "refusals": dict(self._handler.recorder.refusals.counts),
             **self._parts.journal.describe(),
             "policy_versions": self._parts.versions.describe(),
             "external_recorded": external.recorded if external else 0,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from agl_grpc.interceptor.settings import DEFAULT_SPOOL_BYTES
+from agl_grpc.interceptor.settings import CaptureSettings
 
 LOGPROBS_MODES = ("unknown", "raw", "processed")
 
@@ -25,62 +24,31 @@ class BadUpstream(ValueError):
 
 
 @dataclass(frozen=True)
-class ProxySettings:
-    """Settings of one proxy.
-
-    Times are in seconds; a limit of 0 is no limit.
+class ProxySettings(CaptureSettings):
+    """Settings of one proxy, besides `CaptureSettings`. Times are in seconds.
 
     Attributes:
-        store: ``host:port`` of the store's gRPC door.
-        run_id: the run whose policy versions count.
-        spool_dir: where calls lie until the store has them; empty: under the user's state folder.
-        spool_bytes: how much may lie there.
-        ack_timeout: how long the store may take to answer before it counts as away.
-        temperature: imposed on training calls; None: the resource's, else the agent's.
         logprobs_mode: what the engines' logprobs mean; ``unknown``: only calls at temperature 1 without
             filters are trained, where both meanings are one.
         token_ids: ask engines for token ids and logprobs; False for hosted ones that refuse unknown fields.
-        policy_version: the version in force where the store knows none.
-        unattributed: calls that name no attempt are served, served and recorded, or refused.
-        external_run: the run in which recorded unattributed calls become rollouts.
-        max_calls, max_tokens, max_concurrency: limits of one rollout; tokens are of prompts and answers.
         max_in_flight: requests served at one time; more are answered 503.
-        max_body: bytes of a request.
-        keep_raw: keep requests and answers as they came and went.
         upstream_key: the engines' API key; None: an agent's own key is passed on unless it is a credential.
         connect_timeout: for a connection to an engine.
         read_timeout: longest silence of an engine.
         drain_timeout: how long running requests may take once the proxy is told to stop.
     """
 
-    store: str
-    run_id: str = "default"
-    spool_dir: str = ""
-    spool_bytes: int = DEFAULT_SPOOL_BYTES
-    ack_timeout: float = 1.0
-    temperature: float | None = None
     logprobs_mode: str = "unknown"
     token_ids: bool = True
-    policy_version: int = 0
-    unattributed: str = "serve"
-    external_run: str = "external"
-    max_calls: int = 0
-    max_tokens: int = 0
-    max_concurrency: int = 0
     max_in_flight: int = 4096
-    max_body: int = 64 * 1024 * 1024
-    keep_raw: bool = True
     upstream_key: str | None = None
     connect_timeout: float = 5.0
     read_timeout: float = 600.0
     drain_timeout: float = 30.0
 
     def spool_path(self, port: int) -> Path:
-        """Folder of the spool: as told, else one for this port under the user's state folder."""
-        if self.spool_dir:
-            return Path(self.spool_dir)
-        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-        return state / "agl-grpc" / "spool" / f"proxy-{port}"
+        """Folder of the spool of a proxy at this port."""
+        return self.spool_under(f"proxy-{port}")
 
 
 def parse_upstream(text: str) -> UpstreamSpec:

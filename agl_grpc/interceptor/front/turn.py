@@ -115,7 +115,9 @@ def begin(method: str, raw_path: str, headers: Mapping[str, str]) -> Turn:
         if attribution is None:
             attribution = named
         elif named is not None and named.attempt_id != attribution.attempt_id:
-            raise Refusal(403, "wrong_attempt", "the API key is the credential of another attempt")
+            raise Refusal(
+                403, "wrong_attempt", "the API key is the credential of another attempt", recorded=False
+            )
     api = api_of(path) or _PASSED_ONLY.get(path)
     if api is None:
         raise Refusal(404, "not_found", _CLOSED)

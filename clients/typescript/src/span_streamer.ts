@@ -5,6 +5,7 @@ import { create, toBinary } from "@bufbuild/protobuf";
 import { BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
 import { Code } from "@connectrpc/connect";
 import { randomUUID } from "node:crypto";
+import { setImmediate as turn } from "node:timers/promises";
 import type { Connection } from "./connection.js";
 import { ENDLESS } from "./connection.js";
 import { InvalidRequest, isTransient, itemError, storeError, StoreError, StreamFenced } from "./errors.js";
@@ -15,6 +16,7 @@ import type { SpanStreamAck, SpanStreamOpened, StreamSpansRequest } from "./gen/
 import { SpanStreamMessageSchema, StreamSpansRequestSchema } from "./gen/agl_grpc/v1/store_service_pb.js";
 import { AsyncQueue, Signal } from "./queue.js";
 import { pause, waitAfter } from "./retry.js";
+import { spanMessage } from "./span_message.js";
 
 const MAX_SPANS = 1000;
 const MAX_BYTES = 1 << 20;
@@ -116,7 +118,7 @@ export class SpanStreamer {
    * `StreamFenced` when another streamer took the producer id over.
    */
   async send(...groups: readonly SpanGroup[]): Promise<SpanAck> {
-    const split = groups.map((group) => splitGroup(create(AttemptSpansSchema, group)));
+    const split = groups.map((group) => splitGroup(create(AttemptSpansSchema, { ...group, spans: (group.spans ?? []).map(spanMessage) })));
     const size = split.flat().reduce((sum, piece) => sum + piece.wire.length, 0);
     while (this.#error === undefined && this.#buffered > 0 && this.#buffered + size > this.#limit) await this.#progress.wait();
     if (this.#error !== undefined) throw this.#error;
@@ -231,6 +233,7 @@ export class SpanStreamer {
     while (current()) {
       if (this.#inbox.length === 0) {
         await this.#arrived.wait();
+        await turn(); // what is handed over in the same turn travels together
       } else if (!this.#fits(opened)) {
         await this.#progress.wait();
       } else {

@@ -58,9 +58,9 @@ async def test_more_prompts_than_are_recorded_and_defects_are_refused(
         monkeypatch.setattr("agl_grpc.interceptor.front.dialects.Collector.take", broken)
         defect = await rig.chat()
         assert (defect.status_code, defect.json()["error"]["code"]) == (500, "internal")
-        ((call, _),) = await recorded(scripted)
+        calls = await recorded(scripted, count=2)
         await eventually(lambda: not scripted.open_calls, what="the call is closed")
-    assert call.outcome == ERROR
+    assert {call.outcome for call, _ in calls} == {ERROR}
 
 
 async def garbage(request: web.BaseRequest, body: dict[str, Any]) -> web.StreamResponse:
@@ -357,6 +357,7 @@ async def test_limits_of_a_rollout(scripted: ScriptedStore, engine: FakeEngine, 
         assert [answer.status_code for answer in refusals] == [200, 200, 429]
         assert refusals[-1].json()["error"]["code"] == "rollout_limit"
         assert refusals[-1].headers["x-should-retry"] == "false"
+        assert rig.state()["refusals"] == {"rollout_concurrency": 1, "rollout_limit": 2}
 
 
 async def test_too_many_at_once_are_refused(

@@ -74,6 +74,12 @@ async def test_an_attempt_that_is_over_is_a_409_that_sdks_do_not_repeat(
             assert (await other.chat(base_of(other, rollout))).status_code == 409
             unknown = await other.chat(other.base("ro-no", "at-no"))
             assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "attempt_unknown")
+            assert other.state()["refusals"] == {"attempt_ended": 1, "attempt_unknown": 1}
+        # One record of each proxy's, however often the agent asked.
+        _, *refusals = await calls_of(store, rollout.rollout_id, 3)
+        assert [call.outcome for call in refusals] == ["error", "error"]
+        _, *spans = await store.query_spans(rollout.rollout_id)
+        assert all(str(span.status.description).startswith("409: ") for span in spans)
 
 
 async def test_a_superseded_attempt_is_refused_and_the_new_one_served(
@@ -127,6 +133,7 @@ async def test_a_credential_attributes_and_forged_or_foreign_ones_are_refused(
         assert await status(good, base_of(rig, rollouts[0])) == 200
         assert await status(good, base_of(rig, rollouts[1])) == 403
         assert await status(good[:-2] + "xx", rig.proxy.url) == 401
+        assert rig.state()["refusals"] == {"wrong_attempt": 1, "invalid_api_key": 1}
         await calls_of(store, rollouts[0].rollout_id, 2)
     assert all("authorization" not in headers for headers in engine.headers)
 

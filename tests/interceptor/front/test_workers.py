@@ -67,7 +67,8 @@ async def test_several_processes_keep_one_account_of_each_rollout(engine: FakeEn
                     codes = [await ask_on_new_connection(url, each, tries) for each in rollouts]
                     assert set(codes) == {expected}
                 await eventually(
-                    lambda: _delivered(http, url, 4 * ROLLOUTS), what="all calls are in the store"
+                    lambda: _delivered(http, url, 5 * ROLLOUTS),
+                    what="all calls and refusals are in the store",
                 )
                 state = await state_of(http, url)
             found = [await calls_of(store, rollout) for rollout in rollouts]
@@ -76,8 +77,9 @@ async def test_several_processes_keep_one_account_of_each_rollout(engine: FakeEn
     assert sum(worker["captured"] for worker in state["workers"]) == state["captured"] == 4 * ROLLOUTS
     assert state["handed_over"] > 0
     assert state["retries"] == ROLLOUTS
-    assert [len(calls) for calls in found] == [4] * ROLLOUTS
-    assert len({span.span_id for calls in found for span in calls}) == 4 * ROLLOUTS
+    assert state["refusals"] == {"rollout_limit": ROLLOUTS}
+    assert [len(calls) for calls in found] == [5] * ROLLOUTS
+    assert len({span.span_id for calls in found for span in calls}) == 5 * ROLLOUTS
 
 
 async def _delivered(http: httpx.AsyncClient, url: str, calls: int) -> bool:

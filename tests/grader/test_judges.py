@@ -50,6 +50,13 @@ async def test_a_rubric_is_scored_by_criterion() -> None:
     assert judge.usage.cost == judge.usage.prompt_tokens > 0
 
 
+async def test_control_characters_in_reasons_do_not_matter() -> None:
+    said = '{"reasons": "so\x14 it\tis", "scores": {"correct": 5}}'
+    with ScriptedModel(lambda model, prompt: said) as model:
+        grade = await graded(RubricJudge("judge", endpoint=model.endpoint), "7")
+    assert (grade.value, grade.notes["reasons"], len(model.calls)) == (0.5, "so\x14 it\tis", 1)
+
+
 async def test_a_known_answer_is_shown() -> None:
     with ScriptedModel(lambda model, prompt: scores(correct=10)) as model:
         judge = RubricJudge("judge", endpoint=model.endpoint, reference="answer")

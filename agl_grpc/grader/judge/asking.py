@@ -190,7 +190,8 @@ def read_object(reply: str) -> Mapping[str, Any]:
     plain = fenced(reply)
     for text in (plain, plain[plain.find("{") : plain.rfind("}") + 1]):
         try:
-            found = json.loads(text)
+            # Engines that hold replies to a form let control characters into texts.
+            found = json.loads(text, strict=False)
         except (ValueError, RecursionError):
             continue
         if isinstance(found, dict):

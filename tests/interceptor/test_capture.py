@@ -12,7 +12,7 @@ import pytest
 
 from agl_grpc.model.value import RawPayload, from_payload
 from agl_grpc.v1 import model_call_pb2, span_pb2
-from tests.interceptor.engine import Engine
+from tests.interceptor.engine import ENDLESS, Engine
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.torch_client import TorchClient
 
@@ -345,7 +345,7 @@ def test_a_client_that_leaves_cuts_the_call(
     body = {
         "model": "tiny",
         "prompt": "hello",
-        "max_tokens": 450,
+        "max_tokens": ENDLESS,
         "ignore_eos": True,
         "n": 2,
         "stream": stream,
@@ -362,7 +362,7 @@ def test_a_client_that_leaves_cuts_the_call(
     assert span.model_call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_CUT
     for index in (0, 1):
         choice = choice_of(span, index)
-        assert 1 <= len(choice.token_ids) == len(choice.logprobs) < 450
+        assert 1 <= len(choice.token_ids) == len(choice.logprobs) < ENDLESS
         assert choice.finish_reason == "abort"
         assert [(r.start, r.end) for r in choice.policy_runs] == [(0, len(choice.token_ids))]
     rows = [{"prompt": prompt, "response": list(choice_of(span, i).token_ids)} for i in (0, 1)]

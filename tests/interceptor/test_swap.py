@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from agl_grpc.v1 import model_call_pb2, policy_pb2
-from tests.interceptor.engine import Engine, engine
+from tests.interceptor.engine import ENDLESS, Engine, engine
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.torch_client import TorchClient
 
@@ -355,13 +355,13 @@ def what_still_runs_is_cut(fresh: Swaps) -> None:
     sent = fresh.send(2)
     store.state(2, RECEIVED)
     answers: dict[str, httpx.Response] = {}
-    body = {"model": "tiny", "max_tokens": 450, "ignore_eos": True, "n": 4}
+    body = {"model": "tiny", "max_tokens": ENDLESS, "ignore_eos": True, "n": 4}
     asked = {
         "chat": ("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": "hello"}]}),
         "stream": ("/v1/completions", {**body, "prompt": "hello", "stream": True}),
         "messages": (
             "/v1/messages",
-            {"model": "tiny", "max_tokens": 450, "messages": [{"role": "user", "content": "hello"}]},
+            {"model": "tiny", "max_tokens": ENDLESS, "messages": [{"role": "user", "content": "hello"}]},
         ),
     }
     before = running.generated()
@@ -390,7 +390,7 @@ def what_still_runs_is_cut(fresh: Swaps) -> None:
         assert (call.outcome, span.status.message) == (model_call_pb2.MODEL_CALL_OUTCOME_CUT, reason)
         assert len(call.choices) == 4
         for choice in call.choices:
-            assert 0 < len(choice.token_ids) == len(choice.logprobs) < 450
+            assert 0 < len(choice.token_ids) == len(choice.logprobs) < ENDLESS
             assert [run.policy_version for run in choice.policy_runs] == [0]
     fresh.samples_from(2, "after-cut", [1, 2, 3])
 

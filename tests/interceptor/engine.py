@@ -18,13 +18,10 @@ from tests.support.environments import REPOSITORY, engine_environment, engine_py
 
 START_LIMIT = 240.0
 SMALL = (
-    *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "32"),
+    *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32"),
     *("--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out"),
 )
 """vLLM's options that make an engine small."""
-
-ENDLESS = 1900
-"""Tokens of an answer that is not meant to reach its end: seconds of sampling, also on a quick machine."""
 
 
 def free_port() -> int:

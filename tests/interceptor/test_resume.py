@@ -14,7 +14,7 @@ import pytest
 from agl_grpc.interceptor.settings import Settings
 from agl_grpc.v1 import model_call_pb2, span_pb2
 from agl_grpc.weights.extension import EXTENSION
-from tests.interceptor.engine import ENDLESS, Engine, foreign_engine
+from tests.interceptor.engine import Engine, foreign_engine
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.torch_client import TorchClient
 
@@ -195,7 +195,7 @@ def test_an_answer_that_cannot_go_on_ends_as_an_error(
     trained: Engine, store: ScriptedStore, stream: bool, loader: str
 ) -> None:
     rollout = f"penalised-{loader}-{stream}"
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": ENDLESS, "ignore_eos": True, "stream": stream}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "ignore_eos": True, "stream": stream}
     answer = abort_in_the_middle(trained, store, rollout, {**body, "presence_penalty": 0.5})
     assert "cannot continue it: it uses presence_penalty" in answer.text
     assert answer.status_code == (200 if stream else 503)
@@ -225,14 +225,14 @@ def check_cut(store: ScriptedStore, rollout: str, why: str) -> None:
     assert span.model_call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_CUT
     assert why in span.status.message
     (choice,) = span.model_call.choices
-    assert 1 <= len(choice.token_ids) == len(choice.logprobs) < ENDLESS
+    assert 1 <= len(choice.token_ids) == len(choice.logprobs) < 400
 
 
 def test_an_engine_that_never_resumes_fails_the_answer(
     trained: Engine, store: ScriptedStore, loader: str
 ) -> None:
     rollout = f"never-{loader}"
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": ENDLESS, "ignore_eos": True}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "ignore_eos": True}
     try:
         answer = abort_in_the_middle(trained, store, rollout, body, resume=False)
     finally:
@@ -246,7 +246,7 @@ def test_an_agent_that_leaves_during_the_pause_leaves_nothing_behind(
     trained: Engine, store: ScriptedStore, loader: str
 ) -> None:
     rollout = f"left-{loader}"
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": ENDLESS, "ignore_eos": True, "stream": True}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "ignore_eos": True, "stream": True}
     url = f"{trained.base(rollout)}/v1/chat/completions"
     with httpx.stream("POST", url, json=body, timeout=120) as response:
         lines = response.iter_lines()

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from agl_grpc.v1 import model_call_pb2, policy_pb2
-from tests.interceptor.engine import ENDLESS, Engine, engine
+from tests.interceptor.engine import Engine, engine
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.torch_client import TorchClient
 
@@ -327,10 +327,17 @@ def one_changes_in_the_middle_of_its_answer_and_the_other_does_not(adapted: Swap
             assert list(choice.logprobs)[run.start : run.end] == pytest.approx(expected, abs=1e-4)
 
 
+ENDLESS = 1900
+"""Tokens of an answer that is not meant to reach its end: seconds of sampling, also on a quick machine."""
+
+
 @pytest.fixture
 def cutting(tiny_model: Path, tmp_path: Path, torch_client: TorchClient) -> Iterator[Swaps]:
     """An engine that cuts what still runs, and lets a rollout make two calls."""
-    options = ("--running-on-swap", "cut", "--swap-timeout", "0.2", "--max-calls", "2")
+    options = (
+        *("--running-on-swap", "cut", "--swap-timeout", "0.2", "--max-calls", "2"),
+        *("--max-model-len", str(ENDLESS + 100)),
+    )
     with ScriptedStore() as store, engine(tiny_model, store.address, tmp_path, *options) as started:
         yield Swaps(started, store, torch_client, tmp_path)
 

@@ -274,7 +274,7 @@ def test_a_growing_conversation_is_stored_as_deltas(
     before = store.deltas
     ids = [1, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]
     for _ in range(3):
-        body = {"token_ids": ids, "sampling_params": {"max_tokens": 10}}
+        body = {"token_ids": ids, "sampling_params": {"max_tokens": 10, "ignore_eos": True}}
         answer = http.post(f"{running.base('deltas')}/inference/v1/generate", json=body).json()
         ids = ids + answer["choices"][0]["token_ids"] + [60, 61]
     calls = store.calls_of("deltas")

@@ -327,10 +327,17 @@ def one_changes_in_the_middle_of_its_answer_and_the_other_does_not(adapted: Swap
             assert list(choice.logprobs)[run.start : run.end] == pytest.approx(expected, abs=1e-4)
 
 
+ENDLESS = 1900
+"""Tokens of an answer that is not meant to reach its end: seconds of sampling, also on a quick machine."""
+
+
 @pytest.fixture
 def cutting(tiny_model: Path, tmp_path: Path, torch_client: TorchClient) -> Iterator[Swaps]:
     """An engine that cuts what still runs, and lets a rollout make two calls."""
-    options = ("--running-on-swap", "cut", "--swap-timeout", "0.2", "--max-calls", "2")
+    options = (
+        *("--running-on-swap", "cut", "--swap-timeout", "0.2", "--max-calls", "2"),
+        *("--max-model-len", str(ENDLESS + 100)),
+    )
     with ScriptedStore() as store, engine(tiny_model, store.address, tmp_path, *options) as started:
         yield Swaps(started, store, torch_client, tmp_path)
 
@@ -355,13 +362,13 @@ def what_still_runs_is_cut(fresh: Swaps) -> None:
     sent = fresh.send(2)
     store.state(2, RECEIVED)
     answers: dict[str, httpx.Response] = {}
-    body = {"model": "tiny", "max_tokens": 450, "ignore_eos": True, "n": 4}
+    body = {"model": "tiny", "max_tokens": ENDLESS, "ignore_eos": True, "n": 4}
     asked = {
         "chat": ("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": "hello"}]}),
         "stream": ("/v1/completions", {**body, "prompt": "hello", "stream": True}),
         "messages": (
             "/v1/messages",
-            {"model": "tiny", "max_tokens": 450, "messages": [{"role": "user", "content": "hello"}]},
+            {"model": "tiny", "max_tokens": ENDLESS, "messages": [{"role": "user", "content": "hello"}]},
         ),
     }
     before = running.generated()
@@ -390,7 +397,7 @@ def what_still_runs_is_cut(fresh: Swaps) -> None:
         assert (call.outcome, span.status.message) == (model_call_pb2.MODEL_CALL_OUTCOME_CUT, reason)
         assert len(call.choices) == 4
         for choice in call.choices:
-            assert 0 < len(choice.token_ids) == len(choice.logprobs) < 450
+            assert 0 < len(choice.token_ids) == len(choice.logprobs) < ENDLESS
             assert [run.policy_version for run in choice.policy_runs] == [0]
     fresh.samples_from(2, "after-cut", [1, 2, 3])
 

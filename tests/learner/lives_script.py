@@ -47,6 +47,9 @@ PLAIN_DESCENT = {
     "actor_rollout_ref.actor.optim.weight_decay": 0.0,
     "actor_rollout_ref.actor.grad_clip": 1e9,
 }
+STEEP = 1e5
+"""The rate of one update by plain descent that shows a gradient well: in so large a move the rounding of the
+weights is lost."""
 CORRECTED = {
     "trainer.total_training_steps": 4,
     "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
@@ -156,10 +159,11 @@ class Script:
             f"{group.request.uid}_{number}_0" for group in groups for number in range(len(group.rollouts))
         ]
         split = {
-            parts: step_of_ours(worker(self.model, 100.0), [SplitRows(parts)(group) for group in groups])
+            parts: step_of_ours(worker(self.model, STEEP), [SplitRows(parts)(group) for group in groups])
             for parts in (1, 2, 5)
         }
         split_gradients = {parts: _moved(before, each["weights"]) for parts, each in split.items()}
+        steep = step(worker(self.model, STEEP), padded(groups), "vanilla")
         theirs = dict(zip(keys, alone["advantages"].tolist(), strict=True))
         ours = outcomes[1]["advantages"][0]
         return {
@@ -186,7 +190,7 @@ class Script:
                 ]
                 for parts, each in split.items()
             },
-            "split_from_verl": _difference(split_gradients[1], _moved(before, alone["weights"])),
+            "split_from_verl": _difference(split_gradients[1], _moved(before, steep["weights"])),
             "policy_losses": losses(self.model, groups, POLICY_LOSSES),
             "steps": [outcome["steps"] for outcome in outcomes.values()],
             "last_weights_of_two_ranks": _difference(engines[1].history[3], engines[2].history[3]),

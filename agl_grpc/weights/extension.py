@@ -7,6 +7,7 @@ empty for the whole model.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from agl_grpc.weights.wire import ReceiverState, TransferError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 EXTENSION = f"{__name__}.WeightSwapExtension"
 """Qualified name for ``--worker-extension-cls``."""
@@ -165,6 +168,7 @@ class WeightSwapExtension:
         try:
             worker: Any = self
             worker.reload_weights()
-        except Exception:  # whatever went wrong, the answer is that the rollback did not work
+        except Exception:  # vLLM raises anything; the caller is told that the rollback did not work
+            logger.exception("the weights that served before could not be restored")
             return False
         return True

@@ -7,6 +7,7 @@ Touches vllm, and only inside a vLLM worker.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from agl_grpc.weights.wire import TransferError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 Tensors = list[tuple[str, "torch.Tensor"]]
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -105,7 +108,8 @@ class ServedAdapters:
             self._tensors[request.lora_name] = before
         try:
             self._manager.add_adapter(request)
-        except Exception:  # whatever went wrong, the answer is that the rollback did not work
+        except Exception:  # vLLM raises anything; the caller is told that the rollback did not work
+            logger.exception("the weights that served before could not be restored")
             return False
         return True
 

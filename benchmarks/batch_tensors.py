@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from agl_grpc.learner.columns import tensor_dict
+from agl_grpc.learner.batch.columns import tensor_dict
 from agl_grpc.model import raw
 from agl_grpc.sample.wire import read_columns
 
@@ -56,8 +56,8 @@ def main(path: Path, repeats: int) -> dict[str, float]:
 def _through_queue(batches: list[Any], repeats: int) -> dict[str, float]:
     from omegaconf import OmegaConf
 
-    from agl_grpc.learner.ray_runtime import local_ray
-    from agl_grpc.learner.verl_config import compose
+    from agl_grpc.learner.verl.config import compose
+    from agl_grpc.learner.verl.ray_runtime import local_ray
 
     with local_ray(device="cpu", gpus=1):
         import transfer_queue as tq

@@ -13,7 +13,10 @@ from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from agl_grpc.interceptor.attempts import KnownAttempt
-    from agl_grpc.interceptor.held import HeldAnswer
+    from agl_grpc.interceptor.inside.held import HeldAnswer
+
+STATUS_PATH = "/agl/interceptor"
+"""Where an interceptor tells how it is."""
 
 _BASE = re.compile(
     r"^/rollout/(?P<rollout>[^/]+)/attempt/(?P<attempt>[^/]+)"

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import grpc
 
 from agl_grpc.interceptor.attribution import Attribution
-from agl_grpc.interceptor.deltas import AttemptKey
-from agl_grpc.interceptor.sink import CapturedCall
+from agl_grpc.interceptor.capture.deltas import AttemptKey
+from agl_grpc.interceptor.capture.sink import CapturedCall
 from agl_grpc.v1 import (
     attempt_pb2,
     common_pb2,

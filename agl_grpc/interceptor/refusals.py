@@ -23,6 +23,9 @@ _ANTHROPIC = {
     503: "overloaded_error",
 }
 
+RETRY_AFTER_SECONDS = 5
+"""What a caller is told to wait when we cannot take its call now."""
+
 
 class Refusal(Exception):
     """The answer is an error of ours.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import Any
 
-from agl_grpc.interceptor import core_logprobs
-from agl_grpc.interceptor.record import key_value
+from agl_grpc.interceptor.capture.record import key_value
 from agl_grpc.v1 import model_call_pb2
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -26,9 +23,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "trace_decode_token_ids": (None, []),
 }
 """Sampling parameters that reshape the distribution, with the values by which they do nothing."""
-
-
-_IMPOSABLE = frozenset(
+IMPOSABLE = frozenset(
     {
         "temperature",
         "top_p",
@@ -42,25 +37,7 @@ _IMPOSABLE = frozenset(
         "seed",
     }
 )
-
-
-def capture_params(params: Any, imposed: Mapping[str, Any]) -> Any:
-    """A copy of vLLM's sampling parameters that also yields each sampled token's logprob.
-
-    What is `imposed` takes the place of what the agent asked for, as far as it is a number that concerns
-    sampling; of two token limits the smaller one counts, as the context may have no room for the larger.
-    """
-    captured = copy.copy(params)
-    if captured.logprobs is None:
-        captured.logprobs = 0
-        captured.extra_args = core_logprobs.wanted(captured.extra_args)
-    for name, value in imposed.items():
-        if name not in _IMPOSABLE or not isinstance(value, int | float):
-            continue
-        if name == "max_tokens" and captured.max_tokens is not None:
-            value = min(value, captured.max_tokens)
-        setattr(captured, name, value)
-    return captured
+"""Sampling parameters that a resource may set for every call."""
 
 
 def untrainable_reasons(params: Any) -> list[str]:
@@ -92,7 +69,7 @@ def sampling_message(params: Any, asked: Any) -> model_call_pb2.SamplingParamete
         seed=params.seed,
         n=params.n,
     )
-    for name in sorted(_IMPOSABLE):
+    for name in sorted(IMPOSABLE):
         wanted = getattr(asked, name, None)
         if wanted is not None and wanted != getattr(params, name, None):
             message.other.append(key_value(f"requested.{name}", wanted))

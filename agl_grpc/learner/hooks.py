@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from agl_grpc.learner.checks import LogprobLimits
-from agl_grpc.learner.curriculum import TaskOrder
-from agl_grpc.learner.rollouts import FinishedRollout, RolloutSource
+from agl_grpc.learner.batch.checks import LogprobLimits
+from agl_grpc.learner.rollouts.curriculum import TaskOrder
+from agl_grpc.learner.rollouts.groups import FinishedRollout, RolloutSource
 from agl_grpc.learner.run_config import BestOf, Deadlines
 
 if TYPE_CHECKING:

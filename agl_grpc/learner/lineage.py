@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from agl_grpc.learner.rollouts import UNKNOWN_STEP, IntArray
+from agl_grpc.learner.rollouts.groups import UNKNOWN_STEP, IntArray
 from agl_grpc.learner.training_run import TrainingIdentity
 from agl_grpc.model.enums import PolicyVersionStatus
 from agl_grpc.model.policy import PolicyVersion

@@ -19,8 +19,8 @@ import orjson
 
 from agl_grpc.client import StoreError
 from agl_grpc.evaluation import Pass
-from agl_grpc.learner.best import read_best
-from agl_grpc.learner.checkpoint import (
+from agl_grpc.learner.checkpoints.best import read_best
+from agl_grpc.learner.checkpoints.checkpoint import (
     Checkpoints,
     LearnerState,
     check_fits,
@@ -29,10 +29,10 @@ from agl_grpc.learner.checkpoint import (
 )
 from agl_grpc.learner.errors import ConfigError, StoppedError
 from agl_grpc.learner.progress import SAID
-from agl_grpc.learner.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.learner.run_config import RunConfig
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
+from agl_grpc.learner.verl.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.manifest.describe import CONTRACT, LEARNER_PACKAGES, git_state, hardware, now, versions_here
 from agl_grpc.model.enums import TrainingRunStatus
 from agl_grpc.model.reward import PRIMARY
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from agl_grpc.learner.reporting import Reporting, TrajectorySamples
-    from agl_grpc.learner.reward_loop import RewardLoop
     from agl_grpc.learner.trainer import AglTrainer
+    from agl_grpc.learner.verl.reward_loop import RewardLoop
 
 
 def say(text: str) -> None:
@@ -161,8 +161,8 @@ def _verl_config(
     config: RunConfig, device: str, output: Path, resume: dict[str, Any], store: str = ""
 ) -> DictConfig:
     """verl's configuration; ``store`` is the address that engines which verl starts are told."""
-    from agl_grpc.learner.verl_config import compose
-    from agl_grpc.learner.verl_keys import check_best_of
+    from agl_grpc.learner.verl.config import compose
+    from agl_grpc.learner.verl.keys import check_best_of
 
     backend = config.engines.backend
     told: dict[str, Any] = {}
@@ -199,7 +199,7 @@ def _verl_config(
 
 
 def _train(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
-    from agl_grpc.learner.verl_config import validate
+    from agl_grpc.learner.verl.config import validate
 
     for message in (".*engine is not available.*", "Disabled critic.*", ".*set_vital.*"):
         # verl and torchdata say these of themselves at every start; none of them is about this run.
@@ -221,7 +221,7 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     # Not beside Ray's start, although both take seconds: what verl imports adds to Ray's usage tags, which
     # Ray's start walks through.
     importlib.import_module("agl_grpc.learner.trainer")
-    from agl_grpc.learner.reward_loop import take_rewards
+    from agl_grpc.learner.verl.reward_loop import take_rewards
 
     rewards = take_rewards(verl, config.reward_endpoint)
     # The rollouts that it follows are judged by the learner that asks for them.
@@ -269,8 +269,8 @@ def _reward_loop(
     if rewards is None:
         yield None
         return
-    from agl_grpc.learner.reward_loop import RewardLoop
-    from agl_grpc.learner.tokens import decoder
+    from agl_grpc.learner.batch.tokens import decoder
+    from agl_grpc.learner.verl.reward_loop import RewardLoop
 
     decode = decoder(Path(config.model.path).expanduser())
     with closing(RewardLoop(link, rewards, config.reward_endpoint, decode)) as judging:
@@ -279,7 +279,7 @@ def _reward_loop(
 
 def _tune(config: RunConfig, device: str, output: Path, link: StoreLink, training: TrainingRun) -> None:
     """Supervised fine-tuning: reads, trains, saves one checkpoint."""
-    from agl_grpc.learner import sft
+    from agl_grpc.learner.supervised import sft
 
     verl = _verl_config(config, device, output, {})
     _write_manifest(
@@ -352,16 +352,16 @@ def _assemble(
     samples: TrajectorySamples,
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
-    from agl_grpc.learner.checks import LogprobLimits
-    from agl_grpc.learner.curriculum import TaskOrder, begin_with, stored_rewards
-    from agl_grpc.learner.followed_source import FollowedSource, leaders_origin
+    from agl_grpc.learner.batch.checks import LogprobLimits
+    from agl_grpc.learner.batch.tokens import decoder, vocabulary_size
     from agl_grpc.learner.hooks import Hooks
-    from agl_grpc.learner.manager import RolloutManager
     from agl_grpc.learner.publication import Publisher, lineage_of
-    from agl_grpc.learner.store_source import StoreSource
-    from agl_grpc.learner.tokens import decoder, vocabulary_size
+    from agl_grpc.learner.rollouts.curriculum import TaskOrder, begin_with, stored_rewards
+    from agl_grpc.learner.rollouts.followed_source import FollowedSource, leaders_origin
+    from agl_grpc.learner.rollouts.store_source import StoreSource
     from agl_grpc.learner.trainer import AglTrainer
     from agl_grpc.learner.validation import StoreValidation, sampling_of
+    from agl_grpc.learner.verl.manager import RolloutManager
 
     identity = training.identity
     lineage = lineage_of(link, config.model.name, identity.training_run_id, step)

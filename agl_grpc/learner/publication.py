@@ -172,7 +172,7 @@ class Publisher:
     def _send(self, step: int, version: int, engines: list[str]) -> dict[str, Any]:
         import ray
 
-        from agl_grpc.learner.sender import SEND_MODE
+        from agl_grpc.learner.verl.sender import SEND_MODE
 
         watch = self._link.start(self._until_failed(version, engines))
         pending = self._actors.update_weights(global_steps=step, mode=SEND_MODE)

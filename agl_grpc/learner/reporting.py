@@ -10,7 +10,7 @@ from agl_grpc.diagnosis import AlarmFile, AlarmLimits, AlarmWatch
 from agl_grpc.diagnosis.sinks import MetricSinks
 from agl_grpc.diagnosis.trajectories import Decode, choose, write_step
 from agl_grpc.learner.progress import step_line, with_summary
-from agl_grpc.learner.rollouts import FinishedRollout
+from agl_grpc.learner.rollouts.groups import FinishedRollout
 from agl_grpc.learner.training_run import TrainingRun
 
 Say = Callable[[str], None]

@@ -28,10 +28,7 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
-from agl_grpc.learner.best_of import TEMPERATURE, LearnsBest
-from agl_grpc.learner.checkpoint import LearnerState
-from agl_grpc.learner.checks import (
+from agl_grpc.learner.batch.checks import (
     LogprobRow,
     SealedRow,
     account,
@@ -40,18 +37,21 @@ from agl_grpc.learner.checks import (
     row_starts,
     staleness,
 )
-from agl_grpc.learner.correction import correct_over_rollouts
-from agl_grpc.learner.curriculum import OrderedTasks
+from agl_grpc.learner.batch.step_metrics import batch_metrics, sampler_distance, unfinished
+from agl_grpc.learner.checkpoints.checkpoint import LearnerState
+from agl_grpc.learner.credit.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
+from agl_grpc.learner.credit.correction import correct_over_rollouts
+from agl_grpc.learner.credit.turn_credit import NAME as TURNS
 from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
 from agl_grpc.learner.hooks import Hooks
-from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.phases import phase
-from agl_grpc.learner.rollouts import ClaimedBatch
-from agl_grpc.learner.sampler import StoreSampler
-from agl_grpc.learner.step_metrics import batch_metrics, sampler_distance, unfinished
-from agl_grpc.learner.turn_credit import NAME as TURNS
-from agl_grpc.learner.verl_config import HYBRID_KEY
-from agl_grpc.learner.verl_keys import SEQUENCE_LOSSES
+from agl_grpc.learner.rollouts.curriculum import OrderedTasks
+from agl_grpc.learner.rollouts.groups import ClaimedBatch
+from agl_grpc.learner.supervised.best_of import TEMPERATURE, LearnsBest
+from agl_grpc.learner.verl.config import HYBRID_KEY
+from agl_grpc.learner.verl.keys import SEQUENCE_LOSSES
+from agl_grpc.learner.verl.manager import RolloutManager
+from agl_grpc.learner.verl.sampler import StoreSampler
 
 # Errors that end training at a step whose predecessor can still be saved, and what they are counted as.
 _ERRORS = {
@@ -144,7 +144,7 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
             self.use_supervised_loss()
         if HYBRID_KEY in (self.config.actor_rollout_ref.rollout.get("custom") or {}):
             # Only here: vLLM is in the hybrid environment alone.
-            from agl_grpc.learner.hybrid import start_engines
+            from agl_grpc.learner.verl.hybrid import start_engines
 
             self.llm_server_manager = start_engines(self.config, self.actor_rollout_wg)
         self.hooks.publication.bind(self.actor_rollout_wg)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.grader.conversation import Decode
-from agl_grpc.learner.checkpoint import hugging_face_folder
+from agl_grpc.learner.checkpoints.checkpoint import hugging_face_folder
+from agl_grpc.learner.checkpoints.export import find_checkpoint
+from agl_grpc.learner.checkpoints.integrity import verify
+from agl_grpc.learner.checkpoints.model_folder import model_config
 from agl_grpc.learner.errors import LearnerError
-from agl_grpc.learner.export import find_checkpoint
-from agl_grpc.learner.integrity import verify
-from agl_grpc.learner.model_folder import model_config
 from agl_grpc.trainer.errors import TrainerError
 
 _EMBEDDINGS = "embed_tokens.weight"

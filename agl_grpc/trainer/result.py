@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agl_grpc.evaluation import Evaluation
-from agl_grpc.learner.best import BestCheckpoint
+from agl_grpc.learner.checkpoints.best import BestCheckpoint
 from agl_grpc.model import RolloutStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer.run_folder import RunFolder

@@ -14,8 +14,8 @@ from agl_grpc.agent.decorators import FunctionalLitAgent
 from agl_grpc.agent.missing import ResourceMissing
 from agl_grpc.algorithm import VERL
 from agl_grpc.evaluation import Evaluation
-from agl_grpc.learner.best import read_best
-from agl_grpc.learner.checkpoint import adapter_folder, hugging_face_folder
+from agl_grpc.learner.checkpoints.best import read_best
+from agl_grpc.learner.checkpoints.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.progress import scores
 from agl_grpc.learner.run_config import ValidationConfig
 from agl_grpc.model import LLM, RolloutStatus

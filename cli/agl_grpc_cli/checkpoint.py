@@ -21,8 +21,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command(name="list")
 def list_checkpoints(folder: FolderArgument, as_json: JsonOption = False) -> None:
     """List the checkpoints of a run, oldest first."""
+    from agl_grpc.learner.checkpoints.export import describe, find_checkpoints
     from agl_grpc.learner.errors import LearnerError
-    from agl_grpc.learner.export import describe, find_checkpoints
 
     try:
         found = [describe(path) for path in find_checkpoints(folder)]
@@ -47,9 +47,9 @@ def _best(score: float | None) -> str:
 @app.command()
 def verify(folder: FolderArgument) -> None:
     """Check that every file of a checkpoint (the newest, where there are several) is what was saved."""
+    from agl_grpc.learner.checkpoints.export import find_checkpoint
+    from agl_grpc.learner.checkpoints.integrity import verify as check
     from agl_grpc.learner.errors import LearnerError
-    from agl_grpc.learner.export import find_checkpoint
-    from agl_grpc.learner.integrity import verify as check
 
     try:
         checkpoint = find_checkpoint(folder)
@@ -75,9 +75,9 @@ def export(
     What it writes is loaded by transformers, by vLLM, and as the model of a new run. --dtype and checkpoints
     that were saved without hf_model need the learner environment.
     """
+    from agl_grpc.learner.checkpoints.export import export as write
+    from agl_grpc.learner.checkpoints.export import find_checkpoint
     from agl_grpc.learner.errors import LearnerError
-    from agl_grpc.learner.export import export as write
-    from agl_grpc.learner.export import find_checkpoint
 
     try:
         report = write(find_checkpoint(folder), target, dtype=dtype)

@@ -143,9 +143,9 @@ def serve(
     if not upstream and upstreams is None:
         raise typer.BadParameter("name at least one engine", param_hint="--upstream")
     body_limit = parse_size(max_body)
+    from agl_grpc.interceptor.capture.spool import SpoolInUse
     from agl_grpc.interceptor.front.command import run_proxy
     from agl_grpc.interceptor.front.workers import WorkersFailed
-    from agl_grpc.interceptor.spool import SpoolInUse
     from agl_grpc.runner.logs import LEVELS, configure_logging
 
     if log_level.lower() not in LEVELS:

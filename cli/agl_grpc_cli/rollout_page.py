@@ -68,7 +68,7 @@ def show(
 
 async def _read(client: StoreClient, rollout_id: str, model: str, decode: Decode | None) -> _Found | None:
     from agl_grpc.grader.conversation import conversation
-    from agl_grpc.learner.attempts import read_attempts
+    from agl_grpc.learner.rollouts.attempts import read_attempts
     from agl_grpc.sample import SampleRules
 
     rollout = await client.get_rollout_by_id(rollout_id)

@@ -133,7 +133,7 @@ def _best(attempts: list[AttemptSamples], count: int) -> list[AttemptSamples]:
 
 async def _attempts(client: StoreClient, model: str) -> list[AttemptSamples]:
     from agl_grpc.client import rollout_filter
-    from agl_grpc.learner.attempts import read_attempts
+    from agl_grpc.learner.rollouts.attempts import read_attempts
     from agl_grpc.sample import SampleRules
 
     chosen = rollout_filter(run_id=client.run_id, status_in=["succeeded"], mode_in=["train"])

@@ -144,8 +144,8 @@ def serve(
     calls sample from the model's own distribution (--generation-config vllm --logprobs-mode
     processed_logprobs).
     """
-    from agl_grpc.interceptor.serve import ServeError, run_vllm
-    from agl_grpc.interceptor.serve import serve as serve_vllm
+    from agl_grpc.interceptor.inside.serve import ServeError, run_vllm
+    from agl_grpc.interceptor.inside.serve import serve as serve_vllm
 
     if show_help:
         _help(context, run_vllm)

@@ -14,7 +14,7 @@ from agl_grpc.algorithm.reporting import SilentReporter
 from agl_grpc.client import StoreClient
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import BestOf, EngineConfig, load
-from agl_grpc.learner.selection import Judged, best_of_groups
+from agl_grpc.learner.supervised.selection import Judged, best_of_groups
 from agl_grpc.model.rollout import RolloutConfig
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from agl_grpc.diagnosis.trajectories import choose, pieces, write_step
-from agl_grpc.learner.rollouts import FinishedRollout, Row
+from agl_grpc.learner.rollouts.groups import FinishedRollout, Row
 from agl_grpc.sample import AttemptFacts, Verdict
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"

@@ -15,7 +15,7 @@ def engine(recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from agl_grpc.interceptor.serve import engine_arguments
+    from agl_grpc.interceptor.inside.serve import engine_arguments
 
     parsed = []
     for recipe in recipes:
@@ -38,7 +38,7 @@ def learner(recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from agl_grpc.learner.verl_config import compose, validate
+    from agl_grpc.learner.verl.config import compose, validate
 
     made = []
     for recipe in recipes:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
-from agl_grpc.interceptor.serve import MIDDLEWARE, is_cpu, set_environment
+from agl_grpc.interceptor.inside.serve import MIDDLEWARE, is_cpu, set_environment
 from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
 
 

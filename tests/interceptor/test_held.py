@@ -11,13 +11,20 @@ import pytest
 
 from agl_grpc.interceptor.attempts import KnownAttempt
 from agl_grpc.interceptor.attribution import Attribution, CallContext
-from agl_grpc.interceptor.held import HeldAnswer
-from agl_grpc.interceptor.record import CallRecord, ChoiceRecord, EngineIdentity, note_experts, to_span
+from agl_grpc.interceptor.capture.record import (
+    CallRecord,
+    ChoiceRecord,
+    EngineIdentity,
+    note_experts,
+    to_span,
+)
+from agl_grpc.interceptor.inside.held import HeldAnswer
+from agl_grpc.interceptor.inside.runtime import Interceptor, WeightLine
+from agl_grpc.interceptor.inside.sampling import capture_params
+from agl_grpc.interceptor.inside.swap import RunningCalls, SwapError, WeightSwapper
 from agl_grpc.interceptor.refusals import Refusal
-from agl_grpc.interceptor.runtime import Interceptor, WeightLine
-from agl_grpc.interceptor.sampling import capture_params, sampling_message
+from agl_grpc.interceptor.sampling import sampling_message
 from agl_grpc.interceptor.settings import Settings
-from agl_grpc.interceptor.swap import RunningCalls, SwapError, WeightSwapper
 from agl_grpc.model.resource import ProxyLLM
 from agl_grpc.v1 import model_call_pb2
 from tests.support.waiting import eventually
@@ -122,7 +129,7 @@ async def test_new_calls_wait_or_are_refused_while_weights_are_loaded() -> None:
 
 
 async def test_an_engine_that_does_not_pause_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agl_grpc.interceptor.swap._RPC_TIMEOUT", 0.05)
+    monkeypatch.setattr("agl_grpc.interceptor.inside.swap._RPC_TIMEOUT", 0.05)
     resumed = 0
 
     class Hanging:

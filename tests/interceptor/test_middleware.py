@@ -11,8 +11,8 @@ import pytest
 
 from agl_grpc.interceptor.attempts import KnownAttempt
 from agl_grpc.interceptor.attribution import CURRENT, Attribution, CallContext
+from agl_grpc.interceptor.inside.middleware import AttributionMiddleware
 from agl_grpc.interceptor.limits import RolloutLimits
-from agl_grpc.interceptor.middleware import AttributionMiddleware
 from agl_grpc.interceptor.refusals import Refusal
 
 

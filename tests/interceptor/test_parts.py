@@ -16,9 +16,15 @@ from agl_grpc.interceptor.attribution import (
     parse_path,
     parse_traceparent,
 )
-from agl_grpc.interceptor.deltas import PromptDeltas
-from agl_grpc.interceptor.middleware import AttributionMiddleware, Message, Receive, Scope, Send
-from agl_grpc.interceptor.serve import (
+from agl_grpc.interceptor.capture.deltas import PromptDeltas
+from agl_grpc.interceptor.capture.versions import (
+    ServedWeights,
+    VersionRun,
+    runs_from_engine,
+    runs_from_starts,
+)
+from agl_grpc.interceptor.inside.middleware import AttributionMiddleware, Message, Receive, Scope, Send
+from agl_grpc.interceptor.inside.serve import (
     MIDDLEWARE,
     ServeError,
     adapter_arguments,
@@ -27,7 +33,6 @@ from agl_grpc.interceptor.serve import (
     set_environment,
 )
 from agl_grpc.interceptor.settings import Settings
-from agl_grpc.interceptor.versions import ServedWeights, VersionRun, runs_from_engine, runs_from_starts
 
 
 def test_base_urls() -> None:

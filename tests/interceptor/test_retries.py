@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from array import array
 
-from agl_grpc.interceptor.deltas import whole
-from agl_grpc.interceptor.raw import raw_payload
-from agl_grpc.interceptor.retries import Retries, tries_of
+from agl_grpc.interceptor.capture.deltas import whole
+from agl_grpc.interceptor.capture.raw import raw_payload
+from agl_grpc.interceptor.capture.retries import Retries, tries_of
 from agl_grpc.model.value import RawPayload, from_payload
 from agl_grpc.sample.calls import read_answers
 from agl_grpc.sample.tree import TokenTree

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from agl_grpc.interceptor.sink import CapturedCall, CaptureSink
-from agl_grpc.interceptor.spool import Spool, SpoolFull, SpoolInUse
-from agl_grpc.interceptor.transport import AppendTransport, open_channel
+from agl_grpc.interceptor.capture.sink import CapturedCall, CaptureSink
+from agl_grpc.interceptor.capture.spool import Spool, SpoolFull, SpoolInUse
+from agl_grpc.interceptor.capture.transport import AppendTransport, open_channel
 from agl_grpc.v1 import span_pb2
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.waiting import eventually

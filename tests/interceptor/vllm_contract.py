@@ -41,7 +41,7 @@ def check_seeds_on_a_cpu() -> None:
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from agl_grpc.interceptor import cpu_seeds
+    from agl_grpc.interceptor.inside import cpu_seeds
 
     assert parameters(GPUModelRunner.sample_tokens) == ["self", "grammar_output"]
     assert "self.discard_request_mask" in inspect.getsource(GPUModelRunner)
@@ -94,7 +94,7 @@ def check_sampled_logprobs_take_the_place_of_tables() -> None:
     from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.outputs import LogprobsLists
 
-    from agl_grpc.interceptor.engine_state import keep_sampled_logprobs
+    from agl_grpc.interceptor.inside.engine_state import keep_sampled_logprobs
 
     class State:
         logprobs_processor: object
@@ -132,8 +132,8 @@ def check_sampled_logprobs_travel_as_numbers() -> None:
     from vllm.v1.outputs import LogprobsLists
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-    from agl_grpc.interceptor import core_logprobs, engine_state
-    from agl_grpc.interceptor.sampling import capture_params
+    from agl_grpc.interceptor.inside import core_logprobs, engine_state
+    from agl_grpc.interceptor.inside.sampling import capture_params
 
     theirs = Scheduler.update_from_output
     source = inspect.getsource(theirs)
@@ -240,12 +240,13 @@ def check_sampling_parameters() -> None:
     from vllm.sampling_params import SamplingParams
 
     from agl_grpc.interceptor import sampling
+    from agl_grpc.interceptor.inside.sampling import capture_params
 
     params = SamplingParams()
     assert sampling.untrainable_reasons(params) == []
     missing = [name for name in sampling._NEUTRAL if not hasattr(params, name)]
     assert missing == []
-    captured = sampling.capture_params(params, {"temperature": 0.5})
+    captured = capture_params(params, {"temperature": 0.5})
     assert (captured.logprobs, captured.temperature) == (0, 0.5)
     assert (params.logprobs, params.temperature) == (None, 1.0)
     assert copy.copy(SamplingParams(seed=4)).seed == 4
@@ -257,8 +258,8 @@ def check_what_continues_an_aborted_request() -> None:
     from vllm.v1.engine.core_client import AsyncMPClient
     from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-    from agl_grpc.interceptor import engine_state
-    from agl_grpc.interceptor.resume import AbortedByEngine, continued, obstacle
+    from agl_grpc.interceptor.inside import engine_state
+    from agl_grpc.interceptor.inside.resume import AbortedByEngine, continued, obstacle
 
     assert str(FinishReason.ABORT) == "abort"
     for name in ("add_request_async", "abort_requests_async"):
@@ -329,7 +330,7 @@ def check_worker_extension() -> None:
 def check_plugin_protocol() -> None:
     from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
-    from agl_grpc.interceptor.plugin import InterceptorPlugin
+    from agl_grpc.interceptor.inside.plugin import InterceptorPlugin
 
     assert isinstance(InterceptorPlugin(), EndpointPlugin)
     assert parameters(EndpointPlugin.init_state) == ["self", "engine_client", "state", "args"]
@@ -355,7 +356,7 @@ def check_server_entry_and_options() -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from agl_grpc.interceptor.serve import engine_arguments
+    from agl_grpc.interceptor.inside.serve import engine_arguments
 
     assert callable(entry)
     assert "await run_server_worker(" in inspect.getsource(run_server)
@@ -386,7 +387,7 @@ def check_help_shows_our_options_and_vllms() -> None:
 def check_validation_error() -> None:
     from vllm.exceptions import VLLMClientError
 
-    from agl_grpc.interceptor.runtime import _bad_request, _unavailable
+    from agl_grpc.interceptor.inside.runtime import _bad_request, _unavailable
 
     assert isinstance(_bad_request("why"), VLLMClientError)
     assert _unavailable("why").status_code == 503  # type: ignore[attr-defined]  # vLLM's error

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-from agl_grpc.learner.advantage import OUTCOME_ESTIMATORS, PREFIX, row_label
+from agl_grpc.learner.credit.advantage import OUTCOME_ESTIMATORS, PREFIX, row_label
 
 GROUPS, SIZE, TOKENS = 3, 4, 6
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from agl_grpc.learner.errors import ConfigError
-from agl_grpc.learner.verl_config import compose, validate
+from agl_grpc.learner.verl.config import compose, validate
 
 
 def outcome(keys: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from verl import DataProto
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 
-from agl_grpc.learner.correction import correct_over_rollouts
-from agl_grpc.learner.sequences import row_label
+from agl_grpc.learner.batch.sequences import row_label
+from agl_grpc.learner.credit.correction import correct_over_rollouts
 
 ROLLOUTS, TOKENS = 12, 8
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

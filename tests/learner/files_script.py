@@ -32,7 +32,7 @@ def main(path: Path) -> str:
 
 def _same_as_a_tensor_dict() -> None:
     """Packed columns as jagged tensors: the rows' tokens, and one number a row."""
-    from agl_grpc.learner.columns import tensor_dict
+    from agl_grpc.learner.batch.columns import tensor_dict
 
     batch = tensor_dict(read_columns(pack(rows())))
     for place, row in enumerate(rows()):

@@ -13,16 +13,16 @@ from ray.util import remove_placement_group
 from transfer_queue import KVBatchMeta
 
 from agl_grpc.dataset import CurriculumRules
-from agl_grpc.learner import checkpoint
-from agl_grpc.learner.checkpoint import Checkpoints, check_fits, resume_keys
-from agl_grpc.learner.curriculum import TaskOrder
+from agl_grpc.learner.checkpoints import checkpoint
+from agl_grpc.learner.checkpoints.checkpoint import Checkpoints, check_fits, resume_keys
 from agl_grpc.learner.errors import LearnerError
 from agl_grpc.learner.hooks import Hooks
-from agl_grpc.learner.manager import RolloutManager
 from agl_grpc.learner.progress import with_summary
+from agl_grpc.learner.rollouts.curriculum import TaskOrder
 from agl_grpc.learner.run_config import BestOf, Deadlines
 from agl_grpc.learner.trainer import AglTrainer
-from agl_grpc.learner.verl_config import compose
+from agl_grpc.learner.verl.config import compose
+from agl_grpc.learner.verl.manager import RolloutManager
 from tests.learner.local_engine import LocalEngine
 
 GROUP_SIZE = 8

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from agl_grpc.learner.ray_runtime import local_ray
-from agl_grpc.learner.rollouts import FinishedGroup
-from agl_grpc.learner.verl_keys import POLICY_LOSSES
+from agl_grpc.learner.rollouts.groups import FinishedGroup
+from agl_grpc.learner.verl.keys import POLICY_LOSSES
+from agl_grpc.learner.verl.ray_runtime import local_ray
 from tests.learner.life import Killed, Ledger, Life
 from tests.learner.local_engine import LocalEngine
 from tests.learner.trainer_script import SplitRows, make_tasks

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from agl_grpc.learner.rollouts import (
+from agl_grpc.learner.rollouts.groups import (
     BatchEntry,
     ClaimedBatch,
     Deliver,
@@ -23,7 +23,7 @@ from agl_grpc.learner.rollouts import (
     GroupRequest,
     Row,
 )
-from agl_grpc.learner.sender import SEND_MODE
+from agl_grpc.learner.verl.sender import SEND_MODE
 from agl_grpc.weights.adapters import is_adapter, merged
 from agl_grpc.weights.receiver import WeightReceiver
 from agl_grpc.weights.wire import ReceiverState

@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from agl_grpc.grader.grade import GraderFailed
 from agl_grpc.grader.isolated import graded
 from agl_grpc.grader.submission import Submission
+from agl_grpc.learner.batch.tokens import decoder
 from agl_grpc.learner.errors import ConfigError
-from agl_grpc.learner.ray_runtime import local_ray
-from agl_grpc.learner.reward_loop import VerlGrader, start_workers, take_rewards, version_of
-from agl_grpc.learner.tokens import decoder
-from agl_grpc.learner.verl_config import compose
+from agl_grpc.learner.verl.config import compose
+from agl_grpc.learner.verl.ray_runtime import local_ray
+from agl_grpc.learner.verl.reward_loop import VerlGrader, start_workers, take_rewards, version_of
 from agl_grpc.model.span import Span
 from agl_grpc.v1 import model_call_pb2, span_pb2
 from tests.learner.trainer_script import make_model

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from agl_grpc.evaluation import Answered, Evaluation, TaskResult
-from agl_grpc.learner.best import BestCheckpoint, read_best
-from agl_grpc.learner.checkpoint import Checkpoints, LearnerState, checkpoint_id, write_checkpoint
+from agl_grpc.learner.checkpoints.best import BestCheckpoint, read_best
+from agl_grpc.learner.checkpoints.checkpoint import Checkpoints, LearnerState, checkpoint_id, write_checkpoint
+from agl_grpc.learner.checkpoints.export import describe
 from agl_grpc.learner.errors import ConfigError
-from agl_grpc.learner.export import describe
 from agl_grpc.learner.validation import metrics_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agl_grpc.learner.checks import (
+from agl_grpc.learner.batch.checks import (
     LogprobLimits,
     LogprobRow,
     SealedRow,
@@ -14,7 +14,7 @@ from agl_grpc.learner.checks import (
     check_seals,
 )
 from agl_grpc.learner.errors import FidelityError
-from agl_grpc.learner.rollouts import BatchEntry, FinishedRollout
+from agl_grpc.learner.rollouts.groups import BatchEntry, FinishedRollout
 
 VERSION = 7
 LIMITS = LogprobLimits()

@@ -11,7 +11,7 @@ import pytest
 
 from agl_grpc.client import StoreClient
 from agl_grpc.dataset import CurriculumRules, task_key
-from agl_grpc.learner.curriculum import TaskOrder, begin_with, stored_rewards
+from agl_grpc.learner.rollouts.curriculum import TaskOrder, begin_with, stored_rewards
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.model import EnqueueRolloutRequest, Reward, RolloutMode
 from tests.support.store_process import StoreProcess

@@ -11,11 +11,11 @@ import pytest
 from agl_grpc_cli import checkpoint as command
 from typer.testing import CliRunner
 
-from agl_grpc.learner.checkpoint import check_fits, resume_keys
+from agl_grpc.learner.checkpoints.checkpoint import check_fits, resume_keys
+from agl_grpc.learner.checkpoints.export import find_checkpoint
+from agl_grpc.learner.checkpoints.integrity import stamp
+from agl_grpc.learner.checkpoints.model_folder import stored_dtype
 from agl_grpc.learner.errors import ConfigError
-from agl_grpc.learner.export import find_checkpoint
-from agl_grpc.learner.integrity import stamp
-from agl_grpc.learner.model_folder import stored_dtype
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 

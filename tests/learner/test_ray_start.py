@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from agl_grpc.learner import ray_runtime
 from agl_grpc.learner.errors import LearnerError
-from agl_grpc.learner.ray_runtime import local_ray
+from agl_grpc.learner.verl import ray_runtime
+from agl_grpc.learner.verl.ray_runtime import local_ray
 
 SLOW = "The current node timed out during startup. This could happen because ..."
 

@@ -12,10 +12,10 @@ import pytest
 
 from agl_grpc.client import StoreClient
 from agl_grpc.client.leases import Completion
-from agl_grpc.learner.adoption import LeftBehind, OpenGroup, left_behind
-from agl_grpc.learner.attempts import read_attempts
 from agl_grpc.learner.lineage import PolicyLineage, transfer_name
-from agl_grpc.learner.rollouts import UNKNOWN_STEP, FinishedRollout, GroupRequest, Row
+from agl_grpc.learner.rollouts.adoption import LeftBehind, OpenGroup, left_behind
+from agl_grpc.learner.rollouts.attempts import read_attempts
+from agl_grpc.learner.rollouts.groups import UNKNOWN_STEP, FinishedRollout, GroupRequest, Row
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity, TrainingRun, frozen_rewards
 from agl_grpc.model.enums import BatchStatus, FailureKind, PolicyVersionStatus, RolloutMode, RolloutStatus

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agl_grpc.learner.checks import LogprobRow
-from agl_grpc.learner.rollouts import FinishedRollout, Row
-from agl_grpc.learner.step_metrics import batch_metrics, distinct_share, sampler_distance, unfinished
+from agl_grpc.learner.batch.checks import LogprobRow
+from agl_grpc.learner.batch.step_metrics import batch_metrics, distinct_share, sampler_distance, unfinished
+from agl_grpc.learner.rollouts.groups import FinishedRollout, Row
 from agl_grpc.model.value import to_key_values, to_payload
 from agl_grpc.sample import AttemptFacts, AttemptRecord, SampleRules, Verdict, observe
 from agl_grpc.v1 import model_call_pb2, reward_pb2, span_pb2

@@ -6,9 +6,9 @@ import statistics
 
 import pytest
 
-from agl_grpc.learner.checks import row_starts
-from agl_grpc.learner.rollouts import FinishedRollout
-from agl_grpc.learner.turn_credit import advantages_by_rollout, normalised_returns
+from agl_grpc.learner.batch.checks import row_starts
+from agl_grpc.learner.credit.turn_credit import advantages_by_rollout, normalised_returns
+from agl_grpc.learner.rollouts.groups import FinishedRollout
 
 
 def test_with_final_rewards_alone_it_is_grpo_however_many_turns_a_rollout_has() -> None:

@@ -17,9 +17,9 @@ import torch
 import transfer_queue as tq
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from agl_grpc.learner.ray_runtime import local_ray
-from agl_grpc.learner.rollouts import FinishedGroup, FinishedRollout, Row
+from agl_grpc.learner.rollouts.groups import FinishedGroup, FinishedRollout, Row
 from agl_grpc.learner.run_config import BestOf
+from agl_grpc.learner.verl.ray_runtime import local_ray
 from tests.learner.life import Ledger, Life
 from tests.learner.local_engine import LocalEngine
 from tests.learner.warm_ray import warm_cluster

@@ -32,9 +32,9 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from agl_grpc.learner.advantage import PREFIX
-from agl_grpc.learner.rollouts import FinishedGroup
-from agl_grpc.learner.rows import queue_rows
+from agl_grpc.learner.batch.rows import queue_rows
+from agl_grpc.learner.credit.advantage import PREFIX
+from agl_grpc.learner.rollouts.groups import FinishedGroup
 
 PAD = 0
 _ENVIRONMENT = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

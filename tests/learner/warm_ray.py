@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from agl_grpc.learner.ray_runtime import CPUS_PER_GPU, OTHER_CPUS, worker_environment
+from agl_grpc.learner.verl.ray_runtime import CPUS_PER_GPU, OTHER_CPUS, worker_environment
 from tests.learner import warm_worker
 
 STORE_BYTES = 100 << 20

@@ -10,8 +10,8 @@ import pytest
 from agl_grpc.client import StoreClient
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import SftConfig
-from agl_grpc.learner.sft import Trajectories, collect
 from agl_grpc.learner.store_link import StoreLink
+from agl_grpc.learner.supervised.sft import Trajectories, collect
 from agl_grpc.model import Batch, BatchStatus, Reward, Span, TrainingRun
 from agl_grpc.model.enums import LogprobSemantics, ModelCallOutcome
 from agl_grpc.model.model_call import Choice, ModelCall, PolicyRun, logprobs, token_ids

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from agl_grpc.interceptor.attribution import CallContext
-from agl_grpc.interceptor.deltas import AttemptKey
+from agl_grpc.interceptor.capture.deltas import AttemptKey
+from agl_grpc.interceptor.capture.raw import raw_payload
+from agl_grpc.interceptor.capture.record import CallRecord, EngineIdentity, to_span
+from agl_grpc.interceptor.capture.sink import CapturedCall
+from agl_grpc.interceptor.capture.versions import VersionRun
 from agl_grpc.interceptor.front.dialects import Collector
 from agl_grpc.interceptor.front.upstreams import Upstream
-from agl_grpc.interceptor.raw import raw_payload
-from agl_grpc.interceptor.record import CallRecord, EngineIdentity, to_span
-from agl_grpc.interceptor.sink import CapturedCall
-from agl_grpc.interceptor.versions import VersionRun
 from agl_grpc.v1 import model_call_pb2
 
 COMPLETE = model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE

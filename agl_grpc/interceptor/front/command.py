@@ -14,11 +14,11 @@ from pathlib import Path
 
 import uvloop
 
+from agl_grpc.interceptor.capture.spool import SpoolInUse
 from agl_grpc.interceptor.front.peers import Share
 from agl_grpc.interceptor.front.server import Proxy
 from agl_grpc.interceptor.front.settings import BadUpstream, ProxySettings, UpstreamSpec, read_upstreams
 from agl_grpc.interceptor.front.workers import Workers
-from agl_grpc.interceptor.spool import SpoolInUse
 
 logger = logging.getLogger("agl_grpc.interceptor")
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from agl_grpc.interceptor.capture.record import ChoiceRecord
 from agl_grpc.interceptor.front.splice import PromptTexts, Spliced, splice
-from agl_grpc.interceptor.record import ChoiceRecord
 from agl_grpc.interceptor.refusals import Refusal
 
 CAPTURED = frozenset({"chat.completions", "completions"})

@@ -19,8 +19,7 @@ from agl_grpc.interceptor.front.recording import EVENTS, Counters, Kept, Parts, 
 from agl_grpc.interceptor.front.streams import BrokenStream, Events
 from agl_grpc.interceptor.front.turn import Turn, begin
 from agl_grpc.interceptor.front.upstreams import Upstream
-from agl_grpc.interceptor.middleware import RETRY_AFTER_SECONDS
-from agl_grpc.interceptor.refusals import Refusal, upstream_failed
+from agl_grpc.interceptor.refusals import RETRY_AFTER_SECONDS, Refusal, upstream_failed
 
 logger = logging.getLogger("agl_grpc.interceptor")
 

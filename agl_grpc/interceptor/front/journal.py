@@ -15,10 +15,10 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from agl_grpc.interceptor.deltas import AttemptKey, PromptDeltas
-from agl_grpc.interceptor.sink import CapturedCall, SinkCounters
-from agl_grpc.interceptor.spool import Entry, Spool, SpoolFull
-from agl_grpc.interceptor.transport import Rejection, SpanTransport, StoreAway
+from agl_grpc.interceptor.capture.deltas import AttemptKey, PromptDeltas
+from agl_grpc.interceptor.capture.sink import CapturedCall, SinkCounters
+from agl_grpc.interceptor.capture.spool import Entry, Spool, SpoolFull
+from agl_grpc.interceptor.capture.transport import Rejection, SpanTransport, StoreAway
 from agl_grpc.v1 import span_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")

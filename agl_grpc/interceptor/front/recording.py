@@ -8,6 +8,9 @@ import dataclasses
 import orjson
 
 from agl_grpc.interceptor.attempts import Attempts, KnownAttempt
+from agl_grpc.interceptor.capture.record import EngineIdentity, failed_record, to_span
+from agl_grpc.interceptor.capture.retries import Retries, tries_of
+from agl_grpc.interceptor.capture.sink import CapturedCall
 from agl_grpc.interceptor.external import EXTERNAL, ExternalTraffic
 from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture
 from agl_grpc.interceptor.front.dialects import Collector, ask_for_ids
@@ -20,10 +23,7 @@ from agl_grpc.interceptor.front.turn import Turn
 from agl_grpc.interceptor.front.upstreams import Upstream, Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions
 from agl_grpc.interceptor.limits import RolloutLimits
-from agl_grpc.interceptor.record import EngineIdentity, failed_record, to_span
 from agl_grpc.interceptor.refusals import Refusal, Refused
-from agl_grpc.interceptor.retries import Retries, tries_of
-from agl_grpc.interceptor.sink import CapturedCall
 from agl_grpc.v1 import model_call_pb2
 
 EVENTS = "text/event-stream"

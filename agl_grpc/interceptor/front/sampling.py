@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from agl_grpc.interceptor.record import key_value
+from agl_grpc.interceptor.capture.record import key_value
 from agl_grpc.interceptor.sampling import sampling_message, untrainable_reasons
 from agl_grpc.v1 import model_call_pb2
 

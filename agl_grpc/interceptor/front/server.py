@@ -14,6 +14,9 @@ import grpc
 import orjson
 
 from agl_grpc.interceptor.attempts import Attempts
+from agl_grpc.interceptor.attribution import STATUS_PATH
+from agl_grpc.interceptor.capture.spool import Spool, gather, hold
+from agl_grpc.interceptor.capture.transport import AppendTransport, open_channel
 from agl_grpc.interceptor.external import ExternalTraffic
 from agl_grpc.interceptor.front.handler import JSON, Handler
 from agl_grpc.interceptor.front.http.door import Door, Incoming
@@ -25,9 +28,6 @@ from agl_grpc.interceptor.front.settings import ProxySettings, UpstreamSpec
 from agl_grpc.interceptor.front.upstreams import Upstreams
 from agl_grpc.interceptor.front.versions import PolicyVersions
 from agl_grpc.interceptor.limits import RolloutLimits
-from agl_grpc.interceptor.middleware import STATUS_PATH
-from agl_grpc.interceptor.spool import Spool, gather, hold
-from agl_grpc.interceptor.transport import AppendTransport, open_channel
 
 logger = logging.getLogger("agl_grpc.interceptor")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from agl_grpc.interceptor.capture.spool import gather, hold
 from agl_grpc.interceptor.front.peers import Share
 from agl_grpc.interceptor.front.server import listen, url_of
 from agl_grpc.interceptor.front.settings import ProxySettings, UpstreamSpec
-from agl_grpc.interceptor.spool import gather, hold
 
 logger = logging.getLogger("agl_grpc.interceptor")
 

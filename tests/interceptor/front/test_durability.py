@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from agl_grpc.interceptor.spool import Spool, SpoolInUse
+from agl_grpc.interceptor.capture.spool import Spool, SpoolInUse
 from tests.interceptor.front.fake_engine import FakeEngine
 from tests.interceptor.front.rig import proxy_before
 from tests.interceptor.front.test_capture import recorded

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from agl_grpc.client import StoreClient
+from agl_grpc.interceptor.capture.spool import Spool, SpoolInUse, gather, hold
 from agl_grpc.interceptor.front.peers import key_of
-from agl_grpc.interceptor.spool import Spool, SpoolInUse, gather, hold
 from agl_grpc.model import AttemptedRollout, RolloutMode
 from tests.interceptor.front.fake_engine import FakeEngine
 from tests.interceptor.front.rig import CHAT, HELLO

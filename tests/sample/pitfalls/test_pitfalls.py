@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from agl_grpc.client import StoreClient
-from agl_grpc.learner.checks import LogprobLimits, LogprobRow, check_logprobs
+from agl_grpc.learner.batch.checks import LogprobLimits, LogprobRow, check_logprobs
 from agl_grpc.learner.errors import FidelityError
 from agl_grpc.sample import (
     DropReason,

@@ -1,0 +1,105 @@
+"""Rollouts that another training run asks for: one rollout that used several models trains each of them.
+
+The run that leads asks for groups as ever. The one that follows walks through the same groups (same tasks,
+same seed, so the same ids), reads from each rollout the calls of its own model, and claims them for itself,
+with the rollout's reward and group as the leader has them. The leader asks for the next step's rollouts only
+when its followers' engines serve their weights of this one, so all models are as new as each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from agl_grpc.client.filters import rollout_filter
+from agl_grpc.learner.errors import ConfigError, DeadlineError
+from agl_grpc.learner.lineage import PolicyLineage
+from agl_grpc.learner.rollouts.adoption import OpenGroup
+from agl_grpc.learner.rollouts.groups import GroupRequest
+from agl_grpc.learner.rollouts.store_source import StoreSource
+from agl_grpc.learner.store_link import StoreLink
+from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingIdentity
+from agl_grpc.model.reward import Reward
+from agl_grpc.model.rollout import Rollout, RolloutConfig
+from agl_grpc.sample import Decode, SampleRules
+
+_PAUSE_SECONDS = 0.2
+
+
+class FollowedSource(StoreSource):
+    """``RolloutSource`` that asks for nothing.
+
+    Args:
+        link, identity, rules, samples, lineage, rewards, decode: as `StoreSource` takes them.
+        labels: the label of the leader's rollouts.
+    """
+
+    def __init__(
+        self,
+        link: StoreLink,
+        identity: TrainingIdentity,
+        *,
+        rules: RolloutConfig,
+        samples: SampleRules,
+        lineage: PolicyLineage,
+        rewards: Mapping[str, Sequence[Reward]],
+        labels: Mapping[str, str],
+        decode: Decode | None = None,
+    ) -> None:
+        super().__init__(
+            link,
+            identity,
+            rules=rules,
+            samples=samples,
+            lineage=lineage,
+            rewards=rewards,
+            decode=decode,
+        )
+        self._labels = dict(labels)
+
+    async def _submit(self, groups: list[GroupRequest]) -> None:
+        for request in groups:
+            if request.validate:
+                raise ConfigError(
+                    "a training run that follows another cannot validate: set trainer.test_freq and "
+                    "trainer.val_before_train in the run that leads"
+                )
+            members = [request.rollout_id(number) for number in range(request.size)]
+            self._open[request.uid] = OpenGroup(request, members)
+        there = rollout_filter(
+            run_id=self._identity.run_id, labels=self._labels, group_id_in=[each.uid for each in groups]
+        )
+        for rollout in await self._client.query_rollouts(filter=there):
+            self._note(rollout)
+
+    def _note(self, rollout: Rollout) -> None:
+        group = self._open.get(rollout.group_id or "")
+        if group is not None:
+            group.take_newer(rollout.rollout_id)
+        super()._note(rollout)
+
+
+def leaders_origin(link: StoreLink, run_id: str, leader: str, deadline: float) -> int:
+    """The epoch from which the leader's rollouts are named, once there is one.
+
+    Raises:
+        DeadlineError: the leader has asked for nothing within ``deadline`` seconds.
+    """
+    return link.run(_leaders_origin(link, run_id, leader, deadline))
+
+
+async def _leaders_origin(link: StoreLink, run_id: str, leader: str, deadline: float) -> int:
+    try:
+        async with asyncio.timeout(deadline):
+            while True:
+                record = await link.client.get_training_run_by_id(leader)
+                for origin in range(record.trainer_epoch if record else 0, 0, -1):
+                    mine = rollout_filter(run_id=run_id, labels={TRAINING_LABEL: f"{leader}/{origin}"})
+                    if await link.client.query_rollouts(filter=mine, limit=1):
+                        return origin
+                # Waited for once, at the start; a training run that does not exist cannot be watched.
+                await asyncio.sleep(_PAUSE_SECONDS)
+    except TimeoutError as error:
+        raise DeadlineError(
+            f"training run {leader}, which this one follows, has asked for no rollouts within {deadline:g} s"
+        ) from error

@@ -24,6 +24,7 @@ _NUMBERS = b'token_ids":['
 _OF_ANSWER, _OF_PROMPT = b'"', b'"prompt_'
 """What stands before that: the key of an answer's ids, and of a prompt's."""
 
+_PROMPT = _OF_PROMPT + _NUMBERS
 _TABLE = b'"logprobs":{'
 _AFTER_TABLE = b',"finish_reason":'
 _CHAT_LOGPROB = re.compile(rb'"logprob":([^,]++),[^}]*+')
@@ -103,6 +104,18 @@ def splice(data: bytes, chat: bool, prompts: PromptTexts | None = None, key: obj
         return None
 
 
+def cut_prompt(event: bytes, instead: bytes) -> tuple[bytes, bytes] | None:
+    """An event with something else in the place of its list of prompt ids, and that list; None where it has
+    none, or several.
+    """
+    found = event.find(_PROMPT)
+    begin = found + len(_PROMPT) - 1
+    end = event.find(b"]", begin) + 1
+    if found < 0 or not end or event.find(_PROMPT, end) >= 0:
+        return None
+    return event[:begin] + instead + event[end:], event[begin:end]
+
+
 def _with_numbers(parts: list[bytes]) -> Iterator[bytes]:
     for number, part in enumerate(parts):
         if number:
@@ -168,6 +181,6 @@ def _logprobs(table: bytes, chat: bool) -> list[float]:
         match = _TEXT_LOGPROBS.search(table)
         text = match[1] if match else b""
     numbers: list[float] = orjson.loads(text)
-    if numbers and not math.isfinite(math.fsum(numbers)):
+    if numbers and not math.isfinite(sum(numbers)):
         raise ValueError("no numbers")
     return numbers

@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
             raw, objects = on_loop(read_back(server.address, attempts[0]))
             title = f"{SPANS:,} spans of one rollout"
             rows.append(figure(f"{title} read, the answer's bytes", "ms", raw, "<= 30"))
-            rows.append(figure(f"{title} by query_spans, as Python objects", "ms", objects))
+            rows.append(figure(f"{title} by query_spans, as Python objects", "ms", objects, "<= 30"))
         with store_server(database) as server:
             rows.append(figure("memory of an idle server", "MiB", server.rss))
             used = on_loop(crowd(server, QUEUED, WORKERS))

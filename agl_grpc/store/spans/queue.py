@@ -126,15 +126,20 @@ class SpanQueue:
 
 
 class _Flush:
-    """What one command of the writer takes out of the queue, decided when it is executed."""
+    """What one command of the writer takes out of the queue, decided when it is first executed."""
 
     def __init__(self, source: deque[_Entry]) -> None:
         self._source = source
         self.taken: list[_Entry] = []
 
     def run(self, tx: Tx) -> Sequence[SpanOutcome | StoreError]:
-        """Write as many waiting messages as one transaction should hold. Writer's thread."""
-        rows = size = 0
+        """Write as many waiting messages as one transaction should hold. Writer's thread.
+
+        A transaction that is undone and runs again holds the same messages, and those that came meanwhile as
+        far as there is room.
+        """
+        rows = sum(message.rows for message, _ in self.taken)
+        size = sum(message.size for message, _ in self.taken)
         while self._source and rows < _FLUSH_ROWS and size < _FLUSH_BYTES:
             entry = self._source.popleft()
             self.taken.append(entry)

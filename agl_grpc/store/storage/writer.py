@@ -28,10 +28,11 @@ from agl_grpc.store.errors import (
     storage_full,
 )
 from agl_grpc.store.storage import failpoints
-from agl_grpc.store.storage.bulk import insert_rows
+from agl_grpc.store.storage.bulk import insert_rows, update_rows
 from agl_grpc.store.storage.engine import Database, Trouble
 from agl_grpc.store.storage.events import EventRow
-from agl_grpc.store.storage.transaction import Redo, Tx
+from agl_grpc.store.storage.idempotency import write_answers
+from agl_grpc.store.storage.transaction import Answered, Redo, Tx
 
 T = TypeVar("T")
 Run = Callable[[Tx], Any]
@@ -58,9 +59,10 @@ class Lane(enum.IntEnum):
 
 
 class _Command:
-    __slots__ = ("error", "future", "lane", "result", "rows", "run", "tx")
+    __slots__ = ("careful", "error", "future", "lane", "result", "rows", "run", "tx")
 
     def __init__(self, run: Run, future: asyncio.Future[Any] | None, rows: int, lane: Lane) -> None:
+        self.careful = lane is Lane.SPANS
         self.run = run
         self.future = future
         self.rows = rows
@@ -113,6 +115,7 @@ class Writer:
         self._idle = False
         self._stopping = False
         self._segment: list[_Command] = []
+        self._answered: dict[bytes, Answered] = {}
         self._in_savepoint = False
         self._touched = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -191,11 +194,14 @@ class Writer:
         try:
             self._begin()
             self._touched = False
+            self._answered.clear()
             self._catch_up(done)
             self._fill(done)
             self._segment.clear()
             events = [event for command in done if command.error is None for event in _tx(command).events]
-            self._finish(done, events)
+            if not self._finish(done, events):
+                self._carefully(done)
+                return
             if self._failpoints is not None:
                 self._failpoints.hit("before_commit")
             self._connection.commit()
@@ -237,19 +243,38 @@ class Writer:
                 done.append(command)
                 self._careful(command)
 
-    def _finish(self, done: list[_Command], events: list[EventRow]) -> None:
+    def _finish(self, done: list[_Command], events: list[EventRow]) -> bool:
+        """Writes what the commands left for the end; False = a request was carried out before."""
         deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]] = {}
         for command in done:
             if command.error is None:
                 for key, write in _tx(command).deferred.items():
                     deferred.pop(key, None)
                     deferred[key] = write
-        for sql, values in deferred.values():
-            self._connection.execute(sql, values)
+        self._write_deferred(deferred)
+        if not write_answers(self._connection.execute, self._answered.items()):
+            return False
         if events:
             first = self._connection.counters.take("events", len(events))
             rows = [(position, *event) for position, event in enumerate(events, first)]
             insert_rows(self._connection.execute, _INSERT_EVENT, rows)
+        return True
+
+    def _write_deferred(self, deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]]) -> None:
+        """One statement for all rows of a kind; where a row is written in two ways, their order holds."""
+        batches: dict[str, list[tuple[object, ...]]] = {}
+        names: dict[int, str] = {}
+        for (name, key), (template, row) in deferred.items():
+            if names.setdefault(key, name) != name:
+                self._write_batches(batches)
+                names = {key: name}
+            batches.setdefault(template, []).append(row)
+        self._write_batches(batches)
+
+    def _write_batches(self, batches: dict[str, list[tuple[object, ...]]]) -> None:
+        for template, rows in batches.items():
+            update_rows(self._connection.execute, template, rows)
+        batches.clear()
 
     def _fill(self, done: list[_Command]) -> None:
         lifecycle, spans = self._lanes
@@ -258,15 +283,13 @@ class Writer:
         end = time.monotonic() + seconds
         rows = 0
         while lifecycle or spans:
-            if lifecycle:
-                command = lifecycle.popleft()
-                done.append(command)
-                self._hopeful(command)
-            else:
-                command = spans.popleft()
-                done.append(command)
+            command = lifecycle.popleft() if lifecycle else spans.popleft()
+            done.append(command)
+            if command.careful:
                 self._close_segment()
                 self._careful(command)
+            else:
+                self._hopeful(command)
             rows += command.rows
             if rows >= most or time.monotonic() >= end:
                 return
@@ -324,7 +347,7 @@ class Writer:
             self._connection.execute("RELEASE command")
 
     def _run(self, command: _Command, careful: bool) -> None:
-        tx = command.tx = Tx(self._connection, self._clock.now(), careful)
+        tx = command.tx = Tx(self._connection, self._clock.now(), careful, self._answered)
         command.result = command.run(tx)
         for callback in tx.finals:
             callback()
@@ -380,9 +403,21 @@ class Writer:
         self._refuse_all(done, storage_away())
 
     def _again(self, done: list[_Command], error: Exception) -> None:
-        """Another server was in the way: the commands wait once more, in their order."""
+        """Another server was in the way: the commands run again."""
         _log.info("a group of %d commands runs again: %s", len(done), self._database.explain(error))
         self._retries += 1
+        self._requeue(done)
+
+    def _carefully(self, done: list[_Command]) -> None:
+        """A request was carried out before: each command looks for its own first, and runs alone."""
+        self._in_savepoint = False
+        self._connection.rollback()
+        for command in done:
+            command.careful = True
+        self._requeue(done)
+
+    def _requeue(self, done: list[_Command]) -> None:
+        """The commands wait once more, in their order."""
         for command in reversed(done):
             if command.error is None:
                 _rolled_back(command)

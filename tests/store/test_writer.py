@@ -15,11 +15,11 @@ import pytest
 from agl_grpc.store.clock import ManualClock
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.storage import idempotency, maintenance
+from agl_grpc.store.storage.command import Lane
 from agl_grpc.store.storage.engine import Connection, DatabaseError
 from agl_grpc.store.storage.idempotency import RequestKey
 from agl_grpc.store.storage.sqlite.database import open_sqlite
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.store.storage.writer import Lane
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import error_reason_pb2, event_pb2
 

@@ -126,7 +126,8 @@ def _note(tx: Tx, key: RequestKey, response: bytes, *, replaces: bool) -> bool:
 
 def write_answers(execute: Execute, answered: Iterable[tuple[bytes, Answered]]) -> bool:
     """Writes the answers of a group of commands; False = one of its requests was answered before."""
-    new, again = [], []
+    new: list[tuple[object, ...]] = []
+    again: list[tuple[object, ...]] = []
     for digest, one in answered:
         row = (digest, one.request_hash, one.response, one.create_time)
         (again if one.replaces else new).append(row)

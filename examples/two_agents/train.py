@@ -31,8 +31,16 @@ from examples.two_agents.agent import AGENTS, agent
 BASE = "base"
 RANK = 16
 ENGINE_SECONDS = 600.0
+SPAN = 5
 # Which of the two is trained, of those who answer the held-out questions in the end.
 TEAMS = {"neither": (), "planner": ("planner",), "solver": ("solver",), "both": AGENTS}
+# What is reported of each step: whose learner says it, and under which name. The solver's rollouts are those
+# in which it was asked.
+CURVES = {
+    "planner/reward": ("planner", "reward/mean"),
+    "solver/reward": ("solver", "reward/mean"),
+    "solver/rollouts": ("solver", "training/rollouts"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Settings:
     """What is trained, and how long: steps of 16 questions with ``rollouts`` answers each."""
 
     model: Path
-    steps: int = 30
+    steps: int = 20
     rollouts: int = 8
     seed: int = 0
     learning_rate: float = 5e-3
@@ -144,9 +152,9 @@ class TwoAdapters(Algorithm):
             path = folder.path / f"{name}.json"
             path.write_text(json.dumps(config, indent=2))
             stack.start(_learner(folder, store.target, name, path, stack.mark), may_end=True)
-        curves: dict[int, dict[str, float]] = {}
+        told: dict[int, dict[str, Mapping[str, float]]] = {}
         following = [
-            asyncio.create_task(self._follow(store, name, config["training_run_id"], curves))
+            asyncio.create_task(self._follow(store, name, config["training_run_id"], told))
             for name, config in wanted.items()
         ]
         try:
@@ -158,17 +166,21 @@ class TwoAdapters(Algorithm):
                 task.cancel()
 
     async def _follow(
-        self, store: StoreClient, name: str, training_run_id: str, curves: dict[int, dict[str, float]]
+        self,
+        store: StoreClient,
+        name: str,
+        training_run_id: str,
+        told: dict[int, dict[str, Mapping[str, float]]],
     ) -> None:
-        """Notes an agent's reward at each step, and reports the steps that both have made."""
-        while await store.get_training_run_by_id(training_run_id) is None:  # noqa: ASYNC110  # the learner makes it
+        """Notes what an agent's learner says of each step, and reports the steps that both have made."""
+        while await store.get_training_run_by_id(training_run_id) is None:  # noqa: ASYNC110  # its learner makes it
             await asyncio.sleep(0.5)
         async for _, steps in store.watch_training_run(training_run_id):
             for step in steps:
-                found = curves.setdefault(step.step, {})
-                found[f"{name}/reward"] = step.metrics["reward/mean"]
-                found[f"{name}/rollouts"] = step.metrics["training/rollouts"]
-                if len(found) == 2 * len(AGENTS):
+                metrics = told.setdefault(step.step, {})
+                metrics[name] = step.metrics
+                if len(metrics) == len(AGENTS):
+                    found = {curve: metrics[whose][key] for curve, (whose, key) in CURVES.items()}
                     self.get_reporter().step(step.step, found, self._settings.steps)
 
     async def _accuracy(self, store: StoreClient, team: str, endpoint: str, tasks: Sequence[Any]) -> float:
@@ -238,11 +250,10 @@ def train(folder: Path, *, steps: int, seed: int, learning_rate: float) -> FitRe
 
 def report(result: FitResult) -> None:
     """What each of the two has learned."""
-    thirds = max(1, len(result.history) // 3)
     for name in AGENTS:
         rewards = [step.metrics[f"{name}/reward"] for step in result.history]
-        first, last = (sum(part) / len(part) for part in (rewards[:thirds], rewards[-thirds:]))
-        print(f"{name}: reward {first:.3f} in the first {thirds} steps, {last:.3f} in the last {thirds}")
+        first, last = (sum(part) / len(part) for part in (rewards[:SPAN], rewards[-SPAN:]))
+        print(f"{name}: reward {first:.3f} in the first {SPAN} steps, {last:.3f} in the last {SPAN}")
     assert isinstance(result.value, Mapping)
     for team, accuracy in result.value.items():
         print(f"held-out questions, trained: {team:<8} {accuracy:.1%}")

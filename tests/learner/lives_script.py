@@ -18,10 +18,11 @@ from agl_grpc.learner.rollouts.groups import FinishedGroup
 from agl_grpc.learner.verl.keys import POLICY_LOSSES
 from agl_grpc.learner.verl.ray_runtime import local_ray
 from tests.learner.life import Killed, Ledger, Life
-from tests.learner.local_engine import LocalEngine
+from tests.learner.local_engine import NAMED, LocalEngine
 from tests.learner.trainer_script import SplitRows, make_tasks
 
 STEPS, SAVE = 8, 2
+FLAT_EVERY = 4
 # Where a trainer dies, and in which step; each next one goes on from what the one before left.
 KILLS = (
     ("claimed", 1),
@@ -58,7 +59,7 @@ CORRECTED = {
     "actor_rollout_ref.actor.entropy_coeff": 0.01,
     "actor_rollout_ref.actor.optim.lr": 2e-2,
     "algorithm.filter_groups.enable": True,
-    "algorithm.filter_groups.metric": "reward",
+    "algorithm.filter_groups.metric": NAMED,
     "algorithm.rollout_correction.rollout_is": "sequence",
     "algorithm.rollout_correction.rollout_is_threshold": 1.5,
     "trainer.v1.separate_async.num_warmup_batches": 2,
@@ -196,6 +197,26 @@ class Script:
             "last_weights_of_two_ranks": _difference(engines[1].history[3], engines[2].history[3]),
         }
 
+    def corrected(self) -> dict[str, Any]:
+        """Older tokens corrected, groups filtered by a named reward; then by one that nobody gives."""
+        engine = self.engine(flat_every=FLAT_EVERY)
+        life = Life(self.folder, {"verl": CORRECTED, "checkpoints": "corrected"}, engine, Ledger())
+        try:
+            error = life.run()
+            done = int(life.steps[-1]["step"])
+            life.trainer.replay_buffer.filter_groups_metric = "nobody"
+            life.trainer.global_steps, life.trainer.total_training_steps = done, done + 1
+            unknown = life.fit()
+        finally:
+            life.close()
+        groups = {entry.group_id for batch in engine.batches for entry in batch.entries}
+        return {
+            "error": error,
+            "unknown": unknown,
+            "steps": life.steps,
+            "tasks": sorted({int(group.rpartition(".i")[2]) for group in groups}),
+        }
+
     def bad(self) -> dict[str, Any]:
         """A trainer whose worker runs out of memory in its third update, and hangs in the next."""
         ledger, engine = Ledger(), self.engine()
@@ -272,7 +293,7 @@ def main(folder: Path, only: list[str]) -> dict[str, Any]:
         "undisturbed": lambda: script.once("whole", SAVING, whole),
         "killed": lambda: script.killed(recorded),
         "fidelity": lambda: script.fidelity(recorded),
-        "corrected": lambda: script.once("corrected", CORRECTED, script.engine(flat_every=4)),
+        "corrected": lambda: script.corrected(),
         "bad": lambda: script.bad(),
     }
     runs["lora"] = script.adapter

@@ -153,6 +153,7 @@ class Script:
             "digests": {step: sorted(found) for step, found in digests.items()},
             "committed": [batch for _, ids, _ in ledger.commits for batch in ids],
             "claims": {step: len(batches) for step, batches in ledger.claims.items()},
+            "manifests": ledger.facts("claimed"),
         }
 
     def _life(self, recorded: Recorded, ledger: Ledger, kill: tuple[str, int]) -> None:

@@ -83,6 +83,14 @@ def test_each_batch_is_committed_once_whatever_was_killed(outcomes: dict[str, An
     assert killed["committed"] == [f"batch-{step}" for step in range(1, 9)]
     # What was claimed and not committed was released: one claim of every step is left.
     assert killed["claims"] == {str(step): 1 for step in range(1, 9)}
+    # The kills say how often a step was claimed; its batch was always the same, and no group is in two.
+    manifests: dict[int, list[list[str]]] = {}
+    for step, groups in killed["manifests"]:
+        manifests.setdefault(step, []).append(groups)
+    assert [len(manifests[step]) for step in range(1, 9)] == [4, 3, 3, 3, 2, 1, 2, 1]
+    assert all(each == found[0] for found in manifests.values() for each in found)
+    trained = [group for found in manifests.values() for group in found[0]]
+    assert len(trained) == len(set(trained)) == 8 * 8
 
 
 def test_two_ranks_on_two_nodes_give_the_same_losses_and_weights_as_one(outcomes: dict[str, Any]) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,17 +38,20 @@ from tests.support.store_process import StoreProcess
 BARE = "the bare engine"
 ATTEMPTS = 32
 WAIT_MS = 50
+RECORD_BYTES = 24 * 1024
+PARTS = "parts.json"
 PAUSE = 0.02
 """Seconds that a client rests at most between two requests, where requests come one by one."""
 
 
 class Rig(NamedTuple):
-    """What runs: where the engine and the proxy are, whose the calls are, the proxy's process."""
+    """What runs: where the engine and the proxy are, whose the calls are, the proxy's process, its folder."""
 
     engine: int
     proxy: int
     bases: list[str]
     process: psutil.Process
+    folder: Path
 
     def state(self) -> dict[str, Any]:
         found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.proxy}/agl/interceptor").json()
@@ -57,6 +62,31 @@ class Rig(NamedTuple):
         processes = [self.process, *self.process.children(recursive=True)]
         times = [each.cpu_times() for each in processes]
         return sum(each.user + each.system for each in times)
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of a profiled proxy's processor that each of its parts has used."""
+        target = self.folder / PARTS
+        self.process.send_signal(signal.SIGUSR2)
+        until = time.monotonic() + 30
+        while not target.exists():
+            assert time.monotonic() < until, "the profiled proxy does not tell where its time goes"
+            time.sleep(0.01)
+        found: dict[str, float] = json.loads(target.read_text())
+        target.unlink()
+        return found
+
+    def sync(self) -> float:
+        """Milliseconds, in the median, until a record's bytes are on the disk of the proxy's spool."""
+        taken = []
+        data = bytes(RECORD_BYTES)
+        with (self.folder / "synced").open("wb", buffering=0) as file:
+            for number in range(200):
+                began = time.perf_counter()
+                os.pwrite(file.fileno(), data, 0)
+                os.fdatasync(file.fileno())
+                if number:  # the first makes room
+                    taken.append(1000 * (time.perf_counter() - began))
+        return percentile(taken, 50)
 
 
 def request_body(prompt: int, stream: bool = False) -> bytes:
@@ -139,7 +169,8 @@ def added(compared: Compared, percent: float, of: str = "total") -> float:
 
 
 async def latencies(rig: Rig, scale: float) -> list[Row]:
-    rows = []
+    name = f"writing {RECORD_BYTES // 1024} KiB to the spool's disk, fdatasync included: p50"
+    rows = [figure(name, "ms", rig.sync())]
     cases = (
         ("", PAUSE, ""),
         (", conversations that go on", PAUSE, "/same"),
@@ -178,6 +209,24 @@ async def throughput(rig: Rig, scale: float) -> list[Row]:
         rows.append(figure(f"{prompt:,}/{answer} tokens, concurrency 64: requests", "/s", rate, wanted))
         per_request = 1000 * found.cpu / len(found.through)
         rows.append(figure(f"{prompt:,}/{answer} tokens, concurrency 64: processor", "ms", per_request))
+    return rows
+
+
+async def profile(rig: Rig, scale: float) -> list[Row]:
+    """Where the processor time of a request goes, with a sampling profiler in the proxy."""
+    rows = []
+    for concurrency, wait, pause, count in ((8, WAIT_MS, PAUSE, 1200), (64, 20, 0.0, 3000)):
+        suffix, body = f"/v1/chat/completions?/4096/512/{wait}", request_body(4096)
+        paths = [base + suffix for base in rig.bases]
+        await block(rig.proxy, paths, body, 20 * concurrency, concurrency, pause)
+        before = rig.parts()
+        requests = int(count * scale)
+        await block(rig.proxy, paths, body, requests, concurrency, pause)
+        used = {part: seconds - before.get(part, 0.0) for part, seconds in rig.parts().items()}
+        name = f"4,096/512 tokens at concurrency {concurrency}, profiled"
+        rows.append(figure(f"{name}: processor", "ms", 1000 * sum(used.values()) / requests))
+        most_first = sorted(used, key=lambda part: -used[part])
+        rows += [figure(f"{name}: {part}", "ms", 1000 * used[part] / requests) for part in most_first]
     return rows
 
 
@@ -247,7 +296,9 @@ async def overload(rig: Rig, scale: float) -> list[Row]:
 
 
 @contextlib.contextmanager
-def processes(folder: Path, *options: str) -> Iterator[Rig]:
+def processes(
+    folder: Path, options: Sequence[str] = (), program: Sequence[str] = ("agl_grpc_cli",)
+) -> Iterator[Rig]:
     """Engine, store and proxy, and attempts that are under way."""
     environment = {**os.environ, "XDG_STATE_HOME": str(folder)}
     with contextlib.ExitStack() as stack:
@@ -261,7 +312,7 @@ def processes(folder: Path, *options: str) -> Iterator[Rig]:
         command = [
             sys.executable,
             "-m",
-            "agl_grpc_cli",
+            *program,
             "proxy",
             "serve",
             "--port",
@@ -281,7 +332,7 @@ def processes(folder: Path, *options: str) -> Iterator[Rig]:
                 stub.StartRollout(store_service_pb2.StartRolloutRequest()).rollout for _ in range(ATTEMPTS)
             ]
         bases = [f"/rollout/{s.rollout.rollout_id}/attempt/{s.attempt.attempt_id}" for s in started]
-        yield Rig(port, where, bases, psutil.Process(proxy.pid))
+        yield Rig(port, where, bases, psutil.Process(proxy.pid), folder)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -297,13 +348,17 @@ def measure(options: argparse.Namespace) -> list[Row]:
     # For this process and the engine; the proxy sees to itself.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    parts = [latencies, throughput, two_processes, many_streams, overload]
+    parts = [latencies, throughput, profile, two_processes, many_streams, overload]
     rows: list[Row] = []
     for part in parts:
         if options.only not in ("", part.__name__):
             continue
         limits = {overload: ("--max-in-flight", "1000"), two_processes: ("--workers", "2")}.get(part, ())
-        with tempfile.TemporaryDirectory() as name, processes(Path(name), *limits) as rig:
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            profiled = ("benchmarks.profiled_proxy", str(folder / PARTS))
+            program = profiled if part is profile else ("agl_grpc_cli",)
+            rig = stack.enter_context(processes(folder, limits, program))
             rows += uvloop.run(part(rig, options.scale))
             rows.append(_all_stored(rig, part.__name__))
     return rows
@@ -325,6 +380,6 @@ if __name__ == "__main__":
             __doc__,
             measure,
             scale=(1.0, "of the number of requests"),
-            only=("", "only latencies, throughput, two_processes, many_streams or overload"),
+            only=("", "only latencies, throughput, profile, two_processes, many_streams or overload"),
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,15 @@ _ABOUT_FAILURES = (
     "nothing of the model and are in no mean."
 )
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.25em .6em;"
-    "text-align:left;vertical-align:top}th{background:#f2f2f2}svg{max-width:100%;height:auto}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
+    "td,th{border-bottom:1px solid #ddd;padding:.25rem .8rem;text-align:left;vertical-align:top}"
+    "th{position:sticky;top:0;background:#fff}.n{text-align:right}td{overflow-wrap:anywhere}"
+    ".pictures{display:flex;flex-wrap:wrap;gap:1rem}figure{flex:1 1 24rem;max-width:33rem;margin:0}"
+    "svg{width:100%;height:auto}"
 )
+# What is set as a number: a column of these stands flush right.
+_NUMBER = re.compile(r"[-+]?[\d.]*(/\d+)?")
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Heads and rows."""
 Part = str | Table
@@ -187,21 +193,31 @@ def _markdown(title: str, sections: Mapping[str, Sequence[Part]], pictures: Mapp
 
 
 def _html(title: str, sections: Mapping[str, Sequence[Part]], pictures: Mapping[str, str]) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in cells) + "</tr>"
-
     body = [f"<h1>Evaluation: {html.escape(title)}</h1>"]
     for name, parts in sections.items():
         body.append(f"<h2>{name}</h2>")
-        for part in parts:
-            if isinstance(part, str):
-                body.append(f"<p>{html.escape(part)}</p>")
-                continue
-            heads, rows = part
-            body.append(f"<table>{row(heads, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>")
-        if name == "Results":
-            body += [f"<figure>{text}</figure>" for text in pictures.values()]
+        body += [
+            f"<p>{html.escape(part)}</p>" if isinstance(part, str) else _html_table(part) for part in parts
+        ]
+        if name == "Results" and pictures:
+            figures = "".join(f"<figure>{text}</figure>" for text in pictures.values())
+            body.append(f'<div class="pictures">{figures}</div>')
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
+
+
+def _html_table(table: Table) -> str:
+    heads, rows = table
+    numbers = [all(_NUMBER.fullmatch(row[at]) for row in rows) for at in range(len(heads))]
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        made = (
+            f"<{tag}{' class=n' if number else ''}>{html.escape(text)}</{tag}>"
+            for text, number in zip(cells, numbers, strict=True)
+        )
+        return f"<tr>{''.join(made)}</tr>"
+
+    return f"<table>{line(heads, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

@@ -56,13 +56,20 @@ def engine_part(
 
 
 def learner_part(
-    folder: RunFolder, python: str, *, config: Path, store: str, resume: bool, mark: str
+    folder: RunFolder,
+    python: str,
+    *,
+    config: Path,
+    store: str,
+    resume: bool,
+    mark: str,
+    name: str = "learner",
 ) -> Command:
-    """verl, fed by the store."""
+    """verl, fed by the store; where there are several, each has a name of its own."""
     command = [python, "-m", "agl_grpc_cli", "learner", "--config", str(config), "--store", store]
     if resume:
         command.append("--resume")
-    return Command("learner", command, folder.log("learner"), mark, child_environment(python))
+    return Command(name, command, folder.log(name), mark, child_environment(python))
 
 
 def runner_part(folder: RunFolder, config: RunnerConfig, mark: str) -> Function:

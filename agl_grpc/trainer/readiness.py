@@ -40,7 +40,9 @@ async def captured(host: str, port: int, within: float) -> dict[str, Any]:
         if status != 200:
             raise TrainerError(f"the engine at {host}:{port} does not say what it captured (status {status})")
         counters: dict[str, Any] = orjson.loads(body)
-        settled = counters["delivered"] + counters["rejected"] >= counters["captured"]
+        # What the spool has taken meanwhile is delivered once nothing waits in it.
+        ended = counters["delivered"] + counters["spooled"] + counters["rejected"]
+        settled = ended >= counters["captured"] and not counters["spool_waiting"]
         if settled or time.monotonic() > deadline:
             return counters
         await asyncio.sleep(_PAUSE)

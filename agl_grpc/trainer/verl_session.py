@@ -256,6 +256,8 @@ class VerlSession(Session[FitResult]):
         while True:
             async for run, steps in self.client.watch_training_run(training_run_id):
                 for item in steps:
+                    if self._history.get(item.step) == item:
+                        continue  # shown before: each watch begins with the first step
                     self._history[item.step] = item
                     self.progress.step(item.step, total, item.metrics)
                 if run is not None and run.status.is_terminal and run.trainer_epoch > older_epoch:

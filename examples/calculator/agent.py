@@ -33,29 +33,40 @@ async def agent(task: Task, llm: agl_grpc.LLM) -> float:
 
 async def solve(question: str, llm: agl_grpc.LLM) -> str | None:
     """The model's final answer, or None when it gave none in time."""
-    client = _client(llm)
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": question}]
     for turn in range(MAX_TURNS):
-        answer = await client.chat.completions.create(
-            model=llm.model, messages=messages, **{"max_tokens": MAX_TOKENS, **llm.sampling_parameters}
-        )
-        text = answer.choices[0].message.content or ""
+        text = await ask(llm, messages)
         if call := CALL.fullmatch(text):
-            messages.append({"role": "assistant", "content": text})
-            messages.append(
-                {"role": "tool", "tool_call_id": f"calc-{turn}", "content": _use_calculator(call[1])}
-            )
+            messages += with_result(text, call[1], turn)
             continue
-        final = ANSWER.fullmatch(text)
-        return str(int(final[1])) if final else None
+        return final_answer(text)
     return None
 
 
-def _use_calculator(expression: str) -> str:
+async def ask(llm: agl_grpc.LLM, messages: list[ChatCompletionMessageParam]) -> str:
+    """What a model says next."""
+    answer = await _client(llm).chat.completions.create(
+        model=llm.model, messages=messages, **{"max_tokens": MAX_TOKENS, **llm.sampling_parameters}
+    )
+    return answer.choices[0].message.content or ""
+
+
+def with_result(text: str, expression: str, turn: int = 0) -> list[ChatCompletionMessageParam]:
+    """A model's call of the calculator and what came of it, as messages."""
     try:
-        return calculate(expression)
+        result = calculate(expression)
     except CalculatorError:
-        return "error"
+        result = "error"
+    return [
+        {"role": "assistant", "content": text},
+        {"role": "tool", "tool_call_id": f"calc-{turn}", "content": result},
+    ]
+
+
+def final_answer(text: str) -> str | None:
+    """The number that a text gives as its answer; None = it gives none."""
+    final = ANSWER.fullmatch(text)
+    return str(int(final[1])) if final else None
 
 
 def _client(llm: agl_grpc.LLM) -> AsyncOpenAI:

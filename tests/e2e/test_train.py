@@ -1,4 +1,7 @@
-"""The main job, short: interrupted by Ctrl-C, resumed, its store killed, trained to the end."""
+"""The main job, short: interrupted by Ctrl-C, resumed, its store killed, trained to the end.
+
+It is asynchronous: a batch is sampled while the one before is trained.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,21 @@ import orjson
 import pytest
 
 from agl_grpc import StoreClient
-from agl_grpc.model.enums import AttemptStatus, RolloutMode
+from agl_grpc.learner.lineage import step_of
+from agl_grpc.model import Attempt, Rollout
+from agl_grpc.model.enums import AttemptStatus, BatchStatus, RolloutMode
+from agl_grpc.model.training import Batch
 from agl_grpc.trainer.sweep import MARK
+from agl_grpc.v1 import span_pb2
 from tests.support.store_process import StoreProcess
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
-STEPS = 16
+STEPS, SAVE, INTERRUPTED = 16, 4, 5
+GROUPS, GROUP_SIZE = 16, 8
+AHEAD = 1
 PART_SECONDS = 900.0
 
 
@@ -55,7 +64,16 @@ class TrainProcess:
         self.folder = folder
         self.log = log
         command = [sys.executable, "-m", "examples.calculator.train", "--run", folder.name]
-        command += ["--run-dir", str(folder.parent), "--steps", str(STEPS), "--quick", "--save-every", "4"]
+        command += [
+            "--run-dir",
+            str(folder.parent),
+            "--steps",
+            str(STEPS),
+            "--quick",
+            "--save-every",
+            str(SAVE),
+        ]
+        command += ["--ahead", str(AHEAD)]
         paths = [str(ROOT), str(ROOT / "cli"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         with log.open("wb") as output:
@@ -104,7 +122,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     first = TrainProcess(folder, folder.parent / "first.log", "--seed", "1")
     second: TrainProcess | None = None
     try:
-        first.wait_for_step(5)
+        first.wait_for_step(INTERRUPTED)
         first.process.send_signal(signal.SIGINT)
         code = first.process.wait(180)
         left = sorted(marked_anywhere() - before)
@@ -169,32 +187,138 @@ def test_picture_metrics_and_manifest_are_there(trained: Trained) -> None:
     assert {"before", "after"} <= manifest["validation"].keys()
 
 
-async def test_every_acknowledged_call_is_stored_exactly_once(trained: Trained, tmp_path: Path) -> None:
-    counters = trained.manifest["sessions"][-1]["captured"]
-    assert counters["delivered"] == counters["captured"] > 0
-    assert (counters["rejected"], counters["undurable"], counters["spool_waiting"]) == (0, 0, 0)
-    calls: Counter[tuple[str, str, bytes]] = Counter()
-    of_last_engine = 0
-    with StoreProcess(trained.folder / "agl.db") as store:
-        async with StoreClient(store.address, run_id=trained.folder.name) as client:
-            ids = [rollout.rollout_id for rollout in await client.query_rollouts()]
-            async for span in client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=False):
-                calls[span.rollout_id, span.attempt_id, span.span.span_id] += 1
-                of_last_engine += span.span.model_call.engine_id == counters["engine_id"]
-    assert max(calls.values()) == 1
-    assert of_last_engine == counters["delivered"]
+@dataclass
+class Stored:
+    """What the store of the run holds after its end."""
+
+    rollouts: Sequence[Rollout]
+    attempts: Mapping[str, Sequence[Attempt]]
+    calls: list[span_pb2.StoredSpan]
+    batches: list[Batch]
+    steps_of_versions: dict[int, int]
+    metrics: dict[int, Mapping[str, float]]
+
+    @property
+    def committed(self) -> list[Batch]:
+        """The trained batches, in the order of their steps."""
+        return sorted(
+            (batch for batch in self.batches if batch.status is BatchStatus.COMMITTED),
+            key=lambda batch: batch.step,
+        )
+
+    def calls_of(self, batch: Batch) -> list[span_pb2.StoredSpan]:
+        """The model calls of a batch's rollouts."""
+        trained = {(entry.rollout_id, entry.attempt_id) for entry in batch.entries}
+        return [call for call in self.calls if (call.rollout_id, call.attempt_id) in trained]
 
 
-async def test_every_rollout_ended_once(trained: Trained) -> None:
+@pytest.fixture(scope="module")
+def stored(trained: Trained) -> Stored:
+    return asyncio.run(_read(trained))
+
+
+async def _read(trained: Trained) -> Stored:
     with StoreProcess(trained.folder / "agl.db") as store:
         async with StoreClient(store.address, run_id=trained.folder.name) as client:
             rollouts = await client.query_rollouts()
-            attempts: Counter[str] = Counter()
-            for rollout in rollouts:
-                ended = await client.query_attempts(rollout.rollout_id)
-                attempts[rollout.rollout_id] = sum(item.status is AttemptStatus.SUCCEEDED for item in ended)
-                assert rollout.status.is_terminal, f"{rollout.rollout_id} is {rollout.status}"
-                expected = int(rollout.status.value == "succeeded")
-                assert attempts[rollout.rollout_id] == expected, rollout.rollout_id
-            trained_ones = [item for item in rollouts if item.mode is RolloutMode.TRAIN]
-    assert sum(attempts[item.rollout_id] for item in trained_ones) >= STEPS * 128
+            ids = [rollout.rollout_id for rollout in rollouts]
+            exported = client.export_spans(rollout_ids=ids, model_calls_only=True, sealed_only=False)
+            versions = await client.query_policy_versions("calculator")
+            training = str(trained.manifest["training_run_id"])
+            metrics: dict[int, Mapping[str, float]] = {}
+            async for _, steps in client.watch_training_run(training):
+                metrics.update({step.step: step.metrics for step in steps})
+            return Stored(
+                rollouts=rollouts,
+                attempts={each: await client.query_attempts(each) for each in ids},
+                calls=[span async for span in exported],
+                batches=await client.query_batches(training),
+                steps_of_versions={0: 0} | {each.policy_version: step_of(each) for each in versions},
+                metrics=metrics,
+            )
+
+
+def test_every_acknowledged_call_is_stored_exactly_once(trained: Trained, stored: Stored) -> None:
+    counters = trained.manifest["sessions"][-1]["captured"]
+    assert counters["delivered"] + counters["spooled"] == counters["captured"] > 0
+    assert (counters["rejected"], counters["undurable"], counters["spool_waiting"]) == (0, 0, 0)
+    calls = Counter((call.rollout_id, call.attempt_id, call.span.span_id) for call in stored.calls)
+    assert max(calls.values()) == 1
+    of_last_engine = [
+        call for call in stored.calls if call.span.model_call.engine_id == counters["engine_id"]
+    ]
+    assert len(of_last_engine) == counters["captured"]
+
+
+def test_every_rollout_ended_once(stored: Stored) -> None:
+    succeeded: dict[str, int] = {}
+    for rollout in stored.rollouts:
+        ended = stored.attempts[rollout.rollout_id]
+        succeeded[rollout.rollout_id] = sum(item.status is AttemptStatus.SUCCEEDED for item in ended)
+        assert rollout.status.is_terminal, f"{rollout.rollout_id} is {rollout.status}"
+        expected = int(rollout.status.value == "succeeded")
+        assert succeeded[rollout.rollout_id] == expected, rollout.rollout_id
+    trained_ones = [item for item in stored.rollouts if item.mode is RolloutMode.TRAIN]
+    assert sum(succeeded[item.rollout_id] for item in trained_ones) >= STEPS * GROUPS * GROUP_SIZE
+
+
+def test_groups_are_trained_whole_and_once(stored: Stored) -> None:
+    assert [batch.step for batch in stored.committed] == list(range(1, STEPS + 1))
+    sizes = Counter(entry.group_id for batch in stored.committed for entry in batch.entries)
+    assert set(sizes.values()) == {GROUP_SIZE}
+    assert len(sizes) == STEPS * GROUPS
+    for batch in stored.committed:
+        assert len({entry.group_id for entry in batch.entries}) == GROUPS
+    rollouts = [entry.rollout_id for batch in stored.committed for entry in batch.entries]
+    assert len(set(rollouts)) == len(rollouts)
+
+
+def test_no_token_is_older_than_the_bound(stored: Stored) -> None:
+    """By the policy version that the engine noted with each token, and by the histogram of each step."""
+    ahead = 0
+    choices = [choice for call in stored.calls for choice in call.span.model_call.choices]
+    print(f"answers under two policy versions: {sum(len(choice.policy_runs) > 1 for choice in choices)}")
+    for batch in stored.committed:
+        ages: Counter[int] = Counter()
+        for call in stored.calls_of(batch):
+            for choice in call.span.model_call.choices:
+                for run in choice.policy_runs:
+                    age = batch.step - 1 - stored.steps_of_versions[run.policy_version]
+                    ages[age] += run.end - run.start
+        assert set(ages) <= set(range(AHEAD + 1)), f"step {batch.step}: {ages}"
+        told = stored.metrics[batch.step]
+        histogram = {
+            int(name.rpartition("/")[2]): count
+            for name, count in told.items()
+            if name.startswith("staleness/tokens/")
+        }
+        # Answers that were cut by their length are sampled and not trained.
+        assert all(count <= ages[age] for age, count in histogram.items()), f"step {batch.step}: {ages}"
+        assert sum(histogram.values()) == told["tokens/trained"]
+        ahead += ages[AHEAD]
+    assert ahead > 0, "no batch was sampled ahead"
+
+
+def test_rollouts_asked_for_ahead_survive_a_restart_of_the_trainer(stored: Stored) -> None:
+    """The first step after the restart trains what the first engine sampled before the checkpoint."""
+    (carried,) = (batch for batch in stored.committed if batch.step == SAVE + 1)
+    assert carried.trainer_epoch == 2
+    claimed_before = [batch for batch in stored.batches if batch.status is BatchStatus.RELEASED]
+    assert carried.content_hash in {batch.content_hash for batch in claimed_before}
+    calls = stored.calls_of(carried)
+    engines = {call.span.model_call.engine_id for call in calls}
+    last_engines = {call.span.model_call.engine_id for call in stored.calls_of(stored.committed[-1])}
+    assert len(engines) == 1
+    assert not engines & last_engines
+
+
+def test_waiting_of_engine_and_optimiser_is_reported(stored: Stored) -> None:
+    assert sorted(stored.metrics) == list(range(1, STEPS + 1))
+    for step, metrics in stored.metrics.items():
+        assert 0 <= metrics["idle/optimiser_seconds"] <= metrics["timing_s/step"], step
+        assert metrics["idle/engine_seconds"] >= 0, step
+    seconds, engine, optimiser = (
+        sum(metrics[name] for metrics in stored.metrics.values())
+        for name in ("timing_s/step", "idle/engine_seconds", "idle/optimiser_seconds")
+    )
+    print(f"{seconds:.0f} s of steps: engine idle {engine:.0f} s, optimiser idle {optimiser:.0f} s")

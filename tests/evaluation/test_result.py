@@ -88,6 +88,8 @@ def test_reports_hold_figures_pictures_and_no_markup_of_others(tmp_path: Path) -
     evaluations = [make("<i>a</i>", [[0.0, None], [1.0, 0.0]]), make("b", [[1.0, 1.0], [1.0, 0.0]])]
     assert write_report(tmp_path, evaluations, compare(*evaluations)) == []
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    write_report(tmp_path / "again", evaluations, compare(*evaluations))
+    assert (tmp_path / "again" / "report.html").read_text() == page
     assert page.count("<svg") == 4
     for whole in (page, text):
         assert "&lt;i&gt;a&lt;/i&gt;" in whole

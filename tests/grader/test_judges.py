@@ -145,6 +145,7 @@ async def test_a_verdict_without_a_winner_is_asked_for_again() -> None:
     [
         ({"model": ""}, "judge rubric has no model"),
         ({"tries": 0}, "tries of judge rubric is 0"),
+        ({"max_reasons": -1}, "max_reasons of judge rubric is -1"),
         ({"scale": 0}, "scale of judge rubric is 0"),
         ({"criteria": {}}, "must be at least one"),
         ({"criteria": [Criterion("a", ""), Criterion("a", "")]}, "a name of its own"),

@@ -9,12 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grpc
 import httpx
 import pytest
 
-from agl_grpc.v1 import model_call_pb2, policy_pb2
+from agl_grpc.v1 import (
+    model_call_pb2,
+    policy_pb2,
+    run_pb2,
+    store_service_pb2,
+    store_service_pb2_grpc,
+    trainer_service_pb2,
+    trainer_service_pb2_grpc,
+)
 from tests.interceptor.engine import Engine, engine
 from tests.interceptor.scripted_store import ScriptedStore
+from tests.interceptor.together import Together
+from tests.support.store_process import StoreProcess
 from tests.support.torch_client import TorchClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -258,11 +269,13 @@ def adapters_are_added_to_the_base(fresh: Swaps) -> None:
         fresh.samples_from(number, f"adapter-{number}", [1, 2, 3, 4])
 
 
+ADAPTERS = ("--adapter", "planner", "--adapter", "solver", "--max-lora-rank", "8")
+
+
 @pytest.fixture
 def adapted(tiny_model: Path, tmp_path: Path, torch_client: TorchClient) -> Iterator[Swaps]:
     """An engine that serves two adapters of its model."""
-    options = ("--adapter", "planner", "--adapter", "solver", "--max-lora-rank", "8")
-    with ScriptedStore() as store, engine(tiny_model, store.address, tmp_path, *options) as started:
+    with ScriptedStore() as store, engine(tiny_model, store.address, tmp_path, *ADAPTERS) as started:
         yield Swaps(started, store, torch_client, tmp_path)
 
 
@@ -279,8 +292,15 @@ def test_adapters_of_one_engine_have_each_their_own_versions(adapted: Swaps) -> 
     adapted.samples_from(5, "solver-5", prompt, model="solver")
     adapted.samples_from(1, "planner-still-1", prompt, model="planner")
     adapted.samples_from(0, "base", prompt)
-    described = httpx.get(f"{adapted.running.url}/agl/interceptor", timeout=30).json()
-    assert described["policy_versions"] == {"planner": 1, "solver": 5}
+    assert served_versions(adapted.running) == {"planner": 1, "solver": 5}
+    adapters_outlive_their_engine(adapted, {"planner": 1, "solver": 5})
+
+
+def served_versions(running: Engine) -> dict[str, int]:
+    """The policy version of each adapter, as the engine says."""
+    described = httpx.get(f"{running.url}/agl/interceptor", timeout=30).json()
+    versions: dict[str, int] = described["policy_versions"]
+    return versions
 
 
 def what_an_adapter_cannot_be_is_refused(adapted: Swaps) -> None:
@@ -325,6 +345,70 @@ def one_changes_in_the_middle_of_its_answer_and_the_other_does_not(adapted: Swap
         for run in choice.policy_runs:
             expected = adapted.logprobs(run.policy_version, prompt, tokens, name)[run.start : run.end]
             assert list(choice.logprobs)[run.start : run.end] == pytest.approx(expected, abs=1e-4)
+
+
+def adapters_outlive_their_engine(adapted: Swaps, versions: dict[str, int]) -> None:
+    """An engine that is killed comes back with each adapter's committed weights, and takes newer ones.
+
+    Which they are it asks a real store, which takes the place of the scripted one.
+    """
+    adapted.running.process.kill()
+    adapted.running.process.wait(10)
+    client, folder = adapted.client, adapted.running.log.parent
+    digests = {
+        name: adapted.store.state(number, ACTIVE, engine_id=engine_id(name)).weights_digest
+        for name, number in versions.items()
+    }
+    with StoreProcess(folder / "store.db") as server, grpc.insecure_channel(server.address) as channel:
+        store: Any = store_service_pb2_grpc.StoreServiceStub(channel)
+        store.CreateRun(store_service_pb2.CreateRunRequest(run=run_pb2.Run(run_id="run-1")))
+        trainer: Any = trainer_service_pb2_grpc.TrainerServiceStub(channel)
+        for name, number in versions.items():
+            prepare(trainer, name, number)
+            commit(trainer, name, number, digests[name])
+        with engine(adapted.running.model, server.address, folder, *ADAPTERS) as again:
+            together = Together(server, again, channel)
+            # It had them before it served anybody.
+            assert served_versions(again) == versions
+            for name, number in versions.items():
+                together.samples_from(client, number, adapted.weights(number, name), asked=name)
+                state = together.version(number, ACTIVE, engine_id=engine_id(name), model=name)
+                assert state.weights_digest == digests[name]
+            out = adapted.weights(6, "solver")
+            endpoint = client.call("adapt", model=str(again.model), out=out, seed=6, rank=4, rename={})
+            prepare(trainer, "solver", 6, endpoint)
+            digest = client.call("send", out=out, transfer="solver/6")["digest"]
+            together.version(6, RECEIVED, engine_id="engine-1/solver", model="solver")
+            commit(trainer, "solver", 6, digest)
+            together.version(6, ACTIVE, engine_id="engine-1/solver", model="solver")
+            together.samples_from(client, 6, out, asked="solver")
+            assert served_versions(again) == {**versions, "solver": 6}
+            planner = versions["planner"]
+            together.samples_from(client, planner, adapted.weights(planner, "planner"), asked="planner")
+
+
+def prepare(trainer: Any, model: str, number: int, endpoint: str = "") -> None:
+    """Offer a version to the engine that serves the adapter; without an endpoint to none."""
+    request = trainer_service_pb2.PreparePolicyVersionRequest(
+        request_id=f"p/{model}/{number}", run_id="run-1", model=model, policy_version=number
+    )
+    request.deadline.FromSeconds(60)
+    request.source.rendezvous, request.source.group_id = endpoint, f"{model}/{number}"
+    if endpoint:
+        request.source.engine_ids.append(engine_id(model))
+    trainer.PreparePolicyVersion(request)
+
+
+def commit(trainer: Any, model: str, number: int, digest: str) -> None:
+    trainer.CommitPolicyVersion(
+        trainer_service_pb2.CommitPolicyVersionRequest(
+            request_id=f"c/{model}/{number}",
+            run_id="run-1",
+            model=model,
+            policy_version=number,
+            weights_digest=digest,
+        )
+    )
 
 
 ENDLESS = 1900

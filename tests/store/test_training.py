@@ -62,9 +62,11 @@ async def refused(call: Any, reason: str) -> grpc.aio.AioRpcError:
     return caught.value
 
 
-async def finished(served: Served, count: int, group: str = "g") -> list[tuple[str, str, list[bytes]]]:
+async def finished(
+    served: Served, count: int, group: str = "g", mode: rollout_pb2.RolloutMode | None = None
+) -> list[tuple[str, str, list[bytes]]]:
     """Sealed rollouts with two model calls and a reward each: (rollout, attempt, span ids)."""
-    specs = [rollout_pb2.RolloutSpec(group_id=group) for _ in range(count)]
+    specs = [rollout_pb2.RolloutSpec(group_id=group, mode=mode) for _ in range(count)]
     await served.store.EnqueueRollouts(store_service_pb2.EnqueueRolloutsRequest(rollouts=specs))
     leased = await served.runner.LeaseRollouts(
         runner_service_pb2.LeaseRolloutsRequest(worker_id="w", session_id="s", limit=count)
@@ -157,6 +159,17 @@ async def test_unsealed_rollouts_are_named_and_nothing_is_claimed(served: Served
     assert (await served.trainer.ClaimBatch(claiming([made[0][0]]))).HasField("batch")
     await refused(served.trainer.ClaimBatch(claiming([])), "INVALID_FIELD")
     await refused(served.trainer.ClaimBatch(claiming(["ro-none"])), "ENTITY_NOT_FOUND")
+
+
+async def test_what_evaluates_is_never_trained(served: Served) -> None:
+    """A batch with one rollout of validation in it is refused whole, whoever asks."""
+    made = await finished(served, 1)
+    await acquired(served)
+    for mode, name in ((rollout_pb2.ROLLOUT_MODE_VAL, "val"), (rollout_pb2.ROLLOUT_MODE_TEST, "test")):
+        ((evaluated, *_),) = await finished(served, 1, mode=mode)
+        error = await refused(served.trainer.ClaimBatch(claiming([made[0][0], evaluated])), "INVALID_FIELD")
+        assert f"names {evaluated}, whose mode is {name}" in (error.details() or "")
+    assert (await served.trainer.ClaimBatch(claiming([made[0][0]]))).HasField("batch")
 
 
 async def test_commits_follow_the_checkpoint_and_claims_go_back_to_the_next_epoch(served: Served) -> None:

@@ -22,7 +22,6 @@ SYSTEM = (
     "JSON object and nothing else."
 )
 _KEPT = 8_000
-_REASONS = 300
 
 
 class JudgeEndpoint(ChatEndpoint):
@@ -45,6 +44,7 @@ class Judge(Grader):
         max_tokens: Most tokens of one reply; None = the endpoint's own limit.
         structured: Whether the endpoint is asked to hold replies to the form (`response_format` with a JSON
             schema, as vLLM and OpenAI take it).
+        max_reasons: Most characters of the reasons in a reply that is held to the form.
         tries: How often it is asked for one verdict, while its reply cannot be read.
         prices: US dollars for a million prompt tokens and a million answer tokens, by model.
         concurrency: Questions under way at once.
@@ -68,6 +68,7 @@ class Judge(Grader):
         temperature: float = 0.0,
         max_tokens: int | None = None,
         structured: bool = False,
+        max_reasons: int = 300,
         tries: int = 3,
         prices: Mapping[str, tuple[float, float]] | None = None,
         concurrency: int = 16,
@@ -79,6 +80,8 @@ class Judge(Grader):
             raise ValueError(f"judge {name} has no model; name one that its endpoint serves")
         if tries < 1:
             raise ValueError(f"tries of judge {name} is {tries}; it must be at least 1")
+        if max_reasons < 0:
+            raise ValueError(f"max_reasons of judge {name} is {max_reasons}; it must be 0 or more")
         super().__init__(name=name, version=version, timeout=timeout, retries=retries, isolated=False)
         self.model = model
         self.task = task
@@ -86,6 +89,7 @@ class Judge(Grader):
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.structured = structured
+        self.max_reasons = max_reasons
         self.tries = tries
         self.usage = Usage()
         self._endpoint = JudgeEndpoint(
@@ -151,7 +155,7 @@ class Judge(Grader):
     def _schema(self) -> dict[str, Any] | None:
         if not self.structured:
             return None
-        properties = {"reasons": {"type": "string", "maxLength": _REASONS}, **self.form()}
+        properties = {"reasons": {"type": "string", "maxLength": self.max_reasons}, **self.form()}
         return {
             "type": "object",
             "properties": properties,

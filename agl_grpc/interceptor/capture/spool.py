@@ -7,12 +7,14 @@ import contextlib
 import fcntl
 import os
 import struct
+import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 _HEADER = struct.Struct("<II")
 _END = bytes(_HEADER.size)
@@ -20,6 +22,10 @@ _END = bytes(_HEADER.size)
 
 _ROOM = 512 * 1024
 _SUFFIX = ".spool"
+WRITER = "agl-spool"
+"""The name of the thread that writes."""
+
+_Job = tuple[Callable[[], None], Callable[["OSError | None"], None]]
 
 
 class SpoolFull(Exception):
@@ -43,6 +49,14 @@ class Entry:
     note: Any = field(default=None, compare=False, repr=False)
 
 
+class _Pending(NamedTuple):
+    """A record that is to be written."""
+
+    data: bytes
+    note: Any
+    future: asyncio.Future[Entry]
+
+
 @dataclass
 class _Segment:
     number: int
@@ -56,13 +70,13 @@ class _Segment:
 class Spool:
     """A queue of byte records in `folder`, at most `limit` bytes, that survives the process.
 
-    `append` returns once its record is fsynced (records that come together share one fsync). Records are
-    named oldest first by `peek`, read with `read` and removed with `drop`. A segment's file goes when its
-    last record is dropped, so a crash may deliver records of one segment again: they must be harmless to
-    repeat. Records are kept on disk only. With `reuse` a file is longer than its records, and one whose
-    records are all delivered is written again from its beginning: making a file, and making one longer, turns
-    the file system's journal, which takes longer than the record itself. What such a file has room for, at
-    most a segment, is not counted as held. Use from one event loop.
+    What `append` returns resolves once its record is on disk (records that come together are written as one).
+    Records are named oldest first by `peek`, read with `read` and removed with `drop`. A segment's file goes
+    when its last record is dropped, so a crash may deliver records of one segment again: they must be
+    harmless to repeat. Records are kept on disk only. With `reuse` a file is longer than its records, and one
+    whose records are all delivered is written again from its beginning: making a file, and making one longer,
+    turns the file system's journal, which takes longer than the record itself. What such a file has room for,
+    at most a segment, is not counted as held. Use from one event loop.
     """
 
     def __init__(
@@ -78,9 +92,11 @@ class Spool:
         self._entries: deque[Entry] = deque()
         self._file: int | None = None
         self._current: _Segment | None = None
-        self._pending: list[tuple[bytes, Any, asyncio.Future[Entry]]] = []
+        self._pending: list[_Pending] = []
+        self._under_way: list[_Pending] = []
         self._reader: tuple[int, int] | None = None
-        self._writer: asyncio.Task[None] | None = None
+        self._writer: _Writer | None = None
+        self._drained: asyncio.Future[None] | None = None
         self._disk_full = False
         self._unlinks: set[asyncio.Future[None]] = set()
         self.damaged = 0
@@ -103,20 +119,22 @@ class Spool:
         """Whether new records should not be taken on."""
         return self._disk_full or self.size >= self._limit
 
-    async def append(self, data: bytes, note: Any = None) -> Entry:
-        """Write one record durably; where it lies. `note` comes back in its entry.
+    def append(self, data: bytes, note: Any = None) -> asyncio.Future[Entry]:
+        """Begin to write one record; the future says where it lies, once it is on disk. `note` comes back in
+        its entry.
 
-        Raises SpoolFull when the limit is exceeded by far or the disk is full.
+        Raises SpoolFull when the limit is exceeded by far, and so does the future when the disk is full.
 
         The limit gates new calls (`full`); calls under way may exceed it by an eighth.
         """
         if self.size > self._limit + self._limit // 8:
             raise SpoolFull(f"spool {self._folder} holds {self.size} bytes, limit {self._limit}")
         future: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
-        self._pending.append((data, note, future))
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._write_pending())
-        return await asyncio.shield(future)
+        self._pending.append(_Pending(data, note, future))
+        if not self._under_way and len(self._pending) == 1:
+            # Not at once: what else ends in this turn of the loop is written with it.
+            asyncio.get_running_loop().call_soon(self._write_pending)
+        return future
 
     def peek(self, count: int, max_bytes: int) -> list[Entry]:
         """The oldest records, at most `count` and about `max_bytes` (at least one)."""
@@ -148,36 +166,52 @@ class Spool:
 
     async def close(self) -> None:
         """Finish writes under way and let go of the folder; records stay for the next process."""
-        while self._writer is not None and not self._writer.done():
-            await asyncio.wait([self._writer])
+        if self._writing():
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
+        if self._writer is not None:
+            self._writer.close()
         self._close_current()
         self._close_reader()
         if self._unlinks:
             await asyncio.wait(self._unlinks)
         os.close(self._lock)
 
-    async def _write_pending(self) -> None:
-        while self._pending:
-            batch, self._pending = self._pending, []
-            try:
-                segment = self._current or self._new_segment()
-                written = await asyncio.to_thread(self._write, segment, [each[0] for each in batch])
-            except OSError as error:
-                self._disk_full = True
-                self._close_current()
-                for *_, future in batch:
-                    future.set_exception(SpoolFull(f"cannot write to spool {self._folder}: {error.strerror}"))
-                continue
-            position = segment.size
-            segment.size += written
-            for data, note, future in batch:
-                segment.waiting += 1
-                entry = Entry(segment.number, position + _HEADER.size, len(data), note)
-                position += _HEADER.size + len(data)
-                self._entries.append(entry)
+    def _write_pending(self) -> None:
+        """Have the writer take what waits."""
+        self._under_way, self._pending = self._pending, []
+        segment = self._current or self._new_segment()
+        if self._writer is None:
+            self._writer = _Writer(asyncio.get_running_loop())
+        data = b"".join(part for each in self._under_way for part in (_header(each.data), each.data))
+        self._writer.write(lambda: self._write(segment, data), lambda error: self._wrote(segment, error))
+
+    def _wrote(self, segment: _Segment, error: OSError | None) -> None:
+        batch, self._under_way = self._under_way, []
+        if error is None:
+            self._keep(segment, batch)
+        else:
+            self._disk_full = True
+            self._close_current()
+            for each in batch:
+                if not each.future.done():
+                    reason = f"cannot write to spool {self._folder}: {error.strerror}"
+                    each.future.set_exception(SpoolFull(reason))
+        if self._pending:
+            self._write_pending()
+        elif self._drained is not None:
+            self._drained.set_result(None)
+
+    def _keep(self, segment: _Segment, batch: list[_Pending]) -> None:
+        for data, note, future in batch:
+            entry = Entry(segment.number, segment.size + _HEADER.size, len(data), note)
+            segment.waiting += 1
+            segment.size += _HEADER.size + len(data)
+            self._entries.append(entry)
+            if not future.done():
                 future.set_result(entry)
-            if segment.size >= self._segment_bytes:
-                self._close_current()
+        if segment.size >= self._segment_bytes:
+            self._close_current()
 
     def _new_segment(self) -> _Segment:
         """The next segment; its file is made by the first write."""
@@ -186,12 +220,13 @@ class Spool:
         self._current = self._segments[number] = _Segment(number, path, 0, 0)
         return self._current
 
-    def _write(self, segment: _Segment, records: list[bytes]) -> int:
+    def _write(self, segment: _Segment, data: bytes) -> None:
+        """Runs in the writer's thread, while nobody else touches the segment's file."""
         if self._file is None:
-            self._file = os.open(segment.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            # Each write returns when its data is on disk.
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DSYNC
+            self._file = os.open(segment.path, flags, 0o600)
             _fsync_folder(self._folder)
-        data = b"".join(_HEADER.pack(len(r), zlib.crc32(r)) + r for r in records)
-        written = len(data)
         if self._reuse:
             data += _END
             if segment.size + len(data) > segment.room:
@@ -201,8 +236,6 @@ class Spool:
         while view:
             done = os.pwrite(self._file, view, position)
             view, position = view[done:], position + done
-        os.fdatasync(self._file)
-        return written
 
     def _close_reader(self) -> None:
         if self._reader is not None:
@@ -224,7 +257,7 @@ class Spool:
             segment.size = 0
 
     def _writing(self) -> bool:
-        return bool(self._pending) or (self._writer is not None and not self._writer.done())
+        return bool(self._pending or self._under_way)
 
     def _remove(self, segment: _Segment) -> None:
         if segment is self._current:
@@ -262,6 +295,41 @@ class Spool:
             self.damaged += 1
         if segment.waiting == 0:
             self._remove(segment)
+
+
+class _Writer:
+    """A thread that does one blocking thing after the other for an event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=WRITER, daemon=True)
+        self._thread.start()
+
+    def write(self, work: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
+        """Do `work` beside the loop, then call `done` in it."""
+        self._jobs.put((work, done))
+
+    def close(self) -> None:
+        """End the thread, when it has done all of it."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            work, done = job
+            error = None
+            try:
+                work()
+            except OSError as raised:
+                error = raised
+            # A loop that has ended without closing the spool waits for nothing any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(done, error)
+
+
+def _header(record: bytes) -> bytes:
+    return _HEADER.pack(len(record), zlib.crc32(record))
 
 
 def _lock(folder: Path) -> int:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +67,7 @@ class Journal:
         self._wake = asyncio.Event()
         self._urgent = asyncio.Event()
         self._closing = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._keeping: set[asyncio.Future[None]] = set()
         self.away = False
         self.counters = SinkCounters()
         self._pump_task = asyncio.create_task(self._pump())
@@ -95,13 +94,25 @@ class Journal:
 
     def submit(self, call: CapturedCall) -> asyncio.Future[None]:
         """Take an ended call; its future resolves when it is durable (or can never be, which is logged)."""
-        self._start(self._keep(call))
+        data = call.group(None)
+        cached = self._cached_bytes < _CACHED_BYTES
+        self._cached_bytes += len(data) * cached
+        self._keeping.add(call.durable)
+        call.durable.add_done_callback(self._keeping.discard)
+
+        def written(entry: asyncio.Future[Entry]) -> None:
+            self._written(call, len(data) * cached, entry.exception())
+
+        try:
+            self._spool.append(data, call if cached else call.span_id).add_done_callback(written)
+        except SpoolFull as error:
+            self._written(call, len(data) * cached, error)
         return call.durable
 
     async def close(self, grace: float = 5.0) -> None:
         """Deliver for at most `grace` seconds; what remains lies in the spool for the next process."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while self._keeping:
+            await asyncio.wait(self._keeping)
         self._closing.set()
         self._urgent.set()
         self._wake.set()
@@ -121,31 +132,27 @@ class Journal:
             **vars(self.counters),
         }
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _keep(self, call: CapturedCall) -> None:
-        data = call.group(None)
-        cached = self._cached_bytes < _CACHED_BYTES
-        self._cached_bytes += len(data) * cached
-        try:
-            await self._spool.append(data, call if cached else call.span_id)
-        except SpoolFull as error:
-            self._cached_bytes -= len(data) * cached
+    def _written(self, call: CapturedCall, cached: int, error: BaseException | None) -> None:
+        if error is None:
+            self.counters.spooled += 1
+        else:
+            self._cached_bytes -= cached
             logger.error("model call %s is not durable yet: %s", call.span_id.hex(), error)
             self.counters.undurable += 1
             self._undurable.append(call)
-        else:
-            self.counters.spooled += 1
         self._wake.set()
         opened = self._open.get(call.span_id)
-        if opened is not None and not opened.told.done():
-            self._urgent.set()
-            await asyncio.wait([opened.told], timeout=self._ack_timeout)
-        if not call.durable.done():
-            call.durable.set_result(None)
+        if opened is None or opened.told.done():
+            _settle(call)
+            return
+        self._urgent.set()
+        limit = asyncio.get_running_loop().call_later(self._ack_timeout, _settle, call)
+
+        def told(_: asyncio.Future[None]) -> None:
+            limit.cancel()
+            _settle(call)
+
+        opened.told.add_done_callback(told)
 
     async def _pump(self) -> None:
         pause = _FIRST_BACKOFF
@@ -280,3 +287,8 @@ class Journal:
                 group.attempt_id,
                 rejection.message,
             )
+
+
+def _settle(call: CapturedCall) -> None:
+    if not call.durable.done():
+        call.durable.set_result(None)

@@ -17,7 +17,7 @@ from agl_grpc.store.spans.check import LATE, MODEL_CALL, id_of
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.training.runs import TRAINING_RUN, TrainingRow
-from agl_grpc.v1 import batch_pb2, event_pb2
+from agl_grpc.v1 import batch_pb2, event_pb2, rollout_pb2
 
 CLAIMED = int(batch_pb2.BATCH_STATUS_CLAIMED)
 COMMITTED = int(batch_pb2.BATCH_STATUS_COMMITTED)
@@ -26,6 +26,11 @@ RELEASED = int(batch_pb2.BATCH_STATUS_RELEASED)
 _BATCH = event_pb2.ENTITY_KIND_BATCH
 _UPDATED = event_pb2.EVENT_KIND_UPDATED
 _NAMES = {CLAIMED: "claimed", COMMITTED: "committed", RELEASED: "released"}
+# What is trained on can no longer be evaluated on.
+_NEVER_TRAINED = {
+    int(rollout_pb2.ROLLOUT_MODE_VAL): "val",
+    int(rollout_pb2.ROLLOUT_MODE_TEST): "test",
+}
 
 
 @dataclass
@@ -58,7 +63,8 @@ def claim(
         wanted: How samples are made of them; None = by the defaults.
 
     Raises:
-        StoreError: INVALID_FIELD, NOT_FOUND, or ILLEGAL_TRANSITION for a rollout that is claimed already.
+        StoreError: INVALID_FIELD, of a rollout of mode val or test too; NOT_FOUND; or ILLEGAL_TRANSITION for
+            a rollout that is claimed already.
     """
     if not rollout_ids or len(set(rollout_ids)) != len(rollout_ids):
         raise invalid_field("rollout_ids", "must name at least one rollout, each once")
@@ -125,6 +131,13 @@ def _entry(tx: Tx, training: TrainingRow, rollout: RolloutRow, rules: SampleRule
         raise invalid_field("rollout_ids", f"names {rollout.rollout_id}, which belongs to another run")
     if rollout.latest_attempt_key is None:
         raise invalid_field("rollout_ids", f"names {rollout.rollout_id}, which never had an attempt")
+    group_id, mode = _group_and_mode(tx, rollout.key)
+    if mode in _NEVER_TRAINED:
+        raise invalid_field(
+            "rollout_ids",
+            f"names {rollout.rollout_id}, whose mode is {_NEVER_TRAINED[mode]}: batches are trained, and "
+            "evaluation never is",
+        )
     taken = tx.execute(
         "SELECT b.batch_id FROM batch_entries e JOIN batches b ON b.batch_key = e.batch_key "
         "WHERE e.rollout_key = ? AND b.training_key = ? AND b.status <> ?",
@@ -135,7 +148,7 @@ def _entry(tx: Tx, training: TrainingRow, rollout: RolloutRow, rules: SampleRule
     attempt = attempt_by_key(tx.connection, rollout.latest_attempt_key)
     refuse_evicted(tx.connection, [attempt.key])
     entry = batch_pb2.ManifestEntry(
-        rollout_id=rollout.rollout_id, attempt_id=attempt.attempt_id, group_id=_group_id(tx, rollout.key)
+        rollout_id=rollout.rollout_id, attempt_id=attempt.attempt_id, group_id=group_id
     )
     _freeze_rewards(tx, entry, attempt.key, rules)
     refs = tx.execute(
@@ -161,13 +174,13 @@ def _freeze_rewards(tx: Tx, entry: batch_pb2.ManifestEntry, attempt_key: int, ru
         entry.rewards.extend(rewards)
 
 
-def _group_id(tx: Tx, rollout_key: int) -> str:
-    row = tx.execute(
-        "SELECT g.group_id FROM rollouts r JOIN groups g ON g.group_key = r.group_key "
+def _group_and_mode(tx: Tx, rollout_key: int) -> tuple[str, int]:
+    group_id, mode = tx.execute(
+        "SELECT g.group_id, r.mode FROM rollouts r LEFT JOIN groups g ON g.group_key = r.group_key "
         "WHERE r.rollout_key = ?",
         (rollout_key,),
     ).fetchone()
-    return str(row[0]) if row else ""
+    return group_id or "", mode
 
 
 def commit(

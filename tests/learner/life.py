@@ -135,7 +135,7 @@ class Life:
         )
         tq.init(config.transfer_queue)
         self.trainer = KillableTrainer(config, hooks)
-        self.trainer.reached = self._reached  # type: ignore[method-assign]
+        self.trainer.reached = self._reached
         self.trainer.advantages = []
 
     def _reached(self, point: str) -> None:

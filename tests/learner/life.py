@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import transfer_queue as tq
+from omegaconf import DictConfig
 from ray.util import remove_placement_group
 from transfer_queue import KVBatchMeta
 
@@ -32,10 +33,20 @@ GROUPS = 8
 
 
 class KillableTrainer(AglTrainer):
-    """A trainer that says when it is at a named point of a step: there its process may be killed."""
+    """A trainer whose process is killed, with SIGKILL, at ``kill``: a named point and a step."""
 
-    reached: Callable[[str], None] = staticmethod(lambda _point: None)
-    advantages: list[Any]
+    def __init__(
+        self, config: DictConfig, hooks: Hooks, ledger: Ledger, kill: tuple[str, int] = ("", 0)
+    ) -> None:
+        super().__init__(config, hooks)
+        self._ledger, self._kill = ledger, kill
+        self.advantages: list[dict[str, list[float]]] = []
+
+    def reached(self, point: str) -> None:
+        """Called at every point."""
+        if (point, self.global_steps) == self._kill:
+            self._ledger.note("killed", point)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
         result = super()._balance_batch(batch, metrics, **kwargs)
@@ -79,7 +90,6 @@ class Life:
         self.steps: list[dict[str, float]] = []
         self.errors: list[tuple[int, str]] = []
         self._ledger, self._engine = ledger, engine
-        self._kill = tuple(options.get("kill", ("", 0)))
         tasks, model = str(folder / "tasks.jsonl"), str(folder / "model")
         checkpoints = folder / options.get("checkpoints", "checkpoints")
         resume = resume_keys(checkpoints, options["resume"]) if options.get("resume") else {}
@@ -134,29 +144,22 @@ class Life:
             on_error=lambda step, name: self.errors.append((step, name)),
         )
         tq.init(config.transfer_queue)
-        self.trainer = KillableTrainer(config, hooks)
-        self.trainer.reached = self._reached
-        self.trainer.advantages = []
-
-    def _reached(self, point: str) -> None:
-        if (point, self.trainer.global_steps) == self._kill:
-            self._ledger.note("killed", point)
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.trainer = KillableTrainer(config, hooks, ledger, tuple(options.get("kill", ("", 0))))
 
     def _claimed(self, step: int, groups: list[str]) -> None:
         self._ledger.note("claimed", step, groups)
 
     def _commit(self, name: str, ids: list[str], step: int) -> None:
-        self._reached("reported")
+        self.trainer.reached("reported")
         self._ledger.note("committed", name, ids, step)
-        self._reached("committed")
+        self.trainer.reached("committed")
 
     def _published(self, step: int, digest: str) -> None:
         self._ledger.note("published", step, digest)
-        self._reached("published")
+        self.trainer.reached("published")
 
     def _sync_tree(self, folder: Path) -> None:
-        self._reached("saving")
+        self.trainer.reached("saving")
         sync_tree(folder)
 
     def run(self) -> str:

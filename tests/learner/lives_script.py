@@ -307,21 +307,22 @@ def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     )
 
 
-def main(folder: Path) -> dict[str, Any]:
-    """All runs, on one Ray cluster of a nominal GPU a node."""
+def main(folder: Path, only: list[str]) -> dict[str, Any]:
+    """All runs, or the undisturbed one and those named, on one Ray cluster of a nominal GPU a node."""
     with warm_cluster(NODES) as address:
         in_fork(partial(make_tasks, folder))
         script = Script(folder, address)
         whole, recorded = script.apart(script.undisturbed)
-        return {
-            "undisturbed": whole,
-            "killed": script.killed(recorded),
-            "fidelity": script.apart(partial(script.fidelity, recorded)),
-            "corrected": script.apart(script.corrected),
-            "bad": script.apart(script.bad),
-            "lora": script.apart(script.adapter),
+        runs: dict[str, Callable[[], dict[str, Any]]] = {
+            "killed": lambda: script.killed(recorded),
+            "fidelity": lambda: script.apart(partial(script.fidelity, recorded)),
+            "corrected": lambda: script.apart(script.corrected),
+            "bad": lambda: script.apart(script.bad),
+            "lora": lambda: script.apart(script.adapter),
         }
+        made = {name: run() for name, run in runs.items() if not only or name in only}
+        return {"undisturbed": whole, **made}
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(main(Path(sys.argv[1]))))
+    print("\n" + json.dumps(main(Path(sys.argv[1]), sys.argv[2:])))

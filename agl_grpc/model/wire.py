@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 
 def varint(value: int) -> bytes:
     """A number that is not negative."""
@@ -17,6 +19,7 @@ def varint(value: int) -> bytes:
     return bytes(encoded)
 
 
+@cache
 def tag(number: int) -> bytes:
     """What begins a length-delimited field."""
     return varint(number << 3 | 2)

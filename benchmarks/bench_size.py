@@ -1,6 +1,6 @@
 """What there is a lot of: spans of one rollout read back, memory with many rollouts and workers, over time.
 
-`--minutes 30` makes the soak the long one: lives and spans at about 70 % of what two cores take.
+`--minutes 30` makes the soak the long one: lives beside spans at 70 % of what this machine takes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import grpc
 from agl_grpc.client import StoreClient
 from agl_grpc.v1 import span_pb2
 from agl_grpc.v1 import store_service_pb2 as store
-from benchmarks.clients import on_loop, run_clients
+from benchmarks.clients import on_loop
 from benchmarks.database import grown
 from benchmarks.figures import Row, figure, median, run
-from benchmarks.ingest import Kind, stream_spans
-from benchmarks.lives import live_for
 from benchmarks.messages import RUNNER, STORE, Attempt, Calls, plain_span, spec, stream_opening
 from benchmarks.servers import Server, folder, store_server
+from benchmarks.steady import SHARE, ceiling, steady
 
 SPANS = 2_500
 QUEUED = 10_000
@@ -80,26 +79,13 @@ async def crowd(server: Server, queued: int, workers: int) -> float:
     return used
 
 
-async def load(start: Any, address: str, attempts: list[Attempt], seconds: float) -> None:
-    """Lives one after the other beside a steady stream of spans: about 70 % of what two cores take."""
-    await start()
-    kind = Kind("spans", 100, 1, 250.0)
-    await asyncio.gather(
-        stream_spans(_at_once, address, kind, attempts, seconds),
-        live_for(_at_once, address, False, 1, 4, seconds),
-    )
-
-
-async def _at_once() -> None:
-    """The common start has been."""
-
-
 def soak(server: Server, attempts: list[Attempt], minutes: float) -> tuple[float, float]:
     """MiB of the server after the first third, and how many more at the end."""
     third = 60 * minutes / 3
-    run_clients(server, 1, load, server.address, attempts, third, limit=third + 120)
+    lives = SHARE * ceiling(server, attempts, min(third, 20.0)).lives
+    steady(server, attempts, third, lives)
     early = server.rss
-    run_clients(server, 1, load, server.address, attempts, 2 * third, limit=2 * third + 120)
+    steady(server, attempts, 2 * third, lives)
     return early, server.rss - early
 
 
@@ -113,7 +99,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
             raw, objects = on_loop(read_back(server.address, attempts[0]))
             title = f"{SPANS:,} spans of one rollout"
             rows.append(figure(f"{title} read, the answer's bytes", "ms", raw, "<= 30"))
-            rows.append(figure(f"{title} by query_spans, as Python objects", "ms", objects))
+            rows.append(figure(f"{title} by query_spans, as Python objects", "ms", objects, "<= 30"))
         with store_server(database) as server:
             rows.append(figure("memory of an idle server", "MiB", server.rss))
             used = on_loop(crowd(server, QUEUED, WORKERS))

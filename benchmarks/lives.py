@@ -140,8 +140,13 @@ class _SharedSpans:
                 self._waiting.pop(number).set_result(None)
 
 
-async def live_for(start: Start, address: str, bare: bool, batch: int, loops: int, seconds: float) -> float:
-    """Lives a second of one client process; a batch of 0 = as workers with streams do it."""
+async def live_for(
+    start: Start, address: str, bare: bool, batch: int, loops: int, seconds: float, rate: float = 0.0
+) -> float:
+    """Lives a second of one client process; a batch of 0 = as workers with streams do it.
+
+    `rate` is how many begin each second at most; 0 = each as soon as the one before is over.
+    """
     calls = Calls(address, bare)
     spans = _SharedSpans(calls)
     queues = [f"q-{os.getpid()}-{number}" for number in range(loops)]
@@ -153,13 +158,17 @@ async def live_for(start: Start, address: str, bare: bool, batch: int, loops: in
     await start()
     begun, count = time.perf_counter(), 0
 
-    async def loop(live: Live, queue: str) -> None:
+    async def loop(live: Live, queue: str, turn: int) -> None:
         nonlocal count
-        while time.perf_counter() - begun < seconds:
+        while (now := time.perf_counter() - begun) < seconds:
+            if rate and (early := turn / rate - now) > 0:
+                await asyncio.sleep(early)
             await live(queue)
             count += batch or 1
+            turn += loops * (batch or 1)
 
-    await asyncio.gather(*(loop(live, queue) for live, queue in zip(lives, queues, strict=True)))
+    pairs = zip(lives, queues, strict=True)
+    await asyncio.gather(*(loop(live, queue, turn) for turn, (live, queue) in enumerate(pairs)))
     took = time.perf_counter() - begun
     await calls.channel.close()
     return count / took

@@ -21,7 +21,7 @@ _answer = Writer._answer
 
 
 def _note(self: Writer, done: Any, events: Sequence[EventRow], *rest: Any) -> None:
-    # Called in the writer's thread, first thing after the commit.
+    # Called first thing when the commit is on disk.
     now = time.perf_counter()
     _commits.extend(now for event in events if event.entity == ROLLOUT and event.kind == CREATED)
     _answer(self, done, events, *rest)

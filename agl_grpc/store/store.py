@@ -15,13 +15,14 @@ from agl_grpc.store.errors import StoreError
 from agl_grpc.store.events.hub import Hub
 from agl_grpc.store.events.timers import Timers
 from agl_grpc.store.storage import maintenance
+from agl_grpc.store.storage.command import Lane
 from agl_grpc.store.storage.database import open_database
 from agl_grpc.store.storage.engine import Connection, Database, News
 from agl_grpc.store.storage.events import EventRow
 from agl_grpc.store.storage.idempotency import RequestKey, once
 from agl_grpc.store.storage.reads import ReadPool
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.store.storage.writer import Lane, Writer
+from agl_grpc.store.storage.writer import Writer
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -88,8 +89,10 @@ class Store:
         return await self.writer.submit(lambda tx: once(tx, key, run), Lane.LIFECYCLE, rows)
 
     async def read(self, read: Callable[[Connection], T]) -> T:
-        """Reads one page in one transaction. See ReadPool.run."""
-        return await self.reads.run(read)
+        """Reads one page in one transaction. See ReadPool.run. What was read is on disk."""
+        found = await self.reads.run(read)
+        await self.writer.settled()
+        return found
 
     async def read_shared(self, name: Hashable, read: Callable[[Connection], T]) -> T:
         """As `read`, made once for all who want it at the same time.
@@ -102,7 +105,7 @@ class Store:
         key = (name, self.hub.generation)
         shared = self._shared.get(key)
         if shared is None:
-            reading = asyncio.ensure_future(self.reads.run(read))
+            reading = asyncio.ensure_future(self.read(read))
             shared = self._shared[key] = _SharedRead(reading)
             reading.add_done_callback(lambda _: self._shared.pop(key, None))
         result: T = await shared.result()

@@ -1,30 +1,23 @@
 """A long load on one server: its memory must stay where it was.
 
-Rollouts live from enqueue to completion, one call a step, as fast as a few clients at once get them through,
-beside a steady stream of spans to attempts that never end. The server's memory is read every few seconds.
+Rollouts live from enqueue to completion, one call a step, beside a steady stream of spans to attempts that
+never end, at 70 % of what was measured first to be this machine's ceiling. The server's memory is read every
+few seconds.
 """
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.clients import run_clients
 from benchmarks.database import grown
-from benchmarks.ingest import Kind, stream_spans
-from benchmarks.lives import live_for
-from benchmarks.messages import Attempt
 from benchmarks.servers import Server, folder, store_server
+from benchmarks.steady import SHARE, ceiling, steady
 
-MESSAGES_PER_SECOND = 60.0
-SPANS_PER_MESSAGE = 100
-"""6,000 spans a second: half an hour of them leaves room on a small disk."""
-
-_LOOPS = 4
+_CEILING_SECONDS = 20.0
 _READ_SECONDS = 5.0
 _LIMIT_MIB = 16.0
 """By how much the last third may lie above the one before: a leak of 1 KB for each life would be far more."""
@@ -39,33 +32,22 @@ def prove(minutes: float, tell: Callable[[int], None]) -> dict[str, Any]:
     seconds = 60 * minutes
     with folder() as place:
         attempts = grown(place / "store.db", 0)
-        with store_server(place / "store.db") as server, _Memory(server, seconds, tell) as memory:
-            done = run_clients(server, 1, load, server.address, attempts, seconds, limit=seconds + 300)
-    ((lives, spans),) = done.results
+        with store_server(place / "store.db") as server:
+            most = ceiling(server, attempts, _CEILING_SECONDS)
+            with _Memory(server, seconds, tell) as memory:
+                done = steady(server, attempts, seconds, SHARE * most.lives)
     thirds = memory.thirds()
     assert thirds[2] - thirds[1] <= _LIMIT_MIB, f"memory grew: {memory.readings}"
     return {
-        "lives": round(lives * done.seconds),
-        "spans": spans,
+        "lives a second at the ceiling": round(most.lives, 1),
+        "load, share of the ceiling": round(done.lives / most.lives, 2),
+        "lives": round(done.lives * done.seconds),
+        "spans": done.spans,
+        "server CPU, share of one core at the ceiling": round(most.server_cpu / most.seconds, 2),
         "server CPU, share of one core": round(done.server_cpu / done.seconds, 2),
         "RSS by third, MiB": [round(third, 1) for third in thirds],
         "highest RSS, MiB": round(max(memory.readings), 1),
     }
-
-
-async def load(start: Any, address: str, attempts: list[Attempt], seconds: float) -> tuple[float, int]:
-    """Lives and spans for so long: lives a second, and acknowledged spans."""
-    await start()
-    kind = Kind("spans", SPANS_PER_MESSAGE, 1, MESSAGES_PER_SECOND)
-    (spans, _), lives = await asyncio.gather(
-        stream_spans(_at_once, address, kind, attempts, seconds),
-        live_for(_at_once, address, False, 1, _LOOPS, seconds),
-    )
-    return lives, spans
-
-
-async def _at_once() -> None:
-    """The common start has been."""
 
 
 class _Memory:

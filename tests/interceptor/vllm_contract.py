@@ -12,6 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -221,6 +222,70 @@ def check_sampled_logprobs_travel_as_numbers() -> None:
     assert queues["captured"].get_nowait().kv_transfer_params == {"theirs": 1}
     (table,) = queues["plain"].get_nowait().outputs[0].logprobs
     assert table[9].logprob == -2.5
+
+
+def check_ranks_are_counted_for_those_who_see_them_only() -> None:
+    import torch
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.sampler import Sampler
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from agl_grpc.interceptor.inside import core_logprobs
+    from agl_grpc.interceptor.inside.sampling import capture_params
+
+    core_logprobs.install()
+    assert "numbers_only" in Sampler.gather_logprobs.__code__.co_freevars, "the sampler is another one"
+    none = torch.empty(0)
+    metadata = SamplingMetadata(
+        temperature=None,
+        all_greedy=True,
+        all_random=False,
+        top_p=None,
+        top_k=None,
+        generators={},
+        max_num_logprobs=0,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=none,
+        presence_penalties=none,
+        repetition_penalties=none,
+        output_token_ids=[[], []],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+
+    def sample(*wanting: SamplingParams) -> Any:
+        """What a step gives whose two requests want logprobs in this way."""
+        names = [str(number) for number in range(len(wanting))]
+        batch = SimpleNamespace(
+            num_logprobs=dict.fromkeys(names, 0),
+            sampling_metadata=metadata,
+            update_async_output_token_ids=lambda: None,
+        )
+        runner: Any = SimpleNamespace(
+            input_batch=batch,
+            requests={
+                name: SimpleNamespace(sampling_params=params)
+                for name, params in zip(names, wanting, strict=True)
+            },
+            sampler=Sampler("processed_logprobs"),
+        )
+        return GPUModelRunner._sample(runner, logits.clone(), None)
+
+    captured, asked = capture_params(SamplingParams(), {}), SamplingParams(logprobs=0)
+    alone, mixed = sample(captured, captured), sample(captured, asked)
+    ids = alone.sampled_token_ids
+    assert ids.tolist() == mixed.sampled_token_ids.tolist() == logits.argmax(-1, keepdim=True).tolist()
+    for each in (alone, mixed):
+        assert torch.equal(each.logprobs_tensors.logprob_token_ids, ids)
+        assert torch.equal(each.logprobs_tensors.logprobs, logits.log_softmax(-1).gather(-1, ids.long()))
+        assert each.logprobs_tensors.selected_token_ranks.shape == (2,)
+    assert mixed.logprobs_tensors.selected_token_ranks.tolist() == [1, 1]
+    assert alone.logprobs_tensors.selected_token_ranks.tolist() != [1, 1], "ranks were counted for nobody"
 
 
 def check_outputs() -> None:

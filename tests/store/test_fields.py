@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import message_factory
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from agl_grpc.store.errors import STATUS_TRAILER
+from agl_grpc.store.storage.engine import Connection
 from agl_grpc.v1 import runner_service_pb2 as runner
 from agl_grpc.v1 import store_service_pb2 as store
+from agl_grpc.v1 import trainer_service_pb2 as trainer
 from tests.store.rig import Rig, reason, running
 
 DURATION, TIME = {"seconds": -1}, {"seconds": 2**40}
@@ -85,6 +91,80 @@ async def test_a_field_that_breaks_its_limit_is_named() -> None:
             assert reason(caught.value) == "INVALID_FIELD"
             assert path_of(caught.value).startswith(path), (path_of(caught.value), path)
             assert str(caught.value.details()).startswith(path)
+
+
+SERVICES = [
+    service for module in (store, runner, trainer) for service in module.DESCRIPTOR.services_by_name.values()
+]
+SIGNED = {"priority", "policy_version"}
+"""Numbers that may be negative."""
+LONG = {"agl_grpc.v1.Failure", "agl_grpc.v1.PromptTemplate"}
+"""Messages whose long texts are cut, or may be long, as the contract says; no other text has over 4 KiB."""
+OWN_RULES = {"agl_grpc.v1.AttemptSpans", "agl_grpc.v1.Span", "agl_grpc.v1.AnyValue"}
+"""Messages that are checked with the span or value; `test_spans.py` has their rules."""
+
+
+def bad_values(field: FieldDescriptor) -> list[Any]:
+    """What no field of this type may hold, whatever it means."""
+    kind = field.message_type
+    if field.enum_type is not None:
+        return [999]
+    if kind is not None:
+        times = ("google.protobuf.Timestamp", "google.protobuf.Duration")
+        return [{"seconds": -1}, {"seconds": 2**40}] if kind.full_name in times else []
+    if field.type == FieldDescriptor.TYPE_STRING:
+        return ["a\0b"] if field.containing_type.full_name in LONG else ["a\0b", "x" * 4097]
+    if field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64):
+        return [] if field.name in SIGNED else [-1]
+    return []
+
+
+def bad_messages(descriptor: Descriptor, seen: frozenset[str]) -> Iterator[tuple[str, Message]]:
+    """Messages with one bad field each, also in the messages that they hold, and the field's path."""
+    made = message_factory.GetMessageClass(descriptor)
+    for field in descriptor.fields:
+        path = f"{field.name}[0]" if field.is_repeated else field.name
+        values = [(path, value) for value in bad_values(field)]
+        kind = field.message_type
+        if kind is not None and kind.full_name.startswith("agl_grpc.") and kind.full_name not in seen:
+            inner = bad_messages(kind, seen | {kind.full_name})
+            values += [(f"{path}.{rest}", message) for rest, message in inner]
+        for bad, value in values:
+            yield bad, made(**{field.name: [value] if field.is_repeated else value})
+
+
+def unary_methods() -> list[MethodDescriptor]:
+    """Every method of the contract that takes one request."""
+    methods = [method for service in SERVICES for method in service.methods]
+    return [method for method in methods if not method.client_streaming]
+
+
+async def test_every_field_of_every_method_keeps_what_its_type_implies() -> None:
+    """Unknown enum values, negative numbers, times out of range, NUL, long texts: nothing is written."""
+    outcomes: dict[tuple[str, str], Any] = {}
+    async with running(None) as rig:
+        before = await rig.server.store.read(written)
+        for method in unary_methods():
+            name = f"/{method.containing_service.full_name}/{method.name}"
+            many = rig.channel.unary_stream if method.server_streaming else rig.channel.unary_unary
+            for path, request in bad_messages(method.input_type, frozenset(OWN_RULES)):
+                call = many(name)(request.SerializeToString())
+                try:
+                    outcomes[name, path] = await (call.read() if method.server_streaming else call)
+                except grpc.aio.AioRpcError as error:
+                    outcomes[name, path] = error.code(), reason(error), path_of(error)
+        assert await rig.server.store.read(written) == before
+    refused = grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"
+    wrong = {named: told for named, told in outcomes.items() if told != (*refused, named[1])}
+    assert wrong == {}
+    assert len(outcomes) > 300
+
+
+def written(db: Connection) -> tuple[Any, ...]:
+    """What any write would change."""
+    counters = db.execute("SELECT * FROM counters").fetchone()
+    assert counters is not None
+    return counters
 
 
 async def refused(rig: Rig, method: str, request: Any) -> bool:

@@ -24,8 +24,9 @@ from agl_grpc.store.storage.postgres.connection import PostgresConnection, conne
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.store.store import Store
 from agl_grpc.store.verify.files import verify_postgres
-from agl_grpc.v1 import event_pb2, store_service_pb2
+from agl_grpc.v1 import error_reason_pb2, event_pb2, span_pb2, store_service_pb2
 from tests.store.rig import Rig, error_info, reason, running, seconds
+from tests.store.span_support import append, call_span, span
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually, free_port
 
@@ -159,6 +160,40 @@ async def test_a_group_that_others_are_in_the_way_of_runs_again(url: str) -> Non
 def _cross(foreign: psycopg.Connection[tuple[object, ...]]) -> None:
     with foreign:
         foreign.execute("UPDATE meta SET value = '1' WHERE name = 'a'")
+
+
+async def test_spans_whose_transaction_runs_again_are_refused_once(url: str) -> None:
+    """What is refused of a message is told once, however often PostgreSQL breaks its transaction off."""
+    async with running(url, DatabaseClock()) as rig:
+        await rig.enqueue(rollout_id="r")
+        (leased,) = await rig.lease()
+        names = {"rollout_id": leased.attempt.rollout_id, "attempt_id": leased.attempt.attempt_id}
+        lost = call_span([1, 2], [3], base=b"unknown!", base_length=1)
+        groups = [
+            span_pb2.AttemptSpans(**names, spans=[span("kept"), lost, span("bad", span_id=bytes(8))]),
+            span_pb2.AttemptSpans(**{**names, "rollout_id": "other"}, spans=[span("misplaced")]),
+        ]
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute(_FAILS_TWICE)
+            answer = await append(rig.store, *groups)
+            assert operator.execute("SELECT last_value FROM failures").fetchone() == (3,)
+            operator.execute("DROP FUNCTION fails CASCADE; DROP SEQUENCE failures")
+        assert (answer.stored, list(answer.sequence_ids)) == (1, [1, 0, 0, 0])
+        assert [(one.group_index, one.index) for one in answer.rejected] == [(0, 2), (0, 1), (1, -1)]
+        assert answer.rejected[1].status.reason == error_reason_pb2.ERROR_REASON_DELTA_BASE_UNKNOWN
+        stored = await rig.store.ListSpans(store_service_pb2.ListSpansRequest(rollout_id="r"))
+        assert [one.span.name for one in stored.spans] == ["kept"]
+
+
+# A sequence counts on when its transaction is undone.
+_FAILS_TWICE = """
+CREATE SEQUENCE failures;
+CREATE FUNCTION fails() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF nextval('failures') < 3 THEN RAISE EXCEPTION 'in the way' USING ERRCODE = '40001'; END IF;
+    RETURN new;
+END $$;
+CREATE TRIGGER fails BEFORE INSERT ON span_sequences FOR EACH ROW EXECUTE FUNCTION fails();
+"""
 
 
 async def test_text_that_the_database_cannot_hold_is_refused(url: str) -> None:

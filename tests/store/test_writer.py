@@ -15,11 +15,11 @@ import pytest
 from agl_grpc.store.clock import ManualClock
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.storage import idempotency, maintenance
+from agl_grpc.store.storage.command import Lane
 from agl_grpc.store.storage.engine import Connection, DatabaseError
 from agl_grpc.store.storage.idempotency import RequestKey
 from agl_grpc.store.storage.sqlite.database import open_sqlite
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.store.storage.writer import Lane
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import error_reason_pb2, event_pb2
 
@@ -139,6 +139,53 @@ async def test_the_same_request_is_carried_out_once(store: Store) -> None:
     assert caught.value.reason_name == "REQUEST_ID_REUSED"
     with pytest.raises(StoreError, match="128 bytes"):
         await store.change(RequestKey("p", "M", "x" * 129, b"another"), run)
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+async def test_a_repeat_among_others_changes_nothing(store: Store, earlier: bool) -> None:
+    """In the transaction of the first or a later one: it is answered alike, and its neighbours go through."""
+
+    def run(tx: Tx) -> bytes:
+        (count,) = tx.execute("SELECT count(*) FROM meta WHERE name LIKE 'run-%'").fetchone()
+        tx.execute("INSERT INTO meta VALUES (?, '')", (f"run-{count + 1}",))
+        tx.event(1, event_pb2.ENTITY_KIND_RUN, event_pb2.EVENT_KIND_UPDATED, count + 1)
+        return b"answer %d" % (count + 1)
+
+    def key(name: str) -> RequestKey:
+        return RequestKey("p", "M", name, b"request")
+
+    if earlier:
+        assert await store.change(key("same"), run) == b"answer 1"
+    answers = await asyncio.gather(
+        store.change(key("same"), run),
+        store.write(put("before", "1")),
+        store.change(key("other"), run),
+        store.change(key("same"), run),
+        store.write(put("after", "1")),
+        store.change(RequestKey("p", "M", "other", b"another request"), run),
+        return_exceptions=True,
+    )
+    assert answers[:5] == [b"answer 1", None, b"answer 2", b"answer 1", None]
+    assert isinstance(answers[5], StoreError)
+    assert answers[5].reason_name == "REQUEST_ID_REUSED"
+    assert {"before", "after", "run-1", "run-2"} <= await names(store)
+    assert await store.read(lambda db: db.execute("SELECT ref FROM events").fetchall()) == [(1,), (2,)]
+
+
+async def test_an_answer_that_came_to_nothing_is_not_remembered(store: Store) -> None:
+    """What was noted for the end of the transaction goes with the command that is undone."""
+
+    def fail(tx: Tx) -> None:
+        idempotency.save_new(tx, key, b"half")
+        tx.execute("INSERT INTO meta VALUES ('half', '1')")
+        raise StoreError(9, error_reason_pb2.ERROR_REASON_ILLEGAL_TRANSITION, "no")
+
+    key = RequestKey("p", "M", "id-1", b"request")
+    failing, answer = store.write(fail), store.change(key, lambda tx: b"whole")
+    results = await asyncio.gather(failing, answer, return_exceptions=True)
+    assert isinstance(results[0], StoreError)
+    assert results[1] == b"whole"
+    assert await store.change(key, lambda tx: b"new") == b"whole"
 
 
 async def test_a_refused_request_leaves_its_id_free(store: Store) -> None:

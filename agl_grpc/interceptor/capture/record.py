@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,6 +184,15 @@ def note_experts(record: CallRecord, choice: ChoiceRecord, experts: Any) -> None
     choice.routed_experts = experts.tobytes()
     shape = "x".join(map(str, experts.shape))
     record.notes.append(key_value(f"routed_experts.{choice.index}", f"{shape} {experts.dtype}"))
+
+
+def note_media(record: CallRecord, hashes: Mapping[str, Sequence[str]]) -> None:
+    """The engine's hashes of what a prompt has besides text, by kind: prompts of the same ids may differ in
+    their pictures.
+    """
+    for kind, found in hashes.items():
+        for number, value in enumerate(found):
+            record.notes.append(key_value(f"multimodal.{kind}.{number}", value))
 
 
 def key_value(key: str, value: Any) -> common_pb2.KeyValue:

@@ -107,6 +107,8 @@ class Capture:
         if self._done:
             return
         self._done = True
+        if collector is not None:
+            collector.read_prompts()
         identity = EngineIdentity(
             engine.engine_id if engine else "", engine.version if engine else "", self.records[0].model, False
         )

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import orjson
 
 from agl_grpc.interceptor.capture.record import ChoiceRecord
-from agl_grpc.interceptor.front.splice import PromptTexts, Spliced, splice
+from agl_grpc.interceptor.front.numbers import read_ids
+from agl_grpc.interceptor.front.splice import PromptTexts, Spliced, cut_prompt, splice
 from agl_grpc.interceptor.refusals import Refusal
 
 CAPTURED = frozenset({"chat.completions", "completions"})
@@ -18,6 +19,9 @@ CAPTURED = frozenset({"chat.completions", "completions"})
 
 
 MOST_PROMPTS = 1000
+
+_UNREAD = b"-1"
+"""Stands in the place of a list of prompt ids that has been cut out: no engine sends that."""
 
 
 class Asked(NamedTuple):
@@ -77,6 +81,7 @@ class Collector:
         self._asked = asked
         self.choices: dict[int, ChoiceRecord] = {}
         self.prompts: dict[int, array[int]] = {}
+        self._unread: dict[int, bytes] = {}
         self.problems: list[str] = []
         self.answer_id = ""
         self.model = ""
@@ -107,6 +112,49 @@ class Collector:
                 changed |= self._choice(choice)
                 ours &= self._says_nothing(choice)
         return changed, changed and ours
+
+    def take_event(self, payload: bytes) -> bytes | None:
+        """Take in an event's JSON; what the client gets of it, None where it is there for us alone.
+
+        A list of prompt ids that the client has not asked for is kept unread until `read_prompts`: the first
+        byte does not wait for it. Raises ValueError for what is no JSON object.
+        """
+        cut = None if self._asked.token_ids else cut_prompt(payload, _UNREAD)
+        answer = None if cut is None else self._keep_prompt(*cut)
+        kept = answer is not None
+        if answer is None:
+            answer = orjson.loads(payload)
+        if not isinstance(answer, dict):
+            raise ValueError("no object")
+        changed, ours = self.take(answer)
+        if ours and not kept:
+            return None
+        return orjson.dumps(answer) if changed or kept else payload
+
+    def _keep_prompt(self, rest: bytes, text: bytes) -> dict[str, Any] | None:
+        """The answer whose prompt has been cut out, its place empty; None when that was another list."""
+        try:
+            answer = orjson.loads(rest)
+        except orjson.JSONDecodeError:
+            return None
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        for holder in (answer, *(choices if isinstance(choices, list) else ())):
+            if isinstance(holder, dict) and holder.get("prompt_token_ids") == int(_UNREAD):
+                holder["prompt_token_ids"] = None
+                self._unread[-1 if holder is answer else _index(holder) // self._asked.n] = text
+                return answer if isinstance(answer, dict) else None
+        return None
+
+    def read_prompts(self) -> None:
+        """Read what has been kept unread."""
+        while self._unread:
+            number, text = self._unread.popitem()
+            try:
+                own = self._texts if number < 0 else None
+                ids = read_ids(text) if own is None else own.ids(self._conversation, text)
+            except (ValueError, TypeError, OverflowError):
+                ids = self._ids(None, "prompt token ids")
+            self.prompts[max(number, 0)] = ids
 
     def take_whole(self, data: bytes) -> bytes:
         """Take in an answer that came as a whole; its bytes without what was not asked for.
@@ -184,7 +232,7 @@ class Collector:
                 values = [entry["logprob"] for entry in table["content"] or ()]
             else:
                 values = list(table["token_logprobs"] or ())
-            if values and not math.isfinite(math.fsum(values)):
+            if values and not math.isfinite(sum(values)):
                 raise ValueError
         except (TypeError, KeyError, ValueError, OverflowError):
             return self._problem("logprobs that are no numbers")

@@ -214,6 +214,7 @@ class Handler:
                 if out:
                     kept.add(out)
                     await response.write(out)
+                collector.read_prompts()
                 events.check()
             events.end()
         except (BrokenStream, EngineError, TimeoutError) as error:

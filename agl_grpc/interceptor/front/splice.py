@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from agl_grpc.interceptor.front.numbers import read_ids
+
 _NUMBERS = b'token_ids":['
 _OF_ANSWER, _OF_PROMPT = b'"', b'"prompt_'
 """What stands before that: the key of an answer's ids, and of a prompt's."""
 
+_PROMPT = _OF_PROMPT + _NUMBERS
 _TABLE = b'"logprobs":{'
 _AFTER_TABLE = b',"finish_reason":'
-_CHAT_LOGPROB = re.compile(rb'"logprob":([^,]+),[^}]*')
+_CHAT_LOGPROB = re.compile(rb'"logprob":([^,]++),[^}]*+')
 """One of each entry, up to whose end nothing is looked at: that is most of a table."""
 
 _TEXT_LOGPROBS = re.compile(rb'"token_logprobs":(\[[-0-9.eE+,]*\])')
@@ -63,9 +66,9 @@ class PromptTexts:
         begin = before[:-1]
         if len(begin) > 1 and text.startswith(begin) and text[len(begin) : len(begin) + 1] in (b",", b"]"):
             rest = text[len(begin) + 1 :]
-            ids = ids + _ids(b"[" + rest) if rest else ids
+            ids = ids + read_ids(b"[" + rest) if rest else ids
         else:
-            ids = _ids(text)
+            ids = read_ids(text)
         self._known[key] = (text, ids)
         self._bytes += 2 * len(text)
         while self._bytes > self._most and len(self._known) > 1:
@@ -95,10 +98,22 @@ def splice(data: bytes, chat: bool, prompts: PromptTexts | None = None, key: obj
             answer,
             texts,
             chat,
-            lambda text: prompts.ids(key, text) if prompts else _ids(text),
+            lambda text: prompts.ids(key, text) if prompts else read_ids(text),
         )
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return None
+
+
+def cut_prompt(event: bytes, instead: bytes) -> tuple[bytes, bytes] | None:
+    """An event with something else in the place of its list of prompt ids, and that list; None where it has
+    none, or several.
+    """
+    found = event.find(_PROMPT)
+    begin = found + len(_PROMPT) - 1
+    end = event.find(b"]", begin) + 1
+    if found < 0 or not end or event.find(_PROMPT, end) >= 0:
+        return None
+    return event[:begin] + instead + event[end:], event[begin:end]
 
 
 def _with_numbers(parts: list[bytes]) -> Iterator[bytes]:
@@ -149,18 +164,14 @@ def _assigned(
         found.prompts[-1] = prompt_ids(text)
     for index, choice in enumerate(answer["choices"]):
         if (text := place(choice, "prompt_token_ids")) is not None:
-            found.prompts[index] = _ids(text)
+            found.prompts[index] = read_ids(text)
         if (text := place(choice, "token_ids")) is not None:
-            found.ids[index] = _ids(text)
+            found.ids[index] = read_ids(text)
         if (text := place(choice, "logprobs")) is not None:
             found.logprobs[index] = _logprobs(text, chat)
         if len(found.ids.get(index, ())) != len(found.logprobs.get(index, ())):
             return None
     return found if sorted(used) == list(range(len(texts))) else None
-
-
-def _ids(text: bytes) -> array[int]:
-    return array("I", orjson.loads(text))
 
 
 def _logprobs(table: bytes, chat: bool) -> list[float]:
@@ -170,6 +181,6 @@ def _logprobs(table: bytes, chat: bool) -> list[float]:
         match = _TEXT_LOGPROBS.search(table)
         text = match[1] if match else b""
     numbers: list[float] = orjson.loads(text)
-    if numbers and not math.isfinite(math.fsum(numbers)):
+    if numbers and not math.isfinite(sum(numbers)):
         raise ValueError("no numbers")
     return numbers

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import orjson
-
 from agl_grpc.interceptor.front.dialects import Collector
 
 _LONGEST_EVENT = 64 * 1024 * 1024
@@ -69,18 +67,15 @@ class Events:
             self.held = event
             return b""
         try:
-            answer = orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            raise BrokenStream("the engine sent an event that is not JSON") from None
-        if not isinstance(answer, dict):
-            raise BrokenStream("the engine sent an event that is no object")
-        changed, ours = self._collector.take(answer)
-        if ours:
+            said = self._collector.take_event(payload)
+        except ValueError:
+            raise BrokenStream("the engine sent an event that is no JSON object") from None
+        if said is None:
             return b""
-        if not changed:
+        if said is payload:
             return event
         rest = stop - 1 if event[stop - 1 : stop] == b"\r" else stop
-        return event[:begin] + b"data: " + orjson.dumps(answer) + event[rest:]
+        return event[:begin] + b"data: " + said + event[rest:]
 
 
 def _event_end(data: bytes, start: int) -> int:

@@ -1,9 +1,13 @@
-"""Sampled logprobs on their way from vLLM's engine core to the API server: as plain numbers.
+"""Sampled logprobs in vLLM's engine core, and on their way to the API server: no more than is asked for.
 
 vLLM sends three arrays with each token, which costs the two processes some 20 µs a token for packing and
 unpacking them. Of a captured call whose client has not asked for logprobs only the sampled token's is
 needed: a number that travels beside the token, in a field of vLLM's that serialises by itself. The request
 says so (`wanted`); an engine core in which this is not installed sends the arrays, which are read as well.
+
+Nobody reads the rank of a sampled token either, for which vLLM compares it with the whole vocabulary and pays
+some 0.1 ms a step for calling a compiled function: a step in which only such calls want logprobs leaves it
+out.
 """
 
 from __future__ import annotations
@@ -63,15 +67,20 @@ class _Rows:
 
 
 def install() -> None:
-    """Change the scheduler of this process, an engine core's; a second call changes nothing.
+    """Change the scheduler and the sampler of this process, an engine core's or a worker's; a second call
+    changes nothing.
 
-    A scheduler that differs from the supported one is left alone.
+    What differs from the supported vLLM is left alone.
     """
+    _install_scheduler()
+    _install_sampler()
+
+
+def _install_scheduler() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     original = Scheduler.update_from_output
-    expected = ["self", "scheduler_output", "model_runner_output"]
-    if hasattr(original, _MARK) or list(inspect.signature(original).parameters) != expected:
+    if hasattr(original, _MARK) or not _takes(original, "self", "scheduler_output", "model_runner_output"):
         return
 
     @functools.wraps(original)
@@ -94,6 +103,47 @@ def install() -> None:
 
     setattr(update_from_output, _MARK, True)
     Scheduler.update_from_output = update_from_output
+
+
+def _install_sampler() -> None:
+    from vllm.v1.outputs import LogprobsTensors
+    from vllm.v1.sample.sampler import Sampler
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    gather, sample = Sampler.gather_logprobs, GPUModelRunner._sample
+    if hasattr(gather, _MARK) or not (
+        _takes(gather, "logprobs", "num_logprobs", "token_ids")
+        and _takes(sample, "self", "logits", "spec_decode_metadata")
+    ):
+        return
+    # Whether the step that samples now has captured calls only that want logprobs.
+    numbers_only = False
+
+    @functools.wraps(gather)
+    def gather_logprobs(logprobs: Any, num_logprobs: int, token_ids: Any) -> Any:
+        if not numbers_only or num_logprobs:
+            return gather(logprobs, num_logprobs, token_ids)
+        column = token_ids.unsqueeze(-1)
+        # In the place of the ranks stands what has their shape.
+        return LogprobsTensors(column, logprobs.gather(-1, column), token_ids)
+
+    @functools.wraps(sample)
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        nonlocal numbers_only
+        wanting = self.input_batch.num_logprobs
+        numbers_only = bool(wanting) and len(_marked(self.requests, wanting)) == len(wanting)
+        try:
+            return sample(self, logits, spec_decode_metadata)
+        finally:
+            numbers_only = False
+
+    setattr(gather_logprobs, _MARK, True)
+    Sampler.gather_logprobs = staticmethod(gather_logprobs)
+    GPUModelRunner._sample = _sample
+
+
+def _takes(function: Any, *names: str) -> bool:
+    return tuple(inspect.signature(function).parameters) == names
 
 
 def _marked(requests: Any, scheduled: Iterable[str]) -> set[str]:

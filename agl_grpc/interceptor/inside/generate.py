@@ -15,6 +15,7 @@ from agl_grpc.interceptor.capture.record import (
     EngineIdentity,
     failed_record,
     note_experts,
+    note_media,
     to_span,
 )
 from agl_grpc.interceptor.capture.retries import Retries
@@ -29,6 +30,9 @@ from agl_grpc.v1 import common_pb2, model_call_pb2
 logger = logging.getLogger("agl_grpc.interceptor")
 
 OutputStream = AsyncGenerator[Any, None]
+
+_BEAM = "-beam-"
+"""Stands in the engine's request ids of vLLM's beam search, before the number of the beam."""
 
 
 class Sink(Protocol):
@@ -183,21 +187,44 @@ class GenerateWrapper:
         if context is None:
             self.unattributed += 1
             return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
-        if "-beam-" in request_id:
-            if context.attribution.mode == "train" and context.external is None:
-                raise self._refuse(
-                    "beam search cannot be trained: use n with temperature, or the /mode/val base URL"
-                )
-            self.unattributed += 1
-            return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
         lora = kwargs.get("lora_request")
         model = lora.lora_name if lora is not None else self._identity.model
+        if _BEAM in request_id:
+            self._note_beam(context, prompt, sampling_params, request_id, model)
+            return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
         imposed = self._imposed(context, model)
         if context.known is not None and sampling_params.seed is None and "seed" not in imposed:
             imposed.update(context.known.next_seed())
         params = capture_params(sampling_params, imposed)
         call = self._begin(context, prompt, params, sampling_params, request_id, model)
         return self._capture(call, self._generate(prompt, params, request_id, *args, **kwargs))
+
+    def _note_beam(self, context: CallContext, prompt: Any, params: Any, request_id: str, model: str) -> None:
+        """Beam search asks the engine for each token of each beam by itself: all of them are one record."""
+        answer = context.answer
+        if context.attribution.mode == "train" and context.external is None:
+            raise self._refuse(
+                "beam search cannot be trained: use n with temperature, or the /mode/val base URL"
+            )
+        name = request_id.rpartition(_BEAM)[0].rpartition("-")[0]
+        if answer is None or not answer.first_of(name):
+            return
+        record = CallRecord(context, name, model, sampling_message(params, params))
+        record.untrainable("beam search: its tokens are searched for, not sampled")
+        record.prompt_ids = list(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else []
+        if context.external is None:
+            attempt = (context.attribution.rollout_id, context.attribution.attempt_id)
+            self._sink.announce(attempt, record.span_id, record.started)
+        self.captured += 1
+        # It goes to the sink with the end of the answer, by which its outcome is known.
+        answer.begun()
+        answer.ended(record, self._submit_beam)
+
+    def _submit_beam(self, record: CallRecord) -> asyncio.Future[None] | None:
+        record.end()
+        if record.context.answer is not None and not record.context.answer.complete:
+            record.outcome = model_call_pb2.MODEL_CALL_OUTCOME_CUT
+        return self._submit(record)
 
     def _imposed(self, context: CallContext, model: str) -> dict[str, Any]:
         """What the resource of the attempt says of sampling in this mode; in training the operator's word."""
@@ -220,6 +247,7 @@ class GenerateWrapper:
             record.cache_salt = prompt.get("cache_salt") or ""
             if prompt.get("mm_kwargs"):
                 record.untrainable("multimodal prompt: only its token ids are captured")
+                note_media(record, prompt.get("mm_hashes") or {})
         call = self._open[request_id] = _OpenCall(record, asked.logprobs is not None)
         number = 0 if context.answer is None else context.answer.begun()
         if context.external is None:

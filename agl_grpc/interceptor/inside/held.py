@@ -74,6 +74,9 @@ class HeldAnswer:
         self._running = 0
         self._closed = False
         self._passing = False
+        self._seen: set[str] = set()
+        self.complete = False
+        """Whether all of an answer that is no error has come."""
         self.calls = 0
         self.tries = tries
         """How often the client says that it has asked before."""
@@ -97,6 +100,12 @@ class HeldAnswer:
     def abandoned(self) -> None:
         """A call never reached the engine."""
         self._running -= 1
+
+    def first_of(self, name: str) -> bool:
+        """Whether a name is new within this request; from now on it is not."""
+        new = name not in self._seen
+        self._seen.add(name)
+        return new
 
     def digest(self) -> int:
         """Stands for the request as the client sent it, in this process."""
@@ -132,6 +141,7 @@ class HeldAnswer:
             self._note_head(message)
         self._waiting.append(message)
         last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        self.complete = last and self._status < 400
         if self._failed is not None and self._status >= 400:
             if not last:
                 return

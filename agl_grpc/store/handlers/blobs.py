@@ -12,8 +12,8 @@ from agl_grpc.store import blobs, limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.service import RequestStream
 from agl_grpc.store.errors import StoreError, invalid_field, not_found
+from agl_grpc.store.storage.command import Lane
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.store.storage.writer import Lane
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import store_service_pb2
 

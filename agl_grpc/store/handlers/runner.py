@@ -258,8 +258,7 @@ class RunnerHandlers:
 
 
 def _stored(tx: Tx, message: SpanMessage) -> SpanOutcome:
-    """What became of spans; the command may run again with the same message."""
-    fresh = SpanMessage([group.fresh() for group in message.groups], message.size, message.rows)
-    (outcome,) = write_messages(tx, [fresh])
+    """What became of spans."""
+    (outcome,) = write_messages(tx, [message])
     assert isinstance(outcome, SpanOutcome), "only messages of streams are fenced"
     return outcome

@@ -130,8 +130,7 @@ def rejections(outcome: SpanOutcome) -> Sequence[store_service_pb2.RejectedSpan]
     """What was not stored of a message, as the contract says it."""
     return [
         store_service_pb2.RejectedSpan(
-            group_index=group.index, index=index, status=error.to_item(), span_id=span_id
+            group_index=one.group_index, index=one.place, status=one.error.to_item(), span_id=one.span_id
         )
-        for group in outcome.groups
-        for index, span_id, error in group.rejected
+        for one in outcome.rejected
     ]

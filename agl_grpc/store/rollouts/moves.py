@@ -58,12 +58,13 @@ _DELIVERED_ONE = (
     "resource_key = ? WHERE rollout_key = ?"
 )
 _WORKER_BUSY = (
-    "UPDATE workers SET last_dequeue_time = ?, last_busy_time = ?, last_heartbeat_time = ?, "
-    "current_attempt_key = ? WHERE worker_key = ?"
+    "UPDATE workers SET last_dequeue_time = v.column1, last_busy_time = v.column1, "
+    "last_heartbeat_time = v.column1, current_attempt_key = v.column2 "
+    "FROM (VALUES {rows}) AS v WHERE worker_key = v.column3"
 )
 _WORKER_IDLE = (
-    "UPDATE workers SET last_idle_time = ?, current_attempt_key = NULL "
-    "WHERE worker_key = ? AND current_attempt_key = ?"
+    "UPDATE workers SET last_idle_time = v.column1, current_attempt_key = NULL "
+    "FROM (VALUES {rows}) AS v WHERE worker_key = v.column2 AND current_attempt_key = v.column3"
 )
 _END_ATTEMPT = (
     "UPDATE attempts SET status = ?, end_time = ?, lease_token = NULL, lease_expire_time = NULL, "
@@ -170,7 +171,7 @@ class Moves:
             write_begun(tx, beginnings)
         tx.arm(due)
         if worker_key is not None:
-            tx.defer("busy", worker_key, _WORKER_BUSY, (tx.now, tx.now, tx.now, key, worker_key))
+            tx.defer("busy", worker_key, _WORKER_BUSY, (tx.now, key, worker_key))
         tx.event(rollout.run_key, ROLLOUT, UPDATED, rollout.key)
         tx.event(rollout.run_key, ATTEMPT, CREATED, key)
         return Begun(key, begun_id, sequence_id, token, resource_key)

@@ -24,6 +24,9 @@ LATE = 2
 DELTA = 4
 """Flag of a stored span: its prompt is a difference to an earlier call."""
 
+WHOLE_GROUP = -1
+"""Place of a rejection of a group as a whole."""
+
 ANNOUNCEMENT = -2
 """Place of a rejection that is about an announced call, not about a span."""
 
@@ -92,24 +95,13 @@ class CheckedGroup:
     @property
     def refused(self) -> bool:
         """Whether the group was rejected as a whole."""
-        return bool(self.rejected) and self.rejected[0][0] == -1
-
-    def fresh(self) -> CheckedGroup:
-        """A copy to be stored or refused in place of this one, which stays as it is for another try."""
-        return dataclasses.replace(
-            self,
-            places=self.places.copy(),
-            refs=self.refs.copy(),
-            starts=self.starts.copy(),
-            data=self.data.copy(),
-            rejected=self.rejected.copy(),
-        )
+        return bool(self.rejected) and self.rejected[0][0] == WHOLE_GROUP
 
     def refuse(self, error: StoreError) -> None:
         """Reject the group as a whole."""
         for column in (self.places, self.refs, self.starts, self.data):
             column.clear()
-        self.rejected = [(-1, b"", error)]
+        self.rejected = [(WHOLE_GROUP, b"", error)]
 
 
 def ref_of(span_id: bytes) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from agl_grpc.store.errors import StoreError, overloaded
 from agl_grpc.store.rollouts.attempts import ATTEMPT, UPDATED
 from agl_grpc.store.spans.write import delete_spans
+from agl_grpc.store.storage.command import Lane
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.store.storage.writer import Lane
 from agl_grpc.store.store import Store
 
 _STEP = 100

@@ -10,14 +10,14 @@ from agl_grpc.store import errors
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.spans.evict import Evictor
 from agl_grpc.store.spans.write import SpanMessage, SpanOutcome, write_messages
+from agl_grpc.store.storage.command import Lane
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.store.storage.writer import Lane
 from agl_grpc.store.store import Store
 from agl_grpc.v1 import error_reason_pb2
 
 _FLUSH_ROWS = 1000
 _FLUSH_BYTES = 8 << 20
-_FLUSHES = 2  # one is being written while the next one waits: the disk never idles
+_FLUSHES = 2  # that have not begun: while one is written, the next one waits
 
 _Entry = tuple[SpanMessage, "asyncio.Future[SpanOutcome]"]
 
@@ -37,7 +37,7 @@ class SpanQueue:
         self._evictor = evictor
         self._bytes = 0
         self._waiting: deque[_Entry] = deque()
-        self._flushes = 0
+        self._flushes: set[_Flush] = set()
         self._room: set[asyncio.Event] = set()
 
     def put(self, message: SpanMessage) -> asyncio.Future[SpanOutcome]:
@@ -67,15 +67,16 @@ class SpanQueue:
                 self._room.discard(event)
 
     def _pump(self) -> None:
-        if self._waiting and self._flushes < _FLUSHES:
-            flush = _Flush(self._waiting)
+        if self._waiting and sum(not flush.taken for flush in self._flushes) < _FLUSHES:
             try:
-                future = self._store.writer.submit(flush.run, Lane.SPANS, rows=_FLUSH_ROWS // 2)
+                self._submit(_Flush(self._waiting), _FLUSH_ROWS // 2)
             except StoreError as error:
                 self._refuse(error)
-                return
-            self._flushes += 1
-            future.add_done_callback(lambda done: self._flushed(flush, done))
+
+    def _submit(self, flush: _Flush, rows: int) -> None:
+        future = self._store.writer.submit(flush.run, Lane.SPANS, rows=rows)
+        self._flushes.add(flush)
+        future.add_done_callback(lambda done: self._flushed(flush, done))
 
     def _refuse(self, error: StoreError) -> None:
         """Nothing can be written: whoever waits is told."""
@@ -85,7 +86,7 @@ class SpanQueue:
             self._answer(entry, error)
 
     def _flushed(self, flush: _Flush, done: asyncio.Future[Sequence[SpanOutcome | StoreError]]) -> None:
-        self._flushes -= 1
+        self._flushes.discard(flush)
         error = done.exception()
         if error is None:
             for entry, outcome in zip(flush.taken, done.result(), strict=True):
@@ -102,14 +103,10 @@ class SpanQueue:
         self._pump()
 
     def _alone(self, entry: _Entry) -> None:
-        flush = _Flush(deque([entry]))
         try:
-            future = self._store.writer.submit(flush.run, Lane.SPANS, rows=entry[0].rows)
+            self._submit(_Flush(deque([entry])), entry[0].rows)
         except StoreError as error:
             self._answer(entry, error)
-            return
-        self._flushes += 1
-        future.add_done_callback(lambda done: self._flushed(flush, done))
 
     def _answer(self, entry: _Entry, outcome: SpanOutcome | BaseException) -> None:
         message, future = entry
@@ -126,15 +123,20 @@ class SpanQueue:
 
 
 class _Flush:
-    """What one command of the writer takes out of the queue, decided when it is executed."""
+    """What one command of the writer takes out of the queue, decided when it is first executed."""
 
     def __init__(self, source: deque[_Entry]) -> None:
         self._source = source
         self.taken: list[_Entry] = []
 
     def run(self, tx: Tx) -> Sequence[SpanOutcome | StoreError]:
-        """Write as many waiting messages as one transaction should hold. Writer's thread."""
-        rows = size = 0
+        """Write as many waiting messages as one transaction should hold. Writer's thread.
+
+        A transaction that is undone and runs again holds the same messages, and those that came meanwhile as
+        far as there is room.
+        """
+        rows = sum(message.rows for message, _ in self.taken)
+        size = sum(message.size for message, _ in self.taken)
         while self._source and rows < _FLUSH_ROWS and size < _FLUSH_BYTES:
             entry = self._source.popleft()
             self.taken.append(entry)

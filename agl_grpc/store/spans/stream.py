@@ -187,13 +187,12 @@ class SpanStream:
             self._bytes -= size
             ack.sequence = sequence
             ack.duplicates += outcome.duplicates
-            for group in outcome.groups:
-                for index, span_id, error in group.rejected:
-                    rejected = ack.rejected.add(sequence=sequence)
-                    rejected.span.group_index = group.index
-                    rejected.span.index = index
-                    rejected.span.span_id = span_id
-                    rejected.span.status.CopyFrom(error.to_item())
+            for one in outcome.rejected:
+                rejected = ack.rejected.add(sequence=sequence)
+                rejected.span.group_index = one.group_index
+                rejected.span.index = one.place
+                rejected.span.span_id = one.span_id
+                rejected.span.status.CopyFrom(one.error.to_item())
         self._changed.set()
         return store_service_pb2.StreamSpansResponse(ack=ack)
 

@@ -11,7 +11,15 @@ from agl_grpc.store import errors
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.rollouts import attempts
 from agl_grpc.store.rollouts.lifecycle import A_RUNNING, ATTEMPT_LIVE
-from agl_grpc.store.spans.check import DELTA, LATE, MODEL_CALL, CheckedCall, CheckedGroup, id_of
+from agl_grpc.store.spans.check import (
+    DELTA,
+    LATE,
+    MODEL_CALL,
+    WHOLE_GROUP,
+    CheckedCall,
+    CheckedGroup,
+    id_of,
+)
 from agl_grpc.store.spans.lookup import SpanAttempt, distinct, load_attempts, stored_sequences
 from agl_grpc.store.storage.bulk import update_rows
 from agl_grpc.store.storage.engine import Connection
@@ -72,21 +80,37 @@ class SpanMessage:
     producer: Producer | None = None
 
 
+class Rejected(NamedTuple):
+    """A span, an announcement or a whole group that was not stored.
+
+    Attributes:
+        group_index: The group's place in its message.
+        place: The span's place in the group; -1 = the whole group, -2 = an announcement.
+        span_id: Its id, where it is known.
+        error: Why.
+    """
+
+    group_index: int
+    place: int
+    span_id: bytes
+    error: StoreError
+
+
 @dataclass
 class SpanOutcome:
-    """What became of a message.
+    """What became of a message. The message itself stays as it was: its transaction may run again.
 
     Attributes:
         stored: New spans.
         duplicates: Spans that were there before.
         sequence_ids: One for each span in the order sent, 0 for rejected ones.
-        groups: The message's groups, whose `rejected` lists are complete now.
+        rejected: What was not stored, also for what the check of the message had found.
     """
 
-    groups: Sequence[CheckedGroup]
     stored: int = 0
     duplicates: int = 0
     sequence_ids: list[int] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
 
 
 class _Call(NamedTuple):
@@ -171,7 +195,7 @@ class _Flush:
             fenced = self._fence(message.producer)
             if fenced is not None:
                 return fenced
-        outcome = SpanOutcome(message.groups)
+        outcome = SpanOutcome()
         for group in message.groups:
             self._group(group, outcome)
         return outcome
@@ -189,7 +213,7 @@ class _Flush:
         return None
 
     def _group(self, group: CheckedGroup, outcome: SpanOutcome) -> None:
-        attempt = self._attempt(group)
+        attempt = self._attempt(group, outcome)
         if attempt is None:
             outcome.sequence_ids.extend([0] * group.count)
             return
@@ -255,7 +279,7 @@ class _Flush:
             if call is not None:
                 problem = self._delta_problem(attempt.key, call)
                 if problem is not None:
-                    group.rejected.append((place, id_of(ref), problem))
+                    outcome.rejected.append(Rejected(group.index, place, id_of(ref), problem))
                     continue
                 length = call.base_length + call.new_tokens
                 self._calls[attempt.key, ref] = _Call(length, data)
@@ -306,17 +330,20 @@ class _Flush:
         totals.size += size
         totals.late += late
 
-    def _attempt(self, group: CheckedGroup) -> SpanAttempt | None:
+    def _attempt(self, group: CheckedGroup, outcome: SpanOutcome) -> SpanAttempt | None:
+        """The attempt that a group is for; None = the group is refused as a whole."""
+        if group.rejected:
+            outcome.rejected += [Rejected(group.index, *one) for one in group.rejected]
         if group.refused:
             return None
-        attempt_id = group.attempt_id
-        attempt = self._attempts.get(attempt_id)
-        if attempt is None:
-            group.refuse(errors.not_found("attempt", attempt_id))
-        elif group.rollout_id and group.rollout_id != attempt.rollout_id:
-            group.refuse(errors.not_found("attempt", f"{attempt_id} of rollout {group.rollout_id}"))
-            return None
-        return attempt
+        attempt = self._attempts.get(group.attempt_id)
+        if attempt is not None and group.rollout_id in ("", attempt.rollout_id):
+            return attempt
+        unknown = group.attempt_id if attempt is None else f"{group.attempt_id} of rollout {group.rollout_id}"
+        refusal = errors.not_found("attempt", unknown)
+        outcome.rejected = [one for one in outcome.rejected if one.group_index != group.index]
+        outcome.rejected.append(Rejected(group.index, WHOLE_GROUP, b"", refusal))
+        return None
 
     def _delta_problem(self, attempt_key: int, span: CheckedCall) -> StoreError | None:
         """Why a prompt cannot be put together from its base; None = it can, or needs none."""

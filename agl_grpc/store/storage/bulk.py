@@ -5,28 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from agl_grpc.store.storage.engine import Cursor
+
 _LARGEST = 64
-Execute = Callable[[str, Sequence[object]], object]
+Execute = Callable[[str, Sequence[object]], Cursor]
 
 
 def insert_rows(execute: Execute, head: str, rows: Sequence[Sequence[object]]) -> None:
     """Inserts rows of equal width; `head` is the statement up to VALUES."""
-    _in_chunks(execute, head + " VALUES {rows}", rows)
+    update_rows(execute, head + " VALUES {rows}", rows)
 
 
-def update_rows(execute: Execute, template: str, rows: Sequence[Sequence[object]]) -> None:
-    """Updates rows by the values of rows of equal width; `{rows}` in the template stands for those."""
-    _in_chunks(execute, template, rows)
+def update_rows(execute: Execute, template: str, rows: Sequence[Sequence[object]]) -> int:
+    """Updates rows by the values of rows of equal width; `{rows}` in the template stands for those.
 
-
-def _in_chunks(execute: Execute, template: str, rows: Sequence[Sequence[object]]) -> None:
+    Returns:
+        How many rows have changed.
+    """
     # Sizes are powers of two: few different statements, all of them stay prepared.
-    start = 0
+    start = changed = 0
     while start < len(rows):
         size = min(_LARGEST, 1 << ((len(rows) - start).bit_length() - 1))
         values = [value for row in rows[start : start + size] for value in row]
-        execute(_statement(template, size, len(rows[start])), values)
+        changed += execute(_statement(template, size, len(rows[start])), values).rowcount
         start += size
+    return changed
 
 
 @lru_cache(maxsize=256)

@@ -102,8 +102,17 @@ class WriteConnection(Connection, Protocol):
         """
         ...
 
+    @property
+    def syncs(self) -> bool:
+        """Whether what was committed is on disk only after `sync`; else it is when `commit` returns."""
+        ...
+
     def commit(self) -> None:
-        """Writes the counters; returns when the transaction is on disk."""
+        """Writes the counters and ends the transaction; readers see it from here on."""
+        ...
+
+    def sync(self) -> None:
+        """Returns when everything that was committed before is on disk; called by any thread."""
         ...
 
     def rollback(self) -> None:

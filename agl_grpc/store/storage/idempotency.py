@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.errors import StoreError, invalid_field, request_id_reused
-from agl_grpc.store.storage.transaction import Redo, Tx
+from agl_grpc.store.storage.bulk import Execute, update_rows
+from agl_grpc.store.storage.transaction import Answered, Redo, Tx
 
 KEEP = 24 * 3600 * SECOND
 _MAX_ID = 128
-_REPLACE = (
-    "DO UPDATE SET request_hash = excluded.request_hash, response = excluded.response, "
+_INSERT = (
+    "INSERT INTO requests (digest, request_hash, response, create_time) VALUES {rows} "
+    "ON CONFLICT (digest) DO "
+)
+_REPLACE = _INSERT + (
+    "UPDATE SET request_hash = excluded.request_hash, response = excluded.response, "
     "create_time = excluded.create_time"
 )
 
@@ -73,37 +78,61 @@ def find(tx: Tx, key: RequestKey) -> bytes | None:
         return None
     if len(key.request_id.encode()) > _MAX_ID:
         raise invalid_field("request_id", f"is longer than {_MAX_ID} bytes")
-    row = tx.execute(
-        "SELECT request_hash, response FROM requests WHERE digest = ?", (_digest(key),)
-    ).fetchone()
+    digest = _digest(key)
+    row = tx.answered.get(digest) or _stored(tx, digest)
     if row is None:
         return None
-    if row[0] != _hash(key.request):
+    if row.request_hash != _hash(key.request):
         raise request_id_reused(key.request_id)
-    return bytes(row[1])
+    return row.response
+
+
+def _stored(tx: Tx, digest: bytes) -> Answered | None:
+    row = tx.execute("SELECT request_hash, response FROM requests WHERE digest = ?", (digest,)).fetchone()
+    return None if row is None else Answered(bytes(row[0]), bytes(row[1]), tx.now, replaces=False)
 
 
 def save_new(tx: Tx, key: RequestKey, response: bytes) -> None:
-    """Remembers the answer to a request that was taken for new; raises Redo if it was not."""
-    if key.request_id and not _insert(tx, key, response, "DO NOTHING"):
+    """Remembers the answer to a request that was taken for new; raises Redo if one of the group is the same.
+
+    One of an earlier group is found when the group's answers are written.
+    """
+    if key.request_id and _note(tx, key, response, replaces=False):
         raise Redo
 
 
 def save(tx: Tx, key: RequestKey, response: bytes) -> None:
     """Remembers the answer to a request; a later answer to the same one replaces it."""
     if key.request_id:
-        _insert(tx, key, response, _REPLACE)
+        _note(tx, key, response, replaces=True)
 
 
-def _insert(tx: Tx, key: RequestKey, response: bytes, otherwise: str) -> bool:
+def _note(tx: Tx, key: RequestKey, response: bytes, *, replaces: bool) -> bool:
+    """Remembers an answer until the group's are written; returns whether there was one in the group."""
     if len(key.request_id.encode()) > _MAX_ID:
         raise invalid_field("request_id", f"is longer than {_MAX_ID} bytes")
-    cursor = tx.execute(
-        "INSERT INTO requests (digest, request_hash, response, create_time) VALUES (?, ?, ?, ?) "
-        f"ON CONFLICT (digest) {otherwise}",
-        (_digest(key), _hash(key.request), response, tx.now),
-    )
-    return cursor.rowcount > 0
+    digest, answered = _digest(key), tx.answered
+    before = answered.get(digest)
+    answered[digest] = Answered(_hash(key.request), response, tx.now, replaces)
+
+    def undo() -> None:
+        del answered[digest]
+        if before is not None:
+            answered[digest] = before
+
+    tx.after_rollback(undo)
+    return before is not None
+
+
+def write_answers(execute: Execute, answered: Iterable[tuple[bytes, Answered]]) -> bool:
+    """Writes the answers of a group of commands; False = one of its requests was answered before."""
+    new: list[tuple[object, ...]] = []
+    again: list[tuple[object, ...]] = []
+    for digest, one in answered:
+        row = (digest, one.request_hash, one.response, one.create_time)
+        (again if one.replaces else new).append(row)
+    update_rows(execute, _REPLACE, again)
+    return update_rows(execute, _INSERT + "NOTHING", new) == len(new)
 
 
 def _digest(key: RequestKey) -> bytes:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.storage import idempotency
+from agl_grpc.store.storage.command import Lane
 from agl_grpc.store.storage.transaction import Tx
-from agl_grpc.store.storage.writer import Lane, Writer
+from agl_grpc.store.storage.writer import Writer
 
 KEEP_EVENTS = 24 * 3600 * SECOND
 _PERIOD_SECONDS = 30.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from agl_grpc.store.storage.engine import WriteConnection
 from agl_grpc.store.storage.events import EventRow
@@ -13,10 +14,27 @@ class Redo(Exception):
     "`careful` set."""
 
 
+class Answered(NamedTuple):
+    """What is remembered of a request that was carried out (R13).
+
+    Attributes:
+        request_hash: Of the request's bytes.
+        response: The answer's bytes.
+        create_time: When, in microseconds.
+        replaces: Whether an answer that was given before may be there; else the request was taken for new.
+    """
+
+    request_hash: bytes
+    response: bytes
+    create_time: int
+    replaces: bool
+
+
 class Tx:
     """One command's view of the group's transaction. Used in the writer's thread only.
 
     Attributes:
+        answered: Answers of the group's commands that are not written yet, by the requests' digests.
         connection: The writing connection; `execute` is its method.
         counters: Gives out keys.
         now: The store's time in microseconds, the same for the whole command.
@@ -24,6 +42,7 @@ class Tx:
     """
 
     __slots__ = (
+        "answered",
         "careful",
         "connection",
         "counters",
@@ -38,7 +57,10 @@ class Tx:
         "on_rollback",
     )
 
-    def __init__(self, connection: WriteConnection, now: int, careful: bool = True) -> None:
+    def __init__(
+        self, connection: WriteConnection, now: int, careful: bool, answered: dict[bytes, Answered]
+    ) -> None:
+        self.answered = answered
         self.careful = careful
         self.connection = connection
         self.execute = connection.execute
@@ -88,11 +110,17 @@ class Tx:
         """Calls back at the end of the command, still inside its transaction."""
         self.finals.append(callback)
 
-    def defer(self, name: str, key: int, sql: str, values: tuple[object, ...]) -> None:
-        """Writes later in the same transaction; of several writes with one name and key only the "
-        "last counts."""
+    def defer(self, name: str, key: int, template: str, row: tuple[object, ...]) -> None:
+        """Writes later in the same transaction, with one statement for the rows of many commands.
+
+        Args:
+            name: What is written; of several writes with one name and key only the last counts.
+            key: Of the row that changes.
+            template: The statement, for `update_rows`.
+            row: Its values.
+        """
         self.deferred.pop((name, key), None)
-        self.deferred[name, key] = (sql, values)
+        self.deferred[name, key] = (template, row)
 
     def arm(self, due: int | None) -> None:
         """Makes sure that timers are looked at no later than this moment (microseconds)."""

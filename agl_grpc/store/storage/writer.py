@@ -1,13 +1,12 @@
 """The single writer: a thread that groups waiting commands into transactions.
 
-Durability costs one fsync per group. Each command has a savepoint of its own: one that fails is
-undone alone. Nobody is answered before the group is on disk.
+Durability costs one fsync per group at most, and the next group is carried out meanwhile. Each command has a
+savepoint of its own: one that fails is undone alone. Nobody is answered before the group is on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import os
 import sys
@@ -15,7 +14,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, cast
+from functools import partial
+from typing import NoReturn, TypeVar
 
 from agl_grpc.store.clock import Clock
 from agl_grpc.store.errors import (
@@ -28,13 +28,15 @@ from agl_grpc.store.errors import (
     storage_full,
 )
 from agl_grpc.store.storage import failpoints
-from agl_grpc.store.storage.bulk import insert_rows
+from agl_grpc.store.storage.bulk import insert_rows, update_rows
+from agl_grpc.store.storage.command import Command, Lane, Run
 from agl_grpc.store.storage.engine import Database, Trouble
 from agl_grpc.store.storage.events import EventRow
-from agl_grpc.store.storage.transaction import Redo, Tx
+from agl_grpc.store.storage.idempotency import write_answers
+from agl_grpc.store.storage.syncer import Syncer
+from agl_grpc.store.storage.transaction import Answered, Redo, Tx
 
 T = TypeVar("T")
-Run = Callable[[Tx], Any]
 
 _log = logging.getLogger(__name__)
 
@@ -48,26 +50,6 @@ _BUSY_SECONDS = 0.05
 _MOST_RETRIES = 20
 
 _INSERT_EVENT = "INSERT INTO events (position, run_key, entity, kind, ref, low, high, time, entity_id)"
-
-
-class Lane(enum.IntEnum):
-    """Which queue a command waits in; lifecycle goes first."""
-
-    LIFECYCLE = 0
-    SPANS = 1
-
-
-class _Command:
-    __slots__ = ("error", "future", "lane", "result", "rows", "run", "tx")
-
-    def __init__(self, run: Run, future: asyncio.Future[Any] | None, rows: int, lane: Lane) -> None:
-        self.run = run
-        self.future = future
-        self.rows = rows
-        self.lane = lane
-        self.tx: Tx | None = None
-        self.result: Any = None
-        self.error: BaseException | None = None
 
 
 def exit_process(line: str) -> NoReturn:
@@ -108,19 +90,25 @@ class Writer:
         self._on_commit = on_commit
         self._on_fatal = on_fatal
         self._failpoints = failpoints.from_environment()
-        self._lanes: tuple[deque[_Command], deque[_Command]] = (deque(), deque())
+        self._lanes: tuple[deque[Command], deque[Command]] = (deque(), deque())
         self._wake = threading.Condition(threading.Lock())
         self._idle = False
         self._stopping = False
-        self._segment: list[_Command] = []
+        self._segment: list[Command] = []
+        self._answered: dict[bytes, Answered] = {}
         self._in_savepoint = False
         self._touched = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._commits = self._settled = 0
+        self._readers: list[tuple[int, asyncio.Future[None]]] = []
+        self._syncer = Syncer(self._sync, self._cannot_sync) if self._connection.syncs else None
         self._thread = threading.Thread(target=self._serve, name="store-writer", daemon=True)
 
     def start(self) -> None:
         """Starts the thread; answers arrive on the running event loop."""
         self._loop = asyncio.get_running_loop()
+        if self._syncer is not None:
+            self._syncer.start()
         self._thread.start()
 
     async def stop(self) -> None:
@@ -130,7 +118,16 @@ class Writer:
             self._wake.notify()
         if self._thread.ident is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        if self._syncer is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._syncer.stop)
         self._connection.close()
+
+    async def settled(self) -> None:
+        """Returns when all commits that a read may have seen by now are on disk."""
+        if self._settled < self._commits:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._readers.append((self._commits, future))
+            await future
 
     def waiting(self) -> tuple[int, int]:
         """Commands that wait, by lane."""
@@ -157,7 +154,7 @@ class Writer:
         if len(queue) >= _MAX_WAITING:
             raise overloaded("write_queue")
         future: asyncio.Future[T] = self._loop.create_future()
-        queue.append(_Command(run, future, rows, lane))
+        queue.append(Command(run, future, rows, lane))
         # Read without the lock: the writer looks at the queues again after it has set `_idle`.
         if self._idle:
             with self._wake:
@@ -187,17 +184,22 @@ class Writer:
             self._group()
 
     def _group(self) -> None:
-        done: list[_Command] = []
+        done: list[Command] = []
         try:
             self._begin()
             self._touched = False
+            self._answered.clear()
             self._catch_up(done)
             self._fill(done)
             self._segment.clear()
-            events = [event for command in done if command.error is None for event in _tx(command).events]
-            self._finish(done, events)
+            events = [event for command in done if command.error is None for event in command.begun.events]
+            if not self._finish(done, events):
+                self._carefully(done)
+                return
             if self._failpoints is not None:
                 self._failpoints.hit("before_commit")
+            if self._syncer is not None:
+                self._commits += 1  # before any reader can see it
             self._connection.commit()
             if self._failpoints is not None:
                 self._failpoints.hit("after_commit")
@@ -209,7 +211,7 @@ class Writer:
         self._retries = 0
         self._catalog = self._connection.counters.last("catalog")
         dues = [command.tx.due for command in done if command.error is None and command.tx and command.tx.due]
-        self._answer(done, events, min(dues, default=None))
+        self._settle(done, events, min(dues, default=None))
 
     def _begin(self) -> None:
         if self._lost:
@@ -230,43 +232,60 @@ class Writer:
                 forget()
             self._catalog = self._connection.counters.last("catalog")
 
-    def _catch_up(self, done: list[_Command]) -> None:
+    def _catch_up(self, done: list[Command]) -> None:
         if self._connection.gap:
             for run in self.on_gap:
-                command = _Command(run, None, 1, Lane.LIFECYCLE)
+                command = Command(run, None, 1, Lane.LIFECYCLE)
                 done.append(command)
                 self._careful(command)
 
-    def _finish(self, done: list[_Command], events: list[EventRow]) -> None:
+    def _finish(self, done: list[Command], events: list[EventRow]) -> bool:
+        """Writes what the commands left for the end; False = a request was carried out before."""
         deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]] = {}
         for command in done:
             if command.error is None:
-                for key, write in _tx(command).deferred.items():
+                for key, write in command.begun.deferred.items():
                     deferred.pop(key, None)
                     deferred[key] = write
-        for sql, values in deferred.values():
-            self._connection.execute(sql, values)
+        self._write_deferred(deferred)
+        if not write_answers(self._connection.execute, self._answered.items()):
+            return False
         if events:
             first = self._connection.counters.take("events", len(events))
             rows = [(position, *event) for position, event in enumerate(events, first)]
             insert_rows(self._connection.execute, _INSERT_EVENT, rows)
+        return True
 
-    def _fill(self, done: list[_Command]) -> None:
+    def _write_deferred(self, deferred: dict[tuple[str, int], tuple[str, tuple[object, ...]]]) -> None:
+        """One statement for all rows of a kind; where a row is written in two ways, their order holds."""
+        batches: dict[str, list[tuple[object, ...]]] = {}
+        names: dict[int, str] = {}
+        for (name, key), (template, row) in deferred.items():
+            if names.setdefault(key, name) != name:
+                self._write_batches(batches)
+                names = {key: name}
+            batches.setdefault(template, []).append(row)
+        self._write_batches(batches)
+
+    def _write_batches(self, batches: dict[str, list[tuple[object, ...]]]) -> None:
+        for template, rows in batches.items():
+            update_rows(self._connection.execute, template, rows)
+        batches.clear()
+
+    def _fill(self, done: list[Command]) -> None:
         lifecycle, spans = self._lanes
         mixed = bool(lifecycle and spans)
         seconds, most = (MIXED_SECONDS, MIXED_ROWS) if mixed else (ALONE_SECONDS, ALONE_ROWS)
         end = time.monotonic() + seconds
         rows = 0
         while lifecycle or spans:
-            if lifecycle:
-                command = lifecycle.popleft()
-                done.append(command)
-                self._hopeful(command)
-            else:
-                command = spans.popleft()
-                done.append(command)
+            command = lifecycle.popleft() if lifecycle else spans.popleft()
+            done.append(command)
+            if command.careful:
                 self._close_segment()
                 self._careful(command)
+            else:
+                self._hopeful(command)
             rows += command.rows
             if rows >= most or time.monotonic() >= end:
                 return
@@ -277,7 +296,7 @@ class Writer:
     # write. So lifecycle commands run in segments without savepoints of their own; when one fails that has
     # written something, the segment is undone and its commands run again, each in its own savepoint.
 
-    def _hopeful(self, command: _Command) -> None:
+    def _hopeful(self, command: Command) -> None:
         if self._touched and not self._segment:
             self._connection.execute("SAVEPOINT segment")
             self._in_savepoint = True
@@ -290,7 +309,7 @@ class Writer:
                 raise
             self._failed(command, error, before)
 
-    def _failed(self, command: _Command, error: Exception, before: int) -> None:
+    def _failed(self, command: Command, error: Exception, before: int) -> None:
         unchanged = self._connection.total_changes == before and not self._connection.aborted
         if unchanged and not isinstance(error, Redo):
             self._refuse(command, error)
@@ -307,11 +326,11 @@ class Writer:
         again = list(self._segment)
         self._segment.clear()
         for one in reversed(again):
-            _rolled_back(one)
+            one.undone()
         for one in again:
             self._careful(one)
 
-    def _careful(self, command: _Command) -> None:
+    def _careful(self, command: Command) -> None:
         self._touched = True
         self._connection.execute("SAVEPOINT command")
         try:
@@ -323,8 +342,8 @@ class Writer:
         else:
             self._connection.execute("RELEASE command")
 
-    def _run(self, command: _Command, careful: bool) -> None:
-        tx = command.tx = Tx(self._connection, self._clock.now(), careful)
+    def _run(self, command: Command, careful: bool) -> None:
+        tx = command.tx = Tx(self._connection, self._clock.now(), careful, self._answered)
         command.result = command.run(tx)
         for callback in tx.finals:
             callback()
@@ -340,20 +359,20 @@ class Writer:
             self._connection.execute("RELEASE segment")
             self._in_savepoint = False
 
-    def _undo(self, command: _Command, error: Exception) -> None:
+    def _undo(self, command: Command, error: Exception) -> None:
         self._connection.execute("ROLLBACK TO command")
         self._connection.execute("RELEASE command")
         self._refuse(command, error)
 
-    def _refuse(self, command: _Command, error: Exception) -> None:
-        _rolled_back(command)
+    def _refuse(self, command: Command, error: Exception) -> None:
+        command.undone()
         if isinstance(error, StoreError):
             command.error = error
         else:
             _log.error("a command failed", exc_info=error)
             command.error = internal()
 
-    def _fail(self, done: list[_Command], error: Exception, trouble: Trouble) -> None:
+    def _fail(self, done: list[Command], error: Exception, trouble: Trouble) -> None:
         if trouble is Trouble.NONE:
             raise error
         if trouble is Trouble.FATAL:
@@ -370,7 +389,7 @@ class Writer:
         _log.warning("%d writes refused: %s", len(done), self._database.explain(error))
         self._refuse_all(done, storage_full() if trouble is Trouble.FULL else storage_busy())
 
-    def _lose(self, done: list[_Command], error: Exception) -> None:
+    def _lose(self, done: list[Command], error: Exception) -> None:
         """The connection is gone: whoever waits is told, and the next group connects anew."""
         _log.warning("the database does not answer: %s", self._database.explain(error))
         self._lost = True
@@ -379,37 +398,66 @@ class Writer:
             done += [queue.popleft() for _ in range(len(queue))]
         self._refuse_all(done, storage_away())
 
-    def _again(self, done: list[_Command], error: Exception) -> None:
-        """Another server was in the way: the commands wait once more, in their order."""
+    def _again(self, done: list[Command], error: Exception) -> None:
+        """Another server was in the way: the commands run again."""
         _log.info("a group of %d commands runs again: %s", len(done), self._database.explain(error))
         self._retries += 1
+        self._requeue(done)
+
+    def _carefully(self, done: list[Command]) -> None:
+        """A request was carried out before: each command looks for its own first, and runs alone."""
+        self._in_savepoint = False
+        self._connection.rollback()
+        for command in done:
+            command.careful = True
+        self._requeue(done)
+
+    def _requeue(self, done: list[Command]) -> None:
+        """The commands wait once more, in their order."""
         for command in reversed(done):
             if command.error is None:
-                _rolled_back(command)
+                command.undone()
             command.error = command.tx = command.result = None
             if command.future is not None:
                 self._lanes[command.lane].appendleft(command)
 
-    def _refuse_all(self, done: list[_Command], refusal: StoreError) -> None:
+    def _refuse_all(self, done: list[Command], refusal: StoreError) -> None:
         for command in reversed(done):
             if command.error is None:
-                _rolled_back(command)
+                command.undone()
                 command.error = refusal
-        self._answer(done, [], None)
+        self._settle(done, [], None)
 
-    def _answer(self, done: list[_Command], events: Sequence[EventRow], due: int | None) -> None:
+    def _settle(self, done: list[Command], events: Sequence[EventRow], due: int | None) -> None:
+        """Answers when the group is on disk, and all before it: a refusal may come of what they changed."""
+        answer = partial(self._answer, done, events, due, self._commits)
+        if self._syncer is None:
+            answer()
+        else:
+            self._syncer.settle(answer, at_once=not any(self._lanes))
+
+    def _sync(self) -> None:
+        self._connection.sync()
+
+    def _cannot_sync(self, error: Exception) -> None:
+        self._on_fatal(f"storage failed, stopping at once: {self._database.explain(error)}")
+
+    def _answer(self, done: list[Command], events: Sequence[EventRow], due: int | None, commits: int) -> None:
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._deliver, done, events, due)
+            self._loop.call_soon_threadsafe(self._deliver, done, events, due, commits)
         except RuntimeError:
             # The loop was closed under us: nobody is left to be answered.
             _log.warning("%d commands were written after the event loop had ended", len(done))
 
-    def _deliver(self, done: list[_Command], events: Sequence[EventRow], due: int | None) -> None:
+    def _deliver(
+        self, done: list[Command], events: Sequence[EventRow], due: int | None, commits: int
+    ) -> None:
+        self._settled = commits
         self._on_commit(events, due)
         for command in done:
             if command.error is None:
-                for callback in _tx(command).on_commit:
+                for callback in command.begun.on_commit:
                     callback()
         for command in done:
             if command.future is None or command.future.done():
@@ -418,13 +466,11 @@ class Writer:
                 command.future.set_result(command.result)
             else:
                 command.future.set_exception(command.error)
+        if self._readers:
+            self._let_read(commits)
 
-
-def _tx(command: _Command) -> Tx:
-    return cast(Tx, command.tx)
-
-
-def _rolled_back(command: _Command) -> None:
-    if command.tx is not None:
-        for callback in reversed(command.tx.on_rollback):
-            callback()
+    def _let_read(self, commits: int) -> None:
+        for number, future in self._readers:
+            if number <= commits and not future.done():
+                future.set_result(None)
+        self._readers = [one for one in self._readers if one[0] > commits]

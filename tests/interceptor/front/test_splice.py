@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import orjson
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,3 +110,39 @@ def test_prompts_that_go_on_are_read_right(turns: list[list[int]], most: int) ->
         prompt = prompt + turn if number % 3 else turn
         assert list(texts.ids("one", orjson.dumps(prompt))) == prompt
         assert list(texts.ids("other", orjson.dumps(turn))) == turn
+
+
+@st.composite
+def events(draw: st.DrawFn, chat: bool) -> dict[str, Any]:
+    prompt = draw(st.none() | IDS)
+    said = {"delta": {"content": draw(TEXTS)}} if chat else {"text": draw(TEXTS)}
+    choice = {"index": draw(st.integers(0, 2)), **said, "token_ids": draw(st.none() | IDS)}
+    event: dict[str, Any] = {"id": draw(TEXTS), "model": "tiny", "choices": [choice]}
+    if draw(st.booleans()):
+        event["metadata"] = {"prompt_token_ids": draw(IDS), draw(TEXTS): draw(IDS)}
+    (event if chat else choice)["prompt_token_ids"] = prompt
+    return event
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@given(data=st.data())
+def test_events_say_the_same_when_their_prompt_is_read_later(chat: bool, data: st.DataObject) -> None:
+    event = data.draw(events(chat))
+    api = "chat.completions" if chat else "completions"
+    later, now = Collector(api, NOTHING_ASKED), Collector(api, NOTHING_ASKED)
+    said = later.take_event(orjson.dumps(event))
+    later.read_prompts()
+    now.take(event)
+    assert said is not None
+    assert orjson.loads(said) == event
+    assert later.choices == now.choices
+    assert later.prompts == now.prompts
+
+
+@pytest.mark.parametrize("text", [b"[-7]", b'["a"]', b"[1,,2]", b"[[1]]", b"[4294967296]"])
+def test_a_prompt_of_an_event_that_holds_no_ids_is_a_problem_of_the_call(text: bytes) -> None:
+    collector = Collector("chat.completions", NOTHING_ASKED)
+    assert collector.take_event(b'{"choices":[],"prompt_token_ids":%b}' % text) is not None
+    collector.read_prompts()
+    assert collector.problems == ["the engine sent prompt token ids that are none"]
+    assert not collector.prompts[0]

@@ -205,6 +205,8 @@ class PostgresWriter(PostgresConnection):
         gap: Whether no server had the database for so long that leases could not be renewed.
     """
 
+    syncs = False
+
     def __init__(self, raw: Raw, clock: Clock, own: deque[tuple[int, int]]) -> None:
         super().__init__(raw)
         self.counters = Counters((0,) * len(NAMES))
@@ -272,6 +274,9 @@ class PostgresWriter(PostgresConnection):
         self.raw.execute("; ".join([*statements, "COMMIT"]).encode())
         if newest > self._events:
             self._own.append((self._events + 1, newest))
+
+    def sync(self) -> None:
+        """Nothing is left to be done after a commit."""
 
 
 def _explained(error: psycopg.DataError) -> Exception:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from agl_grpc.store.storage.counters import SELECT, Counters
 
 _LARGEST = 256
+# What macOS has instead does more than is needed.
+_sync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
 class SqliteConnection(sqlite3.Connection):
@@ -22,6 +26,7 @@ class SqliteConnection(sqlite3.Connection):
     aborted = False
     gap = False
     counters: Counters
+    _log: int | None = None
 
     def load_counters(self) -> None:
         """Reads the counters; before the first transaction."""
@@ -45,10 +50,32 @@ class SqliteConnection(sqlite3.Connection):
             self.execute(_insert(table, columns, size), values[start * width : (start + size) * width])
             start += size
 
+    def open_log(self, path: Path) -> None:
+        """Takes over from SQLite to bring the write-ahead log to the disk; it must be there."""
+        # No locks hang on this file: closing a second descriptor gives none away.
+        self._log = os.open(path, os.O_RDWR)
+
+    @property
+    def syncs(self) -> bool:
+        """Whether `sync` does something."""
+        return self._log is not None
+
     def commit(self) -> None:
         """Writes the counters and commits."""
         self.counters.save(self)
         super().commit()
+
+    def sync(self) -> None:
+        """Returns when every commit's frames of the log are on disk."""
+        if self._log is not None:
+            _sync(self._log)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        super().close()
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
 
 
 @lru_cache(maxsize=64)

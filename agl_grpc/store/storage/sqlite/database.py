@@ -80,6 +80,11 @@ class SqliteDatabase:
         """The one connection that writes. Transactions are begun by hand."""
         connection = self._connect_to_write()
         connection.load_counters()
+        if not self.memory:
+            # A commit then writes its frames only, and `sync` brings them to the disk: what FULL does in one.
+            # SQLite itself still syncs the log before a checkpoint, and the file before the log begins anew.
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.open_log(self.path.with_name(self.path.name + "-wal"))
         return connection
 
     def _connect_to_write(self) -> SqliteConnection:

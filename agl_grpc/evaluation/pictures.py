@@ -40,6 +40,12 @@ def _figure() -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the picture, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+
+
 def _svg(figure: Any) -> str:
     from matplotlib import rc_context
 
@@ -64,7 +70,7 @@ def _rewards(evaluations: Sequence[Evaluation]) -> str:
         axes.bar(at, means, width * 0.9, yerr=_errors([one for _, one in shown]), capsize=4, label=each.name)
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel="mean reward", title="Mean reward, with 95 % intervals over tasks")
-    axes.legend()
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -82,8 +88,9 @@ def _pass_at_k(evaluations: Sequence[Evaluation]) -> str:
     for each in evaluations:
         points = [(k, value) for k, value in each.figures.pass_at.items() if value is not None]
         axes.plot([k for k, _ in points], [value for _, value in points], "o-", label=each.name)
+    axes.set_xticks(sorted({k for each in evaluations for k in each.ks}))
     axes.set(xlabel="k", ylabel="pass@k", title="At least one of k answers is right", ylim=(-0.02, 1.02))
-    axes.legend()
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -93,7 +100,7 @@ def _tasks(evaluations: Sequence[Evaluation]) -> str:
     bins = min(20, max(each.samples for each in evaluations) + 1)
     axes.hist(means, bins=max(2, bins), label=[each.name for each in evaluations])
     axes.set(xlabel="mean reward of a task", ylabel="tasks", title="Tasks by their mean reward")
-    axes.legend()
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -106,6 +113,7 @@ def _difference(comparison: Comparison) -> str:
         axes.plot([test.difference], [place], "C0o", markersize=9)
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(tests)), list(tests))
+    axes.invert_yaxis()
     axes.set(xlabel="difference of mean rewards", title=f"{comparison.second} less {comparison.first}")
     axes.margins(y=0.4)
     return _svg(figure)

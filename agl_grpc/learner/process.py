@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agl_grpc.client import StoreError
+from agl_grpc.dataset import DatasetError, JsonlTasks, dataset_digest
 from agl_grpc.evaluation import Pass
 from agl_grpc.learner.checkpoints.best import read_best
 from agl_grpc.learner.checkpoints.checkpoint import (
@@ -111,6 +112,8 @@ def _reported_end(training: TrainingRun, checkpoints: Path) -> Iterator[None]:
         raise
     stopped = training.stop_requested
     status = TrainingRunStatus.STOPPED if stopped else TrainingRunStatus.SUCCEEDED
+    if not stopped and (cancelled := training.cancel_unfinished()):
+        tell(training, f"cancelled {cancelled} unfinished rollouts that were asked for ahead")
     training.finish(status, result=_result(training, checkpoints))
 
 
@@ -214,7 +217,7 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     gpus = int(verl.trainer.n_gpus_per_node) * int(verl.trainer.nnodes)
     if resume:
         check_fits(Path(resume["resume_from_path"]), Path(config.model.path).expanduser(), gpus)
-    manifest = {"config": verl, **_made_by(config, device)}
+    manifest = {"config": verl, **_made_by(config, device), **_datasets(config, output)}
     _write_manifest(output / f"learner-{training.identity.trainer_epoch}.json", manifest)
     tell(training, "importing verl")
     os.environ.update(worker_environment(device))
@@ -332,6 +335,18 @@ def _made_by(config: RunConfig, device: str) -> dict[str, Any]:
         "rollouts_per_task": config.rollouts_per_task,
         "curriculum": asdict(config.curriculum),
     }
+
+
+def _datasets(config: RunConfig, output: Path) -> dict[str, Any]:
+    """Numbers of tasks and digests, unless the run's manifest has them."""
+    if (output / "manifest.json").is_file():
+        return {}
+    files = {"train": config.train_tasks, "val": config.val_tasks}
+    try:
+        found = {name: dataset_digest(JsonlTasks(path)) for name, path in files.items() if path}
+    except DatasetError as error:
+        raise ConfigError(str(error)) from error
+    return {"datasets": found}
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:

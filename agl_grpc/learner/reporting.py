@@ -56,11 +56,13 @@ class Reporting:
         numbers |= self._alarms.numbers()
         self._say(step_line(step, total, numbers))
         self._sinks.write(step, numbers)
+        stops = self._alarms.stops
+        if stops:
+            self._note(f"stopping after step {step}: alarm {stops} is in alarms.stop_on")
         lines, self._waiting = self._waiting, []
         self._training.report(step, numbers, lines)
-        if stops := self._alarms.stops:
-            self._say(f"stopping after step {step}: alarm {stops} is in alarms.stop_on")
-            self._training.stop_requested = True
+        # What the store says of it is another's wish.
+        self._training.stop_requested = self._training.stop_requested or bool(stops)
         return self._training.stop_requested
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from agl_grpc.diagnosis.sinks import METRICS_FILE
 from agl_grpc.manifest.describe import without_secrets
 from agl_grpc.model.training import StepMetrics, TrainingRun
 
@@ -37,16 +38,14 @@ class RunRecord:
 
     @staticmethod
     def read(folder: Path) -> RunRecord:
-        """A run from its folder; ManifestError when that is none."""
+        """A run from its folder, or from that of a learner that was started alone; ManifestError when it is
+        neither.
+        """
         file = folder / "manifest.json"
-        try:
-            manifest = orjson.loads(file.read_bytes())
-        except OSError as error:
-            raise ManifestError(f"{file} cannot be read: {error.strerror}; name a run's folder") from error
-        except orjson.JSONDecodeError as error:
-            raise ManifestError(f"{file} is not JSON: {error}") from error
-        if not isinstance(manifest, dict):
-            raise ManifestError(f"{file} must hold a mapping")
+        learners = sorted(folder.glob("learner-*.json"), key=_epoch)
+        if learners and not file.is_file():
+            return _of_learner(folder, learners)
+        manifest = _mapping(file)
         last = manifest.get("last_step") or {}
         return RunRecord(folder.name, manifest, last.get("metrics", {}), int(last.get("step", 0)))
 
@@ -74,6 +73,37 @@ class Difference:
     key: str
     a: Any
     b: Any
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        found = orjson.loads(file.read_bytes())
+    except OSError as error:
+        raise ManifestError(f"{file} cannot be read: {error.strerror}; name a run's folder") from error
+    except orjson.JSONDecodeError as error:
+        raise ManifestError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ManifestError(f"{file} must hold a mapping")
+    return found
+
+
+def _epoch(file: Path) -> int:
+    number = file.stem.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def _of_learner(folder: Path, files: Sequence[Path]) -> RunRecord:
+    """A run that nothing but a learner wrote down: a manifest of each of its epochs, and metrics."""
+    sessions = [_mapping(file) for file in files]
+    found = [session.pop("datasets", None) for session in sessions]
+    last: dict[str, Any] = {}
+    metrics = folder / METRICS_FILE
+    if metrics.is_file():
+        lines = metrics.read_bytes().splitlines()
+        last = orjson.loads(lines[-1]) if lines else {}
+    last.pop("time", None)
+    step = int(last.pop("step", 0))
+    return RunRecord(folder.name, {"datasets": found[-1], "sessions": sessions}, last, step)
 
 
 def compare(a: RunRecord, b: RunRecord) -> list[Difference]:

@@ -33,6 +33,7 @@ class _Found:
     rewards: Sequence[Reward]
     samples: AttemptSamples
     messages: Sequence[Any]
+    emitted: Sequence[Any]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -67,7 +68,7 @@ def show(
 
 
 async def _read(client: StoreClient, rollout_id: str, model: str, decode: Decode | None) -> _Found | None:
-    from agl_grpc.grader.conversation import conversation
+    from agl_grpc.grader import Submission
     from agl_grpc.learner.rollouts.attempts import read_attempts
     from agl_grpc.sample import SampleRules
 
@@ -77,7 +78,8 @@ async def _read(client: StoreClient, rollout_id: str, model: str, decode: Decode
     (samples,) = await read_attempts(client, [rollout], SampleRules(model=model))
     spans = await client.query_spans(rollout_id, "latest", omit_tokens=decode is None)
     rewards = await client.query_rewards([rollout_id])
-    return _Found(rollout, list(rewards), samples, conversation(list(spans), decode))
+    said = Submission(spans=list(spans), decode=decode)
+    return _Found(rollout, list(rewards), samples, said.messages, said.emitted)
 
 
 def _page(found: _Found, decode: Decode | None, colour: bool | None) -> Iterator[str]:
@@ -92,6 +94,10 @@ def _page(found: _Found, decode: Decode | None, colour: bool | None) -> Iterator
         yield ""
         yield typer.style(str(message.get("role", "")), bold=True)
         yield _cut(message.get("content") or message.get("tool_calls") or "")
+    for emitted in found.emitted:
+        yield ""
+        yield typer.style("emitted", bold=True)
+        yield _cut(emitted)
     yield ""
     dropped = {str(reason): count for reason, count in samples.account.dropped.items() if count}
     trained = sum(int(row.response_mask.sum()) for row in samples.rows)

@@ -11,7 +11,7 @@ from agl_grpc_cli.rollouts import app
 from typer.testing import CliRunner
 
 from agl_grpc.client import StoreClient
-from agl_grpc.model import Failure, FailureKind, Reward
+from agl_grpc.model import Failure, FailureKind, Reward, Span, semconv
 from agl_grpc.store.door.app import ServeConfig, StoreServer
 from agl_grpc.v1 import model_call_pb2, span_pb2
 
@@ -47,6 +47,7 @@ async def _filled(client: StoreClient) -> None:
     rollout = await client.start_rollout(input={"question": "2 + 2"}, rollout_id="shown")
     place = {"rollout_id": "shown", "attempt_id": rollout.attempt.attempt_id}
     spans = [call([1, 2], [3, 4], [-0.1, -5.0], 1), call([1, 2, 3, 4, 9], [5], [-0.2], 2)]
+    await client.add_span(Span(**place, name="m", attributes={semconv.MESSAGE_BODY: "it is 4"}))
     await client.append_spans([span_pb2.AttemptSpans(**place, spans=spans)])
     await client.put_rewards(
         [
@@ -80,6 +81,7 @@ async def test_a_rollout_is_a_page_of_the_terminal() -> None:
     assert '{"question":"2 + 2"}' in page
     # Prompt plain, sampled in brackets (the unlikely one apart), observed in others.
     assert page.rstrip().endswith("<1><2>⟦<3>⟧⟦<4>⟧«<9>»⟦<5>⟧")
+    assert "\nemitted\nit is 4\n" in page
     assert "tokens  3 trained, 3 observed" in page
     assert "reward  primary = 0.5" in page
     assert "reward  j = 1  by j@-" in page

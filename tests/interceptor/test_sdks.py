@@ -1,4 +1,7 @@
-"""Real SDKs against a real vLLM whose parsers are on: what they get, and what is captured of it."""
+"""Real SDKs against a real vLLM whose parsers are on: what they get, and what is captured of it.
+
+Judges are such clients too: their calls are held to a form, and belong to no attempt.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import anthropic
+import httpx
 import openai
 import pytest
+from agl_grpc_cli.rollouts import app as rollouts
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
+from typer.testing import CliRunner
 
+from agl_grpc import StoreClient
+from agl_grpc.grader import Graders, GraderWorker
+from agl_grpc.grader.judge import Judge, PairwiseJudge, RubricJudge
+from agl_grpc.model import Span, semconv
 from agl_grpc.model.value import from_payload
 from agl_grpc.v1 import model_call_pb2
 from tests.interceptor.engine import Engine, engine
 from tests.interceptor.scripted_store import ScriptedStore
+from tests.support.store_process import StoreProcess
 from tests.support.tiny_vision_model import IMAGE_ID, IMAGE_TOKENS
 from tests.support.torch_client import TorchClient
 
@@ -29,6 +40,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 TOOLS = (
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+    # A judge is shown two answers and what to look for.
+    *("--max-model-len", "2048", "--max-num-batched-tokens", "2048"),
 )
 REASONING = ("--reasoning-parser", "qwen3")
 # The SDK knows no temperature any more; the server does.
@@ -366,3 +379,74 @@ async def test_eight_identical_parallel_prompts_are_eight_samples(
     found = calls_of(store, "eight", 8)
     assert len({call.request_id for call in found}) == 8
     assert len({tuple(ids(call)[0]) for call in found}) > 1
+
+
+@pytest.fixture
+async def judged(tmp_path: Path) -> AsyncIterator[StoreClient]:
+    """A run of a real store."""
+    with StoreProcess(tmp_path / "judged.db") as process:
+        async with StoreClient(process.address, run_id="judged") as client:
+            await client.create_run("judged")
+            yield client
+
+
+def counters(running: Engine) -> dict[str, Any]:
+    """What the engine's interceptor counted."""
+    found: dict[str, Any] = httpx.get(f"{running.url}/agl/interceptor", timeout=30).json()
+    return found
+
+
+async def _answered(client: StoreClient, answer: str) -> str:
+    """A succeeded rollout whose agent said this."""
+    started = await client.start_rollout(input={"question": "Name a prime number.", "answer": "7"})
+    rollout_id, attempt_id = started.rollout_id, started.attempt.attempt_id
+    said = {semconv.MESSAGE_BODY: answer}
+    await client.add_span(Span(rollout_id=rollout_id, attempt_id=attempt_id, name="m", attributes=said))
+    await client.update_attempt(rollout_id, attempt_id, "succeeded")
+    return rollout_id
+
+
+async def test_verdicts_of_judges_are_stored_and_shown(with_tools: Engine, judged: StoreClient) -> None:
+    """What a model of random weights decides is its affair; that it is a verdict is the engine's."""
+    before = counters(with_tools)
+    where: dict[str, Any] = {"endpoint": f"{with_tools.url}/v1", "task": "question", "max_tokens": 400}
+    # Of a character the model may write up to six tokens.
+    held = {**where, "structured": True, "max_reasons": 20, "tries": 1, "retries": 0}
+    free = {**where, "max_tokens": 8, "tries": 2, "retries": 0}
+    rubric = RubricJudge("tiny", {"right": "it is a prime", "short": "one word"}, **held)
+    judges: list[Judge] = [rubric, PairwiseJudge("tiny", **held), RubricJudge("tiny", name="free", **free)]
+    rollout_id = await _answered(judged, "11")
+    worker = GraderWorker(judged, Graders.of(judges))
+    try:
+        counts = await worker.grade_all()
+    finally:
+        await worker.close()
+    found = {reward.name: reward for reward in await judged.query_rewards([rollout_id])}
+    assert set(found) == {"rubric", "rubric/right", "rubric/short", "pairwise", "free"}, (counts, found)
+    scores = [found[f"rubric/{name}"].value for name in ("right", "short")]
+    assert all(score in [number / 10 for number in range(11)] for score in scores)
+    assert found["rubric"].value == pytest.approx(sum(score or 0.0 for score in scores) / 2)
+    notes, pair = found["rubric"].metadata or {}, found["pairwise"].metadata or {}
+    assert "Answer to judge:\n====\n11\n====" in notes["prompt"]
+    assert json.loads(notes["reply"], strict=False)["scores"].keys() == {"right", "short"}
+    assert notes["usage"]["calls"] == 1
+    # Both orders were asked, and the value is what the two winners make of it.
+    assert "Answer A:\n====\n11\n====" in pair["first"]["prompt"]
+    assert "Answer B:\n====\n11\n====" in pair["second"]["prompt"]
+    shares = {"A": 1.0, "tie": 0.5, "B": 0.0}
+    won = (shares[pair["first"]["winner"]] + 1.0 - shares[pair["second"]["winner"]]) / 2
+    assert found["pairwise"].value == won
+    # Eight tokens are no verdict, and no verdict is no 0.
+    nothing = found["free"]
+    assert (nothing.value, nothing.failure and nothing.failure.type) == (None, "unreadable_verdict")
+    # A judge's calls belong to no attempt: none of them was captured to be trained.
+    after = counters(with_tools)
+    asked = sum(judge.usage.calls for judge in judges)
+    assert (after["captured"], after["unattributed"]) == (before["captured"], before["unattributed"] + asked)
+    arguments = ["show", rollout_id, "--store", judged.target, "--no-colour"]
+    shown = await asyncio.to_thread(CliRunner().invoke, rollouts, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "reward  free = none  by free@1" in shown.output
+    assert "no readable verdict in 2 tries" in shown.output
+    assert "prompt: Task:" in shown.output
+    assert "Answer to judge:" in shown.output

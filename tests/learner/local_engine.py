@@ -67,7 +67,7 @@ class LocalEngine:
         self.history: dict[int, dict[str, torch.Tensor]] = {}
         self.keeps_history = False
         self.on_claim: Callable[[int, list[str]], None] = lambda _step, _groups: None
-        self.on_published: Callable[[], None] = lambda: None
+        self.on_published: Callable[[int, str], None] = lambda _step, _digest: None
         self._entries: dict[str, BatchEntry] = {}
         self._actors: Any = None
         self.version = 0
@@ -128,7 +128,7 @@ class LocalEngine:
         self.digests.setdefault(step, set()).add(str(report["digest"]))
         if self.keeps_history:
             self.history[step] = self.weights
-        self.on_published()
+        self.on_published(step, str(report["digest"]))
         return {"weights/bytes": float(report["sent_bytes"])}
 
     @property

@@ -126,6 +126,24 @@ def test_a_folder_without_a_manifest_is_an_error(content: str | None, words: str
     assert done.exit_code == 1
 
 
+def test_the_folder_of_a_learner_that_was_started_alone_is_a_run(tmp_path: Path) -> None:
+    for name, seed in (("a", 7), ("b", 8)):
+        folder = tmp_path / name
+        folder.mkdir()
+        session = {"seed": seed, "config": {"trainer": {"nnodes": 1}}, "datasets": {"train": {"sha256": "x"}}}
+        for epoch in (2, 10):
+            changed = {**session, "seed": seed if epoch == 10 else 0}
+            (folder / f"learner-{epoch}.json").write_bytes(orjson.dumps(changed))
+        lines = ({"step": step, "time": 1.0, "reward/mean": step / 4} for step in (1, 2))
+        (folder / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    done = CliRunner().invoke(app, ["run", "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"])
+    assert done.exit_code == 0, done.output
+    found = orjson.loads(done.stdout)
+    assert found["differences"] == [{"section": "seed", "key": "", "a": 7, "b": 8}]
+    assert found["last_step"] == {"a": 2, "b": 2}
+    assert found["metrics"] == {"reward/mean": {"a": 0.5, "b": 0.5}}
+
+
 def record(**changes: Any) -> RunRecord:
     session = {"seed": 1, "config": {"verl": {"lr": 1e-6}, "n": 2}, "versions": {"learner": {"verl": "1"}}}
     return RunRecord("r", {"datasets": {"train": {"sha256": "a"}}, "sessions": [{}, {**session, **changes}]})

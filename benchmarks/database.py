@@ -80,8 +80,14 @@ def _rows(start: int, count: int, keys: list[int]) -> Iterator[tuple[object, ...
         yield (number + 1, key, ref, sequence, now, before + span_id + after)
 
 
-def sqlite_alone(path: Path, seconds: float) -> float:
-    """Rows a second of SQLite with the same rows, index and durability, 1000 a transaction, one thread."""
+def sqlite_alone(path: Path, seconds: float, groups: int = 1) -> float:
+    """Rows a second of SQLite with the same rows, index and durability, 1000 a transaction, one thread.
+
+    Args:
+        path: A file that is not there yet, or a store's, of which no server has any more use.
+        seconds: How long rows are written.
+        groups: Attempts of which a hundred rows that follow each other are.
+    """
     connection = sqlite3.connect(path, isolation_level=None)
     for pragma in (
         "page_size = 8192",
@@ -91,16 +97,16 @@ def sqlite_alone(path: Path, seconds: float) -> float:
     ):
         connection.execute(f"PRAGMA {pragma}")
     connection.execute(
-        "CREATE TABLE spans (span_key INTEGER PRIMARY KEY, attempt INTEGER, span_ref INTEGER, "
-        "sequence INTEGER, received INTEGER, flags INTEGER, prompt INTEGER, data BLOB)"
+        "CREATE TABLE IF NOT EXISTS spans (span_key INTEGER PRIMARY KEY, attempt_key INTEGER, "
+        "span_ref INTEGER, sequence INTEGER, received INTEGER, flags INTEGER, prompt INTEGER, data BLOB)"
     )
-    connection.execute("CREATE UNIQUE INDEX natural ON spans (attempt, span_ref)")
+    connection.execute("CREATE UNIQUE INDEX IF NOT EXISTS spans_natural ON spans (attempt_key, span_ref)")
     data, count, begin = os.urandom(SPAN_BYTES), 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
         connection.execute("BEGIN IMMEDIATE")
         for _ in range(10):
-            attempt = random.randrange(ATTEMPTS)
-            rows = [(attempt, random.getrandbits(62), count + n, 1, 0, 0, data) for n in range(100)]
+            some = random.sample(range(1, ATTEMPTS + 1), groups)
+            rows = [(some[n % groups], random.getrandbits(62), count + n, 1, 0, 0, data) for n in range(100)]
             connection.executemany("INSERT INTO spans VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
             count += 100
         connection.execute("COMMIT")

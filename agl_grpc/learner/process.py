@@ -112,6 +112,8 @@ def _reported_end(training: TrainingRun, checkpoints: Path) -> Iterator[None]:
         raise
     stopped = training.stop_requested
     status = TrainingRunStatus.STOPPED if stopped else TrainingRunStatus.SUCCEEDED
+    if not stopped and (cancelled := training.cancel_unfinished()):
+        tell(training, f"cancelled {cancelled} unfinished rollouts that were asked for ahead")
     training.finish(status, result=_result(training, checkpoints))
 
 

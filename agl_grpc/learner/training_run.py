@@ -15,6 +15,7 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.model.enums import BatchStatus, RolloutMode, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.failure import Failure
 from agl_grpc.model.reward import Reward
+from agl_grpc.model.rollout import Rollout
 from agl_grpc.model.training import Batch, StepMetrics
 from agl_grpc.model.training import TrainingRun as TrainingRunRecord
 from agl_grpc.sample import SampleRules
@@ -108,16 +109,31 @@ class TrainingRun:
         mine = self.identity
         useless: list[str] = []
         for origin in range(1, mine.trainer_epoch):
-            older = replace(mine, origin=origin)
-            chosen = rollout_filter(run_id=mine.run_id, labels=older.labels, status_in=_UNFINISHED)
-            for rollout in await self._client.query_rollouts(filter=chosen):
+            for rollout in await self._unfinished(replace(mine, origin=origin)):
                 wanted_now = origin == mine.origin and rollout.mode is RolloutMode.TRAIN
                 if not wanted_now or int(rollout.labels.get(STEP_LABEL, 0)) > step + 1:
                     useless.append(rollout.rollout_id)
+        return await self._cancel(useless, "a newer trainer took the training run up")
+
+    def cancel_unfinished(self) -> int:
+        """Cancels what this run asked for ahead and will not train, its last step being made.
+
+        Answers the number of rollouts cancelled.
+        """
+        return self._link.run(self._cancel_unfinished())
+
+    async def _cancel_unfinished(self) -> int:
+        useless = [rollout.rollout_id for rollout in await self._unfinished(self.identity)]
+        return await self._cancel(useless, "the training run has ended")
+
+    async def _unfinished(self, identity: TrainingIdentity) -> Sequence[Rollout]:
+        chosen = rollout_filter(run_id=identity.run_id, labels=identity.labels, status_in=_UNFINISHED)
+        return await self._client.query_rollouts(filter=chosen)
+
+    async def _cancel(self, rollout_ids: Sequence[str], reason: str) -> int:
         cancelled = 0
-        for at in range(0, len(useless), _CANCEL_AT_ONCE):
-            some = useless[at : at + _CANCEL_AT_ONCE]
-            reason = "a newer trainer took the training run up"
+        for at in range(0, len(rollout_ids), _CANCEL_AT_ONCE):
+            some = rollout_ids[at : at + _CANCEL_AT_ONCE]
             cancelled += len(await self._client.cancel_rollouts(some, reason=reason))
         return cancelled
 

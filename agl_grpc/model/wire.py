@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 
@@ -28,3 +29,8 @@ def tag(number: int) -> bytes:
 def field(number: int, data: bytes) -> bytes:
     """A length-delimited field: bytes, text, a message or a packed list."""
     return b"".join((tag(number), varint(len(data)), data))
+
+
+def parts(number: int, content: Sequence[bytes]) -> list[bytes]:
+    """As `field`, of content in pieces, which are not put together yet: large ones are copied once."""
+    return [tag(number), varint(sum(map(len, content))), *content]

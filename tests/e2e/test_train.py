@@ -262,15 +262,22 @@ def test_every_rollout_ended_once(stored: Stored) -> None:
     assert sum(succeeded[item.rollout_id] for item in trained_ones) >= STEPS * GROUPS * GROUP_SIZE
 
 
-def test_groups_are_trained_whole_and_once(stored: Stored) -> None:
+def test_groups_are_trained_together_and_once(stored: Stored) -> None:
+    """Who is missing in a group is counted with the reason: the store was killed while rollouts ran."""
     assert [batch.step for batch in stored.committed] == list(range(1, STEPS + 1))
-    sizes = Counter(entry.group_id for batch in stored.committed for entry in batch.entries)
-    assert set(sizes.values()) == {GROUP_SIZE}
-    assert len(sizes) == STEPS * GROUPS
-    for batch in stored.committed:
-        assert len({entry.group_id for entry in batch.entries}) == GROUPS
+    sizes = [Counter(entry.group_id for entry in batch.entries) for batch in stored.committed]
+    assert [len(groups) for groups in sizes] == [GROUPS] * STEPS
+    assert len(set().union(*sizes)) == STEPS * GROUPS
+    assert all(2 <= size <= GROUP_SIZE for groups in sizes for size in groups.values())
     rollouts = [entry.rollout_id for batch in stored.committed for entry in batch.entries]
     assert len(set(rollouts)) == len(rollouts)
+    excluded = sum(
+        count
+        for metrics in stored.metrics.values()
+        for name, count in metrics.items()
+        if name.startswith("rollouts/excluded/")
+    )
+    assert STEPS * GROUPS * GROUP_SIZE - len(rollouts) <= excluded
 
 
 def test_no_token_is_older_than_the_bound(stored: Stored) -> None:

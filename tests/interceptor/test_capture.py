@@ -79,10 +79,12 @@ def test_chat_stream(running: Engine, store: ScriptedStore, http: httpx.Client) 
         "stream": True,
         "logprobs": True,
         "n": 2,
+        "cache_salt": "of this chat",
         **IDS,
     }
     response = http.post(f"{running.base('chat-stream')}/v1/chat/completions", json=body)
     ((span, prompt),) = store.calls_of("chat-stream")
+    assert span.model_call.cache_salt == "of this chat"
     ids: dict[int, list[int]] = {0: [], 1: []}
     logprobs: dict[int, list[float]] = {0: [], 1: []}
     for event in sse(response):
@@ -405,12 +407,24 @@ def test_base_urls_with_agent_mode_and_notrain(
     assert span.model_call.untrainable_reason == "the agent asked for /notrain"
 
 
-def test_beam_search_is_refused_in_train_mode(running: Engine, http: httpx.Client) -> None:
+def test_beam_search_is_refused_in_train_mode_and_one_record_elsewhere(
+    running: Engine, store: ScriptedStore, http: httpx.Client
+) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "n": 2, "use_beam_search": True}
     answer = http.post(f"{running.base('beam')}/v1/chat/completions", json=body)
     assert answer.status_code == 400
     assert "beam search cannot be trained" in answer.text
-    assert http.post(f"{running.base('beam')}/mode/val/v1/chat/completions", json=body).status_code == 200
+    found = http.post(f"{running.base('beam')}/mode/val/v1/chat/completions", json={**body, **IDS})
+    assert found.status_code == 200
+    refused, (span, prompt) = store.calls_of("beam")
+    assert refused[0].status.message.startswith("400: ")
+    call = span.model_call
+    assert prompt == found.json()["prompt_token_ids"]
+    assert call.request_id == found.json()["id"]
+    assert from_payload(call.raw_response) == found.json()
+    assert call.outcome == model_call_pb2.MODEL_CALL_OUTCOME_COMPLETE
+    assert call.untrainable_reason.startswith("beam search")
+    assert ("beam", "at-1") not in store.open_calls.values()
 
 
 def test_a_refused_request_leaves_no_open_call(

@@ -6,10 +6,13 @@ Judges are such clients too: their calls are held to a form, and belong to no at
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import random
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anthropic
 import httpx
@@ -24,10 +27,13 @@ from agl_grpc import StoreClient
 from agl_grpc.grader import Graders, GraderWorker
 from agl_grpc.grader.judge import Judge, PairwiseJudge, RubricJudge
 from agl_grpc.model import Span, semconv
+from agl_grpc.model.value import from_payload
 from agl_grpc.v1 import model_call_pb2
 from tests.interceptor.engine import Engine, engine
 from tests.interceptor.scripted_store import ScriptedStore
 from tests.support.store_process import StoreProcess
+from tests.support.tiny_vision_model import IMAGE_ID, IMAGE_TOKENS
+from tests.support.torch_client import TorchClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -61,10 +67,15 @@ def with_tools(
 
 @pytest.fixture(scope="module")
 def with_reasoning(
-    tiny_model: Path, store: ScriptedStore, tmp_path_factory: pytest.TempPathFactory
+    torch_client: TorchClient, store: ScriptedStore, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    """An engine whose parser takes reasoning apart; with it grammars begin after the reasoning only."""
-    with engine(tiny_model, store.address, tmp_path_factory.mktemp("reasoning"), *REASONING) as started:
+    """An engine whose parser takes reasoning apart and whose model sees pictures.
+
+    With such a parser grammars begin after the reasoning only.
+    """
+    folder = tmp_path_factory.mktemp("reasoning")
+    torch_client.call("make_vision_model", folder=str(folder / "model"))
+    with engine(folder / "model", store.address, folder, *REASONING) as started:
         yield started
 
 
@@ -127,6 +138,13 @@ class Clients:
 @pytest.fixture
 async def clients(with_tools: Engine) -> AsyncIterator[Clients]:
     made = Clients(with_tools)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def seeing(with_reasoning: Engine) -> AsyncIterator[Clients]:
+    made = Clients(with_reasoning)
     yield made
     await made.close()
 
@@ -197,6 +215,31 @@ def test_openai_required_tools_and_structured_output(clients: Clients, store: Sc
     assert len(call.choices[0].token_ids) == shaped.usage.completion_tokens
 
 
+def test_several_tool_calls_of_one_answer_are_the_same_streamed_or_not(
+    clients: Clients, store: ScriptedStore
+) -> None:
+    chat = clients.openai("several").chat.completions
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [TOOL], "max_tokens": 400, "n": 8}
+    ask |= {"tool_choice": "required", "seed": 4}
+    whole = chat.create(**ask)
+    said = [[each.function.arguments for each in c.message.tool_calls or []] for c in whole.choices]
+    assert max(len(arguments) for arguments in said) > 1, "none of eight answers calls several tools"
+    streamed: list[dict[int, str]] = [{} for _ in whole.choices]
+    for chunk in chat.create(**ask, stream=True):
+        for choice in chunk.choices:
+            parts = streamed[choice.index]
+            for part in choice.delta.tool_calls or []:
+                arguments = (part.function and part.function.arguments) or ""
+                parts[part.index] = parts.get(part.index, "") + arguments
+    first, second = calls_of(store, "several", 2)
+    assert ids(first) == ids(second)
+    for choice, arguments, parts in zip(whole.choices, said, streamed, strict=True):
+        if choice.finish_reason != "length":
+            assert [json.loads(parts[index]) for index in sorted(parts)] == [*map(json.loads, arguments)]
+    assert whole.usage is not None
+    assert sum(map(len, ids(first))) == whole.usage.completion_tokens
+
+
 def test_openai_completions_of_token_ids(clients: Clients, store: ScriptedStore) -> None:
     client = clients.openai("prompt-ids")
     answer = client.completions.create(model="tiny", prompt=[5, 6, 7, 8], max_tokens=9, n=2, seed=2)
@@ -264,21 +307,67 @@ async def test_langchain(clients: Clients, store: ScriptedStore) -> None:
     assert ids(second) == ids(third)
 
 
+def picture(seed: int) -> str:
+    """A PNG of 28 by 28 pixels, in base64."""
+    pixels = random.Random(seed).randbytes(28 * 3)
+    rows = b"".join(b"\0" + pixels for _ in range(28))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + kind + data + checksum
+
+    header = (28).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
+
+
+def asking(image: str) -> Any:
+    """Messages in OpenAI's dialect, with a picture."""
+    url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
+    return [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, url]}]
+
+
 def test_an_image_for_a_text_model_is_refused_in_the_dialects_shape(
     clients: Clients, store: ScriptedStore
 ) -> None:
-    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-    picture = f"data:image/png;base64,{pixel}"
-    content: Any = [
-        {"type": "text", "text": "what is it?"},
-        {"type": "image_url", "image_url": {"url": picture}},
-    ]
     with pytest.raises(openai.BadRequestError):
         clients.openai("image").chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=3
+            model="tiny", messages=asking(picture(0)), max_tokens=3
         )
     ((span, _),) = store.calls_of("image")
     assert span.status.message.startswith("400: ")
+
+
+def test_images_reach_the_model_and_their_calls_are_marked(seeing: Clients, store: ScriptedStore) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0.0}
+    chat = seeing.openai("picture").chat.completions
+    whole = chat.create(**ask, messages=asking(picture(1)), extra_body={"return_token_ids": True})
+    for _ in chat.create(**ask, messages=asking(picture(1)), stream=True):
+        pass
+    chat.create(**ask, messages=asking(picture(2)))
+    source = {"type": "base64", "media_type": "image/png", "data": picture(1)}
+    text = {"type": "text", "text": "what is it?"}
+    seeing.anthropic("picture").messages.create(
+        model="tiny",
+        max_tokens=12,
+        extra_body=GREEDY,
+        messages=[{"role": "user", "content": cast(Any, [text, {"type": "image", "source": source}])}],
+    )
+    calls = calls_of(store, "picture", 4)
+    prompts = [prompt for _, prompt in store.calls_of("picture")]
+    assert [prompt.count(IMAGE_ID) for prompt in prompts] == [IMAGE_TOKENS] * 4
+    assert prompts[0] == cast(Any, whole).prompt_token_ids
+    assert ids(calls[0]) == ids(calls[1]) == ids(calls[3]) == [cast(Any, whole.choices[0]).token_ids]
+    assert ids(calls[2]) != ids(calls[0]), "the model answers about another picture as about the first"
+    assert all("multimodal prompt" in call.untrainable_reason for call in calls)
+    # Their ids are the same: the picture's hash tells the prompts apart, the raw request has the picture.
+    hashes = [
+        [each.value.string_value for each in call.sampling.other if each.key == "multimodal.image.0"]
+        for call in calls
+    ]
+    assert hashes[0] == hashes[1] == hashes[3] != hashes[2]
+    assert len(hashes[0]) == 1
+    assert picture(2) in json.dumps(from_payload(calls[2].raw_request))
 
 
 async def test_eight_identical_parallel_prompts_are_eight_samples(

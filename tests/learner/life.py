@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import transfer_queue as tq
+from omegaconf import DictConfig
 from ray.util import remove_placement_group
 from transfer_queue import KVBatchMeta
 
@@ -23,49 +25,36 @@ from agl_grpc.learner.run_config import BestOf, Deadlines
 from agl_grpc.learner.trainer import AglTrainer
 from agl_grpc.learner.verl.config import compose
 from agl_grpc.learner.verl.manager import RolloutManager
+from tests.learner.ledger import Ledger
 from tests.learner.local_engine import LocalEngine
 
 GROUP_SIZE = 8
 GROUPS = 8
 
 
-class Killed(BaseException):
-    """Stands for kill -9 of the trainer's process: nothing in memory survives it."""
-
-
-@dataclass
-class Ledger:
-    """What a store keeps of a training run, also when its trainer is killed."""
-
-    claims: dict[int, list[list[str]]] = field(default_factory=dict)
-    commits: list[tuple[str, list[str], int]] = field(default_factory=list)
-
-    @property
-    def checkpoint(self) -> tuple[str, int]:
-        """Name and step of the last committed checkpoint."""
-        return (self.commits[-1][0], self.commits[-1][2]) if self.commits else ("", 0)
-
-    def release(self) -> dict[int, list[list[str]]]:
-        """Groups of the batches that were claimed after the last checkpoint, by step: they are free again."""
-        last = self.checkpoint[1]
-        released = {step: batches for step, batches in self.claims.items() if step > last}
-        self.claims = {step: batches for step, batches in self.claims.items() if step <= last}
-        return released
-
-
 class KillableTrainer(AglTrainer):
-    """A trainer whose process ends at a named point of a step."""
+    """A trainer whose process is killed, with SIGKILL, at ``kill``: a named point and a step."""
 
-    kill: Callable[[str], None] = staticmethod(lambda _point: None)
-    advantages: list[Any]
+    def __init__(
+        self, config: DictConfig, hooks: Hooks, ledger: Ledger, kill: tuple[str, int] = ("", 0)
+    ) -> None:
+        super().__init__(config, hooks)
+        self._ledger, self._kill = ledger, kill
+        self.advantages: list[dict[str, list[float]]] = []
+
+    def reached(self, point: str) -> None:
+        """Called at every point."""
+        if (point, self.global_steps) == self._kill:
+            self._ledger.note("killed", point)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
         result = super()._balance_batch(batch, metrics, **kwargs)
-        self.kill("claimed")
+        self.reached("claimed")
         return result
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        self.kill("proven")
+        self.reached("proven")
         result = super()._compute_advantage(batch, metrics)
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["advantages"])
         rows = zip(batch.keys, data["advantages"].unbind(), strict=True)
@@ -74,11 +63,11 @@ class KillableTrainer(AglTrainer):
 
     def _save_checkpoint(self) -> None:
         super()._save_checkpoint()
-        self.kill("saved")
+        self.reached("saved")
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         result = super()._update_actor(batch, metrics)
-        self.kill("updated")
+        self.reached("updated")
         return result
 
 
@@ -87,7 +76,7 @@ class Life:
 
     ``options``: ``verl`` keys, ``resume`` (a checkpoint's name), ``stop_after`` a step, ``deadlines``,
     ``curriculum`` (its rules), ``best_of`` (which rollouts are learned), ``rollouts`` (of a task, an
-    expression) and ``kill``: the point and step at which it ends.
+    expression) and ``kill``: the point and step at which its process is killed, with SIGKILL.
     """
 
     def __init__(
@@ -101,7 +90,6 @@ class Life:
         self.steps: list[dict[str, float]] = []
         self.errors: list[tuple[int, str]] = []
         self._ledger, self._engine = ledger, engine
-        self._kill = tuple(options.get("kill", ("", 0)))
         tasks, model = str(folder / "tasks.jsonl"), str(folder / "model")
         checkpoints = folder / options.get("checkpoints", "checkpoints")
         resume = resume_keys(checkpoints, options["resume"]) if options.get("resume") else {}
@@ -125,15 +113,17 @@ class Life:
             **options["verl"],
         }
         self.config = config = compose(user, device="cpu", fixed=fixed)
+        self.ranks = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
         if resume:
-            check_fits(checkpoints / options["resume"], Path(model), int(config.trainer.n_gpus_per_node))
+            check_fits(checkpoints / options["resume"], Path(model), self.ranks)
         self.manager = RolloutManager(engine, group_size=GROUP_SIZE, validation_size=1, vocabulary=64)
         engine.deliver, engine.on_claim = self.manager.deliver, self._claimed
-        engine.on_published = lambda: self._reached("published")
+        engine.on_published = self._published
         stop_after = options.get("stop_after", 1 << 30)
 
         def on_metrics(step: int, metrics: dict[str, float]) -> bool:
             self.steps.append({"step": step, **with_summary(metrics)})
+            ledger.note("step", self.steps[-1])
             on_step(step)
             return step >= stop_after
 
@@ -154,28 +144,26 @@ class Life:
             on_error=lambda step, name: self.errors.append((step, name)),
         )
         tq.init(config.transfer_queue)
-        self.trainer = KillableTrainer(config, hooks)
-        self.trainer.kill = self._reached  # type: ignore[method-assign]
-        self.trainer.advantages = []
-
-    def _reached(self, point: str) -> None:
-        if (point, self.trainer.global_steps) == self._kill:
-            raise Killed(point)
+        self.trainer = KillableTrainer(config, hooks, ledger, tuple(options.get("kill", ("", 0))))
 
     def _claimed(self, step: int, groups: list[str]) -> None:
-        self._ledger.claims.setdefault(step, []).append(groups)
+        self._ledger.note("claimed", step, groups)
 
     def _commit(self, name: str, ids: list[str], step: int) -> None:
-        self._reached("reported")
-        self._ledger.commits.append((name, ids, step))
-        self._reached("committed")
+        self.trainer.reached("reported")
+        self._ledger.note("committed", name, ids, step)
+        self.trainer.reached("committed")
+
+    def _published(self, step: int, digest: str) -> None:
+        self._ledger.note("published", step, digest)
+        self.trainer.reached("published")
 
     def _sync_tree(self, folder: Path) -> None:
-        self._reached("saving")
+        self.trainer.reached("saving")
         sync_tree(folder)
 
     def run(self) -> str:
-        """Trains; the error that ended it, if any. Killed comes through."""
+        """Trains; the error that ended it, if any."""
         with patch.object(checkpoint, "sync_tree", self._sync_tree):
             self.trainer.init()
             return self.fit()

@@ -1,5 +1,6 @@
-"""Trainers that are killed, spread over ranks, starved and compared with verl alone, on a recorded stream.
+"""Trainers that are killed, spread over nodes, starved and compared with verl alone, on a recorded stream.
 
+Each runs in a process of its own, forked from this one, that joins a Ray cluster of two nodes.
 Prints one JSON object on its last line.
 """
 
@@ -7,23 +8,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import ray
 import torch
 
 from agl_grpc.learner.rollouts.groups import FinishedGroup
 from agl_grpc.learner.verl.keys import POLICY_LOSSES
 from agl_grpc.learner.verl.ray_runtime import local_ray
-from tests.learner.life import Killed, Ledger, Life
-from tests.learner.local_engine import NAMED, LocalEngine
+from tests.learner.forked import EndedError, in_fork
+from tests.learner.ledger import Ledger
+from tests.learner.life import Life
+from tests.learner.local_engine import LocalEngine
 from tests.learner.trainer_script import SplitRows, make_tasks
+from tests.learner.warm_ray import warm_cluster
 
-STEPS, SAVE = 8, 2
-FLAT_EVERY = 4
-# Where a trainer dies, and in which step; each next one goes on from what the one before left.
+T = TypeVar("T")
+
+STEPS, SAVE, NODES = 8, 2, 2
+# Where a trainer is killed, and in which step; each next one goes on from what the one before left.
 KILLS = (
     ("claimed", 1),
     ("proven", 2),
@@ -59,7 +66,7 @@ CORRECTED = {
     "actor_rollout_ref.actor.entropy_coeff": 0.01,
     "actor_rollout_ref.actor.optim.lr": 2e-2,
     "algorithm.filter_groups.enable": True,
-    "algorithm.filter_groups.metric": NAMED,
+    "algorithm.filter_groups.metric": "reward",
     "algorithm.rollout_correction.rollout_is": "sequence",
     "algorithm.rollout_correction.rollout_is_threshold": 1.5,
     "trainer.v1.separate_async.num_warmup_batches": 2,
@@ -78,21 +85,31 @@ Recorded = Mapping[str, FinishedGroup]
 
 
 class Script:
-    """The runs of this script on one folder."""
+    """The runs of this script on one folder and one Ray cluster."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, address: str) -> None:
+        self.folder, self.address = folder, address
         self.model = str(folder / "model")
+
+    def apart(self, work: Callable[[], T]) -> T:
+        """What ``work`` answers in a process of its own that has joined the cluster."""
+
+        def joined() -> T:
+            with local_ray(device="cpu", gpus=NODES, address=self.address):
+                return work()
+
+        return in_fork(joined)
 
     def engine(self, recorded: Recorded | None = None, **options: Any) -> LocalEngine:
         return LocalEngine(self.model, seed=0, recorded=recorded, **options)
 
     def once(self, name: str, verl: dict[str, Any], engine: LocalEngine, **options: Any) -> dict[str, Any]:
-        """One trainer from start to end."""
-        ledger = Ledger()
+        """One trainer from start to end, in this process."""
+        ledger = Ledger(self.folder / f"{name}.ledger")
         life = Life(self.folder, {"verl": verl, "checkpoints": name, **options}, engine, ledger)
         try:
             error = life.run()
+            ranks = _ranks(life)
         finally:
             life.close()
         return {
@@ -102,50 +119,65 @@ class Script:
             "advantages": life.trainer.advantages,
             "digests": {step: sorted(found) for step, found in engine.digests.items()},
             "commits": ledger.commits,
+            "ranks": ranks,
         }
+
+    def undisturbed(self) -> tuple[dict[str, Any], Recorded]:
+        """A trainer that nobody kills, and what was sampled for it."""
+        engine = self.engine()
+        return self.once("whole", SAVING, engine), engine.record
+
+    def corrected(self) -> dict[str, Any]:
+        return self.once("corrected", CORRECTED, self.engine(flat_every=4))
 
     def killed(self, recorded: Recorded) -> dict[str, Any]:
         """Trainers killed one after the other at every point of ``KILLS``; the last one ends by itself."""
-        ledger, steps, deaths = Ledger(), [], []
-        digests: dict[int, set[str]] = {}
-        trained: list[str] = []
+        ledger = Ledger(self.folder / "killed.ledger")
+        ends: list[int | None] = []
+        steps: list[list[dict[str, float]]] = []
         for point, step in (*KILLS, ("", 0)):
-            engine = self.engine(recorded)
-            name, _ = ledger.checkpoint
-            options = {
-                "verl": SAVING,
-                "checkpoints": "killed",
-                "resume": name,
-                "replay": ledger.release(),
-                "kill": (point, step),
-            }
-            life = Life(self.folder, options, engine, ledger)
+            before = len(ledger.facts("step"))
             try:
-                assert life.run() == ""
-            except Killed as death:
-                deaths.append(str(death))
-            finally:
-                life.close()
-            steps.append(life.steps)
-            for published, found in engine.digests.items():
-                digests.setdefault(published, set()).update(found)
-        for _, ids, _ in ledger.commits:
-            trained.extend(ids)
+                self.apart(partial(self._life, recorded, ledger, (point, step)))
+                ends.append(0)
+            except EndedError as end:
+                ends.append(end.code)
+            steps.append([metrics for (metrics,) in ledger.facts("step")[before:]])
+        digests: dict[int, set[str]] = {}
+        for published, digest in ledger.facts("published"):
+            digests.setdefault(published, set()).add(digest)
         return {
-            "deaths": deaths,
+            "ends": ends,
+            "points": [point for (point,) in ledger.facts("killed")],
             "steps": steps,
             "digests": {step: sorted(found) for step, found in digests.items()},
-            "committed": trained,
+            "committed": [batch for _, ids, _ in ledger.commits for batch in ids],
             "claims": {step: len(batches) for step, batches in ledger.claims.items()},
+            "manifests": ledger.facts("claimed"),
         }
 
+    def _life(self, recorded: Recorded, ledger: Ledger, kill: tuple[str, int]) -> None:
+        """One of the trainers that are killed."""
+        options = {
+            "verl": SAVING,
+            "checkpoints": "killed",
+            "resume": ledger.checkpoint[0],
+            "replay": ledger.release(),
+            "kill": kill,
+        }
+        life = Life(self.folder, options, self.engine(recorded), ledger)
+        try:
+            assert life.run() == ""
+        finally:
+            life.close()
+
     def fidelity(self, recorded: Recorded) -> dict[str, Any]:
-        """Updates by plain descent, on one rank and on two, the first one also by verl alone: differences."""
-        engines = {ranks: self.engine(recorded) for ranks in (1, 2)}
+        """Updates by plain descent, on one node and on two, the first one also by verl alone: differences."""
+        engines = {ranks: self.engine(recorded) for ranks in (1, NODES)}
         for engine in engines.values():
             engine.keeps_history = True
         outcomes = {
-            ranks: self.once(f"sgd{ranks}", {**PLAIN_DESCENT, "trainer.n_gpus_per_node": ranks}, engine)
+            ranks: self.once(f"sgd{ranks}", {**PLAIN_DESCENT, "trainer.nnodes": ranks}, engine)
             for ranks, engine in engines.items()
         }
         before = self.engine().weights
@@ -169,6 +201,7 @@ class Script:
         ours = outcomes[1]["advantages"][0]
         return {
             "errors": [outcome["error"] for outcome in outcomes.values()],
+            "ranks": [outcome["ranks"] for outcome in outcomes.values()],
             "advantages": max(float(np.abs(np.subtract(ours[key], theirs[key])).max()) for key in keys),
             "rows": [len(ours), len(keys)],
             "losses": [
@@ -197,29 +230,9 @@ class Script:
             "last_weights_of_two_ranks": _difference(engines[1].history[3], engines[2].history[3]),
         }
 
-    def corrected(self) -> dict[str, Any]:
-        """Older tokens corrected, groups filtered by a named reward; then by one that nobody gives."""
-        engine = self.engine(flat_every=FLAT_EVERY)
-        life = Life(self.folder, {"verl": CORRECTED, "checkpoints": "corrected"}, engine, Ledger())
-        try:
-            error = life.run()
-            done = int(life.steps[-1]["step"])
-            life.trainer.replay_buffer.filter_groups_metric = "nobody"
-            life.trainer.global_steps, life.trainer.total_training_steps = done, done + 1
-            unknown = life.fit()
-        finally:
-            life.close()
-        groups = {entry.group_id for batch in engine.batches for entry in batch.entries}
-        return {
-            "error": error,
-            "unknown": unknown,
-            "steps": life.steps,
-            "tasks": sorted({int(group.rpartition(".i")[2]) for group in groups}),
-        }
-
     def bad(self) -> dict[str, Any]:
         """A trainer whose worker runs out of memory in its third update, and hangs in the next."""
-        ledger, engine = Ledger(), self.engine()
+        ledger, engine = Ledger(self.folder / "bad.ledger"), self.engine()
         verl = {
             "trainer.total_training_steps": 5,
             "actor_rollout_ref.model.external_lib": "tests.learner.bad_losses",
@@ -270,6 +283,17 @@ class Script:
         }
 
 
+def _ranks(life: Life) -> list[tuple[str, str]]:
+    """Node and collective backend of every rank of the actor."""
+
+    def place(_worker: Any) -> tuple[str, str]:
+        return ray.get_runtime_context().get_node_id(), torch.distributed.get_backend()
+
+    workers = life.trainer.worker_groups()["actor"].workers
+    found: list[tuple[str, str]] = ray.get([worker.__ray_call__.remote(place) for worker in workers])
+    return found
+
+
 def _moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: before[name] - tensor for name, tensor in after.items() if name in before}
 
@@ -284,26 +308,20 @@ def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 
 def main(folder: Path, only: list[str]) -> dict[str, Any]:
-    """All runs, or those named, in one Ray session of two nominal GPUs."""
-    make_tasks(folder)
-    script = Script(folder)
-    whole = script.engine()
-    recorded = whole.record
-    runs = {
-        "undisturbed": lambda: script.once("whole", SAVING, whole),
-        "killed": lambda: script.killed(recorded),
-        "fidelity": lambda: script.fidelity(recorded),
-        "corrected": lambda: script.corrected(),
-        "bad": lambda: script.bad(),
-    }
-    runs["lora"] = script.adapter
-    with local_ray(device="cpu", gpus=2):
-        outcomes = {}
-        for name, run in runs.items():
-            if not only or name in only:
-                outcomes[name] = run()
-                print(f"{name}: {json.dumps(outcomes[name])}", file=sys.stderr)
-        return outcomes
+    """All runs, or the undisturbed one and those named, on one Ray cluster of a nominal GPU a node."""
+    with warm_cluster(NODES) as address:
+        in_fork(partial(make_tasks, folder))
+        script = Script(folder, address)
+        whole, recorded = script.apart(script.undisturbed)
+        runs: dict[str, Callable[[], dict[str, Any]]] = {
+            "killed": lambda: script.killed(recorded),
+            "fidelity": lambda: script.apart(partial(script.fidelity, recorded)),
+            "corrected": lambda: script.apart(script.corrected),
+            "bad": lambda: script.apart(script.bad),
+            "lora": lambda: script.apart(script.adapter),
+        }
+        made = {name: run() for name, run in runs.items() if not only or name in only}
+        return {"undisturbed": whole, **made}
 
 
 if __name__ == "__main__":

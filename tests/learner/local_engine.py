@@ -24,7 +24,6 @@ from agl_grpc.learner.rollouts.groups import (
     Row,
 )
 from agl_grpc.learner.verl.sender import SEND_MODE
-from agl_grpc.sample import AttemptFacts, Verdict
 from agl_grpc.weights.adapters import is_adapter, merged
 from agl_grpc.weights.receiver import WeightReceiver
 from agl_grpc.weights.wire import ReceiverState
@@ -34,8 +33,6 @@ TARGET = 10
 RESPONSE_LENGTH = 8
 TURNS = ((0, 3), (3, 8))
 """Two answers a row: the return of each counts the rewarded tokens from its beginning on."""
-NAMED = "judged"
-"""A reward beside the one that counts: the same, but for tasks that are told to have it flat."""
 
 
 class LocalEngine:
@@ -43,7 +40,7 @@ class LocalEngine:
 
     ``change`` may spoil finished groups before they are delivered; ``repeat`` makes every batch alike.
     ``recorded`` are groups by their uid: they are delivered instead of sampled ones. ``flat_every`` gives
-    each rollout of every such task the same ``NAMED`` reward.
+    each rollout of every such task the same reward.
     """
 
     def __init__(
@@ -70,7 +67,7 @@ class LocalEngine:
         self.history: dict[int, dict[str, torch.Tensor]] = {}
         self.keeps_history = False
         self.on_claim: Callable[[int, list[str]], None] = lambda _step, _groups: None
-        self.on_published: Callable[[], None] = lambda: None
+        self.on_published: Callable[[int, str], None] = lambda _step, _digest: None
         self._entries: dict[str, BatchEntry] = {}
         self._actors: Any = None
         self.version = 0
@@ -131,7 +128,7 @@ class LocalEngine:
         self.digests.setdefault(step, set()).add(str(report["digest"]))
         if self.keeps_history:
             self.history[step] = self.weights
-        self.on_published()
+        self.on_published(step, str(report["digest"]))
         return {"weights/bytes": float(report["sent_bytes"])}
 
     @property
@@ -152,8 +149,8 @@ class LocalEngine:
             sequence = torch.cat([sequence, token], dim=1)
         responses, sampled = sequence[:, prompt.shape[1] :], torch.cat(logprobs, dim=1)
         rewards = (responses < TARGET).float().mean(dim=1)
-        flat = bool(self._flat_every) and request.index % self._flat_every == 0
-        named = torch.full_like(rewards, 0.5) if flat else rewards
+        if self._flat_every and request.index % self._flat_every == 0:
+            rewards = torch.full_like(rewards, 0.5)
         return [
             FinishedRollout(
                 rollout_id=request.rollout_id(number),
@@ -161,7 +158,6 @@ class LocalEngine:
                 reward=float(rewards[number]),
                 rows=(self._row(prompt[number], responses[number], sampled[number]),),
                 captured=RESPONSE_LENGTH,
-                facts=AttemptFacts(verdicts=(Verdict("judge", NAMED, float(named[number])),)),
             )
             for number in range(request.size)
         ]

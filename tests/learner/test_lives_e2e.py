@@ -1,9 +1,10 @@
-"""Trainers that are killed, spread over ranks, starved, hung, and compared with verl alone."""
+"""Trainers that are killed, spread over nodes, starved, hung, and compared with verl alone."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -43,7 +45,9 @@ def _curve(steps: list[dict[str, float]]) -> dict[int, list[float]]:
 def test_a_trainer_killed_anywhere_repeats_the_undisturbed_run_bit_for_bit(outcomes: dict[str, Any]) -> None:
     """Loss curve and weights, whether a step was trained once or again after a kill; one batch ahead."""
     killed, whole = outcomes["killed"], outcomes["undisturbed"]
-    assert killed["deaths"] == [
+    # Eight processes ended by SIGKILL, each where it was meant to; the ninth came to its end.
+    assert killed["ends"] == [-signal.SIGKILL] * 8 + [0]
+    assert killed["points"] == [
         "claimed",
         "proven",
         "saving",
@@ -79,10 +83,22 @@ def test_each_batch_is_committed_once_whatever_was_killed(outcomes: dict[str, An
     assert killed["committed"] == [f"batch-{step}" for step in range(1, 9)]
     # What was claimed and not committed was released: one claim of every step is left.
     assert killed["claims"] == {str(step): 1 for step in range(1, 9)}
+    # The kills say how often a step was claimed; its batch was always the same, and no group is in two.
+    manifests: dict[int, list[list[str]]] = {}
+    for step, groups in killed["manifests"]:
+        manifests.setdefault(step, []).append(groups)
+    assert [len(manifests[step]) for step in range(1, 9)] == [4, 3, 3, 3, 2, 1, 2, 1]
+    assert all(each == found[0] for found in manifests.values() for each in found)
+    trained = [group for found in manifests.values() for group in found[0]]
+    assert len(trained) == len(set(trained)) == 8 * 8
 
 
-def test_two_ranks_give_the_same_losses_and_weights_as_one(outcomes: dict[str, Any]) -> None:
+def test_two_ranks_on_two_nodes_give_the_same_losses_and_weights_as_one(outcomes: dict[str, Any]) -> None:
     fidelity = outcomes["fidelity"]
+    alone, apart = fidelity["ranks"]
+    assert (len(alone), len(apart)) == (1, 2)
+    assert len({node for node, _ in apart}) == 2
+    assert {backend for _, backend in apart} == {"gloo"}
     one, two = fidelity["steps"]
     assert [step["step"] for step in two] == [1, 2, 3]
     for mine, theirs in zip(two, one, strict=True):
@@ -148,20 +164,13 @@ def test_tokens_of_older_weights_are_corrected(outcomes: dict[str, Any]) -> None
     assert all(step["actor/entropy_loss"] > 0 for step in steps)
 
 
-def test_groups_without_variance_in_a_named_reward_are_dropped_and_refilled(outcomes: dict[str, Any]) -> None:
-    """The named grader judges a quarter of the tasks alike: none of them is trained, batches are full."""
-    outcome = outcomes["corrected"]
-    assert {step["training/rollouts"] for step in outcome["steps"]} == {32}
-    dropped = [step.get("training/filter_groups/evicted_samples", 0) for step in outcome["steps"]]
+def test_groups_without_variance_are_dropped_and_refilled(outcomes: dict[str, Any]) -> None:
+    """A quarter of the tasks rewards all its rollouts alike: none of them is trained, batches are full."""
+    steps = outcomes["corrected"]["steps"]
+    assert {step["training/rollouts"] for step in steps} == {32}
+    assert {step["reward/groups_without_variance"] for step in steps} == {0.0}
+    dropped = [step.get("training/filter_groups/evicted_samples", 0) for step in steps]
     assert sum(dropped) > 0
-    assert outcome["tasks"]
-    assert [task for task in outcome["tasks"] if task % 4 == 0] == []
-
-
-def test_groups_are_not_filtered_by_a_reward_that_nobody_gives(outcomes: dict[str, Any]) -> None:
-    error = outcomes["corrected"]["unknown"]
-    assert error.startswith("ConfigError: algorithm.filter_groups.metric is 'nobody', and not every rollout")
-    assert "\n" not in error
 
 
 def test_waiting_is_measured(outcomes: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,21 @@ class Ray(ModuleType):
         self.failures = list(failures)
         self.shutdowns = 0
         self.arguments: dict[str, object] = {}
+        self.gpus = 2
+        # Names on the cluster and its free GPUs, each time that one looks; the last ones stay.
+        self.named: list[list[dict[str, str]]] = [[]]
+        self.free = [self.gpus]
+        self.util = SimpleNamespace(list_named_actors=lambda *, all_namespaces: self._next(self.named))
+
+    @staticmethod
+    def _next(seen: list[Any]) -> Any:
+        return seen.pop(0) if len(seen) > 1 else seen[0]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": float(self.gpus)}
+
+    def available_resources(self) -> dict[str, float]:
+        return {"GPU": float(self._next(self.free))}
 
     def init(self, **arguments: object) -> None:
         self.arguments = arguments
@@ -67,3 +83,40 @@ def test_a_cluster_that_runs_already_is_joined_not_started(
         assert ray.arguments["address"] == (address or "local")
         assert ("num_gpus" in ray.arguments) is starts
         assert ray.arguments["runtime_env"] == {"env_vars": {"A": "1"}}
+
+
+QUEUE = {"namespace": "transfer_queue", "name": "TransferQueueController"}
+
+
+def _join(monkeypatch: pytest.MonkeyPatch, ray: Ray, seconds: float) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_runtime, "worker_environment", lambda _device: {})
+    monkeypatch.setattr(ray_runtime, "_CLEARING_SECONDS", seconds)
+    monkeypatch.setattr(ray_runtime, "_LOOK_SECONDS", 0.0)
+    with local_ray(device="cuda", gpus=2, address="head:6379"):
+        pass
+
+
+def test_a_trainer_waits_until_a_killed_one_is_cleared_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray()
+    ray.named, ray.free = [[QUEUE], [QUEUE], []], [0, 1, 2]
+    _join(monkeypatch, ray, 60.0)
+    assert (ray.named, ray.free) == ([[]], [2])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "named", "free", "error"),
+    [
+        (2, [QUEUE], 2, "another trainer's TransferQueue is there after 0 s"),
+        (2, [], 1, "1 of the 2 GPUs that it needs are free after 0 s"),
+        (1, [], 1, "the Ray cluster has 1 GPUs and the trainer needs 2: add nodes"),
+    ],
+)
+def test_a_cluster_without_room_is_named_and_left(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, named: list[dict[str, str]], free: int, error: str
+) -> None:
+    ray = Ray()
+    ray.gpus, ray.named, ray.free = gpus, [named], [free]
+    with pytest.raises(LearnerError, match=error):
+        _join(monkeypatch, ray, 0.0)
+    assert ray.shutdowns == 1

@@ -171,6 +171,32 @@ async def test_unfinished_rollouts_of_later_steps_are_cancelled_and_the_next_one
     assert await left_behind(client, replace(MINE, origin=2), [REQUEST]) == {}
 
 
+async def test_what_is_unfinished_when_a_run_has_ended_is_cancelled_and_nothing_of_others(
+    client: StoreClient,
+) -> None:
+    mine = replace(MINE, trainer_epoch=1)
+    owners = {"mine.n0": mine, "mine.n1": mine, "other.n0": replace(mine, training_run_id="other")}
+    await client.enqueue_many_rollouts(
+        [
+            EnqueueRolloutRequest(input={}, rollout_id=name, labels={**owner.labels, STEP_LABEL: "8"})
+            for name, owner in owners.items()
+        ]
+    )
+    link = StoreLink(client.target, "default")
+    try:
+        training = await asyncio.to_thread(TrainingRun.acquire, link, "tr")
+        assert training.identity == mine
+        assert [await asyncio.to_thread(training.cancel_unfinished) for _ in range(2)] == [2, 0]
+    finally:
+        await asyncio.to_thread(link.close)
+    states = {rollout.rollout_id: rollout.status for rollout in await client.query_rollouts()}
+    assert states == {
+        "mine.n0": RolloutStatus.CANCELLED,
+        "mine.n1": RolloutStatus.CANCELLED,
+        "other.n0": RolloutStatus.QUEUING,
+    }
+
+
 async def test_a_batch_that_is_made_again_counts_the_rewards_of_steps_that_it_froze(
     client: StoreClient,
 ) -> None:

@@ -20,7 +20,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from agl_grpc.learner.rollouts.groups import FinishedGroup, FinishedRollout, Row
 from agl_grpc.learner.run_config import BestOf
 from agl_grpc.learner.verl.ray_runtime import local_ray
-from tests.learner.life import Ledger, Life
+from tests.learner.ledger import Ledger
+from tests.learner.life import Life
 from tests.learner.local_engine import LocalEngine
 from tests.learner.warm_ray import warm_cluster
 
@@ -163,9 +164,8 @@ CHANGES: dict[str, Callable[[list[FinishedGroup]], list[FinishedGroup]] | None] 
 }
 
 
-def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+def run(folder: Path, options: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
     """One training run; ``options`` hold verl's keys and what to spoil."""
-    ledger = Ledger()
     engine = LocalEngine(str(folder / "model"), seed=0, repeat=options.get("repeat", False))
     changes: list[str] = options.get("changes", [])
 
@@ -226,7 +226,10 @@ def main(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All runs one after the other on one Ray cluster."""
     make_tasks(folder)
     with warm_cluster(nodes=1) as address, local_ray(device="cpu", gpus=1, address=address):
-        return [run(folder, options) for options in runs]
+        return [
+            run(folder, options, Ledger(folder / f"run-{number}.ledger"))
+            for number, options in enumerate(runs)
+        ]
 
 
 if __name__ == "__main__":

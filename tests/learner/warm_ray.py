@@ -8,10 +8,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from agl_grpc.learner.verl.ray_runtime import CPUS_PER_GPU, OTHER_CPUS, worker_environment
 from tests.learner import warm_worker
+from tests.learner.forked import CONTEXT
 
 STORE_BYTES = 100 << 20
 
@@ -23,10 +25,30 @@ def warm_cluster(nodes: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="agl-warm-") as folder, ExitStack() as stack:
         path = os.environ[warm_worker.SOCKET] = str(Path(folder) / "socket")
         stack.enter_context(_imported(path))
-        from ray.cluster_utils import Cluster
+        yield stack.enter_context(_running(nodes))
 
-        cluster = Cluster()
-        stack.callback(cluster.shutdown)
+
+@contextmanager
+def _running(nodes: int) -> Iterator[str]:
+    """The cluster in a process of its own: Ray's threads would keep this one from being forked."""
+    mine, its = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_run, args=(nodes, its, mine))
+    process.start()
+    its.close()
+    try:
+        yield mine.recv()
+    finally:
+        mine.close()
+        process.join()
+
+
+def _run(nodes: int, connection: Connection, other_end: Connection) -> None:
+    """Runs the cluster, and says its address, until the other end is closed or its process has ended."""
+    other_end.close()
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
         for number in range(nodes):
             cluster.add_node(
                 num_cpus=CPUS_PER_GPU + OTHER_CPUS,
@@ -35,7 +57,10 @@ def warm_cluster(nodes: int) -> Iterator[str]:
                 setup_worker_path=warm_worker.__file__,
                 **({"include_dashboard": False} if number == 0 else {}),
             )
-        yield cluster.address
+        connection.send(cluster.address)
+        connection.poll(None)
+    finally:
+        cluster.shutdown()
 
 
 @contextmanager

@@ -6,6 +6,8 @@ Run with the engine environment's Python: ``python tiny_model.py FOLDER [tiny|la
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -43,8 +45,18 @@ SIZES: dict[str, dict[str, int]] = {
 def make(folder: str, seed: int = 0, size: str = "tiny") -> None:
     """Write model and tokenizer to `folder`."""
     import torch
+    from transformers import Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer(size)
+    torch.manual_seed(seed)
+    Qwen2ForCausalLM(make_config(tokenizer, size)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tokenizer(size: str = "tiny", more: Sequence[str] = ()) -> Any:
+    """The tokenizer, with `more` special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +65,7 @@ def make(folder: str, seed: int = 0, size: str = "tiny") -> None:
         CORPUS * 20,
         trainers.BpeTrainer(
             vocab_size=384,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -66,7 +78,14 @@ def make(folder: str, seed: int = 0, size: str = "tiny") -> None:
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     tokenizer.chat_template = TEMPLATE
-    config = Qwen2Config(
+    return tokenizer
+
+
+def make_config(tokenizer: Any, size: str = "tiny") -> Any:
+    """The language model's shape."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
         **SIZES[size],
         max_position_embeddings=2048,
         tie_word_embeddings=False,
@@ -74,9 +93,6 @@ def make(folder: str, seed: int = 0, size: str = "tiny") -> None:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    torch.manual_seed(seed)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

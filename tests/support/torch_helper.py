@@ -30,6 +30,12 @@ class Helper:
 
         make(folder, seed)
 
+    def make_vision_model(self, folder: str) -> None:
+        """Write the tiny model that sees pictures."""
+        from tests.support.tiny_vision_model import make
+
+        make(folder)
+
     def logprobs(self, model: str, rows: list[dict[str, Any]], weights: str = "") -> list[list[float]]:
         """Logprobs of each row's response after its prompt at its temperature, by transformers."""
         import torch

@@ -85,8 +85,12 @@ class PromptDeltas:
 
 def whole(prompt: Sequence[int]) -> model_call_pb2.PromptTokens:
     """A prompt that needs no base."""
-    number = model_call_pb2.PromptTokens.TOKEN_IDS_FIELD_NUMBER
-    return model_call_pb2.PromptTokens.FromString(field(number, packed_ids(prompt)))
+    return model_call_pb2.PromptTokens.FromString(packed_whole(prompt))
+
+
+def packed_whole(prompt: Sequence[int]) -> bytes:
+    """The same on the wire."""
+    return field(model_call_pb2.PromptTokens.TOKEN_IDS_FIELD_NUMBER, packed_ids(prompt))
 
 
 def common_prefix(first: array[int], second: array[int]) -> int:

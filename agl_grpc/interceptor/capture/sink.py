@@ -10,10 +10,10 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agl_grpc.interceptor.capture.deltas import AttemptKey, PromptDeltas, whole
+from agl_grpc.interceptor.capture.deltas import AttemptKey, PromptDeltas, packed_whole
 from agl_grpc.interceptor.capture.spool import Spool, SpoolFull
 from agl_grpc.interceptor.capture.transport import Rejection, SpanTransport, StoreAway
-from agl_grpc.interceptor.capture.wire import as_ids, field
+from agl_grpc.interceptor.capture.wire import as_ids, parts
 from agl_grpc.v1 import model_call_pb2, span_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
@@ -66,15 +66,14 @@ class CapturedCall:
 
     def group(self, deltas: PromptDeltas | None) -> bytes:
         """As AttemptSpans of one span; with `deltas` the prompt may be a difference."""
-        prompt = whole(self.prompt) if deltas is None else deltas.encode(self.attempt, self.prompt)
-        call = self._call + field(_PROMPT, prompt.SerializeToString())
-        return pack_group(self.attempt, self._span + field(_MODEL_CALL, call))
-
-
-def pack_group(attempt: AttemptKey, span: bytes) -> bytes:
-    """AttemptSpans of one span."""
-    group = span_pb2.AttemptSpans(rollout_id=attempt[0], attempt_id=attempt[1])
-    return group.SerializeToString() + field(_SPANS, span)
+        if deltas is None:
+            prompt = packed_whole(self.prompt)
+        else:
+            prompt = deltas.encode(self.attempt, self.prompt).SerializeToString()
+        call = (self._call, *parts(_PROMPT, (prompt,)))
+        span = (self._span, *parts(_MODEL_CALL, call))
+        group = span_pb2.AttemptSpans(rollout_id=self.attempt[0], attempt_id=self.attempt[1])
+        return b"".join((group.SerializeToString(), *parts(_SPANS, span)))
 
 
 @dataclass

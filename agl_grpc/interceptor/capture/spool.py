@@ -166,7 +166,7 @@ class Spool:
 
     async def close(self) -> None:
         """Finish writes under way and let go of the folder; records stay for the next process."""
-        if self._writing():
+        while self._writing():
             self._drained = asyncio.get_running_loop().create_future()
             await self._drained
         if self._writer is not None:
@@ -201,6 +201,7 @@ class Spool:
             self._write_pending()
         elif self._drained is not None:
             self._drained.set_result(None)
+            self._drained = None
 
     def _keep(self, segment: _Segment, batch: list[_Pending]) -> None:
         for data, note, future in batch:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import grpc
 
 from agl_grpc.client import channel as client
-from agl_grpc.interceptor.capture.wire import field
+from agl_grpc.interceptor.capture.wire import parts
 from agl_grpc.v1 import error_reason_pb2, store_service_pb2
 
 _METHOD = "/agl_grpc.v1.StoreService/AppendSpans"
@@ -70,7 +70,7 @@ class AppendTransport:
 
     async def deliver(self, groups: Sequence[bytes], limit: float) -> list[Rejection]:
         """See SpanTransport. A batch refused as a whole is sent group by group, so only the culprit falls."""
-        request = b"".join(field(_GROUPS, group) for group in groups)
+        request = b"".join(part for group in groups for part in parts(_GROUPS, (group,)))
         try:
             response = await self._append(request, timeout=limit)
         except grpc.aio.AioRpcError as error:

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Sequence
 
 from agl_grpc.model.wire import field as field
+from agl_grpc.model.wire import parts as parts
 
 LITTLE = sys.byteorder == "little" and array("I").itemsize == array("f").itemsize == 4
 """Whether an array lies in memory as a packed field lies on the wire."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,11 @@ OBJECT_STORE_BYTES = 300 << 20
 CPUS_PER_GPU = 10
 OTHER_CPUS = 8
 _TRIES = 3
+# Ray has cleared away a killed trainer within a second, and one whose node is lost within half a minute.
+_CLEARING_SECONDS = 60.0
+_LOOK_SECONDS = 0.1
+# Of every trainer: the TransferQueue finds itself by this name.
+_QUEUE = {"namespace": "transfer_queue", "name": "TransferQueueController"}
 
 
 def common_environment() -> dict[str, str]:
@@ -77,6 +83,42 @@ def _start(**arguments: Any) -> None:
     )
 
 
+def _await_room(gpus: int) -> None:
+    """Waits until the cluster that was joined has room: a trainer that was killed may still be being cleared
+    away when the next one comes, which would take up its TransferQueue and lose it.
+
+    Raises:
+        LearnerError: the cluster has too few GPUs, or what holds them stays.
+    """
+    import ray
+
+    total = int(ray.cluster_resources().get("GPU", 0))
+    if total < gpus:
+        raise LearnerError(
+            f"the Ray cluster has {total} GPUs and the trainer needs {gpus}: add nodes, or lower "
+            "trainer.nnodes or trainer.n_gpus_per_node"
+        )
+    deadline = time.monotonic() + _CLEARING_SECONDS
+    # Ray tells nobody when a name or a GPU is free again.
+    while taken := _taken(gpus):
+        if time.monotonic() >= deadline:
+            raise LearnerError(
+                f"the Ray cluster has no room for this trainer: {taken} after {_CLEARING_SECONDS:g} s; end "
+                "what holds it, or name another cluster in ray_address"
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def _taken(gpus: int) -> str:
+    """Why a trainer of this many GPUs cannot begin on the cluster; empty = it can."""
+    import ray
+
+    if _QUEUE in ray.util.list_named_actors(all_namespaces=True):
+        return "another trainer's TransferQueue is there"
+    free = int(ray.available_resources().get("GPU", 0))
+    return f"{free} of the {gpus} GPUs that it needs are free" if free < gpus else ""
+
+
 @contextmanager
 def local_ray(*, device: str, gpus: int, address: str = "", others: int = 0) -> Iterator[None]:
     """Starts Ray in this process's session, or joins a cluster, and leaves it at the end.
@@ -86,6 +128,9 @@ def local_ray(*, device: str, gpus: int, address: str = "", others: int = 0) -> 
         gpus: accelerators that the trainer uses.
         address: of a Ray cluster that runs already (``HOST:6379``, ``auto``); empty = start Ray here.
         others: actors besides verl's own that each take a nominal CPU.
+
+    Raises:
+        LearnerError: the machine is too busy to start Ray, or the cluster has no room for a trainer.
     """
     environment = worker_environment(device)
     os.environ.update(environment)
@@ -109,6 +154,8 @@ def local_ray(*, device: str, gpus: int, address: str = "", others: int = 0) -> 
         # Ray's start takes SIGTERM for itself, and answers it with a stack trace and the process's end.
         signal.signal(signal.SIGTERM, handler)
     try:
+        if address:
+            _await_room(gpus)
         yield
     finally:
         ray.shutdown()

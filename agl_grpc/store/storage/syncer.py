@@ -6,15 +6,13 @@ Nobody is answered, and nothing that was read is shown, before the commit that i
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
-
-_MOST_AHEAD = 16
-"""Most groups that may be committed and not on disk: a disk that stalls stalls the writer."""
 
 
 class Syncer:
-    """A thread that makes commits durable: one sync for all that came during the last one.
+    """A thread that makes one commit durable while the writer works on the next one.
+
+    The writer is never further ahead: meanwhile more commands come, and go into fewer transactions.
 
     Args:
         sync: Returns when everything that was committed before the call is on disk.
@@ -24,7 +22,7 @@ class Syncer:
     def __init__(self, sync: Callable[[], None], on_error: Callable[[Exception], None]) -> None:
         self._sync = sync
         self._on_error = on_error
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._next: Callable[[], None] | None = None
         self._changed = threading.Condition(threading.Lock())
         self._busy = False
         self._stopping = False
@@ -35,7 +33,7 @@ class Syncer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Does what waits, then ends the thread. The writer must have ended."""
+        """Does what is left, then ends the thread. The writer must have ended."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -43,40 +41,38 @@ class Syncer:
             self._thread.join()
 
     def settle(self, answer: Callable[[], None], *, at_once: bool) -> None:
-        """Calls back when what was committed is on disk, in the order of these calls. Writer's thread.
+        """Calls back when what was committed is on disk; returns when all that was settled before is.
 
         Args:
-            answer: Called in this thread or the syncer's.
+            answer: Called in this thread, which is the writer's, or the syncer's.
             at_once: Whether the writer has nothing else to do: it then syncs by itself if it can, which saves
                 the way to another thread.
         """
         with self._changed:
-            if self._busy or self._waiting or not at_once:
-                while len(self._waiting) >= _MOST_AHEAD:
-                    self._changed.wait()
-                self._waiting.append(answer)
+            if self._busy or not at_once:
+                self._next = answer
                 self._changed.notify_all()
+                while self._next is not None:
+                    self._changed.wait()
                 return
-        self._finish([answer])
+        self._finish(answer)
 
     def _serve(self) -> None:
         while True:
             with self._changed:
                 self._busy = False
-                while not self._waiting:
+                while self._next is None:
                     if self._stopping:
                         return
                     self._changed.wait()
                 self._busy = True
-                answers = list(self._waiting)
-                self._waiting.clear()
+                answer, self._next = self._next, None
                 self._changed.notify_all()
-            self._finish(answers)
+            self._finish(answer)
 
-    def _finish(self, answers: list[Callable[[], None]]) -> None:
+    def _finish(self, answer: Callable[[], None]) -> None:
         try:
             self._sync()
-        except Exception as error:
+        except Exception as error:  # whatever it is, nobody may be answered
             self._on_error(error)
-        for answer in answers:
-            answer()
+        answer()

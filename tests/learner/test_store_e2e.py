@@ -13,6 +13,8 @@ from typing import Any
 
 import orjson
 import pytest
+from agl_grpc_cli.main import app
+from typer.testing import CliRunner
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutStatus, TrainingRunStatus
@@ -20,12 +22,21 @@ from agl_grpc.model.training import TrainingRun
 from tests.support.environments import learner_python
 from tests.support.scripted_scores import ScriptedScores
 from tests.support.store_process import StoreProcess
+from tests.support.tensorboard import scalars
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS, MORE_STEPS, SAVE = 8, 10, 4
 KILL_AFTER = 2
+# What every step of any run with verl reports.
+REPORTED = {
+    *("loss/entropy", "loss/clip_fraction", "loss/gradient_norm", "loss/skipped_updates"),
+    *("kl/sampler_trainer_k3", "response_length/mean", "answers/truncated", "answers/format_error_rate"),
+    *("reward/mean", "reward/groups_without_variance", "grader/agent/primary/mean", "tools/error_rate"),
+    *("repetition/distinct_1", "repetition/distinct_2", "repetition/distinct_4", "staleness/mean"),
+    *("tokens/captured", "tokens/trained", "tokens/observed", "tokens/dropped", "tokens/unaccounted"),
+}
 
 
 def environment() -> dict[str, str]:
@@ -121,12 +132,14 @@ def engine(store: StoreProcess, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def served(store: StoreProcess, folder: Path, *models: str) -> Iterator[None]:
-    """Engines of these models and a worker over the contract; of two models the second makes second calls."""
+def served(
+    store: StoreProcess, folder: Path, *models: str, runs: tuple[str, ...] = ("default",)
+) -> Iterator[None]:
+    """Engines of these models and a worker for each run; of two models the second makes second calls."""
     command = [learner_python(), "-m", "tests.learner.contract_engine", store.address]
     log = (folder / "engine.log").open("w")
     process = subprocess.Popen(
-        [*command, "default", str(folder / "model"), *models], env=environment(), stdout=log, stderr=log
+        [*command, ",".join(runs), str(folder / "model"), *models], env=environment(), stdout=log, stderr=log
     )
     try:
         yield
@@ -163,9 +176,13 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
             store.start()
 
     with ScriptedScores(_targets) as model:
-        path = _configure(folder, STEPS)
+        # More steps than an alarm, which this run is bound to raise, lets it make; it ends between two saves.
+        path = _configure(folder, STEPS + 4)
         config = orjson.loads(path.read_bytes()) | {"reward_endpoint": model.endpoint}
+        alarms = {"window": 2, "raise_after": STEPS - 3, "entropy_floor": 100.0}
+        config["alarms"] = {**alarms, "stop_on": ["entropy_collapse"]}
         config["verl"] |= {
+            "trainer.save_freq": STEPS - 1,
             "reward.reward_model.enable": True,
             "reward.reward_model.model_path": str(folder / "model"),
         }
@@ -175,9 +192,16 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     # verl's own worker asked for every rollout once, and its score was the reward.
     assert {name for name, _ in model.asked} == {str(folder / "model")}
     assert len(model.asked) == STEPS * 4 * 8
+    stopping = f"stopping after step {STEPS}: alarm entropy_collapse is in alarms.stop_on"
+    assert f"learner: {stopping}" in learner.lines
     record, batches, versions, rewards = await _state(store)
-    assert record.status is TrainingRunStatus.SUCCEEDED
+    assert record.status is TrainingRunStatus.STOPPED
     assert record.checkpoint_id == f"global_step_{STEPS}"
+    # Whoever follows it in the store reads why.
+    async with StoreClient(store.address) as client:
+        log = [line.text async for line in client.watch_training_log("tr_e2e")]
+    assert log[-1] == stopping
+    assert any(line.startswith(f"ALARM entropy_collapse at step {STEPS}: ") for line in log)
     assert sorted(rewards) == list(range(1, STEPS + 1))
     assert rewards[STEPS] > rewards[1]
     assert [batch.step for batch in batches] == list(range(1, STEPS + 1))
@@ -188,7 +212,6 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     assert {item.policy_version for item in committed} == set(range(1, STEPS + 1))
     assert len({item.weights_digest for item in committed}) == STEPS
     assert (folder / "out" / "checkpoints" / f"global_step_{STEPS}" / "learner.json").is_file()
-    assert list((folder / "out" / "tensorboard").glob("events.*"))
     lines = [orjson.loads(line) for line in (folder / "out" / "metrics.jsonl").read_bytes().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert {line["kl/sampler_trainer_k3"] < 1e-6 for line in lines} == {True}
@@ -197,9 +220,18 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
         == {line["tokens/unaccounted"] for line in lines}
         == {0.0}
     )
-    alarms = {name for line in lines for name, value in line.items() if name.startswith("alarm/") and value}
+    shown = scalars(folder / "out" / "tensorboard")
+    assert set(shown) >= set(lines[-1]) - {"step", "time"} >= REPORTED
+    assert shown["reward/mean"] == {step: pytest.approx(value) for step, value in rewards.items()}
+    # The tool fails for the tasks whose answers are malformed too.
+    failed = [line["tools/error_rate"] for line in lines]
+    assert failed == [line["answers/format_error_rate"] for line in lines]
+    assert 0.0 < sum(failed) < STEPS
+    raised = {name for line in lines for name, value in line.items() if name.startswith("alarm/") and value}
     # Whether the engine waits for the learner is this machine's affair, and its store was away for a while.
-    assert alarms <= {"alarm/engine_starved", "alarm/optimiser_starved"}
+    assert raised - {"alarm/engine_starved", "alarm/optimiser_starved"} == {"alarm/entropy_collapse"}
+    events = [orjson.loads(line) for line in (folder / "out" / "alarms.jsonl").read_bytes().splitlines()]
+    assert [each["step"] for each in events if each["name"] == "entropy_collapse"] == [STEPS]
     assert (
         lines[0]["grader/verl/verl/mean"] == lines[0]["reward/mean"] != lines[0]["grader/agent/primary/mean"]
     )
@@ -344,3 +376,64 @@ async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
     assert len(digests["planner"]) == len(digests["solver"]) == steps
     assert not digests["planner"] & digests["solver"]
     assert rewards[steps] > rewards[1]
+
+
+SEEDS = {"one": 7, "two": 7, "other": 8}
+
+
+def _seeded(folder: Path, name: str, seed: int) -> Path:
+    """The configuration of a short run of its own, with a seed."""
+    config = orjson.loads(_configure(folder, 2).read_bytes())
+    config |= {"run_id": name, "training_run_id": f"tr-{name}", "output_dir": str(folder / name)}
+    config |= {"seed": seed, "request_seeds": True}
+    config["verl"]["trainer.save_freq"] = -1
+    path = folder / f"{name}.json"
+    path.write_bytes(orjson.dumps(config))
+    return path
+
+
+def _differences(a: Path, b: Path) -> dict[tuple[str, str], Any]:
+    """What `agl-grpc run diff` says, by section and key."""
+    done = CliRunner().invoke(app, ["run", "diff", str(a), str(b), "--json"])
+    assert done.exit_code == 0, done.output
+    found = orjson.loads(done.stdout)["differences"]
+    return {(each["section"], each["key"]): (each["a"], each["b"]) for each in found}
+
+
+async def test_two_runs_of_one_seed_train_the_same_and_their_difference_is_their_name(
+    store: StoreProcess, folder: Path
+) -> None:
+    """Tasks, tokens, rewards and weights of two steps; with another seed they are others, and it is named."""
+    async with StoreClient(store.address) as client:
+        for name in SEEDS:
+            await client.create_run(name)
+    paths = [str(_seeded(folder, name, seed)) for name, seed in SEEDS.items()]
+    with served(store, folder, "tiny", runs=tuple(SEEDS)):
+        command = [learner_python(), "-m", "tests.learner.seeds_script", store.address, *paths]
+        done = subprocess.run(  # noqa: ASYNC221  # nothing else happens in this loop
+            command, env=environment(), capture_output=True, text=True, timeout=400, check=False
+        )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    batches: dict[str, list[list[tuple[str, float | None]]]] = {}
+    weights: dict[str, list[str | None]] = {}
+    for name in SEEDS:
+        async with StoreClient(store.address, run_id=name) as client:
+            claimed = await client.query_batches(f"tr-{name}")
+            versions = await client.query_policy_versions("tiny")
+        # Place, task and number of each rollout stand behind the run's name.
+        batches[name] = [[(e.rollout_id.partition(".s")[2], e.reward) for e in b.entries] for b in claimed]
+        weights[name] = [each.weights_digest for each in versions]
+    assert [len(batch) for batch in batches["one"]] == [4 * 8, 4 * 8]
+    assert batches["one"] == batches["two"]
+    assert weights["one"] == weights["two"]
+    assert len(set(weights["one"])) > 1
+    tasks = {
+        name: [[entry.rpartition(".n")[0] for entry, _ in b] for b in found]
+        for name, found in batches.items()
+    }
+    assert tasks["one"] != tasks["other"]
+    same, other = (_differences(folder / "one", folder / name) for name in ("two", "other"))
+    assert {section for section, _ in same} == {"config"}
+    assert all("one" in a and "two" in b for a, b in same.values()), same
+    assert other.keys() - same.keys() == {("seed", ""), ("config", "data.seed")}
+    assert other["seed", ""] == (7, 8)

@@ -11,7 +11,7 @@ import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 
-from agl_grpc.learner.errors import DeadlineError, LearnerError
+from agl_grpc.learner.errors import ConfigError, DeadlineError, LearnerError
 from agl_grpc.learner.verl.manager import RolloutManager
 
 
@@ -106,6 +106,15 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
                 f"{self._failures_in_a_row} groups in a row could not be trained; the last reason: {last}"
             )
         return reasons
+
+    def _dapo_filtered_keys(self, partition_id: str) -> Any:
+        try:
+            return super()._dapo_filtered_keys(partition_id)
+        except RuntimeError as error:  # what verl raises when a rollout lacks the metric
+            raise ConfigError(
+                f"algorithm.filter_groups.metric is {self.filter_groups_metric!r}, and not every rollout has "
+                f"a reward of that name: name one that each has, or 'reward' ({error})"
+            ) from error
 
     def expect(self, uid: str, place: int, index: int) -> None:
         """Notes that a group was asked for as the ``place``-th, from the dataset's ``index``-th task."""

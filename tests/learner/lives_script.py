@@ -23,13 +23,14 @@ from agl_grpc.learner.verl.ray_runtime import local_ray
 from tests.learner.forked import EndedError, in_fork
 from tests.learner.ledger import Ledger
 from tests.learner.life import Life
-from tests.learner.local_engine import LocalEngine
+from tests.learner.local_engine import NAMED, LocalEngine
 from tests.learner.trainer_script import SplitRows, make_tasks
 from tests.learner.warm_ray import warm_cluster
 
 T = TypeVar("T")
 
 STEPS, SAVE, NODES = 8, 2, 2
+FLAT_EVERY = 4
 # Where a trainer is killed, and in which step; each next one goes on from what the one before left.
 KILLS = (
     ("claimed", 1),
@@ -66,7 +67,7 @@ CORRECTED = {
     "actor_rollout_ref.actor.entropy_coeff": 0.01,
     "actor_rollout_ref.actor.optim.lr": 2e-2,
     "algorithm.filter_groups.enable": True,
-    "algorithm.filter_groups.metric": "reward",
+    "algorithm.filter_groups.metric": NAMED,
     "algorithm.rollout_correction.rollout_is": "sequence",
     "algorithm.rollout_correction.rollout_is_threshold": 1.5,
     "trainer.v1.separate_async.num_warmup_batches": 2,
@@ -128,7 +129,25 @@ class Script:
         return self.once("whole", SAVING, engine), engine.record
 
     def corrected(self) -> dict[str, Any]:
-        return self.once("corrected", CORRECTED, self.engine(flat_every=4))
+        """Older tokens corrected, groups filtered by a named reward; then by one that nobody gives."""
+        engine = self.engine(flat_every=FLAT_EVERY)
+        ledger = Ledger(self.folder / "corrected.ledger")
+        life = Life(self.folder, {"verl": CORRECTED, "checkpoints": "corrected"}, engine, ledger)
+        try:
+            error = life.run()
+            done = int(life.steps[-1]["step"])
+            life.trainer.replay_buffer.filter_groups_metric = "nobody"
+            life.trainer.global_steps, life.trainer.total_training_steps = done, done + 1
+            unknown = life.fit()
+        finally:
+            life.close()
+        groups = {entry.group_id for batch in engine.batches for entry in batch.entries}
+        return {
+            "error": error,
+            "unknown": unknown,
+            "steps": life.steps,
+            "tasks": sorted({int(group.rpartition(".i")[2]) for group in groups}),
+        }
 
     def killed(self, recorded: Recorded) -> dict[str, Any]:
         """Trainers killed one after the other at every point of ``KILLS``; the last one ends by itself."""

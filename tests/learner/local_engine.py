@@ -24,6 +24,7 @@ from agl_grpc.learner.rollouts.groups import (
     Row,
 )
 from agl_grpc.learner.verl.sender import SEND_MODE
+from agl_grpc.sample import AttemptFacts, Verdict
 from agl_grpc.weights.adapters import is_adapter, merged
 from agl_grpc.weights.receiver import WeightReceiver
 from agl_grpc.weights.wire import ReceiverState
@@ -33,6 +34,8 @@ TARGET = 10
 RESPONSE_LENGTH = 8
 TURNS = ((0, 3), (3, 8))
 """Two answers a row: the return of each counts the rewarded tokens from its beginning on."""
+NAMED = "judged"
+"""A reward beside the one that counts: the same, but for tasks that are told to have it flat."""
 
 
 class LocalEngine:
@@ -40,7 +43,7 @@ class LocalEngine:
 
     ``change`` may spoil finished groups before they are delivered; ``repeat`` makes every batch alike.
     ``recorded`` are groups by their uid: they are delivered instead of sampled ones. ``flat_every`` gives
-    each rollout of every such task the same reward.
+    each rollout of every such task the same ``NAMED`` reward.
     """
 
     def __init__(
@@ -149,8 +152,8 @@ class LocalEngine:
             sequence = torch.cat([sequence, token], dim=1)
         responses, sampled = sequence[:, prompt.shape[1] :], torch.cat(logprobs, dim=1)
         rewards = (responses < TARGET).float().mean(dim=1)
-        if self._flat_every and request.index % self._flat_every == 0:
-            rewards = torch.full_like(rewards, 0.5)
+        flat = bool(self._flat_every) and request.index % self._flat_every == 0
+        named = torch.full_like(rewards, 0.5) if flat else rewards
         return [
             FinishedRollout(
                 rollout_id=request.rollout_id(number),
@@ -158,6 +161,7 @@ class LocalEngine:
                 reward=float(rewards[number]),
                 rows=(self._row(prompt[number], responses[number], sampled[number]),),
                 captured=RESPONSE_LENGTH,
+                facts=AttemptFacts(verdicts=(Verdict("judge", NAMED, float(named[number])),)),
             )
             for number in range(request.size)
         ]

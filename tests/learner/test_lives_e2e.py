@@ -164,13 +164,20 @@ def test_tokens_of_older_weights_are_corrected(outcomes: dict[str, Any]) -> None
     assert all(step["actor/entropy_loss"] > 0 for step in steps)
 
 
-def test_groups_without_variance_are_dropped_and_refilled(outcomes: dict[str, Any]) -> None:
-    """A quarter of the tasks rewards all its rollouts alike: none of them is trained, batches are full."""
-    steps = outcomes["corrected"]["steps"]
-    assert {step["training/rollouts"] for step in steps} == {32}
-    assert {step["reward/groups_without_variance"] for step in steps} == {0.0}
-    dropped = [step.get("training/filter_groups/evicted_samples", 0) for step in steps]
+def test_groups_without_variance_in_a_named_reward_are_dropped_and_refilled(outcomes: dict[str, Any]) -> None:
+    """The named grader judges a quarter of the tasks alike: none of them is trained, batches are full."""
+    outcome = outcomes["corrected"]
+    assert {step["training/rollouts"] for step in outcome["steps"]} == {32}
+    dropped = [step.get("training/filter_groups/evicted_samples", 0) for step in outcome["steps"]]
     assert sum(dropped) > 0
+    assert outcome["tasks"]
+    assert [task for task in outcome["tasks"] if task % 4 == 0] == []
+
+
+def test_groups_are_not_filtered_by_a_reward_that_nobody_gives(outcomes: dict[str, Any]) -> None:
+    error = outcomes["corrected"]["unknown"]
+    assert error.startswith("ConfigError: algorithm.filter_groups.metric is 'nobody', and not every rollout")
+    assert "\n" not in error
 
 
 def test_waiting_is_measured(outcomes: dict[str, Any]) -> None:

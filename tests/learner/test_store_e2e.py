@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from agl_grpc.client import StoreClient
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import TrainingRun
+from tests.learner.ledger import Ledger
 from tests.support.environments import learner_python
 from tests.support.scripted_scores import ScriptedScores
 from tests.support.store_process import StoreProcess
@@ -335,6 +337,54 @@ async def test_a_killed_learner_trains_the_same_batches_again_and_makes_no_rollo
     succeeded = {item.rollout_id for item in rollouts if item.status is RolloutStatus.SUCCEEDED}
     print(f"{len(rollouts)} rollouts, {len(rollouts) - len(succeeded)} of them cancelled")
     assert succeeded == set(trained)
+
+
+def _lives(config: Path, store: StoreProcess, ledger: Path) -> list[int]:
+    """Exit codes of the learners of `store_lives.py`."""
+    command = [learner_python(), "-m", "tests.learner.store_lives", str(config), store.address, str(ledger)]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stderr[-4000:])
+    codes: list[int] = orjson.loads(done.stdout.splitlines()[-1])
+    return codes
+
+
+async def test_learners_killed_at_any_point_train_every_batch_once_and_a_claimed_one_as_it_was(
+    store: StoreProcess, engine: None, folder: Path
+) -> None:
+    """Eight learners killed with SIGKILL between claim, step and save, on one Ray cluster; see `KILLS`."""
+    steps = 8
+    config = orjson.loads(_configure(folder, steps).read_bytes())
+    config["verl"]["trainer.save_freq"] = 2
+    path = folder / "lives.json"
+    path.write_bytes(orjson.dumps(config))
+    assert _lives(path, store, folder / "ledger") == [-signal.SIGKILL] * 8 + [0]
+    points = [point for (point,) in Ledger(folder / "ledger").facts("killed")]
+    assert len(points) == len(set(points)) == 8
+    record, batches, versions, rewards = await _state(store)
+    assert (record.status, record.trainer_epoch) == (TrainingRunStatus.SUCCEEDED, 9)
+    assert sorted(rewards) == list(range(1, steps + 1))
+    committed = [batch for batch in batches if batch.status is BatchStatus.COMMITTED]
+    assert [batch.step for batch in committed] == list(range(1, steps + 1))
+    trained = [entry.rollout_id for batch in committed for entry in batch.entries]
+    assert len(trained) == len(set(trained)) == steps * 4 * 8
+    # What was claimed and not committed was released, and is the same batch every time.
+    released = [batch for batch in batches if batch.status is BatchStatus.RELEASED]
+    assert [sum(batch.step == step for batch in released) for step in range(1, steps + 1)] == [
+        *(3, 2, 2, 2),
+        *(1, 0, 1, 0),
+    ]
+    hashes = {batch.step: batch.content_hash for batch in committed}
+    assert [batch.content_hash for batch in released] == [hashes[batch.step] for batch in released]
+    # So are the weights that came of it, whichever learner published them.
+    digests: dict[str, set[str]] = {}
+    for item in versions:
+        if item.status is PolicyVersionStatus.COMMITTED:
+            digests.setdefault(item.source.group_id.split("/")[-2], set()).add(item.weights_digest)
+    assert {step: len(found) for step, found in digests.items()} == dict.fromkeys(digests, 1)
+    assert len(digests) >= steps
 
 
 async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(

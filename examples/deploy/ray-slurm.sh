@@ -42,11 +42,14 @@ until ray status --address="$address" > /dev/null 2>&1; do
   sleep 2
 done
 
+# Before the fleet starts: from its first moment on, a signal is passed on to it and does not end this script.
+fleet= stopping=
+trap 'stopping=yes; [[ -z "$fleet" ]] || kill -TERM "$fleet"' TERM INT
 agl-grpc runner start --agent "$AGENT" --store "$AGL_GRPC_STORE" --ray --address "$address" \
   --workers "$workers" --cpus-per-worker "$cpus_per_worker" --gpus-per-worker "$gpus_per_worker" \
   --concurrency "${CONCURRENCY:-16}" --drain 90 &
 fleet=$!
-trap 'kill -TERM "$fleet"' TERM INT
+[[ -z "$stopping" ]] || kill -TERM "$fleet"
 # A signal interrupts the first wait; the second one is for the end of the drain.
 code=0
 wait "$fleet" || code=$?

@@ -43,17 +43,18 @@ until ray status --address="$address" > /dev/null 2>&1; do
 done
 
 # Before the fleet starts: from its first moment on, a signal is passed on to it and does not end this script.
-fleet= stopping=
-trap 'stopping=yes; [[ -z "$fleet" ]] || kill -TERM "$fleet"' TERM INT
+fleet=''
+signals=0
+trap 'signals=$((signals + 1)); [[ -z "$fleet" ]] || kill -TERM "$fleet" 2> /dev/null || true' TERM INT
 agl-grpc runner start --agent "$AGENT" --store "$AGL_GRPC_STORE" --ray --address "$address" \
   --workers "$workers" --cpus-per-worker "$cpus_per_worker" --gpus-per-worker "$gpus_per_worker" \
   --concurrency "${CONCURRENCY:-16}" --drain 90 &
 fleet=$!
-[[ -z "$stopping" ]] || kill -TERM "$fleet"
-# A signal interrupts the first wait; the second one is for the end of the drain.
-code=0
-wait "$fleet" || code=$?
-while kill -0 "$fleet" 2> /dev/null; do
+((signals == 0)) || kill -TERM "$fleet" 2> /dev/null || true
+# A signal interrupts a wait: then the fleet, which drains or has ended by now, is waited for once more.
+before=-1
+while ((before != signals)); do
+  before=$signals
   code=0
   wait "$fleet" || code=$?
 done

@@ -68,6 +68,7 @@ class Rig(NamedTuple):
         target = self.folder / PARTS
         self.process.send_signal(signal.SIGUSR2)
         until = time.monotonic() + 30
+        # The proxy has no other way to tell: its gRPC and HTTP are what is measured.
         while not target.exists():
             assert time.monotonic() < until, "the profiled proxy does not tell where its time goes"
             time.sleep(0.01)

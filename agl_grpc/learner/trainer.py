@@ -39,7 +39,7 @@ from agl_grpc.learner.batch.checks import (
 )
 from agl_grpc.learner.batch.step_metrics import batch_metrics, sampler_distance, unfinished
 from agl_grpc.learner.checkpoints.checkpoint import LearnerState
-from agl_grpc.learner.credit.advantage import OUTCOME_ESTIMATORS, PREFIX, credit_turns, label_group
+from agl_grpc.learner.credit.advantage import PREFIX, credit_turns, label_group
 from agl_grpc.learner.credit.correction import correct_over_rollouts
 from agl_grpc.learner.credit.turn_credit import NAME as TURNS
 from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
@@ -49,7 +49,7 @@ from agl_grpc.learner.rollouts.curriculum import OrderedTasks
 from agl_grpc.learner.rollouts.groups import ClaimedBatch
 from agl_grpc.learner.supervised.best_of import TEMPERATURE, LearnsBest
 from agl_grpc.learner.verl.config import HYBRID_KEY
-from agl_grpc.learner.verl.keys import SEQUENCE_LOSSES
+from agl_grpc.learner.verl.keys import OUTCOME_ESTIMATORS, SEQUENCE_LOSSES
 from agl_grpc.learner.verl.manager import RolloutManager
 from agl_grpc.learner.verl.sampler import StoreSampler
 

@@ -13,7 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-from agl_grpc.learner.credit.advantage import OUTCOME_ESTIMATORS, PREFIX, row_label
+from agl_grpc.learner.credit.advantage import PREFIX, row_label
+from agl_grpc.learner.verl.keys import OUTCOME_ESTIMATORS
 
 GROUPS, SIZE, TOKENS = 3, 4, 6
 

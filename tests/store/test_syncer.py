@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -88,7 +89,7 @@ def test_the_writer_is_one_commit_ahead_of_the_disk() -> None:
     def write() -> None:
         for number in range(3):
             # When a sync is under way, the writer does none by itself, though it has nothing else to do.
-            syncer.settle(lambda number=number: answered.append(number), at_once=number > 0)  # type: ignore[misc] # inferred
+            syncer.settle(partial(answered.append, number), at_once=number > 0)
             settled.append(number)
             went_on.release()
 

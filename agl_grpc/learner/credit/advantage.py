@@ -22,18 +22,9 @@ from agl_grpc.learner.batch.sequences import row_label as row_label
 from agl_grpc.learner.credit.turn_credit import advantages_by_rollout
 from agl_grpc.learner.errors import ConfigError, FidelityError
 from agl_grpc.learner.rollouts.groups import FinishedRollout
+from agl_grpc.learner.verl.keys import OUTCOME_ESTIMATORS
 
 PREFIX = "agl_"
-# Those that judge a rollout by its outcome; gae works on values and stays verl's own.
-OUTCOME_ESTIMATORS = (
-    "grpo",
-    "rloo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "opo",
-    "gpg",
-    "grpo_passk",
-)
 
 Advantages = tuple[torch.Tensor, torch.Tensor]
 

@@ -13,9 +13,8 @@ from omegaconf import DictConfig
 from agl_grpc.learner.credit.turn_credit import NAME as TURNS
 from agl_grpc.learner.errors import ConfigError
 
-# Advantage estimators whose inputs exist for rollouts from the store.
-ESTIMATORS = (
-    "gae",
+# Those that judge a rollout by its outcome; gae works on values and stays verl's own.
+OUTCOME_ESTIMATORS = (
     "grpo",
     "rloo",
     "reinforce_plus_plus",
@@ -23,8 +22,9 @@ ESTIMATORS = (
     "opo",
     "gpg",
     "grpo_passk",
-    TURNS,
 )
+# Advantage estimators whose inputs exist for rollouts from the store.
+ESTIMATORS = ("gae", *OUTCOME_ESTIMATORS, TURNS)
 _BY_ROWS = "it compares rows, so a rollout of several rows would count several times: use {}"
 _NO_GRADIENT_TERMS = "it needs the sums of squared probabilities, which verl's v1 trainer does not fetch"
 # verl's other estimators, and why they cannot be used.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class Syncer:
@@ -19,7 +20,7 @@ class Syncer:
         on_error: Called with what `sync` raised; must not return.
     """
 
-    def __init__(self, sync: Callable[[], None], on_error: Callable[[Exception], None]) -> None:
+    def __init__(self, sync: Callable[[], None], on_error: Callable[[Exception], NoReturn]) -> None:
         self._sync = sync
         self._on_error = on_error
         self._next: Callable[[], None] | None = None

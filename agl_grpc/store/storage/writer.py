@@ -439,7 +439,7 @@ class Writer:
     def _sync(self) -> None:
         self._connection.sync()
 
-    def _cannot_sync(self, error: Exception) -> None:
+    def _cannot_sync(self, error: Exception) -> NoReturn:
         self._on_fatal(f"storage failed, stopping at once: {self._database.explain(error)}")
 
     def _answer(self, done: list[Command], events: Sequence[EventRow], due: int | None, commits: int) -> None:

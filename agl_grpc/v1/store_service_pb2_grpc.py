@@ -34,10 +34,12 @@ class StoreServiceStub(object):
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
     field says otherwise: enum values are known ones; integers are not negative; durations are not
     negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
-    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
-    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
-    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
-    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+    items, lists of labels 32. Texts contain no NUL and have at most 4 KiB: ids of runs, training runs,
+    rollouts, attempts, groups, queues, resources, batches and requests, and names 128 bytes; ids of
+    workers, sessions, trainers, engines and checkpoints, graders and media types 256 bytes. Lease
+    tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
+    cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
+    all that lies in them, have the limits that Span states, and no others.
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.
@@ -290,10 +292,12 @@ class StoreServiceServicer(object):
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
     field says otherwise: enum values are known ones; integers are not negative; durations are not
     negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
-    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
-    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
-    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
-    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+    items, lists of labels 32. Texts contain no NUL and have at most 4 KiB: ids of runs, training runs,
+    rollouts, attempts, groups, queues, resources, batches and requests, and names 128 bytes; ids of
+    workers, sessions, trainers, engines and checkpoints, graders and media types 256 bytes. Lease
+    tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
+    cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
+    all that lies in them, have the limits that Span states, and no others.
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.
@@ -872,10 +876,12 @@ class StoreService(object):
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
     field says otherwise: enum values are known ones; integers are not negative; durations are not
     negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
-    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
-    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
-    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
-    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+    items, lists of labels 32. Texts contain no NUL and have at most 4 KiB: ids of runs, training runs,
+    rollouts, attempts, groups, queues, resources, batches and requests, and names 128 bytes; ids of
+    workers, sessions, trainers, engines and checkpoints, graders and media types 256 bytes. Lease
+    tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
+    cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
+    all that lies in them, have the limits that Span states, and no others.
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.

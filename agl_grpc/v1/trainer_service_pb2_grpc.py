@@ -230,7 +230,8 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ClaimBatch(self, request, context):
-        """Freezes sealed attempts into a batch and claims it for a trainer epoch.
+        """Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+        with INVALID_ARGUMENT, reason INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,7 +52,9 @@ class TrainerServiceStub:
     WatchTrainingRuns: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunsRequest, _trainer_service_pb2.WatchTrainingRunsResponse]
     """Training runs as they change; trainers wait here for runs to take up."""
     ClaimBatch: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ClaimBatchRequest, _trainer_service_pb2.ClaimBatchResponse]
-    """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
+    """Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+    with INVALID_ARGUMENT, reason INVALID_FIELD.
+    """
     ListBatches: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ListBatchesRequest, _trainer_service_pb2.ListBatchesResponse]
     """Batches of a training run."""
     GetBatch: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.GetBatchRequest, _trainer_service_pb2.GetBatchResponse]
@@ -110,7 +112,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     WatchTrainingRuns: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunsRequest, _trainer_service_pb2.WatchTrainingRunsResponse]  # type: ignore[assignment]
     """Training runs as they change; trainers wait here for runs to take up."""
     ClaimBatch: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ClaimBatchRequest, _trainer_service_pb2.ClaimBatchResponse]  # type: ignore[assignment]
-    """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
+    """Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+    with INVALID_ARGUMENT, reason INVALID_FIELD.
+    """
     ListBatches: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ListBatchesRequest, _trainer_service_pb2.ListBatchesResponse]  # type: ignore[assignment]
     """Batches of a training run."""
     GetBatch: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.GetBatchRequest, _trainer_service_pb2.GetBatchResponse]  # type: ignore[assignment]
@@ -225,7 +229,9 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.ClaimBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.ClaimBatchResponse, _abc.Awaitable[_trainer_service_pb2.ClaimBatchResponse]]:
-        """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
+        """Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+        with INVALID_ARGUMENT, reason INVALID_FIELD.
+        """
 
     @_abc_1.abstractmethod
     def ListBatches(

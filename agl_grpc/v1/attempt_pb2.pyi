@@ -266,7 +266,9 @@ class Lease(_message.Message):
     attempt_id: _builtins.str
     """The attempt made for this delivery."""
     lease_token: _builtins.bytes
-    """Secret of the worker."""
+    """Secret of the worker. Once the lease is over, re-leased or completed, what it is sent with is refused
+    (LEASE_LOST).
+    """
     attempt_credential: _builtins.str
     """Signed, expiring secret for the agent: append spans and call the model for this attempt, nothing else."""
     @_builtins.property

@@ -322,7 +322,9 @@ class RolloutSpec(_message.Message):
     mode: Global___RolloutMode.ValueType
     """What it is for."""
     resources_id: _builtins.str
-    """Bind to this publication's newest version; empty = the run's latest."""
+    """Bind to this publication's newest version; empty = the run's latest. One that is not published is refused
+    (RESOURCE_MISSING).
+    """
     resources_version: _builtins.int
     """Bind to exactly this version; needs resources_id; 0 = the newest."""
     rollout_id: _builtins.str

@@ -220,7 +220,9 @@ class LeaseStreamOpen(_message.Message):
     worker_id: _builtins.str
     """The worker."""
     session_id: _builtins.str
-    """The worker's session: new at each start. Live leases of it that are not named below are released."""
+    """The worker's session: new at each start. Live leases of it that are not named below are released. A newer stream
+    of the session ends an older one with ABORTED (STREAM_FENCED).
+    """
     granted: _builtins.int
     """Credits granted so far in total over this stream; a delivery uses one."""
     @_builtins.property

@@ -1749,7 +1749,9 @@ class SpanStreamOpen(_message.Message):
     PRODUCER_ID_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     producer_id: _builtins.str
-    """The producer; a newer stream of the same producer fences this one; 1 to 256 bytes."""
+    """The producer; a newer stream of the same producer fences this one, which ends with ABORTED (STREAM_FENCED); 1 to
+    256 bytes.
+    """
     resume: _builtins.bool
     """Whether the producer wants to know what of its last stream was stored."""
     def __init__(

@@ -28,7 +28,8 @@ if _version_not_supported:
 class StoreServiceStub(object):
     """The single source of truth: runs, rollouts, attempts, spans, rewards, resources, watches.
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
-    within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
+    within 24 hours answers as the first did; another request with it is refused (REQUEST_ID_REUSED).
+    Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
 
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
@@ -40,6 +41,12 @@ class StoreServiceStub(object):
     tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
     cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
     all that lies in them, have the limits that Span states, and no others.
+
+    What a call names and does not exist is NOT_FOUND (ENTITY_NOT_FOUND); an id that is taken already is
+    ALREADY_EXISTS (ENTITY_EXISTS). A watch whose cursor is older than the log ends with OUT_OF_RANGE
+    (CURSOR_COMPACTED). Any call may be refused for its credential (UNAUTHENTICATED, NOT_PERMITTED), its size
+    (MESSAGE_TOO_LARGE), the server's state (OVERLOADED, STORAGE_FULL, STORAGE_AWAY, DRAINING), because this
+    version lacks it (METHOD_UNIMPLEMENTED), or by a defect (INTERNAL).
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.
@@ -286,7 +293,8 @@ class StoreServiceStub(object):
 class StoreServiceServicer(object):
     """The single source of truth: runs, rollouts, attempts, spans, rewards, resources, watches.
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
-    within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
+    within 24 hours answers as the first did; another request with it is refused (REQUEST_ID_REUSED).
+    Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
 
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
@@ -298,6 +306,12 @@ class StoreServiceServicer(object):
     tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
     cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
     all that lies in them, have the limits that Span states, and no others.
+
+    What a call names and does not exist is NOT_FOUND (ENTITY_NOT_FOUND); an id that is taken already is
+    ALREADY_EXISTS (ENTITY_EXISTS). A watch whose cursor is older than the log ends with OUT_OF_RANGE
+    (CURSOR_COMPACTED). Any call may be refused for its credential (UNAUTHENTICATED, NOT_PERMITTED), its size
+    (MESSAGE_TOO_LARGE), the server's state (OVERLOADED, STORAGE_FULL, STORAGE_AWAY, DRAINING), because this
+    version lacks it (METHOD_UNIMPLEMENTED), or by a defect (INTERNAL).
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.
@@ -870,7 +884,8 @@ def add_StoreServiceServicer_to_server(servicer, server):
 class StoreService(object):
     """The single source of truth: runs, rollouts, attempts, spans, rewards, resources, watches.
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
-    within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
+    within 24 hours answers as the first did; another request with it is refused (REQUEST_ID_REUSED).
+    Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
 
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
@@ -882,6 +897,12 @@ class StoreService(object):
     tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
     cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
     all that lies in them, have the limits that Span states, and no others.
+
+    What a call names and does not exist is NOT_FOUND (ENTITY_NOT_FOUND); an id that is taken already is
+    ALREADY_EXISTS (ENTITY_EXISTS). A watch whose cursor is older than the log ends with OUT_OF_RANGE
+    (CURSOR_COMPACTED). Any call may be refused for its credential (UNAUTHENTICATED, NOT_PERMITTED), its size
+    (MESSAGE_TOO_LARGE), the server's state (OVERLOADED, STORAGE_FULL, STORAGE_AWAY, DRAINING), because this
+    version lacks it (METHOD_UNIMPLEMENTED), or by a defect (INTERNAL).
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.

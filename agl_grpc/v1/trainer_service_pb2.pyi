@@ -1211,7 +1211,9 @@ class CommitPolicyVersionRequest(_message.Message):
     policy_version: _builtins.int
     """The version."""
     weights_digest: _builtins.str
-    """Digest over what was sent; an engine that staged something else refuses."""
+    """Digest over what was sent. While a required engine has not staged the version, or has staged something else, the
+    commit is refused (WEIGHTS_REJECTED).
+    """
     def __init__(
         self,
         *,

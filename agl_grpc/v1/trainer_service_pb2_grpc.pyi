@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrainerServiceStub:
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions."""
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -90,7 +92,9 @@ class TrainerServiceStub:
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions."""
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTrainingRun: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.CreateTrainingRunRequest, _trainer_service_pb2.CreateTrainingRunResponse]  # type: ignore[assignment]
@@ -149,7 +153,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Engines of a run."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions."""
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
+    """
 
     @_abc_1.abstractmethod
     def CreateTrainingRun(

@@ -462,7 +462,8 @@ type Lease struct {
 	RolloutId string `protobuf:"bytes,1,opt,name=rollout_id,json=rolloutId,proto3" json:"rollout_id,omitempty"`
 	// The attempt made for this delivery.
 	AttemptId string `protobuf:"bytes,2,opt,name=attempt_id,json=attemptId,proto3" json:"attempt_id,omitempty"`
-	// Secret of the worker.
+	// Secret of the worker. Once the lease is over, re-leased or completed, what it is sent with is refused
+	// (LEASE_LOST).
 	LeaseToken []byte `protobuf:"bytes,3,opt,name=lease_token,json=leaseToken,proto3" json:"lease_token,omitempty"`
 	// How long the lease lasts, counted by the holder from when it sent the request that was answered.
 	Duration *durationpb.Duration `protobuf:"bytes,4,opt,name=duration,proto3" json:"duration,omitempty"`

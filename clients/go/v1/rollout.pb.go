@@ -556,7 +556,8 @@ type RolloutSpec struct {
 	Input *Payload `protobuf:"bytes,1,opt,name=input,proto3" json:"input,omitempty"`
 	// What it is for.
 	Mode RolloutMode `protobuf:"varint,2,opt,name=mode,proto3,enum=agl_grpc.v1.RolloutMode" json:"mode,omitempty"`
-	// Bind to this publication's newest version; empty = the run's latest.
+	// Bind to this publication's newest version; empty = the run's latest. One that is not published is refused
+	// (RESOURCE_MISSING).
 	ResourcesId string `protobuf:"bytes,3,opt,name=resources_id,json=resourcesId,proto3" json:"resources_id,omitempty"`
 	// Bind to exactly this version; needs resources_id; 0 = the newest.
 	ResourcesVersion int64 `protobuf:"varint,4,opt,name=resources_version,json=resourcesVersion,proto3" json:"resources_version,omitempty"`

@@ -382,7 +382,8 @@ type LeaseStreamOpen struct {
 
 	// The worker.
 	WorkerId string `protobuf:"bytes,1,opt,name=worker_id,json=workerId,proto3" json:"worker_id,omitempty"`
-	// The worker's session: new at each start. Live leases of it that are not named below are released.
+	// The worker's session: new at each start. Live leases of it that are not named below are released. A newer stream
+	// of the session ends an older one with ABORTED (STREAM_FENCED).
 	SessionId string `protobuf:"bytes,2,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	// Which work.
 	Work *WorkRequest `protobuf:"bytes,3,opt,name=work,proto3" json:"work,omitempty"`

@@ -3594,7 +3594,8 @@ type SpanStreamOpen struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// The producer; a newer stream of the same producer fences this one; 1 to 256 bytes.
+	// The producer; a newer stream of the same producer fences this one, which ends with ABORTED (STREAM_FENCED); 1 to
+	// 256 bytes.
 	ProducerId string `protobuf:"bytes,1,opt,name=producer_id,json=producerId,proto3" json:"producer_id,omitempty"`
 	// Whether the producer wants to know what of its last stream was stored.
 	Resume bool `protobuf:"varint,2,opt,name=resume,proto3" json:"resume,omitempty"`

@@ -2472,7 +2472,8 @@ type CommitPolicyVersionRequest struct {
 	Model string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
 	// The version.
 	PolicyVersion int64 `protobuf:"varint,4,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
-	// Digest over what was sent; an engine that staged something else refuses.
+	// Digest over what was sent. While a required engine has not staged the version, or has staged something else, the
+	// commit is refused (WEIGHTS_REJECTED).
 	WeightsDigest string `protobuf:"bytes,5,opt,name=weights_digest,json=weightsDigest,proto3" json:"weights_digest,omitempty"`
 }
 

@@ -226,7 +226,8 @@ export type Lease = Message<"agl_grpc.v1.Lease"> & {
   attemptId: string;
 
   /**
-   * Secret of the worker.
+   * Secret of the worker. Once the lease is over, re-leased or completed, what it is sent with is refused
+   * (LEASE_LOST).
    *
    * @generated from field: bytes lease_token = 3;
    */

@@ -270,7 +270,8 @@ export type RolloutSpec = Message<"agl_grpc.v1.RolloutSpec"> & {
   mode: RolloutMode;
 
   /**
-   * Bind to this publication's newest version; empty = the run's latest.
+   * Bind to this publication's newest version; empty = the run's latest. One that is not published is refused
+   * (RESOURCE_MISSING).
    *
    * @generated from field: string resources_id = 3;
    */

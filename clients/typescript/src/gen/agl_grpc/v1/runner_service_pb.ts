@@ -235,7 +235,8 @@ export type LeaseStreamOpen = Message<"agl_grpc.v1.LeaseStreamOpen"> & {
   workerId: string;
 
   /**
-   * The worker's session: new at each start. Live leases of it that are not named below are released.
+   * The worker's session: new at each start. Live leases of it that are not named below are released. A newer stream
+   * of the session ends an older one with ABORTED (STREAM_FENCED).
    *
    * @generated from field: string session_id = 2;
    */

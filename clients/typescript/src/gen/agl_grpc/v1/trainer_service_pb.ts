@@ -1324,7 +1324,8 @@ export type CommitPolicyVersionRequest = Message<"agl_grpc.v1.CommitPolicyVersio
   policyVersion: bigint;
 
   /**
-   * Digest over what was sent; an engine that staged something else refuses.
+   * Digest over what was sent. While a required engine has not staged the version, or has staged something else, the
+   * commit is refused (WEIGHTS_REJECTED).
    *
    * @generated from field: string weights_digest = 5;
    */
@@ -1766,7 +1767,8 @@ export const ListEnginesResponseSchema: GenMessage<ListEnginesResponse> = /*@__P
   messageDesc(file_agl_grpc_v1_trainer_service, 50);
 
 /**
- * Training: runs of algorithms, batches that are trained exactly once, policy versions.
+ * Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+ * longer the trainer's is refused (TRAINER_FENCED).
  *
  * @generated from service agl_grpc.v1.TrainerService
  */

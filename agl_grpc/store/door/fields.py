@@ -144,7 +144,7 @@ def _is_repeated(field: FieldDescriptor) -> bool:
 
 def _check_one(field: FieldDescriptor) -> Check | None:
     if field.message_type is not None:
-        return _check_submessage(field)
+        return _check_submessage(field, field.message_type)
     if field.enum_type is not None:
         return _check_enum(field.enum_type)
     kind = field.cpp_type
@@ -162,8 +162,7 @@ def _limit(table: Mapping[str, Limit], field: FieldDescriptor, otherwise: Limit)
     return table.get(full, table.get(field.name, otherwise))
 
 
-def _check_submessage(field: FieldDescriptor) -> Check | None:
-    descriptor = field.message_type
+def _check_submessage(field: FieldDescriptor, descriptor: Descriptor) -> Check | None:
     if descriptor.full_name == "google.protobuf.Timestamp":
         return _check_timestamp
     if descriptor.full_name == "google.protobuf.Duration":

@@ -322,7 +322,7 @@ class _Late:
         self._connection = PostgresConnection(raw)
 
     def execute(self, sql: str, parameters: tuple[object, ...] = ()) -> object:
-        while self._connection.execute(locks.OTHERS, (0,)).fetchone() == (0,):
+        while self._connection.execute(locks.OTHERS, (0,)).fetchone() is None:
             pass
         return self._connection.execute(sql, parameters)
 

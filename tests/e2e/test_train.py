@@ -250,6 +250,19 @@ def test_every_acknowledged_call_is_stored_exactly_once(trained: Trained, stored
     assert len(of_last_engine) == counters["captured"]
 
 
+def test_the_killed_store_cost_no_rollout_its_calls(stored: Stored) -> None:
+    succeeded = {
+        one.attempt_id
+        for attempts in stored.attempts.values()
+        for one in attempts
+        if one.status is AttemptStatus.SUCCEEDED
+    }
+    late = [call for call in stored.calls if call.late and call.attempt_id in succeeded]
+    assert late == []
+    excluded = "rollouts/excluded/no_trainable_tokens"
+    assert {step: each[excluded] for step, each in stored.metrics.items() if each.get(excluded)} == {}
+
+
 def test_every_rollout_ended_once(stored: Stored) -> None:
     succeeded: dict[str, int] = {}
     for rollout in stored.rollouts:

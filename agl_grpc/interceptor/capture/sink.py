@@ -95,7 +95,7 @@ class CaptureSink:
     """Takes announcements and ended calls, makes each call durable, and says so.
 
     One batch is on its way at a time. While the store does not answer within `ack_timeout` seconds, calls go
-    to the spool at once and a background task tries the store again with growing pauses (0.1 s to 5 s),
+    to the spool at once and a background task tries the store again with growing pauses (0.1 s to 2 s),
     announces the calls that are still open, delivers the spool in order and only then goes back to direct
     delivery.
     """

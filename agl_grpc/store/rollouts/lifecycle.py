@@ -46,7 +46,7 @@ LARGEST_BACKOFF = 60_000_000
 RECONNECT_GRACE = 10_000_000
 """So long after the store was away nothing is sealed, in microseconds. Model calls go on while it is away,
 and whoever recorded them may come back later than the worker that ends their attempt: an interceptor tries
-each 2 s, a second time if its connection was not ready, and announces first what it has not delivered."""
+each 2 s, a second time if its connection was not ready, and then has some time to deliver what it holds."""
 
 
 class AttemptEvent(enum.Enum):

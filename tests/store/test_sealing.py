@@ -163,7 +163,7 @@ async def test_a_cancelled_and_a_lost_attempt_wait_for_what_was_cut_off_too(last
         assert (lost.sealed, lost.lease_lost) == (True, True)
 
 
-async def test_a_server_that_dies_beside_others_is_an_absence(postgres: PostgresServer) -> None:
+async def test_a_server_that_goes_from_beside_others_is_an_absence(postgres: PostgresServer) -> None:
     """Whoever used it needs time to come to another one, which was there all the while."""
     clock = ManualClock()
     with postgres.lend() as url:

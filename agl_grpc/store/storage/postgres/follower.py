@@ -56,6 +56,7 @@ class Follower:
         self._on_news = on_news
         self._next_due = next_due
         self._others: set[int] = set()
+        self._counted = 0.0
         self._stop = threading.Event()
         self._tried = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="store-follow", daemon=True)
@@ -112,6 +113,9 @@ class Follower:
 
     def _has_left(self, connection: PostgresConnection) -> bool:
         """Whether one of the other servers has gone; one that connects anew looks the same."""
+        if time.monotonic() - self._counted < _TICK_SECONDS:
+            return False  # notifications come far more often
+        self._counted = time.monotonic()
         before = self._others
         self._others = {pid for (pid,) in connection.execute(locks.OTHERS, (self.pid,))}
         return not before <= self._others

@@ -17,8 +17,7 @@ server that starts in this moment would take the one that left for a neighbour t
 
 OTHERS = (
     f"SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = {_SPACE} AND objid = 2 "
-    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND granted "
-    "AND pid <> ?"
+    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> ?"
 )
 """Backends of the servers that live, apart from the one with this backend."""
 

@@ -107,6 +107,7 @@ async def test_leases_outlive_a_time_without_any_server(url: str) -> None:
         # As if no server had written for a minute: the next group finds that, and extends first. All at once:
         # the store's own timers must not see the one without the other.
         with psycopg.connect(url) as operator:
+            operator.execute(locks.WRITE)
             operator.execute("UPDATE counters SET beat = beat - 60000000")
             now = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
             operator.execute(f"UPDATE attempts SET lease_expire_time = {now}, due = {now}")

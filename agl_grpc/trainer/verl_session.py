@@ -48,17 +48,13 @@ class VerlSession(Session[FitResult]):
     def __init__(
         self, plan: Plan, progress: Progress, algorithm: VERL, *, start_workers: bool = True
     ) -> None:
-        if algorithm.engines.hybrid:
-            raise TrainerError(
-                "engines.hybrid: the engine ends with the learner, so there would be none to validate with; "
-                "start `agl-grpc learner` with that configuration yourself"
-            )
         super().__init__(plan, progress)
         _check_agent(plan)
         self._start_workers = start_workers
         self._algorithm = algorithm
-        self._learner_python = find_python("learner", plan.learner_python)
-        self._engine_python = "" if plan.llm else find_python("engine", plan.engine_python)
+        self._engine_python, self._learner_python = self._pythons()
+        # That the engine begins with.
+        self._version = 0
         self._history: dict[int, StepMetrics] = {}
         self._manifest: dict[str, Any] = {}
 
@@ -66,37 +62,33 @@ class VerlSession(Session[FitResult]):
     def starts_processes(self) -> bool:
         return self._start_workers
 
+    def _pythons(self) -> tuple[str, str]:
+        """Python of the engine's environment, empty = none is started, and of the learner's."""
+        plan = self.plan
+        engine = "" if plan.llm else find_python("engine", plan.engine_python)
+        return engine, find_python("learner", plan.learner_python)
+
     def _model_folder(self) -> Path | None:
         return Path(self._algorithm.model_path).expanduser()
 
     async def _work(self) -> FitResult:
         plan = self.plan
         training = await self._training_run()
-        model, version = await self._start_weights(training)
         before = self._recorded("before")
         untrained = not training.checkpoint_id and not before
         validates = bool(plan.val_dataset) and plan.validation.before and untrained
-        llm = self._start_engine(self._engine_python, model, self._algorithm.model_name, version)
-        await self._publish(llm, self._temperature)
-        # The first step may not change the weights under a validation that is still going on.
         await self.client.resume_dispatch()
-        gate = self.client.pause_dispatch if validates else self.client.resume_dispatch
-        await gate(queue=plan.run_id)
-        self._start_learner(training)
-        if self._start_workers:
-            self._start_runners()
-        else:
-            self.progress.say(self._workers_command())
+        await self._start_parts(training, validates)
         self.progress.phase("starting engine, learner and workers")
         following = asyncio.create_task(self._follow(training.training_run_id, training.trainer_epoch))
         reading = asyncio.create_task(self._read_log(training.training_run_id))
         try:
             await self.stack.until(self._engine_ready())
-            self.progress.say(f"the engine serves policy version {version}")
             if validates:
                 before = await self.stack.until(self._validate("before"))
                 self._note_scores("before", before)
-                await self.client.resume_dispatch(queue=plan.run_id)
+            # The first step may not change the weights under a validation that is still going on.
+            await self.client.resume_dispatch(queue=plan.run_id)
             self.progress.phase("training")
             training = await self._trained(training.training_run_id, following)
         finally:
@@ -105,11 +97,39 @@ class VerlSession(Session[FitResult]):
             await asyncio.wait({following, reading})
         after = {}
         if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
-            after = await self.stack.until(self._validate("after"))
+            after = await self._validate_trained(training)
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
         counts = await self._rollout_counts()
         return self._result(training, before, after, counters, counts)
+
+    async def _start_parts(self, training: TrainingRun, validates: bool) -> None:
+        """Starts engine, learner and workers; ``validates``: training's rollouts wait for a validation."""
+        llm = await self._start_trained_engine(training)
+        await self._publish(llm, self._temperature)
+        if validates:
+            await self.client.pause_dispatch(queue=self.plan.run_id)
+        self._start_learner(training)
+        self._start_or_name_workers()
+
+    async def _start_trained_engine(self, training: TrainingRun) -> LLM:
+        """Starts an engine with the weights that are trained so far; the endpoint for agents."""
+        model, self._version = await self._start_weights(training)
+        return self._start_engine(self._engine_python, model, self._algorithm.model_name, self._version)
+
+    async def _engine_ready(self) -> None:
+        await super()._engine_ready()
+        self.progress.say(f"the engine serves policy version {self._version}")
+
+    def _start_or_name_workers(self) -> None:
+        if self._start_workers:
+            self._start_runners()
+        else:
+            self.progress.say(self._workers_command())
+
+    async def _validate_trained(self, training: TrainingRun) -> Scores:
+        """Scores of the weights as training ended; the learner has ended."""
+        return await self.stack.until(self._validate("after"))
 
     def _last_step(self) -> StepMetrics | None:
         return self._history[max(self._history)] if self._history else None

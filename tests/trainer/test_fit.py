@@ -12,9 +12,9 @@ import orjson
 import psutil
 import pytest
 
-from agl_grpc.algorithm import algo, run_rollouts
+from agl_grpc.algorithm import VERL, algo, run_rollouts
 from agl_grpc.client import StoreClient
-from agl_grpc.model import EnqueueRolloutRequest, PromptTemplate, RolloutStatus
+from agl_grpc.model import EnqueueRolloutRequest, PromptTemplate, ProxyLLM, RolloutStatus
 from agl_grpc.store.in_process import InProcessStore
 from agl_grpc.trainer import Trainer, TrainerError
 from agl_grpc.trainer.sweep import MARK
@@ -163,6 +163,39 @@ def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
     assert [rollout.status.value for rollout in ended] == ["succeeded", "succeeded"]
     with pytest.raises(TrainerError, match="negative numbers cannot be halved"):
         trainer.dev(agents.halver, [{"number": -1}])
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"trainer.n_gpus_per_node": 4}, {}, r"verl would start 4 engines.*tensor_model_parallel_size=4"),
+        ({"trainer": {"val_before_train": True}}, {}, r"trainer.val_before_train .*leave it out"),
+        (
+            {"trainer.save_freq": -1},
+            {},
+            r"without checkpoints nothing is left to validate: set trainer.save_freq",
+        ),
+        (
+            {},
+            {"llm_proxy": ProxyLLM(endpoint="http://127.0.0.1:1/v1", model="m")},
+            "verl starts the engine; leave",
+        ),
+        (
+            {},
+            {},
+            r"no hybrid environment.*agl-grpc env create hybrid.*learner_python or AGL_GRPC_HYBRID_PYTHON",
+        ),
+    ],
+)
+def test_what_does_not_go_with_an_engine_that_verl_starts_is_refused_before_anything_starts(
+    config: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    algorithm = VERL({**config, "actor_rollout_ref.model.path": "model"}, engines={"hybrid": True})
+    python, runs = tmp_path / "nowhere" / "python", tmp_path / "runs"
+    trainer = Trainer(algorithm=algorithm, learner_python=python, run_dir=runs, **options)
+    with pytest.raises(TrainerError, match=message):
+        trainer.fit(agents.halver, TASKS, val_dataset=TASKS)
+    assert not runs.exists()
 
 
 def test_what_does_not_go_with_verl_is_refused(tmp_path: Path) -> None:

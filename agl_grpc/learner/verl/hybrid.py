@@ -52,6 +52,10 @@ class InterceptedServer(vLLMHttpServer):  # type: ignore[misc]  # verl is untype
         engine_kwargs["middleware"] = [MIDDLEWARE, *engine_kwargs.get("middleware", [])]
         engine_kwargs["served_model_name"] = self._told["model"]
         engine_kwargs["generation_config"] = "vllm"
+        if is_cpu() and self.replica_world_size == 1:
+            # The engine core computes by itself. What verl wants one more process for, its own transfer of
+            # weights, is not used, and to import vLLM once more takes longer than to load a small model.
+            engine_kwargs.setdefault("distributed_executor_backend", "uni")
 
     def _get_worker_extension_cls(self) -> str:
         return HYBRID_EXTENSION

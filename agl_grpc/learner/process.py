@@ -173,7 +173,9 @@ def _verl_config(
         # NCCL refuses a group of two processes on one GPU.
         backend = "gloo"
         served = {"store": store, "run_id": config.run_id, "model": config.model.name}
-        told = {**served, "spool": str(output / "spool")}
+        # In a cluster each serves at the address of its own node.
+        host = "" if config.ray_address else config.engines.host
+        told = {**served, "spool": str(output / "spool"), "host": host}
     fixed: dict[str, Any] = {
         "data": {
             "train_files": str(Path(config.train_tasks).expanduser()),

@@ -303,7 +303,9 @@ class VerlSession(Session[FitResult]):
     async def _trained(self, training_run_id: str, following: asyncio.Task[None]) -> TrainingRun:
         """Waits for the learner's end; the training run as it ended."""
         code = await self.stack.until(self.stack.ended("learner"))
-        assert code == 0, "another end of the learner is PartDied"
+        if code != 0:
+            # Where its end and its code are noticed at once, the stack has not said so.
+            raise PartDied(self.stack.part("learner").obituary())
         await asyncio.wait({following}, timeout=_LAST_METRICS_SECONDS)
         training = await self.client.get_training_run_by_id(training_run_id)
         if training is None or not training.status.is_terminal:

@@ -128,7 +128,9 @@ def test_vllm_that_verl_started_answers_all_that_is_trained_and_another_one_what
     assert trained == before
     assert trained.startswith(f"{RUN}-verl-0-")
     assert {engine.engine_id for engine in stored.engines} == {trained, after}
-    assert all(engine.engine_version.startswith("vllm ") for engine in stored.engines)
+    for engine in stored.engines:
+        assert engine.engine_version.startswith("vllm ")
+        assert engine.endpoint.startswith("http://127.0.0.1:")
 
 
 def test_captured_tokens_are_those_that_the_agent_was_told_of(stored: Stored) -> None:

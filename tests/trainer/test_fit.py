@@ -157,6 +157,24 @@ def test_missing_environments_are_named_with_the_command_that_makes_them(tmp_pat
         trainer.fit(agents.halver, TASKS)
 
 
+def test_a_learner_that_fails_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *learner*) echo out of luck; exit 3;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    trainer = Trainer(
+        algorithm={"type": "verl", "config": {"actor_rollout_ref.model.path": str(tmp_path / "model")}},
+        llm_proxy=ProxyLLM(endpoint="http://127.0.0.1:1/v1", model="model"),
+        learner_python=python,
+        run_name="unlucky",
+        run_dir=tmp_path,
+    )
+    with pytest.raises(TrainerError, match=r"(?s)learner exited with code 3; its log is .*out of luck"):
+        trainer.fit(agents.halver, TASKS)
+    assert not _processes_of(tmp_path)
+
+
 def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
     trainer = Trainer(run_dir=tmp_path)
     ended = trainer.dev(agents.halver, TASKS, limit=2)

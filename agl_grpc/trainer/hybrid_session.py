@@ -6,15 +6,14 @@ import asyncio
 from typing import Any
 
 from agl_grpc.algorithm import VERL
+from agl_grpc.learner.dotted import setting
 from agl_grpc.model import ProxyLLM
 from agl_grpc.model.policy import Engine
-from agl_grpc.model.training import TrainingRun
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.options import find_python
 from agl_grpc.trainer.plan import Plan
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.result import Scores
-from agl_grpc.trainer.settings import setting
 from agl_grpc.trainer.verl_session import VerlSession
 
 _PAUSE = 0.25
@@ -39,12 +38,12 @@ class HybridSession(VerlSession):
         both = find_python("hybrid", self.plan.learner_python)
         return both, both
 
-    async def _start_parts(self, training: TrainingRun, validates: bool) -> None:
+    async def _start_parts(self, validates: bool) -> None:
         # In any case: no rollout may begin before it can be told the engine's address.
         await self.client.pause_dispatch(queue=self.plan.run_id)
         known = await self.client.query_engines(self._algorithm.model_name)
         self._earlier = {engine.engine_id for engine in known}
-        self._start_learner(training)
+        self._start_learners()
         self._start_or_name_workers()
 
     async def _engine_ready(self) -> None:
@@ -66,7 +65,7 @@ class HybridSession(VerlSession):
             model=self._algorithm.model_name,
             sampling_parameters=dict(self.plan.engine.sampling_parameters),
         )
-        await self._publish(llm, self._temperature)
+        await self._publish({self._leader.resource: llm}, self._temperatures)
 
     async def _serving(self) -> list[Engine]:
         """Engines of this session's learner that serve."""
@@ -76,11 +75,11 @@ class HybridSession(VerlSession):
             if engine.connected and engine.endpoint and engine.engine_id not in self._earlier
         ]
 
-    async def _validate_trained(self, training: TrainingRun) -> Scores:
+    async def _validate_trained(self) -> Scores:
         self.progress.phase("starting an engine with the last checkpoint")
-        await self._publish(await self._start_trained_engine(training), self._temperature)
+        await self._publish(await self._start_engines(), self._temperatures)
         await self.stack.until(super()._engine_ready())
-        return await super()._validate_trained(training)
+        return await super()._validate_trained()
 
     async def _captured(self) -> dict[str, Any]:
         # The engine that was trained with has ended; the other one has answered for the validation alone.
@@ -94,6 +93,10 @@ def _check(plan: Plan, algorithm: VERL) -> None:
     ranks = int(setting(config, "trainer.n_gpus_per_node", 1)) * int(setting(config, "trainer.nnodes", 1))
     each = int(setting(config, f"{rollout}tensor_model_parallel_size", 1))
     each *= int(setting(config, f"{rollout}pipeline_model_parallel_size", 1))
+    if algorithm.models:
+        raise TrainerError(
+            "engines.hybrid: verl starts the engine of one model; train several with engines of their own"
+        )
     if plan.llm is not None:
         raise TrainerError("engines.hybrid: verl starts the engine; leave the endpoint in llm_proxy out")
     if ranks > each:

@@ -375,7 +375,8 @@ class Trainer:
                 raise TrainerError("VERL needs worker processes: leave strategy='shm' out")
             if not plan.train_dataset:
                 raise TrainerError("VERL needs train_dataset")
-            kind = HybridSession if self.algorithm.engines.hybrid else VerlSession
+            hybrid = any(each.engines.hybrid for each in self.algorithm.of_each_model().values())
+            kind = HybridSession if hybrid else VerlSession
             return kind(plan, progress, self.algorithm, start_workers=self.strategy.runs_workers)
         return LocalSession(plan, progress, self.algorithm, self.strategy, self.runner, self.adapter, self)
 

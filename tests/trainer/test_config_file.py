@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from agl_grpc.algorithm import APO, VERL, BestOfN
+from agl_grpc.learner.dotted import setting
 from agl_grpc.model import PromptTemplate, ProxyLLM
 from agl_grpc.trainer.config_file import fit_from_file, load_configuration
 from agl_grpc.trainer.errors import TrainerError
-from agl_grpc.trainer.settings import setting
 from agl_grpc.trainer.strategy import ClientServerExecutionStrategy
 
 AGENT = "tests.trainer.agents:halver"

@@ -78,7 +78,7 @@ def test_an_algorithm_without_rewards_is_shown_by_its_own_numbers(tmp_path: Path
 def test_the_reward_curve_is_a_picture(tmp_path: Path) -> None:
     history = [StepMetrics(step=n, metrics={"reward/mean": n / 5, "reward/std": 0.1}) for n in range(1, 6)]
     picture = tmp_path / "reward.png"
-    draw_rewards(picture, history, {0: {"sampled": 0.2}, 5: {"sampled": 0.9}}, "run")
+    draw_rewards(picture, {"": history}, {0: {"sampled": 0.2}, 5: {"sampled": 0.9}}, "run")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
 

@@ -198,6 +198,7 @@ def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
             {"llm_proxy": ProxyLLM(endpoint="http://127.0.0.1:1/v1", model="m")},
             "verl starts the engine; leave",
         ),
+        ({}, {"models": {"one": {}, "two": {}}}, "verl starts the engine of one model; train several"),
         (
             {},
             {},
@@ -208,7 +209,9 @@ def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
 def test_what_does_not_go_with_an_engine_that_verl_starts_is_refused_before_anything_starts(
     config: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    algorithm = VERL({**config, "actor_rollout_ref.model.path": "model"}, engines={"hybrid": True})
+    models = options.pop("models", None)
+    settings = {**config, "actor_rollout_ref.model.path": "model"}
+    algorithm = VERL(settings, models=models, engines={"hybrid": True})
     python, runs = tmp_path / "nowhere" / "python", tmp_path / "runs"
     trainer = Trainer(algorithm=algorithm, learner_python=python, run_dir=runs, **options)
     with pytest.raises(TrainerError, match=message):

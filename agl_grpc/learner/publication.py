@@ -55,6 +55,8 @@ class Publisher:
     ) -> None:
         self._partners = partners
         self._partner_deadline = partner_deadline
+        # Engines of partners that were connected at any time: of these, and of no session before.
+        self._seen: set[str] = set()
         self._waiting: Future[None] | None = None
         self._released = False
         self._link = link
@@ -107,11 +109,10 @@ class Publisher:
             async with asyncio.timeout(self._partner_deadline) as limit:
                 async for change in self._client.watch_policy_versions(model, include_existing=True):
                     engines = await self._client.query_engines(model)
-                    # Weights that an engine of an earlier session served are not served now.
-                    connected = {engine.engine_id for engine in engines if engine.connected}
+                    self._seen.update(engine.engine_id for engine in engines if engine.connected)
                     for item in change.items:
                         # The newest version counts, not the highest step: a resumed run goes back.
-                        if item.policy_version >= newest and _serves(item, connected):
+                        if item.policy_version >= newest and _serves(item, self._seen):
                             newest, at = item.policy_version, step_of(item)
                             # One that is behind after a restart comes nearer step by step.
                             limit.reschedule(loop.time() + self._partner_deadline)
@@ -282,10 +283,10 @@ class Publisher:
         return len(reached) == len(engines)
 
 
-def _serves(version: PolicyVersion, connected: Collection[str]) -> bool:
-    """Whether a version was committed, and every connected engine that can take it has."""
+def _serves(version: PolicyVersion, engines: Collection[str]) -> bool:
+    """Whether a version was committed, and every one of these engines that can take it has."""
     able = [state for state in version.engine_states if state.phase is not EnginePhase.FAILED]
-    phases = [state.phase for state in able if state.engine_id in connected]
+    phases = [state.phase for state in able if state.engine_id in engines]
     committed = version.status is PolicyVersionStatus.COMMITTED
     return committed and bool(phases) and all(phase is EnginePhase.ACTIVE for phase in phases)
 

@@ -51,6 +51,6 @@ async def heed_stop(training: TrainingRun, manager: RolloutManager, publisher: P
         raise
     except BaseException as error:
         manager.deliver(error)
-    else:
+    if training.stop_requested:
         publisher.release()
         manager.deliver(StoppedError("the training run was asked to stop"))

@@ -176,7 +176,9 @@ class TrainingRun:
         self.stop_requested = record.status is TrainingRunStatus.STOPPING
 
     async def asked_to_stop(self) -> None:
-        """Returns once somebody has asked this training run to stop, which `stop_requested` says then too."""
+        """Returns once somebody has asked this training run to stop, as `stop_requested` then says, or at its
+        end.
+        """
         mine = self.identity.training_run_id
         async for record, _ in self._client.watch_training_run(mine, from_step=_NO_STEP):
             if record is not None and record.status is TrainingRunStatus.STOPPING:

@@ -78,7 +78,7 @@ class ModelTraining:
         return self.history[max(self.history)] if self.history else None
 
     async def take_up(
-        self, client: StoreClient, training_run_id: str, metadata: Mapping[str, Any], *, made: bool
+        self, client: StoreClient, training_run_id: str, metadata: Mapping[str, Any], *, may_exist: bool
     ) -> bool:
         """Makes the training run, or finds it; whether it was there.
 
@@ -86,14 +86,14 @@ class ModelTraining:
             client: of the run.
             training_run_id: its id.
             metadata: kept with one that is made.
-            made: whether it may exist: the run is resumed, or was asked for in the store.
+            may_exist: the run is resumed, or was asked for in the store.
 
         Raises:
             TrainerError: it exists and may not.
         """
         self._client = client
         found = await client.get_training_run_by_id(training_run_id)
-        if found is not None and not made:
+        if found is not None and not may_exist:
             raise TrainerError(
                 f"the store at {client.target} has a training run {training_run_id!r} already: choose "
                 "another run name"

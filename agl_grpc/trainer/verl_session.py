@@ -58,7 +58,7 @@ class VerlSession(Session[FitResult]):
         self._start_workers = start_workers
         self._engine_python, self._learner_python = self._pythons()
         self._manifest: dict[str, Any] = {}
-        # What each engine is said to serve once it does.
+        # What each engine begins with, for people.
         self._versions: list[str] = []
 
     def _check(self) -> None:
@@ -200,10 +200,10 @@ class VerlSession(Session[FitResult]):
     async def _take_up(self) -> None:
         """Makes or finds each model's training run; those that follow have their model's name too."""
         name = str(self._manifest["training_run_id"])
-        made = self.plan.resume or name == self.plan.training_run_id
+        may_exist = self.plan.resume or name == self.plan.training_run_id
         for model in self._models:
             own = name if model is self._leader else f"{name}-{model.name}"
-            found = await model.take_up(self.client, own, summary(self._manifest), made=made)
+            found = await model.take_up(self.client, own, summary(self._manifest), may_exist=may_exist)
             if found and model is self._leader:
                 await self._note_manifest(model.record, self._manifest)
         if all(model.succeeded for model in self._models):
@@ -213,7 +213,6 @@ class VerlSession(Session[FitResult]):
         """Starts what serves the models; each one's endpoint, by the name under which agents find it."""
         models = {model.name or model.algorithm.model_name: model for model in self._models}
         found: dict[str, LLM] = {}
-        self._versions = []
         for engine in self._served:
             path, version = engine.path, 0
             if not engine.adapters:

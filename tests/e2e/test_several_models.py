@@ -53,7 +53,14 @@ def trainer(folder: Path, port: int, *, resume: bool = False) -> Trainer:
         "trainer.save_freq": 10 * STEPS,
     }
     return Trainer(
-        algorithm=VERL(config, models={name: {} for name in MODELS}, seed=5, device="cpu"),
+        algorithm=VERL(
+            config,
+            models={name: {} for name in MODELS},
+            seed=5,
+            device="cpu",
+            # The random model seldom ends an answer by itself.
+            samples={"truncated": "train"},
+        ),
         llm_proxy={
             "arguments": [
                 *("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "32"),
@@ -80,7 +87,9 @@ async def kill_solvers_learner(address: str) -> None:
             if any(step.step >= KILLED_AT for step in steps):
                 break
         training = await client.get_training_run_by_id(TRAINING["solver"])
+    # Had it ended by itself, it would not have been killed.
     assert training is not None
+    assert training.status is TrainingRunStatus.RUNNING
     os.kill(int((training.trainer_id or "").rpartition(":")[2]), signal.SIGKILL)
 
 

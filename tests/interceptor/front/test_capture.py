@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,29 @@ async def test_the_openai_sdk_streams_and_calls_through_the_proxy(
         assert await words(rig) == "one two three"
         ((call, _),) = await recorded(scripted)
     assert call.sampling.max_tokens == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"unattributed": "record"}])
+async def test_what_a_request_has_held_is_free_once_it_is_served(
+    scripted: ScriptedStore, engine: FakeEngine, tmp_path: Path, stream: bool, settings: dict[str, Any]
+) -> None:
+    """Bodies and answers in cycles would lie in memory until a collector comes that seldom does."""
+    async with proxy_before(scripted.address, tmp_path, engine, **settings) as rig:
+        base = rig.proxy.url if settings else ""
+        await rig.chat(base, stream=stream)
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for _ in range(3):
+                assert (await rig.chat(base, stream=stream)).status_code == 200
+            gc.collect()
+            found = {type(each).__qualname__ for each in gc.garbage if _is_ours(type(each))}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+    assert not found
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.startswith("agl_grpc.interceptor")

@@ -17,7 +17,13 @@ from typing import Any
 from agl_grpc.interceptor.capture.deltas import AttemptKey, PromptDeltas
 from agl_grpc.interceptor.capture.sink import CapturedCall, SinkCounters
 from agl_grpc.interceptor.capture.spool import Entry, Spool, SpoolFull
-from agl_grpc.interceptor.capture.transport import Rejection, SpanTransport, StoreAway
+from agl_grpc.interceptor.capture.transport import (
+    FIRST_BACKOFF,
+    LONGEST_BACKOFF,
+    Rejection,
+    SpanTransport,
+    StoreAway,
+)
 from agl_grpc.v1 import span_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
@@ -33,8 +39,6 @@ _BATCH_ITEMS = 500
 _BATCH_BYTES = 2 * 1024 * 1024
 _CACHED_BYTES = 64 * 1024 * 1024
 _DELIVERY_TIMEOUT = 30.0
-_FIRST_BACKOFF = 0.1
-_LAST_BACKOFF = 5.0
 
 
 @dataclass
@@ -163,7 +167,7 @@ class Journal:
         self._kept.set()
 
     async def _pump(self) -> None:
-        pause = _FIRST_BACKOFF
+        pause = FIRST_BACKOFF
         while True:
             if not (self._announce or self._abandoned or self._spool.waiting or self._undurable):
                 if self._closing.is_set():
@@ -179,9 +183,9 @@ class Journal:
                     return
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), pause)
-                pause = min(2 * pause, _LAST_BACKOFF)
+                pause = min(2 * pause, LONGEST_BACKOFF)
                 continue
-            pause = _FIRST_BACKOFF
+            pause = FIRST_BACKOFF
             if self.away:
                 logger.info("store back")
             self.away = False

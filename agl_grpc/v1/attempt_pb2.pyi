@@ -186,7 +186,9 @@ class Attempt(_message.Message):
     leased: _builtins.bool
     """Whether a lease governs it; else timeout and unresponsive alone do."""
     sealed: _builtins.bool
-    """Terminal with no open model call, or past the seal time-out: nothing more will be trained."""
+    """Terminal with no open model call, or past the seal time-out: nothing more will be trained. Never in the
+    first 10 s (or the seal time-out, if that is less) after the store was away: calls may have begun meanwhile.
+    """
     capture_incomplete: _builtins.bool
     """Sealed by time-out while model calls were still open."""
     open_calls: _builtins.int

@@ -22,6 +22,8 @@ from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from agl_grpc.v1 import store_service_pb2 as store
+from agl_grpc.v1 import trainer_service_pb2 as trainer
 from tests.contract.test_evolution import BUF, ROOT
 from tests.store.rig import Rig, reason, running
 from tests.store.test_fields import OWN_RULES, path_of, unary_methods
@@ -261,3 +263,99 @@ async def test_every_stated_limit_is_enforced_and_every_enforced_one_is_stated()
             await asyncio.gather(*(check(rig, name, method.server_streaming, trial) for trial in found))
     assert not wrong, "\n".join(wrong)
     assert min(tried.values()) > 500, tried
+
+
+EMPTY: dict[str, tuple[Any, str]] = {
+    "Resource.name": (
+        store.PublishResourcesRequest(resources=[{"prompt_template": {}}]),
+        "resources[0].name",
+    ),
+    "Label.key": (store.EnqueueRolloutsRequest(rollouts=[{"labels": [{}]}]), "rollouts[0].labels"),
+    "Run.run_id": (store.CreateRunRequest(run={}), "run.run_id"),
+    "PutRewardsRequest.rewards": (store.PutRewardsRequest(), "rewards"),
+    "ListRewardsRequest.rollout_ids": (store.ListRewardsRequest(), "rollout_ids"),
+    "DrainWorkersRequest.worker_ids": (store.DrainWorkersRequest(), "worker_ids"),
+    "TrainingRun.algorithm": (trainer.CreateTrainingRunRequest(), "training_run.algorithm"),
+    "Engine.engine_id": (trainer.ReportEngineStateRequest(), "engine.engine_id"),
+    "PreparePolicyVersionRequest.model": (trainer.PreparePolicyVersionRequest(), "model"),
+    "AcquireTrainingRunRequest.trainer_id": (
+        trainer.AcquireTrainingRunRequest(training_run_id="t"),
+        "trainer_id",
+    ),
+    "Metric.name": (
+        trainer.ReportMetricsRequest(training_run_id="t", trainer_epoch=1, steps=[{"metrics": [{}]}]),
+        "steps[0].metrics[0].name",
+    ),
+    "CommitBatchesRequest.checkpoint_id": (
+        trainer.CommitBatchesRequest(training_run_id="t", trainer_epoch=1),
+        "checkpoint_id",
+    ),
+    "ClaimBatchRequest.rollout_ids": (
+        trainer.ClaimBatchRequest(training_run_id="t", trainer_epoch=1),
+        "rollout_ids",
+    ),
+}
+"""Of each field that the contract wants at least one byte or item of: a request without, and the path."""
+
+NAN = float("nan")
+NOT_FINITE: dict[str, tuple[Any, str]] = {
+    "Reward.value": (
+        store.PutRewardsRequest(rewards=[{"rollout_id": "r", "attempt_id": "latest", "value": NAN}]),
+        "rewards[0].value",
+    ),
+    "RunGrader.weight": (
+        store.CreateRunRequest(run={"run_id": "x", "graders": [{"name": "g", "weight": NAN}]}),
+        "run.graders[0].weight",
+    ),
+    "RewardWeight.weight": (
+        trainer.ClaimBatchRequest(
+            training_run_id="t",
+            trainer_epoch=1,
+            rollout_ids=["r"],
+            rules={"reward_weights": [{"name": "a", "weight": NAN}]},
+        ),
+        "rules",
+    ),
+    "SampleRules.discount": (
+        trainer.ClaimBatchRequest(
+            training_run_id="t", trainer_epoch=1, rollout_ids=["r"], rules={"discount": 1.5}
+        ),
+        "rules",
+    ),
+}
+"""Of each floating-point number that the contract limits: a request that breaks the limit, and the path."""
+
+
+def _fields(descriptor: Descriptor, seen: set[str]) -> Iterator[FieldDescriptor]:
+    """All fields of a message and of those in it, each once."""
+    if descriptor.full_name in seen or not descriptor.full_name.startswith("agl_grpc."):
+        return
+    seen.add(descriptor.full_name)
+    for field in descriptor.fields:
+        yield field
+        if field.message_type is not None:
+            yield from _fields(field.message_type, seen)
+
+
+async def test_what_must_not_be_left_out_and_what_must_be_finite_is_refused() -> None:
+    stated, seen = Stated(), set(OWN_RULES)
+    fields = [field for method in unary_methods() for field in _fields(method.input_type, seen)]
+    said = {f"{field.containing_type.name}.{field.name}": stated.says(field) for field in fields}
+    assert {name for name, text in said.items() if re.search(r"(?<![-\d])1 to \d", text)} == EMPTY.keys()
+    numbers = {name for name, text in said.items() if re.search(r"\bfinite|from 0 to 1\b", text)}
+    assert numbers == NOT_FINITE.keys()
+    async with running(None) as rig:
+        await rig.enqueue(rollout_id="r")
+        await rig.lease()
+        await rig.trainer.CreateTrainingRun(
+            trainer.CreateTrainingRunRequest(training_run={"training_run_id": "t", "algorithm": "verl"})
+        )
+        await rig.trainer.AcquireTrainingRun(
+            trainer.AcquireTrainingRunRequest(training_run_id="t", trainer_id="me")
+        )
+        for name, (request, path) in {**EMPTY, **NOT_FINITE}.items():
+            method = request.DESCRIPTOR.name.removesuffix("Request")
+            stub = rig.trainer if hasattr(rig.trainer, method) else rig.store
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await getattr(stub, method)(request)
+            assert (reason(caught.value), path_of(caught.value)) == ("INVALID_FIELD", path), name

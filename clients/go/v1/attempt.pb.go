@@ -273,7 +273,8 @@ type Attempt struct {
 	ResourcesVersion int64 `protobuf:"varint,12,opt,name=resources_version,json=resourcesVersion,proto3" json:"resources_version,omitempty"`
 	// Whether a lease governs it; else timeout and unresponsive alone do.
 	Leased bool `protobuf:"varint,13,opt,name=leased,proto3" json:"leased,omitempty"`
-	// Terminal with no open model call, or past the seal time-out: nothing more will be trained.
+	// Terminal with no open model call, or past the seal time-out: nothing more will be trained. Never in the
+	// first 10 s (or the seal time-out, if that is less) after the store was away: calls may have begun meanwhile.
 	Sealed bool `protobuf:"varint,14,opt,name=sealed,proto3" json:"sealed,omitempty"`
 	// When it was sealed.
 	SealTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=seal_time,json=sealTime,proto3" json:"seal_time,omitempty"`

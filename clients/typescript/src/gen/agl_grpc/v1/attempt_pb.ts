@@ -156,7 +156,8 @@ export type Attempt = Message<"agl_grpc.v1.Attempt"> & {
   leased: boolean;
 
   /**
-   * Terminal with no open model call, or past the seal time-out: nothing more will be trained.
+   * Terminal with no open model call, or past the seal time-out: nothing more will be trained. Never in the
+   * first 10 s (or the seal time-out, if that is less) after the store was away: calls may have begun meanwhile.
    *
    * @generated from field: bool sealed = 14;
    */

@@ -32,7 +32,8 @@ class InterceptedServer(vLLMHttpServer):  # type: ignore[misc]  # verl is untype
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._told = dict(self.config.custom[HYBRID_KEY])
-        self._server_address = self._told["host"] or self._server_address
+        if self._told["host"]:
+            self._server_address = str(self._told["host"])
         # A name of its own at each start: what was promised to an engine of an earlier start is void.
         engine_id = f"{self._told['run_id']}-verl-{self.replica_rank}-{uuid.uuid4().hex[:8]}"
         settings = Settings(

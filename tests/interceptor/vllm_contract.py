@@ -117,7 +117,7 @@ def check_sampled_logprobs_take_the_place_of_tables() -> None:
     processor: Any = state.logprobs_processor
     lists = LogprobsLists(np.array([[7], [8]]), np.array([[-0.5], [-1.5]]), np.array([1, 2]))
     processor._update_sample_logprobs(lists)
-    assert processor.sampled == [-0.5, -1.5]
+    assert processor.sampled.tolist() == [-0.5, -1.5]
     assert processor.logprobs is None
     assert processor.cumulative_logprob is None
     assert processor.pop_prompt_logprobs() is None
@@ -129,6 +129,7 @@ def check_sampled_logprobs_travel_as_numbers() -> None:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
     from vllm.v1.outputs import LogprobsLists
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -141,39 +142,46 @@ def check_sampled_logprobs_travel_as_numbers() -> None:
     assert "logprobs = model_runner_output.logprobs\n" in source
     assert "new_logprobs = logprobs.slice_request(req_index, len(new_token_ids))" in source
     assert source.count("new_logprobs") == 4, "vLLM looks at what it has cut out"
+    assert "req_index = model_runner_output.req_id_to_index[req_id]" in source
+    assert "and logprobs\n" in source, "vLLM does not do without logprobs that were asked for"
+    pieces = inspect.getsource(AsyncLLM._run_output_handler)
+    assert "processed_outputs = output_processor.process_outputs(" in pieces
+    assert "outputs_slice,\n" + 28 * " " + "outputs.timestamp," in pieces, (
+        "pieces of a message have other times"
+    )
     core_logprobs.install()
     ours = Scheduler.update_from_output
     core_logprobs.install()
     assert Scheduler.update_from_output is ours is not theirs
 
     rows = LogprobsLists(
-        np.array([[7, 1], [8, 2], [9, 3]], dtype=np.int32),
-        np.array([[-0.5, -9], [-1.5, -9], [-2.5, -9]], dtype=np.float32),
-        np.array([1, 2, 3], dtype=np.int32),
-        [0, 2, 3],
+        np.array([[7, 1], [8, 2], [9, 3], [7, 4]], dtype=np.int32),
+        np.array([[-0.5, -9], [-1.5, -9], [-2.5, -9], [-3.5, -9]], dtype=np.float32),
+        np.array([1, 2, 3, 4], dtype=np.int32),
+        [0, 2, 3, 4],
     )
 
     class Step:
         logprobs: Any = rows
-        num_scheduled_tokens = ("captured", "plain")
+        num_scheduled_tokens = ("plain", "captured", "last")
+        req_id_to_index = {"captured": 0, "plain": 1, "last": 2}  # noqa: RUF012  # as vLLM's, a field
 
     def cut(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """As vLLM's does: two tokens of the first request, one of the second."""
+        """As vLLM's does: one token of the first request, two of the second, one of the third."""
         logprobs = model_runner_output.logprobs
-        return {
-            0: EngineCoreOutputs(
-                outputs=[
-                    EngineCoreOutput(
-                        "captured",
-                        [7, 8],
-                        new_logprobs=logprobs.slice_request(0, 2),
-                        finish_reason=FinishReason.LENGTH,
-                        kv_transfer_params={"theirs": 1},
-                    ),
-                    EngineCoreOutput("plain", [9], new_logprobs=logprobs.slice_request(1, 1)),
-                ]
-            )
-        }
+        outputs = [
+            EngineCoreOutput(
+                "plain", [9], new_logprobs=logprobs.slice_request(1, 1), kv_transfer_params={"theirs": 1}
+            ),
+            EngineCoreOutput(
+                "captured",
+                [7, 8],
+                new_logprobs=logprobs.slice_request(0, 2),
+                finish_reason=FinishReason.LENGTH,
+            ),
+            EngineCoreOutput("last", [7], new_logprobs=logprobs.slice_request(2, 1)),
+        ]
+        return {0: EngineCoreOutputs(outputs=outputs), 1: EngineCoreOutputs(finished_requests={"gone"})}
 
     processor = OutputProcessor(None, log_stats=False)
     engine_state.watch_outputs(processor, lambda name: True)
@@ -182,6 +190,7 @@ def check_sampled_logprobs_travel_as_numbers() -> None:
     for name, params in (
         ("captured", capture_params(SamplingParams(), {})),
         ("plain", SamplingParams(logprobs=1)),
+        ("last", capture_params(SamplingParams(), {})),
     ):
         params.output_kind = RequestOutputKind.DELTA
         requests[name] = request = EngineCoreRequest(
@@ -198,8 +207,9 @@ def check_sampled_logprobs_travel_as_numbers() -> None:
         request.external_req_id = name
         queues[name] = RequestOutputCollector(RequestOutputKind.DELTA, name)
         processor.add_request(request, None, queue=queues[name])
-    state = processor.request_states["captured"]
-    engine_state.keep_sampled_logprobs(state)
+    states = dict(processor.request_states)
+    for name in ("captured", "last"):
+        engine_state.keep_sampled_logprobs(states[name])
 
     class Core:
         pass
@@ -216,27 +226,87 @@ def check_sampled_logprobs_travel_as_numbers() -> None:
     assert step.logprobs is rows
     buffers = MsgpackEncoder().encode(outputs)
     received = MsgpackDecoder(EngineCoreOutputs).decode(buffers).outputs
-    assert received[0].new_logprobs is None
-    processor.process_outputs(received)
-    assert state.logprobs_processor.sampled == [-0.5, -1.5]
-    assert queues["captured"].get_nowait().kv_transfer_params == {"theirs": 1}
-    (table,) = queues["plain"].get_nowait().outputs[0].logprobs
+    assert [each.new_logprobs is None for each in received] == [False, True, True]
+    # As one message in two pieces.
+    processor.process_outputs(received[:2], 1.5)
+    processor.process_outputs(received[2:], 1.5)
+    assert states["captured"].logprobs_processor.sampled.tolist() == [-0.5, -1.5]
+    assert states["last"].logprobs_processor.sampled.tolist() == [-3.5]
+    seen = queues["plain"].get_nowait()
+    assert seen.kv_transfer_params == {"theirs": 1}
+    (table,) = seen.outputs[0].logprobs
     assert table[9].logprob == -2.5
+    # Another message, in which nothing was captured.
+    processor.process_outputs([EngineCoreOutput("last", [7])], 2.5)
+    assert states["last"].logprobs_processor.sampled.tolist() == [-3.5]
+
+
+def check_a_step_of_captured_calls_alone_cuts_nothing_out() -> None:
+    import pickle
+
+    import torch
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+
+    from agl_grpc.interceptor.inside import core_logprobs
+
+    assert LogprobsLists._fields[:3] == ("logprob_token_ids", "logprobs", "sampled_token_ranks")
+    assert LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
+    column = torch.tensor([[-0.5], [-1.5], [-2.5]])
+    tensors = core_logprobs._numbers_class()(column.long(), column, column.long())
+    assert tensors.to_cpu_nonblocking() is tensors
+    # From a worker's process it comes pickled.
+    lists = pickle.loads(pickle.dumps(tensors.tolists()))
+    asked: list[Any] = []
+
+    class Step:
+        logprobs: Any = lists
+        num_scheduled_tokens = ("a", "b", "c")
+        req_id_to_index = {"a": 2, "b": 1, "c": 0}  # noqa: RUF012  # as vLLM's, a field
+
+    def cut(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM's does; the prompt of `b` has not been read to its end."""
+        asked.append(model_runner_output.logprobs)
+        return {0: EngineCoreOutputs(outputs=[EngineCoreOutput("a", [7]), EngineCoreOutput("c", [8])])}
+
+    theirs = Scheduler.update_from_output
+    Scheduler.update_from_output = cut
+    try:
+        core_logprobs.install()
+        step = Step()
+        outputs = Scheduler.update_from_output(None, step, step)[0].outputs
+    finally:
+        Scheduler.update_from_output = theirs
+    assert asked == [None]
+    assert step.logprobs is lists
+    numbers = core_logprobs.taken_from(outputs[0])
+    assert numbers is not None and numbers.tolist() == [-2.5, -0.5]
+    assert outputs[0].kv_transfer_params is None
 
 
 def check_ranks_are_counted_for_those_who_see_them_only() -> None:
+    import dataclasses
+
     import torch
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.sample.sampler import Sampler
+    from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from agl_grpc.interceptor.inside import core_logprobs
     from agl_grpc.interceptor.inside.sampling import capture_params
 
+    refresh = inspect.getsource(InputBatch.refresh_metadata)
+    assert (
+        "        if batch_update:\n            self.sampling_metadata = self._make_sampling_metadata()"
+        in refresh
+    ), "what vLLM samples by stays the same when other requests come into the batch"
     core_logprobs.install()
-    assert "numbers_only" in Sampler.gather_logprobs.__code__.co_freevars, "the sampler is another one"
+    assert "only_marked" in GPUModelRunner._sample.__code__.co_freevars
+    assert "given" in Sampler.gather_logprobs.__code__.co_freevars, "the sampler is another one"
     none = torch.empty(0)
     metadata = SamplingMetadata(
         temperature=None,
@@ -263,7 +333,7 @@ def check_ranks_are_counted_for_those_who_see_them_only() -> None:
         names = [str(number) for number in range(len(wanting))]
         batch = SimpleNamespace(
             num_logprobs=dict.fromkeys(names, 0),
-            sampling_metadata=metadata,
+            sampling_metadata=dataclasses.replace(metadata),
             update_async_output_token_ids=lambda: None,
         )
         runner: Any = SimpleNamespace(
@@ -286,6 +356,8 @@ def check_ranks_are_counted_for_those_who_see_them_only() -> None:
         assert each.logprobs_tensors.selected_token_ranks.shape == (2,)
     assert mixed.logprobs_tensors.selected_token_ranks.tolist() == [1, 1]
     assert alone.logprobs_tensors.selected_token_ranks.tolist() != [1, 1], "ranks were counted for nobody"
+    assert core_logprobs._are_numbers(alone.logprobs_tensors.tolists())
+    assert not core_logprobs._are_numbers(mixed.logprobs_tensors.tolists())
 
 
 def check_outputs() -> None:

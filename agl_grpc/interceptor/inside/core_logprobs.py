@@ -213,15 +213,22 @@ def _settle(outputs: Iterable[Any], logprobs: Any, marked: set[str]) -> None:
 
 
 def _attach(outputs: Sequence[Any], logprobs: Any, numbers: Mapping[str, int]) -> None:
-    """Put the sampled tokens' logprobs of all outputs with the first; `numbers` are the requests' in the step."""
+    """Put the sampled tokens' logprobs of all outputs with the first one.
+
+    `numbers` are the requests' in the step.
+    """
     starts = logprobs.cu_num_generated_tokens
-    rows: list[int] = []
-    for output in outputs:
-        if count := len(output.new_token_ids):
-            row = numbers[output.request_id]
-            row = row if starts is None else starts[row]
-            rows += range(row, row + count)
-    if rows:
-        # The sampled token comes first in its row.
-        packed = logprobs.logprobs[rows, 0].astype("<f4", copy=False).tobytes()
-        outputs[0].kv_transfer_params = {**(outputs[0].kv_transfer_params or {}), _KEY: packed}
+    # The sampled token comes first in its row.
+    column = logprobs.logprobs[:, 0].tolist()
+    if starts is None:
+        packed = array("f", [column[numbers[each.request_id]] for each in outputs if each.new_token_ids])
+    else:
+        packed = array("f")
+        for each in outputs:
+            if each.new_token_ids:
+                start = starts[numbers[each.request_id]]
+                packed.extend(column[start : start + len(each.new_token_ids)])
+    if packed:
+        if sys.byteorder == "big":
+            packed.byteswap()
+        outputs[0].kv_transfer_params = {**(outputs[0].kv_transfer_params or {}), _KEY: packed.tobytes()}

@@ -43,7 +43,7 @@ def watch_outputs(output_processor: Any, on_abort: Callable[[str], bool]) -> Non
         outputs: Any, engine_core_timestamp: float | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         logprobs.take(outputs, engine_core_timestamp)
-        if any([each.finish_reason is not None for each in outputs]):
+        if any(map(_is_abort, outputs)):
             outputs = [each for each in outputs if not (_is_abort(each) and on_abort(each.request_id))]
         return original(outputs, engine_core_timestamp, *args, **kwargs)
 

@@ -127,14 +127,17 @@ class HeldAnswer:
     def _too_large(self) -> bool:
         return 0 < self._max_body < self._size
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """As ASGI's."""
         if self._passing and not self._ended and message["type"] == "http.response.body":
             # Each token of a stream comes this way.
             if self._keep_raw:
                 self._note(message.get("body", b""))
-            await self._send(message)
-            return
+            return self._send(message)
+        return self._hold(message)
+
+    async def _hold(self, message: Message) -> None:
+        """Note the message; it leaves when all that it waits for has come."""
         if message["type"] == "http.response.body":
             self._note(message.get("body", b""))
         else:

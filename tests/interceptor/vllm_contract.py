@@ -12,8 +12,6 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 from tests.interceptor import vllm_contract_logprobs
 

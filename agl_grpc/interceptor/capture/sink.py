@@ -24,8 +24,8 @@ Where several calls are under way, one of them ends by then and takes them with 
 """
 
 _PASSES = 3
-"""So often the event loop goes round while ended calls wait for each other: those of one step of the engine end
-in one pass. No client waits for a clock.
+"""So often the event loop goes round while ended calls wait for each other: those of one step of the engine
+end in one pass. No client waits for a clock.
 """
 
 _BATCH_ITEMS = 1000

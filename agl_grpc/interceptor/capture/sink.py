@@ -190,7 +190,8 @@ class CaptureSink:
         if not self._ended and not self._abandoned:
             self._urgent.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), _ANNOUNCE_SECONDS)
+                async with asyncio.timeout(_ANNOUNCE_SECONDS):
+                    await self._urgent.wait()
         for _ in range(_PASSES):
             await asyncio.sleep(0)
 

@@ -1,8 +1,9 @@
-"""Proofs made on the rows of every batch, between verl's phases."""
+"""The claim of every batch, and the proofs made on its rows, between verl's phases."""
 
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,27 @@ def real_keys(batch: KVBatchMeta) -> list[str]:
 
 
 class ProvesBatches:
-    """The part of a trainer of verl's that proves a batch before the optimiser may use it."""
+    """The part of a trainer of verl's that claims a batch, and proves it before the optimiser may use it."""
 
     hooks: Hooks
     agent_loop_manager: Any
     global_steps: int
+    uncommitted: list[ClaimedBatch]
+    _claims: ThreadPoolExecutor
+    _claiming: Future[ClaimedBatch]
     _claimed: ClaimedBatch | None
+    _claimed_in_step: list[ClaimedBatch]
     _counts: Counter[str]
+
+    def _start_claim(self, rollout_ids: list[str]) -> None:
+        """Asks for the claim of a batch; the store works on it while workers recompute logprobs."""
+        self._claiming = self._claims.submit(self.hooks.source.claim, self.global_steps, rollout_ids)
+
+    def _await_claim(self) -> None:
+        """Returns when the batch is claimed: nothing is learned from it before."""
+        self._claimed = self._claiming.result()
+        self.uncommitted.append(self._claimed)
+        self._claimed_in_step.append(self._claimed)
 
     def _prove_tokens(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
         names = ["rollout_log_probs", "old_log_probs", "response_mask", "policy_versions"]

@@ -8,6 +8,7 @@ leave.
 from __future__ import annotations
 
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,6 +90,7 @@ class AglTrainer(  # type: ignore[misc]  # verl is untyped
         self.hooks = hooks
         self.prompts_fetched = 0
         self.uncommitted: list[ClaimedBatch] = []
+        self._claims = ThreadPoolExecutor(1, thread_name_prefix="claim")
         self._claimed: ClaimedBatch | None = None
         self._claimed_in_step: list[ClaimedBatch] = []
         # Whether a parameter may have changed since the step began.
@@ -244,9 +246,7 @@ class AglTrainer(  # type: ignore[misc]  # verl is untyped
             )
         (of_rows,) = texts(self.hooks.queue, batch.keys, batch.partition_id, "rollout_id")
         rollout_ids = list(dict.fromkeys(of_rows))
-        self._claimed = self.hooks.source.claim(self.global_steps, rollout_ids)
-        self.uncommitted.append(self._claimed)
-        self._claimed_in_step.append(self._claimed)
+        self._start_claim(rollout_ids)
         self._check_rows_per_rollout(len(batch.keys), len(rollout_ids))
         metrics["training/rows"], metrics["training/rollouts"] = len(batch.keys), len(rollout_ids)
         return super()._balance_batch(batch, metrics, **kwargs)
@@ -293,6 +293,7 @@ class AglTrainer(  # type: ignore[misc]  # verl is untyped
             result = compute(batch, metrics)
         finally:
             correction.bypass_mode = bypass
+        self._await_claim()
         self._prove_tokens(batch, metrics)
         return super()._compute_old_log_prob(batch, metrics) if bypass else result
 

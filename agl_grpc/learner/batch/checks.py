@@ -102,8 +102,8 @@ def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobL
     if worst > limits.maximum or mean > limits.mean:
         raise FidelityError(
             f"sampled and recomputed logprobs differ under policy version {version}: max {worst:.3g} (limit "
-            f"{limits.maximum:g}) in row {batch.row_of(same[worst_at])}, mean {mean:.3g} (limit {limits.mean:g}) over "
-            f"{compared} tokens"
+            f"{limits.maximum:g}) in row {batch.row_of(same[worst_at])}, mean {mean:.3g} "
+            f"(limit {limits.mean:g}) over {compared} tokens"
         )
     return {
         "check/logprob_max_difference": worst,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import time
 from collections import Counter
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class RolloutManager:
         self._source = source
         self._sizes = {False: group_size, True: validation_size}
         self._temperature = temperature
-        self._arrived: queue.SimpleQueue[FinishedGroup | BaseException] = queue.SimpleQueue()
+        self._arrived: SimpleQueue[FinishedGroup | BaseException] = SimpleQueue()
         self._open: dict[str, GroupRequest] = {}
         self._rollouts: dict[str, FinishedRollout] = {}
         self._sources: dict[str, str] = {}
@@ -121,7 +121,7 @@ class RolloutManager:
             try:
                 remaining = 0.0 if groups else max(0.0, deadline - time.monotonic())
                 item = self._arrived.get(timeout=remaining) if remaining else self._arrived.get_nowait()
-            except queue.Empty:
+            except Empty:
                 break
             if isinstance(item, BaseException):
                 raise item

@@ -25,6 +25,7 @@ from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
@@ -64,6 +65,14 @@ class NoServers(LLMServerManager):  # type: ignore[misc]  # verl is untyped
     async def _init_global_load_balancer(self) -> None:
         # verl's would be a process of its own that imports all of verl.
         self.global_load_balancer = None
+
+
+def balanced(seqlen_list: Any, k_partitions: int, equal_size: bool) -> list[list[int]]:
+    """Stands where verl shares rows out: one rank takes all as they are, which verl finds out slowly."""
+    if k_partitions == 1:
+        return [list(range(len(seqlen_list)))]
+    shared: list[list[int]] = get_seqlen_balanced_partitions(seqlen_list, k_partitions, equal_size)
+    return shared
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -249,7 +258,8 @@ class AglTrainer(  # type: ignore[misc]  # verl is untyped
         self._start_claim(rollout_ids)
         self._check_rows_per_rollout(len(batch.keys), len(rollout_ids))
         metrics["training/rows"], metrics["training/rollouts"] = len(batch.keys), len(rollout_ids)
-        return super()._balance_batch(batch, metrics, **kwargs)
+        with patch.object(trainer_base, "get_seqlen_balanced_partitions", balanced):
+            return super()._balance_batch(batch, metrics, **kwargs)
 
     def _check_rows_per_rollout(self, rows: int, rollouts: int) -> None:
         if rows > rollouts and self.config.algorithm.adv_estimator == "gae":

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest.mock import patch
 
@@ -41,10 +42,53 @@ _MULTI_MODAL = "multi_modal_inputs"
 _NOT_SENT = frozenset({"policy_versions", "rm_scores", "entropy"})
 
 
+class _Tag(dict[str, Any]):
+    """A row's tag, whose values are scalars: verl copies tags deeply with every put."""
+
+    def __deepcopy__(self, _memo: Any) -> _Tag:
+        return _Tag(self)
+
+
+class _Block:
+    """A column as it was put; its rows are taken apart when one of them is asked for."""
+
+    def __init__(self, column: Any) -> None:
+        self.column = column
+
+    @cached_property
+    def rows(self) -> list[Any]:
+        """Its rows."""
+        return list(self.column.unbind() if self.is_tensor else self.column.tolist())
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether rows are tensors."""
+        return isinstance(self.column, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A row of a block."""
+
+    block: _Block
+    place: int
+
+
 @dataclass
 class _Row:
-    tag: dict[str, Any] = field(default_factory=dict)
+    tag: _Tag = field(default_factory=_Tag)
+    # Values, or cells of what was put as columns.
     fields: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, name: str) -> Any:
+        """A field's value."""
+        found = self.fields[name]
+        return found.block.rows[found.place] if isinstance(found, _Cell) else found
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether a field's value is a tensor."""
+        found = self.fields[name]
+        return found.block.is_tensor if isinstance(found, _Cell) else isinstance(found, torch.Tensor)
 
 
 @dataclass
@@ -85,24 +129,24 @@ class LocalQueue:
         rows = [partition.rows.setdefault(key, _Row()) for key in keys]
         if tags is not None:
             for row, tag in zip(rows, tags, strict=True):
-                row.tag = dict(tag)
-        for name in fields.keys() if fields is not None else ():
-            column = fields.get(name)
+                row.tag = _Tag(tag)
+        for name, column in fields.items() if fields is not None else ():
             partition.columns[name] = (list(keys), _as_read(column))
-            for row, value in zip(rows, _values(column), strict=True):
-                row.fields[name] = value
+            block = _Block(column)
+            for place, row in enumerate(rows):
+                row.fields[name] = _Cell(block, place)
         return KVBatchMeta(partition_id=partition_id, keys=list(keys), tags=[row.tag for row in rows])
 
     def put_rows(self, rows: Sequence[QueueRow], partition_id: str) -> None:
         """Adds whole rows, which are new."""
         partition = self._partitions.setdefault(partition_id, _Partition())
         for row in rows:
-            partition.rows[row.key] = _Row(dict(row.tag), dict(row.fields))
+            partition.rows[row.key] = _Row(_Tag(row.tag), dict(row.fields))
 
     def values(self, keys: Iterable[str], partition_id: str, name: str) -> list[Any]:
         """One field of rows as it was put, row by row."""
         rows = self._partitions[partition_id].rows
-        return [rows[key].fields[name] for key in keys]
+        return [rows[key].value(name) for key in keys]
 
     def kv_batch_get(
         self, keys: list[str] | str, partition_id: str, select_fields: list[str] | str | None = None
@@ -183,16 +227,16 @@ class LocalQueue:
     def _sent(self, batch: KVBatchMeta) -> list[str]:
         """The fields of rows that workers get."""
         rows = self._partitions[batch.partition_id].rows
-        chosen = [rows[key].fields for key in batch.keys]
+        chosen = [rows[key] for key in batch.keys]
         # Rows that verl pads with have columns more than others.
         names = [
             name
-            for name, value in chosen[0].items()
-            if isinstance(value, torch.Tensor)
+            for name in chosen[0].fields
+            if chosen[0].is_tensor(name)
             and name not in _NOT_SENT
-            and all(name in each for each in chosen)
+            and all(name in each.fields for each in chosen)
         ]
-        if any(each.get(_MULTI_MODAL) for each in chosen):
+        if any(_MULTI_MODAL in each.fields and each.value(_MULTI_MODAL) for each in chosen):
             names.append(_MULTI_MODAL)
         return names
 
@@ -208,13 +252,6 @@ class _Parts(BatchMeta):  # type: ignore[misc]  # TransferQueue is untyped
         return self._parts(chunks)
 
 
-def _values(column: Any) -> list[Any]:
-    """The rows of a column."""
-    if isinstance(column, torch.Tensor):
-        return list(column.unbind())
-    return list(column.tolist())
-
-
 def _as_read(column: Any) -> Any:
     """A column as reading its rows would make it; what is not jagged yet is made when it is read."""
     jagged = isinstance(column, torch.Tensor) and column.is_nested and column.layout is torch.jagged
@@ -227,7 +264,7 @@ def _column(partition: _Partition, keys: list[str], rows: list[_Row], name: str)
         return column
     if any(name not in row.fields for row in rows):
         raise ValueError(f"field {name!r} is not there for all of {len(rows)} rows")
-    column = _packed([row.fields[name] for row in rows])
+    column = _packed([row.value(name) for row in rows])
     partition.columns[name] = (list(keys), column)
     return column
 

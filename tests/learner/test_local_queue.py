@@ -40,7 +40,7 @@ def test_workers_get_their_ranks_tensors_and_nothing_else(answers: dict[str, Any
     assert [part["responses"][1] for part in found["seen"]] == [[[0, 1, 2], [10]], [[20, 21], [30, 31]]]
     assert {part["at"] for part in found["seen"]} == {0.5}
     names = {"input_ids", "loss_mask", "position_ids", "prompts", "response_mask", "responses"}
-    assert set(found["seen"][0]) == {*names, "rollout_log_probs", "at"}
+    assert set(found["seen"][0]) == {*names, "at"}
     assert found["uneven"] == "3 rows cannot be shared by 4 ranks"
 
 

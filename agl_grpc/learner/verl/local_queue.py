@@ -38,8 +38,8 @@ _METHODS = (
 )
 # What verl's engines take of a row besides tensors, where it holds anything.
 _MULTI_MODAL = "multi_modal_inputs"
-# Of a row's tensors those that only the trainer's process reads.
-_NOT_SENT = frozenset({"policy_versions", "rm_scores", "entropy"})
+# Of a row's tensors those that only the trainer's process reads; what verl's engines computed is for it too.
+_NOT_SENT = frozenset({"policy_versions", "rm_scores", "rollout_log_probs", "log_probs", "entropy"})
 
 
 class _Tag(dict[str, Any]):
@@ -221,7 +221,7 @@ class LocalQueue:
             for name, value in batch.extra_info.items():
                 tensordict_utils.assign_non_tensor_data(data, name, value)
             # In one piece of memory, which Ray carries as it is.
-            parts.append(tensordict_utils.contiguous(data).consolidate())
+            parts.append(data.consolidate())
         return parts
 
     def _sent(self, batch: KVBatchMeta) -> list[str]:

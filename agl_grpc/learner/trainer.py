@@ -82,8 +82,12 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 @register_trainer("agl")
-class AglTrainer(  # type: ignore[misc]  # verl is untyped
-    AsksAhead, OrderedTasks, LearnsBest, ProvesBatches, PPOTrainerSeparateAsync
+class AglTrainer(
+    AsksAhead,
+    OrderedTasks,
+    LearnsBest,
+    ProvesBatches,
+    PPOTrainerSeparateAsync,  # type: ignore[misc]  # verl is untyped
 ):
     """Trains on sealed rollouts of a store and publishes weights as policy versions.
 

@@ -295,23 +295,25 @@ class AglTrainer(
                 "use token-mean, under which splitting a rollout changes nothing"
             )
 
-    @phase("recomputing logprobs", "compute")
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         correction = self.config.algorithm.rollout_correction
         bypass = bool(correction.bypass_mode)
         correction.bypass_mode = False
         try:
-            # Recomputed in bypass mode too: the recomputation is what proves the tokens. With one update a
-            # step there is no older policy to come back to, and no copy of all weights to be made.
-            compute = super()._compute_old_log_prob if self.parameter_sync_step > 1 else self._recompute
-            result = compute(batch, metrics)
+            # In bypass mode too: the recomputation is what proves the tokens.
+            result = self._recompute(batch, metrics)
         finally:
             correction.bypass_mode = bypass
         self._await_claim()
         self._prove_tokens(batch, metrics)
         return super()._compute_old_log_prob(batch, metrics) if bypass else result
 
+    @phase("recomputing logprobs", "compute")
     def _recompute(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        if self.parameter_sync_step > 1:
+            return super()._compute_old_log_prob(batch, metrics)
+        # With one update a step there is no older policy to come back to, and no copy of all weights to be
+        # made.
         return PPOTrainer._compute_old_log_prob(self, batch, metrics)
 
     @phase("computing the reference's logprobs", "compute")

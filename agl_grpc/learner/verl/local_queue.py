@@ -265,7 +265,9 @@ def _column(partition: _Partition, keys: list[str], rows: list[_Row], name: str)
     if any(name not in row.fields for row in rows):
         raise ValueError(f"field {name!r} is not there for all of {len(rows)} rows")
     column = _packed([row.value(name) for row in rows])
-    partition.columns[name] = (list(keys), column)
+    if len(keys) >= len(held):
+        # A part of a batch, as a rank gets it, is not worth the whole.
+        partition.columns[name] = (list(keys), column)
     return column
 
 

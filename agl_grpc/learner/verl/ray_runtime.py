@@ -14,8 +14,8 @@ import psutil
 
 from agl_grpc.learner.errors import LearnerError
 
-# Bytes of the object store on CPU, where models are tiny; batches travel through it, and with accelerators Ray
-# takes its own share of the machine's memory.
+# Bytes of the object store, through which batches travel, on CPU, where models are tiny; with accelerators it
+# is Ray's own share of the machine's memory.
 OBJECT_STORE_BYTES = 300 << 20
 # verl's placement group asks for ten nominal CPUs a GPU; the rest is for the TransferQueue and the load
 # balancer.

@@ -40,6 +40,8 @@ class AsksAhead:
     def prepare_step(self) -> dict[str, Any]:
         """verl's beginning of a step, where its rollouts are asked for."""
         if self._asked_step == self.global_steps:
+            # Once: a step that failed and is tried again needs rollouts of its own.
+            self._asked_step = 0
             return {}
         found: dict[str, Any] = super().prepare_step()  # type: ignore[misc]  # as above
         return found

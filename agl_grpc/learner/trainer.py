@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import orjson
+import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
@@ -29,7 +30,6 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from agl_grpc.learner.ahead import AsksAhead
 from agl_grpc.learner.batch.step_metrics import batch_metrics, unfinished
 from agl_grpc.learner.checkpoints.checkpoint import LearnerState
 from agl_grpc.learner.credit.advantage import PREFIX, credit_turns
@@ -83,7 +83,6 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 @register_trainer("agl")
 class AglTrainer(
-    AsksAhead,
     OrderedTasks,
     LearnsBest,
     ProvesBatches,
@@ -225,6 +224,13 @@ class AglTrainer(
             self.replay_buffer.expect(uids[-1], place, index)
         batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
         return batch
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        # verl's puts the prompts' own fields as well, to recover what was in flight; the store keeps that.
+        tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps}] * len(batch)
+        tq.kv_batch_put(keys=list(batch["uid"]), partition_id="train", tags=tags)
+        self.agent_loop_manager.generate_sequences(batch)
+        return len(batch)
 
     def _prompt(self, index: int) -> TensorDict:
         items = collate_fn([self.train_dataset[index]])
@@ -437,8 +443,6 @@ class AglTrainer(
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: Any, **kwargs: Any
     ) -> None:
-        # What follows takes as long as the next step's first answers.
-        self.ask_ahead()
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         metrics.update(self.agent_loop_manager.drain_counts())
         metrics.update(self._counts)

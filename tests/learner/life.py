@@ -90,7 +90,7 @@ class Life:
     ) -> None:
         self.steps: list[dict[str, float]] = []
         self.errors: list[tuple[int, str]] = []
-        self._ledger, self._engine, self._on_step = ledger, engine, on_step
+        self._ledger, self._engine = ledger, engine
         tasks, model = str(folder / "tasks.jsonl"), str(folder / "model")
         checkpoints = folder / options.get("checkpoints", "checkpoints")
         resume = resume_keys(checkpoints, options["resume"]) if options.get("resume") else {}
@@ -129,6 +129,7 @@ class Life:
         def on_metrics(step: int, metrics: dict[str, float]) -> bool:
             self.steps.append({"step": step, **with_summary(metrics)})
             ledger.note("step", self.steps[-1])
+            on_step(step)
             return step >= stop_after
 
         def order(dataset: Any) -> TaskOrder:
@@ -160,9 +161,6 @@ class Life:
 
     def _published(self, step: int, digest: str) -> None:
         self._ledger.note("published", step, digest)
-        if step:
-            # Before the next one's rollouts are asked for.
-            self._on_step(step)
         self.trainer.reached("published")
 
     def _sync_tree(self, folder: Path) -> None:

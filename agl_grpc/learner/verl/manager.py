@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections import Counter
 from queue import Empty, SimpleQueue
@@ -82,21 +81,14 @@ class RolloutManager:
         self.keep_rewards = False
         self._rewards: dict[str, list[float]] = {}
         self._counts: Counter[str] = Counter()
-        # Groups that are being made, and since when there is none: the engines have nothing to do.
-        self._away: set[str] = set()
+        # Since when no rollout is asked for: the engines have nothing to do.
         self._idle_since: float | None = time.monotonic()
         self._idle_seconds = 0.0
-        self._idle_lock = threading.Lock()
         self.last_failure = ""
 
     def deliver(self, group: FinishedGroup | BaseException) -> None:
         """Called by the source, from any thread; an exception is raised in the trainer's thread."""
         self._arrived.put(group)
-        if isinstance(group, FinishedGroup):
-            with self._idle_lock:
-                self._away.discard(group.request.uid)
-                if not self._away and self._idle_since is None:
-                    self._idle_since = time.monotonic()
 
     def generate_sequences(self, batch: TensorDict) -> None:
         """verl's entry: starts a group for every prompt of the batch and returns at once."""
@@ -114,12 +106,9 @@ class RolloutManager:
             request = GroupRequest(uid, index, orjson.loads(task), size, step, validate)
             self._open[uid], self._sources[uid] = request, source
             requests.append(request)
-        if requests:
-            with self._idle_lock:
-                self._away.update(uids)
-                if self._idle_since is not None:
-                    self._idle_seconds += time.monotonic() - self._idle_since
-                    self._idle_since = None
+        if requests and self._idle_since is not None:
+            self._idle_seconds += time.monotonic() - self._idle_since
+            self._idle_since = None
         self._source.submit(requests)
 
     def wait(self, timeout: float) -> bool:
@@ -138,6 +127,8 @@ class RolloutManager:
                 raise item
             groups.append(item)
         finished = [group for group in groups if self._open.pop(group.request.uid, None) is not None]
+        if groups and not self._open and self._idle_since is None:
+            self._idle_since = time.monotonic()
         for validate in (False, True):
             self._publish([group for group in finished if group.request.validate is validate], validate)
         return bool(groups)
@@ -168,12 +159,11 @@ class RolloutManager:
         """Counts since the last call, by metric name, and the seconds in which no rollout was asked for."""
         counts = {name: float(value) for name, value in self._counts.items()}
         self._counts.clear()
-        with self._idle_lock:
-            now = time.monotonic()
-            if self._idle_since is not None:
-                self._idle_seconds += now - self._idle_since
-                self._idle_since = now
-            counts["idle/engine_seconds"], self._idle_seconds = self._idle_seconds, 0.0
+        now = time.monotonic()
+        if self._idle_since is not None:
+            self._idle_seconds += now - self._idle_since
+            self._idle_since = now
+        counts["idle/engine_seconds"], self._idle_seconds = self._idle_seconds, 0.0
         return counts
 
     def _usable(self, request: GroupRequest, rollout: FinishedRollout) -> bool:

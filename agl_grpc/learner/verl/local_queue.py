@@ -245,7 +245,7 @@ class _Parts(BatchMeta):  # type: ignore[misc]  # TransferQueue is untyped
     """A batch as verl's dispatch takes it: asked for as many parts as there are ranks, it answers tensors."""
 
     def __init__(self, parts: Callable[[int], list[TensorDict]]) -> None:
-        super().__init__()
+        super().__init__(global_indexes=[], partition_ids=[])
         self._parts = parts
 
     def chunk(self, chunks: int) -> list[TensorDict]:

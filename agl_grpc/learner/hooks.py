@@ -70,3 +70,5 @@ class Hooks:
     validation: Validation | None = None
     # Called with the step and the name of an error that ends training, before the last checkpoint.
     on_error: Callable[[int, str], None] = lambda _step, _name: None
+    # Told each thing worth a line.
+    say: Callable[[str], None] = lambda _text: None

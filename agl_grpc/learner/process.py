@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -31,6 +29,7 @@ from agl_grpc.learner.checkpoints.checkpoint import (
 from agl_grpc.learner.errors import ConfigError, StoppedError
 from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.run_config import RunConfig
+from agl_grpc.learner.stopping import heed_stop, stoppable
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.learner.verl.ray_runtime import common_environment, local_ray, worker_environment
@@ -94,7 +93,7 @@ def run(config: RunConfig, store: str, *, sft: bool = False) -> None:
             training,
             f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}",
         )
-        with _reported_end(training, output / "checkpoints"), _stoppable():
+        with _reported_end(training, output / "checkpoints"), stoppable():
             (_tune if sft else _train)(config, device, output, link, training)
     finally:
         link.close()
@@ -133,32 +132,6 @@ def _finish_failed(training: TrainingRun, error: BaseException) -> None:
     except StoreError as second:
         # The first error is the one to raise; this one only says that the store does not know of it.
         say(f"could not tell the store that the training run failed: {second}")
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends training at once, as Ctrl-C does; what was not committed is trained again on resume."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    stopped = False
-
-    def stop(_number: int, _frame: Any) -> None:
-        nonlocal stopped
-        stopped = True
-        # Ray's waits end for this exception only, and swallow any other that a signal handler raises.
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if stopped:
-            raise StoppedError("stopped by SIGTERM") from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _verl_config(
@@ -313,7 +286,7 @@ def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[d
     elif config.resume:
         training.go_on_from(1)
         tell(training, "no committed checkpoint: starting from the beginning")
-    cancelled = training.discard_leftovers(step)
+    cancelled = training.discard_leftovers(step, alone=not config.followers)
     if cancelled:
         tell(training, f"cancelled {cancelled} unfinished rollouts of an earlier trainer")
     return resume, step
@@ -421,6 +394,8 @@ def _assemble(
         partners=config.followers,
         partner_deadline=config.deadlines.sample,
     )
+    if config.follows or config.followers:
+        link.start(heed_stop(training, manager, publisher))
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
     val = config.validation
@@ -436,6 +411,7 @@ def _assemble(
             timeout=val.timeout,
         ),
         checkpoints.note_score if val.keep_best else lambda _step, _score: False,
+        models=(config.model.name, *config.followers),
     )
 
     def on_metrics(at: int, metrics: dict[str, float]) -> bool:
@@ -467,6 +443,7 @@ def _assemble(
         # A run that follows another is told by its source that it cannot validate.
         validation=None if config.follows else validation,
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
+        say=lambda text: tell(training, text),
     )
     trainer = AglTrainer(verl, hooks)
     return trainer, manager

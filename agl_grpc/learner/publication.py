@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from agl_grpc.client import StoreError
@@ -35,7 +36,7 @@ class Publisher:
         engine_deadline: seconds to wait for that many engines to be connected.
         lineage: told which step each published version is.
         partners: models of other training runs; a publication ends when theirs of the same step is committed.
-        partner_deadline: seconds to wait for them.
+        partner_deadline: seconds to wait for each step of theirs.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class Publisher:
     ) -> None:
         self._partners = partners
         self._partner_deadline = partner_deadline
+        # Engines of partners that were connected at any time: of these, and of no session before.
+        self._seen: set[str] = set()
+        self._waiting: Future[None] | None = None
+        self._released = False
         self._link = link
         self._client = link.client
         self._identity = identity
@@ -76,19 +81,42 @@ class Publisher:
         """
         metrics = self._publish(step) if self._engines else {}
         for model in self._partners if step else ():
-            self._link.run(self._partner(model, step))
+            self._await_partner(model, step)
         return metrics
+
+    def release(self) -> None:
+        """Ends the wait for partners, now and from now on: this training run ends. From any thread."""
+        self._released = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _await_partner(self, model: str, step: int) -> None:
+        self._waiting = self._link.start(self._partner(model, step))
+        if self._released:
+            self._waiting.cancel()
+        try:
+            self._waiting.result()
+        except CancelledError:
+            return
+        except BaseException:
+            self._waiting.cancel()
+            raise
 
     async def _partner(self, model: str, step: int) -> None:
         """Waits until engines serve another training run's weights after ``step``."""
         newest, at = -1, 0
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._partner_deadline):
+            async with asyncio.timeout(self._partner_deadline) as limit:
                 async for change in self._client.watch_policy_versions(model, include_existing=True):
+                    engines = await self._client.query_engines(model)
+                    self._seen.update(engine.engine_id for engine in engines if engine.connected)
                     for item in change.items:
                         # The newest version counts, not the highest step: a resumed run goes back.
-                        if item.policy_version >= newest and _serves(item):
+                        if item.policy_version >= newest and _serves(item, self._seen):
                             newest, at = item.policy_version, step_of(item)
+                            # One that is behind after a restart comes nearer step by step.
+                            limit.reschedule(loop.time() + self._partner_deadline)
                     if at >= step:
                         return
         except TimeoutError as error:
@@ -262,9 +290,10 @@ class Publisher:
         return len(reached) == len(engines)
 
 
-def _serves(version: PolicyVersion) -> bool:
-    """Whether a version was committed, and every engine that can take it has."""
-    phases = [state.phase for state in version.engine_states if state.phase is not EnginePhase.FAILED]
+def _serves(version: PolicyVersion, engines: Collection[str]) -> bool:
+    """Whether a version was committed, and every one of these engines that can take it has."""
+    able = [state for state in version.engine_states if state.phase is not EnginePhase.FAILED]
+    phases = [state.phase for state in able if state.engine_id in engines]
     committed = version.status is PolicyVersionStatus.COMMITTED
     return committed and bool(phases) and all(phase is EnginePhase.ACTIVE for phase in phases)
 

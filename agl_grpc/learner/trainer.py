@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import orjson
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import trainer_base
@@ -35,7 +35,13 @@ from agl_grpc.learner.checkpoints.checkpoint import LearnerState
 from agl_grpc.learner.credit.advantage import PREFIX, credit_turns
 from agl_grpc.learner.credit.correction import correct_over_rollouts
 from agl_grpc.learner.credit.turn_credit import NAME as TURNS
-from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
+from agl_grpc.learner.errors import (
+    ConfigError,
+    FidelityError,
+    LearnerError,
+    MemoryExhaustedError,
+    StoppedError,
+)
 from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.phases import phase
 from agl_grpc.learner.proofs import ProvesBatches, real_keys
@@ -169,6 +175,9 @@ class AglTrainer(
         self.replay_buffer.bind(agent_loop_manager)
         try:
             super().fit(agent_loop_manager)
+        except StoppedError as asked:
+            # While it waited for rollouts, which the run's other learners may never let come.
+            self.hooks.say(f"{asked}: {self._save_before_failed_step()}")
         except (MemoryExhaustedError, FidelityError, ConfigError) as error:
             # Workers live, and data or configuration are at fault: what was trained before is kept.
             self.hooks.on_error(self.global_steps, _ERRORS[type(error)])
@@ -467,9 +476,3 @@ class AglTrainer(
                 self._save_checkpoint()
                 self.hooks.checkpoints.commit(self)
             self.total_training_steps = self.global_steps
-
-    def describe_config(self) -> dict[str, Any]:
-        """The resolved configuration, for the run's manifest."""
-        container = OmegaConf.to_container(self.config, resolve=True)
-        assert isinstance(container, dict)
-        return {str(key): value for key, value in container.items()}

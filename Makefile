@@ -195,7 +195,7 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 
 .PHONY: test
 test: check-proto check-breaking check-protoc lint test-fast engines peers frameworks cpp-tools ## Everything: lint, the fast suite, real vLLM and real verl
-	.venv/bin/python -m pytest -m 'e2e and not alone' -n 2 --dist loadfile --durations 40
+	.venv/bin/python -m pytest -m 'e2e and not alone' -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 	.venv/bin/python -m pytest -m 'e2e and alone'
 
 .PHONY: conformance

@@ -14,9 +14,9 @@ import math
 import random
 import sys
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import simpy
 
@@ -148,20 +148,32 @@ def partitions(wanted: Demand) -> int:
     )
 
 
+class Waiting(NamedTuple):
+    """A request: when it came, seconds of the core that it needs, its acknowledgement."""
+
+    begun: float
+    cost: float
+    done: simpy.Event
+
+
 class Store:
     """One store server in the simulation: one core, one writer that commits groups.
 
+    A server that is alone with its file brings a commit to the disk while it works on the next group, and is
+    never further ahead. Servers over one database wait for the disk within their turn.
+
     Args:
         env: Simulated time.
-        sync: Seconds that a commit waits for the disk.
+        sync: Seconds that a commit needs to reach the disk.
         lock: What the writers of several servers over one database take turns with; None = it is alone.
     """
 
     def __init__(self, env: simpy.Environment, sync: float, lock: simpy.Resource | None = None) -> None:
         self._env = env
         self._sync = sync
-        self._lock = lock or simpy.Resource(env)
-        self._waiting: deque[tuple[float, float, simpy.Event]] = deque()
+        self._lock = lock
+        self._disk = simpy.Resource(env)
+        self._waiting: deque[Waiting] = deque()
         self._wake = env.event()
         self.busy = 0.0
         self.most_waiting = 0
@@ -171,7 +183,7 @@ class Store:
     def do(self, cost: float) -> simpy.Event:
         """A request that needs so many seconds of the core; the event is its acknowledgement."""
         done = self._env.event()
-        self._waiting.append((self._env.now, cost, done))
+        self._waiting.append(Waiting(self._env.now, cost, done))
         self.most_waiting = max(self.most_waiting, len(self._waiting))
         if not self._wake.triggered:
             self._wake.succeed()
@@ -182,20 +194,38 @@ class Store:
             if not self._waiting:
                 self._wake = self._env.event()
                 yield self._wake
-            group, work = [], 0.0
+            group, work = list[Waiting](), 0.0
             # A group closes at 20 ms of work, as the writer's does.
             while self._waiting and work < 0.02:
-                begun, cost, done = self._waiting.popleft()
-                group.append((begun, done))
-                work += cost
+                one = self._waiting.popleft()
+                group.append(one)
+                work += one.cost
             self.busy += work
-            with self._lock.request() as turn:
-                yield turn
-                yield self._env.timeout(work)
-                yield self._env.timeout(self._sync)
-            for begun, done in group:
-                self.latencies.append(self._env.now - begun)
-                done.succeed()
+            if self._lock is not None:
+                with self._lock.request() as turn:
+                    yield turn
+                    yield self._env.timeout(work + self._sync)
+                self._acknowledge(group)
+                continue
+            yield self._env.timeout(work)
+            alone = not self._waiting and not self._disk.count
+            turn = self._disk.request()
+            yield turn
+            synced = self._env.process(self._bring_to_disk(turn, group))
+            if alone:  # a writer with nothing else to do syncs by itself, and does nothing else meanwhile
+                yield synced
+
+    def _bring_to_disk(
+        self, turn: simpy.resources.resource.Request, group: Sequence[Waiting]
+    ) -> Generator[simpy.Event, Any, None]:
+        with turn:
+            yield self._env.timeout(self._sync)
+        self._acknowledge(group)
+
+    def _acknowledge(self, group: Sequence[Waiting]) -> None:
+        for one in group:
+            self.latencies.append(self._env.now - one.begun)
+            one.done.succeed()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = (
+    "learner/test_store_e2e.py",
+    "e2e/test_train.py",
+    "learner/test_lives_e2e.py",
+    "learner/test_trainer_e2e.py",
+    "e2e/test_typescript_agent.py",
+    "clients/test_clients.py",
+    "frameworks/test_frameworks.py",
+)
+"""The end-to-end files that take minutes, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first: with two workers, one that begins last leaves the other idle."""
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL server."""

@@ -15,7 +15,6 @@ from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import event_pb2, resources_pb2
 
 RESOURCES = int(event_pb2.ENTITY_KIND_RESOURCES)
-MOST_RESOURCES = 1000
 
 
 def check_resources(resources: Sequence[resources_pb2.Resource]) -> None:
@@ -24,8 +23,6 @@ def check_resources(resources: Sequence[resources_pb2.Resource]) -> None:
     Raises:
         StoreError: INVALID_FIELD.
     """
-    if len(resources) > MOST_RESOURCES:
-        raise invalid_field("resources", f"has {len(resources)} items; at most {MOST_RESOURCES} are allowed")
     size = sum(resource.ByteSize() for resource in resources)
     if size > RESOURCES_BYTES:
         rule = (
@@ -35,8 +32,8 @@ def check_resources(resources: Sequence[resources_pb2.Resource]) -> None:
     seen: set[str] = set()
     for index, resource in enumerate(resources):
         path = f"resources[{index}]"
-        if not 1 <= len(resource.name.encode()) <= 128:
-            raise invalid_field(f"{path}.name", "must have 1 to 128 bytes")
+        if not resource.name:
+            raise invalid_field(f"{path}.name", "must not be empty")
         if resource.name in seen:
             raise invalid_field(f"{path}.name", f"is {resource.name!r} again; names must be unique")
         if resource.WhichOneof("kind") is None:

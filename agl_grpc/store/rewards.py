@@ -165,18 +165,10 @@ def _check(reward: reward_pb2.Reward, path: str) -> _Name:
             raise errors.invalid_field(f"{path}.failure", "must have kind GRADER and stand without a value")
     elif not reward.HasField("value") or not math.isfinite(reward.value):
         raise errors.invalid_field(f"{path}.value", "must be a finite number")
-    if len(reward.name.encode()) > 128:
-        raise errors.invalid_field(f"{path}.name", "must have at most 128 bytes")
-    if len(reward.grader.encode()) > 256:
-        raise errors.invalid_field(f"{path}.grader", "must have at most 256 bytes")
     target = reward.target_span_id
     if len(target) not in (0, 8) or (target and not any(target)):
         raise errors.invalid_field(f"{path}.target_span_id", "must be empty or 8 bytes, not all zero")
     step = reward.step if reward.HasField("step") else NO_STEP
-    if reward.HasField("step") and step < 0:
-        raise errors.invalid_field(f"{path}.step", "must not be negative")
-    if reward.revision < 0:
-        raise errors.invalid_field(f"{path}.revision", "must not be negative")
     return _Name(reward.name or PRIMARY, ref_of(target) if target else NO_TARGET, step, reward.grader)
 
 

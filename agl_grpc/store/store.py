@@ -137,7 +137,9 @@ class Store:
             for tell in self.on_news:
                 tell(news.events)
         self.timers.arm(news.due)
-        if news.quiet:
+        if news.left:
+            self.writer.was_away()
+        if news.quiet or news.left:
             with contextlib.suppress(StoreError):
                 self.writer.submit(_beat).add_done_callback(_look_at)
 

@@ -123,11 +123,11 @@ class Failure(_message.Message):
     kind: Global___FailureKind.ValueType
     """Who is to blame."""
     message: _builtins.str
-    """One line for people; at most 4 KiB."""
+    """One line for people; what is longer than 4 KiB is cut at the back."""
     type: _builtins.str
-    """Machine-readable name, for example the exception's type; at most 256 bytes."""
+    """Machine-readable name, for example the exception's type; what is longer than 256 bytes is cut at the back."""
     detail: _builtins.str
-    """Traceback or output tail; at most 64 KiB, longer ones are cut at the front."""
+    """Traceback or output tail; what is longer than 64 KiB is cut at the front."""
     def __init__(
         self,
         *,
@@ -186,7 +186,9 @@ class Attempt(_message.Message):
     leased: _builtins.bool
     """Whether a lease governs it; else timeout and unresponsive alone do."""
     sealed: _builtins.bool
-    """Terminal with no open model call, or past the seal time-out: nothing more will be trained."""
+    """Terminal with no open model call, or past the seal time-out: nothing more will be trained. Never in the
+    first 10 s (or the seal time-out, if that is less) after the store was away: calls may have begun meanwhile.
+    """
     capture_incomplete: _builtins.bool
     """Sealed by time-out while model calls were still open."""
     open_calls: _builtins.int
@@ -205,7 +207,7 @@ class Attempt(_message.Message):
 
     @_builtins.property
     def last_heartbeat_time(self) -> _timestamp_pb2.Timestamp:
-        """Last span, heartbeat or renewal."""
+        """Last span, heartbeat or renewal. One that UpdateAttempt says may be 24 hours ahead of the store's clock."""
 
     @_builtins.property
     def metadata(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.KeyValue]:
@@ -266,7 +268,9 @@ class Lease(_message.Message):
     attempt_id: _builtins.str
     """The attempt made for this delivery."""
     lease_token: _builtins.bytes
-    """Secret of the worker."""
+    """Secret of the worker. Once the lease is over, re-leased or completed, what it is sent with is refused
+    (LEASE_LOST).
+    """
     attempt_credential: _builtins.str
     """Signed, expiring secret for the agent: append spans and call the model for this attempt, nothing else."""
     @_builtins.property

@@ -204,7 +204,7 @@ class KeyValue(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    """The name; 1 to 256 bytes."""
+    """The name; at most 256 bytes."""
     @_builtins.property
     def value(self) -> Global___AnyValue:
         """The value."""

@@ -85,7 +85,9 @@ class PromptTokens(_message.Message):
     BASE_LENGTH_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     base_span_id: _builtins.bytes
-    """Span id of the earlier call whose sequence (prompt, then response) this one begins with; empty = whole."""
+    """Span id of the earlier call whose sequence (prompt, then response) this one begins with; empty = whole. One that
+    the store does not have is refused (DELTA_BASE_UNKNOWN): send the prompt whole.
+    """
     base_choice: _builtins.int
     """Index of the earlier call's choice whose response belongs to its sequence."""
     base_length: _builtins.int
@@ -168,7 +170,7 @@ class Choice(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Their log probabilities, one each, never NaN. Packed: on the wire a little-endian array of 32-bit floats."""
+        """Their log probabilities, one each and finite; else the span is refused (TOKENS_MALFORMED). Packed: on the wire a little-endian array of 32-bit floats."""
 
     @_builtins.property
     def policy_runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyRun]:

@@ -210,7 +210,7 @@ class EngineState(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     PAUSE_NS_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
-    """The engine."""
+    """The engine; on reporting its own, or empty."""
     policy_version: _builtins.int
     """The version."""
     phase: Global___EnginePhase.ValueType

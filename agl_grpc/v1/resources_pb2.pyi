@@ -101,7 +101,7 @@ class PromptTemplate(_message.Message):
     TEMPLATE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     template: _builtins.str
-    """The text."""
+    """The text; at most 1 MiB."""
     engine: _builtins.str
     """`f-string` (default), `jinja` or `poml`."""
     def __init__(

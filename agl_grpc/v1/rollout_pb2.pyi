@@ -132,16 +132,16 @@ class RolloutConfig(_message.Message):
     MAX_REDELIVERIES_FIELD_NUMBER: _builtins.int
     RETRY_BACKOFF_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
-    """Attempts that may end by themselves; default 1, 1 to 1000."""
+    """Attempts that may end by themselves; 0 to 1000; 0 = the default, 1."""
     max_redeliveries: _builtins.int
-    """Redeliveries after lost leases, which do not use up max_attempts; default 3, 0 to 1000."""
+    """Redeliveries after lost leases, which do not use up max_attempts; 0 to 1000; default 3."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """Longest time one attempt may take, from its start; unset = no limit."""
+        """Longest time one attempt may take, from its start; longer than 0; unset = no limit."""
 
     @_builtins.property
     def unresponsive(self) -> _duration_pb2.Duration:
-        """Longest silence (no span, no heartbeat, no renewal) of an attempt; unset = no limit."""
+        """Longest silence (no span, no heartbeat, no renewal) of an attempt; longer than 0; unset = no limit."""
 
     @_builtins.property
     def retry_condition(self) -> _containers.RepeatedScalarFieldContainer[_attempt_pb2.AttemptStatus.ValueType]:
@@ -258,7 +258,7 @@ class Rollout(_message.Message):
 
     @_builtins.property
     def expire_after(self) -> _duration_pb2.Duration:
-        """Cancelled when still queued this long after creation; unset = never."""
+        """Cancelled when still queued this long after creation; longer than 0; unset = never."""
 
     @_builtins.property
     def failure(self) -> _attempt_pb2.Failure:
@@ -322,17 +322,21 @@ class RolloutSpec(_message.Message):
     mode: Global___RolloutMode.ValueType
     """What it is for."""
     resources_id: _builtins.str
-    """Bind to this publication's newest version; empty = the run's latest."""
+    """Bind to this publication's newest version; empty = the run's latest. One that is not published is refused
+    (RESOURCE_MISSING).
+    """
     resources_version: _builtins.int
-    """Bind to exactly this version; 0 = the newest."""
+    """Bind to exactly this version; needs resources_id; 0 = the newest."""
     rollout_id: _builtins.str
-    """The caller's own id; empty = minted. An id that exists already answers ALREADY_EXISTS."""
+    """The caller's own id, at most 128 bytes of `[A-Za-z0-9._:-]`; empty = minted. An id that exists already answers
+    ALREADY_EXISTS.
+    """
     group_id: _builtins.str
-    """Group for comparison; at most 128 bytes."""
+    """Group for comparison."""
     queue: _builtins.str
-    """Queue; empty = the run's id; at most 128 bytes."""
+    """Queue; empty = the run's id."""
     priority: _builtins.int
-    """Larger first."""
+    """Larger first; default 0; -1000 to 1000."""
     binding: Global___ResourceBinding.ValueType
     """When to bind resources."""
     @_builtins.property
@@ -357,7 +361,7 @@ class RolloutSpec(_message.Message):
 
     @_builtins.property
     def expire_after(self) -> _duration_pb2.Duration:
-        """Cancelled when still queued this long after creation."""
+        """Cancelled when still queued this long after creation; longer than 0; unset = never."""
 
     def __init__(
         self,

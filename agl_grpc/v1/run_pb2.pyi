@@ -41,7 +41,7 @@ class Run(_message.Message):
     GRADERS_FIELD_NUMBER: _builtins.int
     GRADING_TIMEOUT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """Chosen by the caller; 1 to 128 bytes of `[A-Za-z0-9._-]`. `default` always exists."""
+    """Chosen by the caller; 1 to 128 bytes of `[A-Za-z0-9._:-]`. `default` always exists."""
     allow_self_grading: _builtins.bool
     """Whether an agent's own credential may write rewards. Default false."""
     paused: _builtins.bool
@@ -56,8 +56,8 @@ class Run(_message.Message):
 
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
-        """Finished rollouts that ended longer ago than this are deleted in the background; unset keeps
-        them for ever. Live, unsealed, claimed and pinned ones stay.
+        """Finished rollouts that ended longer ago than this are deleted in the background; longer than 0; unset
+        keeps them for ever. Live, unsealed, claimed and pinned ones stay.
         """
 
     @_builtins.property
@@ -66,11 +66,11 @@ class Run(_message.Message):
 
     @_builtins.property
     def seal_timeout(self) -> _duration_pb2.Duration:
-        """How long after the end of an attempt open model calls may still arrive; default 60 s."""
+        """How long after the end of an attempt open model calls may still arrive; longer than 0; default 60 s."""
 
     @_builtins.property
     def replay_retention(self) -> _duration_pb2.Duration:
-        """How long after its commit a batch pins the spans that it names; unset = for ever. Afterwards
+        """How long after its commit a batch pins the spans that it names; longer than 0; unset = for ever. Afterwards
         they may be deleted, and then the batch cannot be replayed (REPLAY_EXPIRED).
         """
 
@@ -82,8 +82,8 @@ class Run(_message.Message):
 
     @_builtins.property
     def grading_timeout(self) -> _duration_pb2.Duration:
-        """How long after the end of an attempt verdicts are waited for; default 600 s. Then the store itself records
-        a failure of kind GRADER for each that is missing.
+        """How long after the end of an attempt verdicts are waited for; longer than 0; default 600 s. Then the store itself
+        records a failure of kind GRADER for each that is missing.
         """
 
     def __init__(
@@ -119,7 +119,7 @@ class RunGrader(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The grader's name, or `NAME/COMPONENT` for a component of its reward that counts by itself."""
+    """The grader's name, or `NAME/COMPONENT` for a component of its reward that counts by itself; differs from all others."""
     version: _builtins.str
     """The version whose verdict is waited for; empty = any; at most 128 bytes."""
     weight: _builtins.float

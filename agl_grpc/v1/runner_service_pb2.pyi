@@ -84,7 +84,7 @@ class WorkRequest(_message.Message):
     """The run; empty = `default`."""
     @_builtins.property
     def queues(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Queues that it serves; empty = the run's own."""
+        """Queues that it serves; at most 100; empty = the run's own."""
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Label]:
@@ -220,7 +220,9 @@ class LeaseStreamOpen(_message.Message):
     worker_id: _builtins.str
     """The worker."""
     session_id: _builtins.str
-    """The worker's session: new at each start. Live leases of it that are not named below are released."""
+    """The worker's session: new at each start. Live leases of it that are not named below are released. A newer stream
+    of the session ends an older one with ABORTED (STREAM_FENCED).
+    """
     granted: _builtins.int
     """Credits granted so far in total over this stream; a delivery uses one."""
     @_builtins.property
@@ -684,7 +686,7 @@ class CompleteAttemptsRequest(_message.Message):
     """The worker."""
     @_builtins.property
     def completions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Completion]:
-        """1 to 10 000."""
+        """At most 10 000."""
 
     def __init__(
         self,
@@ -785,7 +787,7 @@ class ReleaseAttemptsRequest(_message.Message):
     """Why, for people."""
     @_builtins.property
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLease]:
-        """1 to 10 000."""
+        """At most 10 000."""
 
     def __init__(
         self,

@@ -246,7 +246,7 @@ class Span(_message.Message):
     MODEL_CALL_FIELD_NUMBER: _builtins.int
     EXPLICIT_SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     trace_id: _builtins.bytes
-    """16 bytes."""
+    """16 bytes, or empty."""
     span_id: _builtins.bytes
     """8 bytes; with rollout and attempt the natural key. Required, not all zero."""
     trace_state: _builtins.str
@@ -260,7 +260,7 @@ class Span(_message.Message):
     start_time_unix_nano: _builtins.int
     """Nanoseconds since the epoch; kept as given; more than 24 h ahead of the store's clock is refused."""
     end_time_unix_nano: _builtins.int
-    """Nanoseconds since the epoch; not before the start."""
+    """Nanoseconds since the epoch; not before the start, nor more than 24 h ahead of the store's clock; 0 = not ended."""
     dropped_attributes_count: _builtins.int
     """Attributes left out by the producer."""
     dropped_events_count: _builtins.int
@@ -274,7 +274,7 @@ class Span(_message.Message):
     scope_version: _builtins.str
     """Instrumentation scope's version."""
     explicit_sequence_id: _builtins.int
-    """The caller's own sequence id, which raises the rollout's counter; 0 = the store gives one."""
+    """The caller's own sequence id, which raises the rollout's counter; 0 to 2^62; 0 = the store gives one."""
     @_builtins.property
     def attributes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.KeyValue]:
         """Details; at most 1024."""
@@ -421,15 +421,15 @@ class AttemptSpans(_message.Message):
     """The attempt; empty = that of the caller's attempt credential."""
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
-        """The spans; at most 4 MiB each."""
+        """The spans; at most 4 MiB each, and 10 000 in a message."""
 
     @_builtins.property
     def open_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___OpenCall]:
-        """Model calls that begin."""
+        """Model calls that begin; at most 10 000."""
 
     @_builtins.property
     def abandoned_calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Announced calls that ended without a span; span ids, 8 bytes each."""
+        """Announced calls that ended without a span; span ids, 8 bytes each; at most 10 000."""
 
     def __init__(
         self,

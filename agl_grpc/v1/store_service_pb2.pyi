@@ -373,7 +373,9 @@ class UpdateRunRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which of metadata, allow_self_grading, retention, seal_timeout, replay_retention."""
+        """Which of metadata, allow_self_grading, retention, seal_timeout, replay_retention, graders, grading_timeout; at
+        least one.
+        """
 
     def __init__(
         self,
@@ -999,7 +1001,7 @@ class UpdateRolloutRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which of input, mode, resources_id, status, config, metadata, labels, priority."""
+        """Which of input, mode, resources_id, status, config, metadata, labels, priority; at least one."""
 
     def __init__(
         self,
@@ -1113,7 +1115,9 @@ class RetryRolloutsRequest(_message.Message):
 
     @_builtins.property
     def expire_after(self) -> _duration_pb2.Duration:
-        """Longest time that the new ones may wait in their queues; unset = that of the ones tried again, anew."""
+        """Longest time that the new ones may wait in their queues; longer than 0; unset = that of the ones tried again,
+        anew.
+        """
 
     def __init__(
         self,
@@ -1240,7 +1244,7 @@ class WaitRolloutsRequest(_message.Message):
 
     @_builtins.property
     def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Wait for whole groups too."""
+        """Wait for whole groups too; at most 1000."""
 
     def __init__(
         self,
@@ -1524,7 +1528,7 @@ class UpdateAttemptRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which of status, worker_id, last_heartbeat_time, metadata, failure."""
+        """Which of status, worker_id, last_heartbeat_time, metadata, failure; at least one."""
 
     def __init__(
         self,
@@ -1745,7 +1749,9 @@ class SpanStreamOpen(_message.Message):
     PRODUCER_ID_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     producer_id: _builtins.str
-    """The producer; a newer stream of the same producer fences this one; 1 to 256 bytes."""
+    """The producer; a newer stream of the same producer fences this one, which ends with ABORTED (STREAM_FENCED); 1 to
+    256 bytes.
+    """
     resume: _builtins.bool
     """Whether the producer wants to know what of its last stream was stored."""
     def __init__(
@@ -1774,7 +1780,7 @@ class SpanStreamMessage(_message.Message):
     """Of the producer, from 1, strictly rising over all its streams."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_span_pb2.AttemptSpans]:
-        """Spans by attempt."""
+        """Spans by attempt; at most 10 000 spans."""
 
     def __init__(
         self,
@@ -2087,7 +2093,7 @@ class SpanFilter(_message.Message):
     parent_span_id_contains: _builtins.str
     """Part of its hex form."""
     name: _builtins.str
-    """Exactly."""
+    """Exactly; at most 1024 bytes."""
     name_contains: _builtins.str
     """Part of it, case-sensitive."""
     logic: _common_pb2.FilterLogic.ValueType
@@ -2133,7 +2139,7 @@ class ListSpansRequest(_message.Message):
     INCLUDE_TOTAL_FIELD_NUMBER: _builtins.int
     OMIT_TOKENS_FIELD_NUMBER: _builtins.int
     rollout_id: _builtins.str
-    """The rollout."""
+    """The rollout; required."""
     attempt_id: _builtins.str
     """The attempt, `latest`, or empty = all."""
     page_size: _builtins.int
@@ -2493,7 +2499,7 @@ class IssueCredentialRequest(_message.Message):
     """The role."""
     @_builtins.property
     def lifetime(self) -> _duration_pb2.Duration:
-        """How long it lasts, at most 365 days; unset = 7 days."""
+        """How long it lasts; longer than 0, at most 365 days; unset = 7 days."""
 
     def __init__(
         self,
@@ -3062,7 +3068,7 @@ class ExpireLeasesRequest(_message.Message):
     request_id: _builtins.str
     """Idempotency key."""
     worker_id: _builtins.str
-    """Or of this worker."""
+    """Or of this worker; one of the two is required."""
     @_builtins.property
     def attempt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Of these attempts."""

@@ -29,16 +29,25 @@ GRPC_VERSION: str
 class StoreServiceStub:
     """The single source of truth: runs, rollouts, attempts, spans, rewards, resources, watches.
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
-    within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
+    within 24 hours answers as the first did; another request with it is refused (REQUEST_ID_REUSED).
+    Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
 
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
     field says otherwise: enum values are known ones; integers are not negative; durations are not
     negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
-    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
-    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
-    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
-    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+    items, lists of labels 32. Texts contain no NUL and have at most 4 KiB: ids of runs, training runs,
+    rollouts, attempts, groups, queues, resources, batches and requests, and names 128 bytes; ids of
+    workers, sessions, trainers, engines and checkpoints, graders and media types 256 bytes. Lease
+    tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
+    cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
+    all that lies in them, have the limits that Span states, and no others.
+
+    What a call names and does not exist is NOT_FOUND (ENTITY_NOT_FOUND); an id that is taken already is
+    ALREADY_EXISTS (ENTITY_EXISTS). A watch whose cursor is older than the log ends with OUT_OF_RANGE
+    (CURSOR_COMPACTED). Any call may be refused for its credential (UNAUTHENTICATED, NOT_PERMITTED), its size
+    (MESSAGE_TOO_LARGE), the server's state (OVERLOADED, STORAGE_FULL, STORAGE_AWAY, DRAINING), because this
+    version lacks it (METHOD_UNIMPLEMENTED), or by a defect (INTERNAL).
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.
@@ -147,16 +156,25 @@ class StoreServiceStub:
 class StoreServiceAsyncStub(StoreServiceStub):
     """The single source of truth: runs, rollouts, attempts, spans, rewards, resources, watches.
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
-    within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
+    within 24 hours answers as the first did; another request with it is refused (REQUEST_ID_REUSED).
+    Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
 
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
     field says otherwise: enum values are known ones; integers are not negative; durations are not
     negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
-    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
-    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
-    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
-    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+    items, lists of labels 32. Texts contain no NUL and have at most 4 KiB: ids of runs, training runs,
+    rollouts, attempts, groups, queues, resources, batches and requests, and names 128 bytes; ids of
+    workers, sessions, trainers, engines and checkpoints, graders and media types 256 bytes. Lease
+    tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
+    cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
+    all that lies in them, have the limits that Span states, and no others.
+
+    What a call names and does not exist is NOT_FOUND (ENTITY_NOT_FOUND); an id that is taken already is
+    ALREADY_EXISTS (ENTITY_EXISTS). A watch whose cursor is older than the log ends with OUT_OF_RANGE
+    (CURSOR_COMPACTED). Any call may be refused for its credential (UNAUTHENTICATED, NOT_PERMITTED), its size
+    (MESSAGE_TOO_LARGE), the server's state (OVERLOADED, STORAGE_FULL, STORAGE_AWAY, DRAINING), because this
+    version lacks it (METHOD_UNIMPLEMENTED), or by a defect (INTERNAL).
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.
@@ -261,16 +279,25 @@ class StoreServiceAsyncStub(StoreServiceStub):
 class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
     """The single source of truth: runs, rollouts, attempts, spans, rewards, resources, watches.
     Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
-    within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
+    within 24 hours answers as the first did; another request with it is refused (REQUEST_ID_REUSED).
+    Every list takes `page_size` (0 = 100, at most
     1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
 
     What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
     field says otherwise: enum values are known ones; integers are not negative; durations are not
     negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
-    items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
-    queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
-    types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
-    exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+    items, lists of labels 32. Texts contain no NUL and have at most 4 KiB: ids of runs, training runs,
+    rollouts, attempts, groups, queues, resources, batches and requests, and names 128 bytes; ids of
+    workers, sessions, trainers, engines and checkpoints, graders and media types 256 bytes. Lease
+    tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
+    cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
+    all that lies in them, have the limits that Span states, and no others.
+
+    What a call names and does not exist is NOT_FOUND (ENTITY_NOT_FOUND); an id that is taken already is
+    ALREADY_EXISTS (ENTITY_EXISTS). A watch whose cursor is older than the log ends with OUT_OF_RANGE
+    (CURSOR_COMPACTED). Any call may be refused for its credential (UNAUTHENTICATED, NOT_PERMITTED), its size
+    (MESSAGE_TOO_LARGE), the server's state (OVERLOADED, STORAGE_FULL, STORAGE_AWAY, DRAINING), because this
+    version lacks it (METHOD_UNIMPLEMENTED), or by a defect (INTERNAL).
 
     Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
     given back as they came, byte for byte; in other messages they are ignored.

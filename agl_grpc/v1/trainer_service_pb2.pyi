@@ -137,7 +137,7 @@ class AcquireTrainingRunRequest(_message.Message):
     training_run_id: _builtins.str
     """The training run."""
     trainer_id: _builtins.str
-    """Who takes it."""
+    """Who takes it; 1 to 256 bytes."""
     only_pending: _builtins.bool
     """Take it only while it is PENDING, so that of several trainers one gets it; otherwise
     FAILED_PRECONDITION ILLEGAL_TRANSITION. Default false: take it over from whoever has it.
@@ -208,7 +208,7 @@ class FinishTrainingRunRequest(_message.Message):
 
     @_builtins.property
     def result(self) -> _common_pb2.Payload:
-        """What came of it; at most 1 MiB."""
+        """What came of it."""
 
     def __init__(
         self,
@@ -590,7 +590,11 @@ class ClaimBatchRequest(_message.Message):
     """The step it is for."""
     @_builtins.property
     def rollout_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The rollouts, in the order in which they are trained; all sealed."""
+        """The rollouts, in the order in which they are trained: 1 to 10 000, each once, of the training run's run, sealed
+        after at least one attempt. One whose mode is VAL or TEST is refused (INVALID_FIELD): what is measured is never
+        trained. One of a claimed or committed batch of the same training run is refused too (ILLEGAL_TRANSITION), and so
+        is one whose spans were evicted (SPANS_EVICTED).
+        """
 
     @_builtins.property
     def rules(self) -> _batch_pb2.SampleRules:
@@ -838,7 +842,7 @@ class CommitBatchesRequest(_message.Message):
     trainer_epoch: _builtins.int
     """The trainer's epoch."""
     checkpoint_id: _builtins.str
-    """The checkpoint that contains them."""
+    """The checkpoint that contains them; 1 to 256 bytes."""
     step: _builtins.int
     """The step of the checkpoint."""
     checkpoint_digest: _builtins.str
@@ -1128,7 +1132,7 @@ class PreparePolicyVersionRequest(_message.Message):
     run_id: _builtins.str
     """The run; empty = `default`."""
     model: _builtins.str
-    """The model's served name."""
+    """The model's served name; 1 to 256 bytes."""
     policy_version: _builtins.int
     """The optimiser step; above all committed ones."""
     training_run_id: _builtins.str
@@ -1141,7 +1145,7 @@ class PreparePolicyVersionRequest(_message.Message):
 
     @_builtins.property
     def deadline(self) -> _duration_pb2.Duration:
-        """From now; default 60 s; then the store aborts the version."""
+        """From now; longer than 0; default 60 s; then the store aborts the version."""
 
     def __init__(
         self,
@@ -1207,7 +1211,9 @@ class CommitPolicyVersionRequest(_message.Message):
     policy_version: _builtins.int
     """The version."""
     weights_digest: _builtins.str
-    """Digest over what was sent; an engine that staged something else refuses."""
+    """Digest over what was sent. While a required engine has not staged the version, or has staged something else, the
+    commit is refused (WEIGHTS_REJECTED).
+    """
     def __init__(
         self,
         *,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class TrainerServiceStub(object):
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions.
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
     """
 
     def __init__(self, channel):
@@ -163,7 +164,8 @@ class TrainerServiceStub(object):
 
 
 class TrainerServiceServicer(object):
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions.
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
     """
 
     def CreateTrainingRun(self, request, context):
@@ -230,7 +232,8 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ClaimBatch(self, request, context):
-        """Freezes sealed attempts into a batch and claims it for a trainer epoch.
+        """Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+        with INVALID_ARGUMENT, reason INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -479,7 +482,8 @@ def add_TrainerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainerService(object):
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions.
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrainerServiceStub:
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions."""
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -52,7 +54,9 @@ class TrainerServiceStub:
     WatchTrainingRuns: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunsRequest, _trainer_service_pb2.WatchTrainingRunsResponse]
     """Training runs as they change; trainers wait here for runs to take up."""
     ClaimBatch: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ClaimBatchRequest, _trainer_service_pb2.ClaimBatchResponse]
-    """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
+    """Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+    with INVALID_ARGUMENT, reason INVALID_FIELD.
+    """
     ListBatches: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ListBatchesRequest, _trainer_service_pb2.ListBatchesResponse]
     """Batches of a training run."""
     GetBatch: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.GetBatchRequest, _trainer_service_pb2.GetBatchResponse]
@@ -88,7 +92,9 @@ class TrainerServiceStub:
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions."""
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTrainingRun: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.CreateTrainingRunRequest, _trainer_service_pb2.CreateTrainingRunResponse]  # type: ignore[assignment]
@@ -110,7 +116,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     WatchTrainingRuns: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.WatchTrainingRunsRequest, _trainer_service_pb2.WatchTrainingRunsResponse]  # type: ignore[assignment]
     """Training runs as they change; trainers wait here for runs to take up."""
     ClaimBatch: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ClaimBatchRequest, _trainer_service_pb2.ClaimBatchResponse]  # type: ignore[assignment]
-    """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
+    """Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+    with INVALID_ARGUMENT, reason INVALID_FIELD.
+    """
     ListBatches: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ListBatchesRequest, _trainer_service_pb2.ListBatchesResponse]  # type: ignore[assignment]
     """Batches of a training run."""
     GetBatch: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.GetBatchRequest, _trainer_service_pb2.GetBatchResponse]  # type: ignore[assignment]
@@ -145,7 +153,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Engines of a run."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Training: runs of algorithms, batches that are trained exactly once, policy versions."""
+    """Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+    longer the trainer's is refused (TRAINER_FENCED).
+    """
 
     @_abc_1.abstractmethod
     def CreateTrainingRun(
@@ -225,7 +235,9 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.ClaimBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.ClaimBatchResponse, _abc.Awaitable[_trainer_service_pb2.ClaimBatchResponse]]:
-        """Freezes sealed attempts into a batch and claims it for a trainer epoch."""
+        """Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+        with INVALID_ARGUMENT, reason INVALID_FIELD.
+        """
 
     @_abc_1.abstractmethod
     def ListBatches(

@@ -83,11 +83,11 @@ class TrainingRun(_message.Message):
     TRAINER_ID_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     training_run_id: _builtins.str
-    """Chosen by the caller or minted as `tr-…`."""
+    """Chosen by the caller, at most 128 bytes of `[A-Za-z0-9._:-]`, or minted as `tr-…`."""
     run_id: _builtins.str
     """The run whose rollouts it uses."""
     algorithm: _builtins.str
-    """The algorithm's name, for example `verl` or `apo`."""
+    """The algorithm's name, for example `verl` or `apo`; 1 to 128 bytes."""
     status: Global___TrainingRunStatus.ValueType
     """Where it stands."""
     trainer_epoch: _builtins.int
@@ -193,7 +193,7 @@ class Metric(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name, for example `reward/mean`."""
+    """The name, for example `reward/mean`; 1 to 256 bytes."""
     value: _builtins.float
     """The value."""
     def __init__(

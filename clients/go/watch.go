@@ -5,6 +5,8 @@ import (
 	"io"
 	"time"
 
+	"google.golang.org/grpc"
+
 	pb "github.com/agl-grpc/agl-grpc/clients/go/v1"
 )
 
@@ -49,124 +51,99 @@ func (c *Client) follow(ctx context.Context, open func(context.Context) (func() 
 	return typed(err, c.target)
 }
 
-// position fixes "from now on": a stream that breaks before its first message leaves no gap.
-func (c *Client) position(ctx context.Context) (int64, error) {
+// start fixes "from now on", unless there is a cursor or what is there comes first: a stream that breaks
+// before its first message leaves no gap.
+func (c *Client) start(ctx context.Context, cursor *int64, existing bool) error {
+	if *cursor != 0 || existing {
+		return nil
+	}
 	answer, err := c.Store.GetLatestResources(ctx, &pb.GetLatestResourcesRequest{RunId: c.run})
-	return answer.GetPosition(), err
+	*cursor = answer.GetPosition()
+	return err
+}
+
+func (c *Client) orOwn(run *string) {
+	if *run == "" {
+		*run = c.run
+	}
+}
+
+// reading opens a stream of call and reads it: of each message note takes down from where to go on, then
+// it is called back for. A stream that is opened again begins with the request as note has left it.
+func reading[Request, Message any, Stream interface{ Recv() (Message, error) }](
+	call func(context.Context, Request, ...grpc.CallOption) (Stream, error),
+	request Request,
+	note func(Message),
+	each func(Message) error,
+) func(context.Context) (func() error, error) {
+	return func(ctx context.Context) (func() error, error) {
+		stream, err := call(ctx, request)
+		return func() error {
+			message, err := stream.Recv()
+			if err != nil {
+				return err
+			}
+			note(message)
+			return stopped(each(message))
+		}, err
+	}
 }
 
 // WatchRollouts calls back for rollouts as they change, until the context ends or the callback answers
 // an error; after a break it goes on without a gap or a repeat. The request is changed to go on from.
-func (c *Client) WatchRollouts(ctx context.Context, request *pb.WatchRolloutsRequest, each func(*pb.WatchRolloutsResponse) error) (err error) {
-	if request.Cursor == 0 && !request.IncludeExisting {
-		if request.Cursor, err = c.position(ctx); err != nil {
-			return err
-		}
+func (c *Client) WatchRollouts(ctx context.Context, request *pb.WatchRolloutsRequest, each func(*pb.WatchRolloutsResponse) error) error {
+	if err := c.start(ctx, &request.Cursor, request.IncludeExisting); err != nil {
+		return err
 	}
-	return c.watch(ctx, func(ctx context.Context) (func() error, error) {
-		stream, err := c.Store.WatchRollouts(ctx, request)
-		return func() error {
-			message, err := stream.Recv()
-			if err != nil {
-				return err
-			}
-			// Without a cursor it is what was there already: after a break all of it comes again.
-			if message.Cursor != 0 {
-				request.Cursor, request.IncludeExisting = message.Cursor, false
-			}
-			return stopped(each(message))
-		}, err
-	})
+	return c.watch(ctx, reading(c.Store.WatchRollouts, request, func(message *pb.WatchRolloutsResponse) {
+		// Without a cursor it is what was there already: after a break all of it comes again.
+		if message.Cursor != 0 {
+			request.Cursor, request.IncludeExisting = message.Cursor, false
+		}
+	}, each))
 }
 
 // WatchAttempts calls back for attempts as they change.
-func (c *Client) WatchAttempts(ctx context.Context, request *pb.WatchAttemptsRequest, each func(*pb.WatchAttemptsResponse) error) (err error) {
-	if request.RunId == "" {
-		request.RunId = c.run
+func (c *Client) WatchAttempts(ctx context.Context, request *pb.WatchAttemptsRequest, each func(*pb.WatchAttemptsResponse) error) error {
+	c.orOwn(&request.RunId)
+	if err := c.start(ctx, &request.Cursor, false); err != nil {
+		return err
 	}
-	if request.Cursor == 0 {
-		if request.Cursor, err = c.position(ctx); err != nil {
-			return err
-		}
-	}
-	return c.watch(ctx, func(ctx context.Context) (func() error, error) {
-		stream, err := c.Store.WatchAttempts(ctx, request)
-		return func() error {
-			message, err := stream.Recv()
-			if err != nil {
-				return err
-			}
-			request.Cursor = message.Cursor
-			return stopped(each(message))
-		}, err
-	})
+	return c.watch(ctx, reading(c.Store.WatchAttempts, request, func(message *pb.WatchAttemptsResponse) {
+		request.Cursor = message.Cursor
+	}, each))
 }
 
 // WatchSpans calls back for spans as they arrive.
-func (c *Client) WatchSpans(ctx context.Context, request *pb.WatchSpansRequest, each func(*pb.WatchSpansResponse) error) (err error) {
-	if request.RunId == "" {
-		request.RunId = c.run
+func (c *Client) WatchSpans(ctx context.Context, request *pb.WatchSpansRequest, each func(*pb.WatchSpansResponse) error) error {
+	c.orOwn(&request.RunId)
+	if err := c.start(ctx, &request.Cursor, false); err != nil {
+		return err
 	}
-	if request.Cursor == 0 {
-		if request.Cursor, err = c.position(ctx); err != nil {
-			return err
-		}
-	}
-	return c.watch(ctx, func(ctx context.Context) (func() error, error) {
-		stream, err := c.Store.WatchSpans(ctx, request)
-		return func() error {
-			message, err := stream.Recv()
-			if err != nil {
-				return err
-			}
-			request.Cursor = message.Cursor
-			return stopped(each(message))
-		}, err
-	})
+	return c.watch(ctx, reading(c.Store.WatchSpans, request, func(message *pb.WatchSpansResponse) {
+		request.Cursor = message.Cursor
+	}, each))
 }
 
 // WatchResources calls back for publications as they are made.
-func (c *Client) WatchResources(ctx context.Context, request *pb.WatchResourcesRequest, each func(*pb.WatchResourcesResponse) error) (err error) {
-	if request.RunId == "" {
-		request.RunId = c.run
+func (c *Client) WatchResources(ctx context.Context, request *pb.WatchResourcesRequest, each func(*pb.WatchResourcesResponse) error) error {
+	c.orOwn(&request.RunId)
+	if err := c.start(ctx, &request.Cursor, request.IncludeLatest); err != nil {
+		return err
 	}
-	if request.Cursor == 0 && !request.IncludeLatest {
-		if request.Cursor, err = c.position(ctx); err != nil {
-			return err
+	return c.watch(ctx, reading(c.Store.WatchResources, request, func(message *pb.WatchResourcesResponse) {
+		if message.Cursor != 0 {
+			request.Cursor, request.IncludeLatest = message.Cursor, false
 		}
-	}
-	return c.watch(ctx, func(ctx context.Context) (func() error, error) {
-		stream, err := c.Store.WatchResources(ctx, request)
-		return func() error {
-			message, err := stream.Recv()
-			if err != nil {
-				return err
-			}
-			if message.Cursor != 0 {
-				request.Cursor, request.IncludeLatest = message.Cursor, false
-			}
-			return stopped(each(message))
-		}, err
-	})
+	}, each))
 }
 
 // ExportSpans calls back for the spans of many rollouts, once through.
 func (c *Client) ExportSpans(ctx context.Context, request *pb.ExportSpansRequest, each func(*pb.ExportSpansResponse) error) error {
-	if request.RunId == "" {
-		request.RunId = c.run
-	}
-	err := c.resumed(ctx, func(ctx context.Context) (func() error, error) {
-		stream, err := c.Store.ExportSpans(ctx, request)
-		return func() error {
-			message, err := stream.Recv()
-			if err != nil {
-				return err
-			}
-			request.Cursor = message.Cursor
-			return stopped(each(message))
-		}, err
-	}, false)
-	return unwrapStop(err)
+	c.orOwn(&request.RunId)
+	return unwrapStop(c.resumed(ctx, reading(c.Store.ExportSpans, request, func(message *pb.ExportSpansResponse) {
+		request.Cursor = message.Cursor
+	}, each), false))
 }
 
 func (c *Client) watch(ctx context.Context, open func(context.Context) (func() error, error)) error {

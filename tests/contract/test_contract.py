@@ -114,6 +114,22 @@ def test_every_error_reason_has_an_example() -> None:
         assert f"ERROR_REASON_{example.group(1)}" == name
 
 
+def test_every_error_reason_is_named_where_it_comes_from() -> None:
+    """By the comment of a service, an rpc, a message or a field, not only by the list of reasons."""
+    paths = [path for path in PROTO.glob("*.proto") if path.name != "error_reason.proto"]
+    text = "\n".join(line for path in paths for line in path.read_text().splitlines() if "//" in line)
+    named = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", text))
+    reasons = {name.removeprefix("ERROR_REASON_") for name, _ in error_reason_pb2.ErrorReason.items()}
+    assert reasons - named == {"UNSPECIFIED"}
+
+
+def test_every_refusal_of_the_store_has_a_reason_of_the_contract() -> None:
+    """And the other way round: no reason is left over that nothing answers."""
+    source = (PROTO.parents[2] / "agl_grpc" / "store" / "errors.py").read_text()
+    raised = set(re.findall(r"error_reason_pb2\.(ERROR_REASON_[A-Z_]+)", source))
+    assert raised == set(error_reason_pb2.ErrorReason.keys()) - {"ERROR_REASON_UNSPECIFIED"}
+
+
 def test_an_otlp_span_is_a_span_byte_for_byte() -> None:
     theirs = trace_pb2.Span(
         trace_id=bytes(range(16)),

@@ -250,6 +250,22 @@ def test_every_acknowledged_call_is_stored_exactly_once(trained: Trained, stored
     assert len(of_last_engine) == counters["captured"]
 
 
+def test_the_killed_store_cost_no_rollout_its_calls(stored: Stored) -> None:
+    """What began before its attempt had ended well was there before that was sealed."""
+    ends = {
+        one.attempt_id: one.end_time or 0.0
+        for attempts in stored.attempts.values()
+        for one in attempts
+        if one.status is AttemptStatus.SUCCEEDED
+    }
+    late = [
+        (call.rollout_id, call.span.span_id.hex())
+        for call in stored.calls
+        if call.late and call.span.start_time_unix_nano < ends.get(call.attempt_id, 0.0) * 1e9
+    ]
+    assert late == []
+
+
 def test_every_rollout_ended_once(stored: Stored) -> None:
     succeeded: dict[str, int] = {}
     for rollout in stored.rollouts:

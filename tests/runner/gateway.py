@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import grpc
 
+from tests.support.store_process import RECONNECT
+
 
 class Gateway(grpc.GenericRpcHandler):  # type: ignore[misc]  # the package has no types
     """Passes every call on to `target` but those of methods in `denied`."""
@@ -18,7 +20,7 @@ class Gateway(grpc.GenericRpcHandler):  # type: ignore[misc]  # the package has 
         self._target = target
 
     async def __aenter__(self) -> Self:
-        self._channel = grpc.aio.insecure_channel(self._target)
+        self._channel = grpc.aio.insecure_channel(self._target, options=RECONNECT)
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((self,))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -41,6 +43,6 @@ class Gateway(grpc.GenericRpcHandler):  # type: ignore[misc]  # the package has 
             async for answer in call:
                 yield answer
         except grpc.aio.AioRpcError as error:
-            await context.abort(error.code(), error.details(), error.trailing_metadata())
+            await context.abort(error.code(), error.details(), tuple(error.trailing_metadata()))
         finally:
             call.cancel()

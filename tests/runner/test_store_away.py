@@ -22,6 +22,8 @@ async def test_results_are_kept_until_the_store_is_back(tmp_path: Path) -> None:
         ) as runner,
     ):
         async with StoreClient(store.address) as client:
+            # No model calls are on their way: the seal need not wait long for them once the store is back.
+            await client.update_run("default", seal_timeout_seconds=1.0)
             rollouts = await client.enqueue_many_rollouts(
                 [EnqueueRolloutRequest(input={"do": "wait", "gate": "gate"}) for _ in range(ROLLOUTS)]
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 LIVE = ("preparing", "running")
 OVER = ("succeeded", "failed", "cancelled")
 SEAL_TIMEOUT = 60
+GRACE = 10
 
 
 class Refused(Exception):
@@ -81,6 +82,7 @@ class Model:
     def __init__(self) -> None:
         self.now = 0.0
         self.paused = False
+        self.back = -float("inf")
         self.rollouts: list[Rollout] = []
 
     def begin(self, rollout: Rollout, duration: float | None) -> Attempt:
@@ -158,10 +160,20 @@ class Model:
     def _seal(self, attempt: Attempt) -> None:
         if attempt.sealed:
             return
-        if attempt.calls == 0:
-            attempt.sealed, attempt.seal_at = True, None
-        elif attempt.seal_at is None:
+        if attempt.seal_at is None:
             attempt.seal_at = self.now + SEAL_TIMEOUT
+        self._look(attempt)
+
+    def _look(self, attempt: Attempt) -> None:
+        """Seals an attempt that is over if it is time."""
+        assert attempt.seal_at is not None
+        waited = self.now >= attempt.seal_at
+        grace = self.now < self.back + GRACE
+        if grace and waited and attempt.calls > 0:
+            attempt.seal_at = self.back + GRACE
+        elif waited or (attempt.calls == 0 and not grace):
+            attempt.sealed, attempt.seal_at, attempt.incomplete = True, None, attempt.calls > 0
+            self._seal_rollout(attempt.rollout)
 
     def _seal_rollout(self, rollout: Rollout) -> None:
         if rollout.status in OVER and (not rollout.attempts or rollout.attempts[-1].sealed):
@@ -173,8 +185,7 @@ class Model:
             raise Refused
         attempt.calls = calls
         if calls == 0 and attempt.seal_at is not None:
-            self._seal(attempt)
-            self._seal_rollout(attempt.rollout)
+            self._look(attempt)
 
     def cancel(self, rollout: Rollout) -> bool:
         """The owner takes it back."""
@@ -202,7 +213,10 @@ class Model:
         return lost, released
 
     def restart(self) -> None:
-        """Another server takes the store up: every live lease has its full time anew."""
+        """Another server takes the store up: every live lease has its full time anew, and for a while nothing
+        is sealed."""
+        if any(rollout.attempts for rollout in self.rollouts):
+            self.back = self.now
         for rollout in self.rollouts:
             for attempt in rollout.attempts:
                 if attempt.leased and attempt.live:
@@ -232,6 +246,5 @@ class Model:
                 self.end(attempt, "unresponsive", lost=True)
             elif rollout.silence is not None and self.now >= attempt.heard + rollout.silence:
                 self.end(attempt, "unresponsive")
-        elif attempt.seal_at is not None and self.now >= attempt.seal_at:
-            attempt.sealed, attempt.seal_at, attempt.incomplete = True, None, True
-            self._seal_rollout(rollout)
+        elif attempt.seal_at is not None:
+            self._look(attempt)

@@ -18,7 +18,7 @@ from agl_grpc.store.storage.engine import Connection
 from agl_grpc.v1 import runner_service_pb2 as runner
 from agl_grpc.v1 import store_service_pb2 as store
 from agl_grpc.v1 import trainer_service_pb2 as trainer
-from tests.store.rig import Rig, reason, running
+from tests.store.rig import FAILED, Rig, reason, running
 
 DURATION, TIME = {"seconds": -1}, {"seconds": 2**40}
 LARGE = b"x" * ((1 << 20) + 1)
@@ -96,10 +96,8 @@ async def test_a_field_that_breaks_its_limit_is_named() -> None:
 SERVICES = [
     service for module in (store, runner, trainer) for service in module.DESCRIPTOR.services_by_name.values()
 ]
-SIGNED = {"priority", "policy_version"}
+SIGNED = {"priority"}
 """Numbers that may be negative."""
-LONG = {"agl_grpc.v1.Failure", "agl_grpc.v1.PromptTemplate"}
-"""Messages whose long texts are cut, or may be long, as the contract says; no other text has over 4 KiB."""
 OWN_RULES = {"agl_grpc.v1.AttemptSpans", "agl_grpc.v1.Span", "agl_grpc.v1.AnyValue"}
 """Messages that are checked with the span or value; `test_spans.py` has their rules."""
 
@@ -113,7 +111,7 @@ def bad_values(field: FieldDescriptor) -> list[Any]:
         times = ("google.protobuf.Timestamp", "google.protobuf.Duration")
         return [{"seconds": -1}, {"seconds": 2**40}] if kind.full_name in times else []
     if field.type == FieldDescriptor.TYPE_STRING:
-        return ["a\0b"] if field.containing_type.full_name in LONG else ["a\0b", "x" * 4097]
+        return ["a\0b"]
     if field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64):
         return [] if field.name in SIGNED else [-1]
     return []
@@ -140,7 +138,10 @@ def unary_methods() -> list[MethodDescriptor]:
 
 
 async def test_every_field_of_every_method_keeps_what_its_type_implies() -> None:
-    """Unknown enum values, negative numbers, times out of range, NUL, long texts: nothing is written."""
+    """Unknown enum values, negative numbers, times out of range, NUL: nothing is written.
+
+    `tests/contract/test_limits.py` has the limits that the contract states by field.
+    """
     outcomes: dict[tuple[str, str], Any] = {}
     async with running(None) as rig:
         before = await rig.server.store.read(written)
@@ -236,3 +237,35 @@ async def test_a_heartbeat_from_the_future_and_a_nameless_announcement_are_refus
         assert answer.rejected[0].status.metadata[0].value == "groups[0].open_calls[0].span_id"
         assert answer.stored == 1
         assert (await rig.rollout("a")).attempt.open_calls == 1
+
+
+async def test_long_texts_of_a_failure_are_cut_wherever_it_is_said() -> None:
+    long = {
+        "kind": "FAILURE_KIND_AGENT",
+        "message": "m" * 5000,
+        "type": "t" * 300,
+        "detail": "x" + "d" * 65536,
+    }
+    async with running(None) as rig:
+        await rig.enqueue(rollout_id="a")
+        (leased,) = await rig.lease()
+        update = store.UpdateAttemptRequest(
+            attempt={"attempt_id": leased.attempt.attempt_id, "failure": long}
+        )
+        update.update_mask.paths.append("failure")
+        said = [(await rig.store.UpdateAttempt(update)).attempt.failure]
+        wanted = {"training_run_id": "t", "algorithm": "verl"}
+        await rig.trainer.CreateTrainingRun(trainer.CreateTrainingRunRequest(training_run=wanted))
+        await rig.trainer.AcquireTrainingRun(
+            trainer.AcquireTrainingRunRequest(training_run_id="t", trainer_id="me")
+        )
+        end = trainer.FinishTrainingRunRequest(
+            training_run_id="t", trainer_epoch=1, status="TRAINING_RUN_STATUS_FAILED", failure=long
+        )
+        said.append((await rig.trainer.FinishTrainingRun(end)).training_run.failure)
+        await rig.complete(leased, status=FAILED, failure=long)
+        said.append((await rig.rollout("a")).attempt.failure)
+    for failure in said:
+        sizes = [len(text) for text in (failure.message, failure.type, failure.detail)]
+        assert sizes == [4 << 10, 256, 64 << 10]
+        assert set(failure.detail) == {"d"}, "its end is kept"

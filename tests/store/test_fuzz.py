@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
+from agl_grpc.store.errors import invalid_field
+from agl_grpc.store.handlers.runs import RunHandlers
+from agl_grpc.store.ids import mint
 from agl_grpc.v1 import runner_service_pb2, store_service_pb2, trainer_service_pb2
 from tests.chaos.fuzz import fuzzer, garbage
 from tests.store.rig import running
@@ -39,6 +43,27 @@ async def test_no_input_breaks_a_method_or_writes_when_it_is_refused(count: int)
     # Inputs that are all refused at the door would prove little.
     done = {name for name, outcomes in result.counts.items() if outcomes["done"]}
     assert len(done) > len(METHODS) / 2, sorted(done)
+
+
+async def test_one_refused_input_that_writes_is_found_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_and_refuse(self: RunHandlers, request: Any, call: Any) -> Any:
+        async def serve() -> bytes:
+            if request.run.run_id == "a":
+                await self._store.write(
+                    lambda tx: tx.execute("INSERT INTO meta VALUES (?, '')", (mint("x"),))
+                )
+            raise invalid_field("run", "is refused")
+
+        return serve()
+
+    monkeypatch.setattr(RunHandlers, "create_run", write_and_refuse)
+    async with fuzzer(chosen_seed()) as one:
+        result = await one.run(300)
+    assert result.defects
+    for defect in result.defects:
+        assert defect.startswith("CreateRun was refused and wrote a row: ")
+        sent = bytes.fromhex(defect.rpartition(" ")[2])
+        assert store_service_pb2.CreateRunRequest.FromString(sent).run.run_id == "a"
 
 
 async def test_nonsense_on_the_port_harms_nobody() -> None:

@@ -187,13 +187,35 @@ def test_who_may_come_back(leased: bool, newest: bool, rollout: str, expected: b
 
 
 def test_sealing() -> None:
-    common = {"now": 100, "seal_timeout": 60}
+    common = {"now": 100, "seal_timeout": 60, "returned": 0}
     assert not seal(over=False, open_calls=0, seal_due=None, **common).now
     assert seal(over=True, open_calls=0, seal_due=None, **common) == lifecycle.Seal(True)
-    assert seal(over=True, open_calls=2, seal_due=None, **common) == lifecycle.Seal(False, due=160)
-    assert seal(over=True, open_calls=2, seal_due=150, **common) == lifecycle.Seal(False, due=150)
+    assert seal(over=True, open_calls=2, seal_due=None, **common) == lifecycle.Seal(False, due=160, look=160)
+    assert seal(over=True, open_calls=2, seal_due=150, **common) == lifecycle.Seal(False, due=150, look=150)
     assert seal(over=True, open_calls=2, seal_due=100, **common) == lifecycle.Seal(True, incomplete=True)
     assert seal(over=True, open_calls=0, seal_due=150, **common) == lifecycle.Seal(True)
+
+
+def test_nothing_is_sealed_while_producers_may_still_be_on_their_way_back() -> None:
+    grace, timeout, back = lifecycle.RECONNECT_GRACE, 60_000_000, 1_000_000_000
+    common = {"over": True, "seal_timeout": timeout, "returned": back}
+    now = back + 1_000_000
+    held = lifecycle.Seal(False, due=now + timeout, look=back + grace)
+    assert seal(now=now, open_calls=0, seal_due=None, **common) == held
+    assert not seal(now=back + grace - 1, open_calls=0, seal_due=held.due, **common).now
+    assert seal(now=back + grace, open_calls=0, seal_due=held.due, **common) == lifecycle.Seal(True)
+    # A call that was announced meanwhile is waited for as long as ever.
+    waits = lifecycle.Seal(False, due=held.due, look=held.due)
+    assert seal(now=back + grace, open_calls=1, seal_due=held.due, **common) == waits
+    # Over long before: the later of both moments, as its producer could not close the call.
+    longer = lifecycle.Seal(False, due=back + grace, look=back + grace)
+    assert seal(now=now, open_calls=1, seal_due=now, **common) == longer
+    # Away again and again: an attempt whose calls are all there waits no longer than for open ones.
+    assert seal(now=now, open_calls=0, seal_due=now, **common) == lifecycle.Seal(True)
+    # A run that waits less for open calls waits less here too.
+    brief = seal(now=now, over=True, open_calls=0, seal_due=None, seal_timeout=1_500_000, returned=back)
+    assert brief.look == back + 1_500_000
+    assert not seal(now=now, over=False, open_calls=0, seal_due=None, seal_timeout=0, returned=back).now
 
 
 def test_what_is_due_first() -> None:

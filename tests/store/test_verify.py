@@ -336,6 +336,18 @@ def test_an_older_database_says_what_it_lacks_and_is_migrated(copy: Path) -> Non
     assert broken(copy) == {}
 
 
+def test_a_database_from_before_the_grace_is_migrated_and_was_never_away(copy: Path) -> None:
+    damage(copy, "UPDATE schema_families SET version = 1 WHERE name = 'counters'")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        db.execute("ALTER TABLE counters DROP COLUMN returned")
+    assert "run migrate" in broken(copy)["file.tables"][0]
+    before, after = operations.bring_up_to_date(copy)
+    assert (before["counters"], after["counters"]) == (1, 2)
+    assert broken(copy) == {}
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("SELECT returned FROM counters").fetchall() == [(0,)]
+
+
 async def test_a_backup_of_a_running_server_is_one_moment(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with running(path) as rig:

@@ -225,15 +225,19 @@ async def fill(store: Store) -> None:
 
 async def test_a_full_disk_refuses_writes_serves_reads_and_recovers(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "store.db", limit_pages=100)
+    returns: list[int] = []
+    store.writer.on_return.append(lambda tx: returns.append(tx.now))
     try:
         with pytest.raises(StoreError) as caught:
             await fill(store)
+        assert returns == []
         assert caught.value.reason_name == "STORAGE_FULL"
         assert caught.value.retry_after
         assert "n0" in await names(store)
         await store.write(lambda tx: tx.execute("DELETE FROM meta WHERE name LIKE 'n%'"))
         await store.write(put("after", "x" * 20_000))
         assert "after" in await names(store)
+        assert len(returns) == 1, "the first group after those that were refused says so, and only that one"
     finally:
         await store.close()
 

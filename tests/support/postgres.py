@@ -31,7 +31,8 @@ BEGIN
     FOR one IN SELECT tablename FROM pg_tables WHERE schemaname = 'public'
         AND tablename NOT IN ('schema_families', 'counters')
     LOOP EXECUTE 'DELETE FROM ' || one; END LOOP;
-    UPDATE counters SET rollouts = 0, attempts = 0, spans = 0, events = 0, catalog = 0, beat = 0;
+    UPDATE counters SET rollouts = 0, attempts = 0, spans = 0, events = 0, catalog = 0, beat = 0,
+        returned = 0;
 END $$
 """
 

@@ -12,11 +12,12 @@ import orjson
 import psutil
 import pytest
 
-from agl_grpc.algorithm import algo, run_rollouts
+from agl_grpc.algorithm import VERL, algo, run_rollouts
 from agl_grpc.client import StoreClient
 from agl_grpc.model import EnqueueRolloutRequest, PromptTemplate, RolloutStatus
 from agl_grpc.store.in_process import InProcessStore
 from agl_grpc.trainer import Trainer, TrainerError
+from agl_grpc.trainer.run_folder import dataset_digests
 from agl_grpc.trainer.sweep import MARK
 from tests.support.waiting import free_port
 from tests.trainer import agents
@@ -174,6 +175,45 @@ def test_what_does_not_go_with_verl_is_refused(tmp_path: Path) -> None:
         Trainer(algorithm=algorithm, run_dir=tmp_path).fit(agents.halver)
     with pytest.raises(TrainerError, match=r"needs a PromptTemplate, .*published: main_llm \(LLM\)"):
         trainer.fit(agents.prompted, TASKS)
+
+
+@pytest.mark.parametrize(
+    ("options", "agent", "message"),
+    [
+        (
+            {"llm_proxy": {"resource": "judge"}},
+            agents.halver,
+            "llm_proxy.resource is 'judge', but with several",
+        ),
+        ({"llm_proxy": {"port": 8123}}, agents.halver, "llm_proxy.port is one, and 2 engines are started"),
+        ({}, agents.prompted, r"needs a PromptTemplate, .*published: planner \(LLM\), solver \(LLM\)"),
+    ],
+)
+def test_what_does_not_go_with_several_models_is_refused(
+    options: dict[str, Any], agent: Any, message: str, tmp_path: Path
+) -> None:
+    config = {"actor_rollout_ref.model.path": str(tmp_path)}
+    algorithm = VERL(config, models={"planner": {}, "solver": {}})
+    with pytest.raises(TrainerError, match=message):
+        Trainer(algorithm=algorithm, run_name="several", run_dir=tmp_path, **options).fit(agent, TASKS)
+
+
+def test_a_run_goes_on_with_the_models_that_it_began_with(tmp_path: Path) -> None:
+    folder = tmp_path / "several"
+    folder.mkdir()
+    begun = {"models": ["planner", "solver"], "datasets": dataset_digests(TASKS, None)}
+    (folder / "manifest.json").write_bytes(orjson.dumps(begun))
+    algorithm = VERL({"actor_rollout_ref.model.path": str(tmp_path)}, models={"solver": {}, "planner": {}})
+    trainer = Trainer(
+        algorithm=algorithm,
+        run_name="several",
+        run_dir=tmp_path,
+        resume=True,
+        engine_python=sys.executable,
+        learner_python=sys.executable,
+    )
+    with pytest.raises(TrainerError, match=r"was begun with planner, solver .*in the same order"):
+        trainer.fit(agents.halver, TASKS)
 
 
 @algo

@@ -12,7 +12,13 @@ from typing import Any
 
 from agl_grpc.interceptor.capture.deltas import AttemptKey, PromptDeltas, packed_whole
 from agl_grpc.interceptor.capture.spool import Spool, SpoolFull
-from agl_grpc.interceptor.capture.transport import Rejection, SpanTransport, StoreAway
+from agl_grpc.interceptor.capture.transport import (
+    FIRST_BACKOFF,
+    LONGEST_BACKOFF,
+    Rejection,
+    SpanTransport,
+    StoreAway,
+)
 from agl_grpc.interceptor.capture.wire import as_ids, parts
 from agl_grpc.v1 import model_call_pb2, span_pb2
 
@@ -35,8 +41,6 @@ _MODEL_CALL = span_pb2.Span.MODEL_CALL_FIELD_NUMBER
 _SPANS = span_pb2.AttemptSpans.SPANS_FIELD_NUMBER
 
 _REDELIVERY_TIMEOUT = 30.0
-_FIRST_BACKOFF = 0.1
-_LAST_BACKOFF = 5.0
 
 
 class CapturedCall:
@@ -94,7 +98,7 @@ class CaptureSink:
     """Takes announcements and ended calls, makes each call durable, and says so.
 
     One batch is on its way at a time. While the store does not answer within `ack_timeout` seconds, calls go
-    to the spool at once and a background task tries the store again with growing pauses (0.1 s to 5 s),
+    to the spool at once and a background task tries the store again with growing pauses (0.1 s to 2 s),
     announces the calls that are still open, delivers the spool in order and only then goes back to direct
     delivery.
     """
@@ -311,7 +315,7 @@ class CaptureSink:
 
     async def _come_back(self) -> bool:
         """Wait for the store and empty the spool into it; False when the sink closes meanwhile."""
-        pause = _FIRST_BACKOFF
+        pause = FIRST_BACKOFF
         while not self._closing:
             try:
                 await self._redeliver()
@@ -320,7 +324,7 @@ class CaptureSink:
                 try:
                     await asyncio.wait_for(self._closing_wake(), pause)
                 except TimeoutError:
-                    pause = min(2 * pause, _LAST_BACKOFF)
+                    pause = min(2 * pause, LONGEST_BACKOFF)
                 continue
             if not self._tasks and not self._spool.waiting:
                 self._away = False

@@ -15,6 +15,12 @@ from agl_grpc.v1 import error_reason_pb2, store_service_pb2
 _METHOD = "/agl_grpc.v1.StoreService/AppendSpans"
 _GROUPS = store_service_pb2.AppendSpansRequest.GROUPS_FIELD_NUMBER
 
+FIRST_BACKOFF = 0.1
+"""Seconds before the store is tried again, doubled up to the longest."""
+
+LONGEST_BACKOFF = 2.0
+"""Seconds. For `RECONNECT_GRACE` after it was away the store seals nothing: two tries fit in with room."""
+
 _REFUSALS = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,

@@ -33,9 +33,6 @@ KEY_BYTES = 32
 ROLE_PREFIX = "agl1r"
 """First part of the credentials of roles."""
 
-MOST_LIFETIME = 365 * 24 * 3600.0
-"""Seconds that the credential of a role lasts at most."""
-
 
 @dataclass(frozen=True)
 class RoleCredential:

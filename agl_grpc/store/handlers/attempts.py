@@ -11,7 +11,7 @@ from agl_grpc.store.errors import illegal_transition, invalid_field, lease_lost,
 from agl_grpc.store.handlers.common import change, mask_paths
 from agl_grpc.store.limits import ANSWER_BYTES
 from agl_grpc.store.rollouts import lifecycle
-from agl_grpc.store.rollouts.attempts import ATTEMPT, UPDATED, signal
+from agl_grpc.store.rollouts.attempts import ATTEMPT, UPDATED, limited, signal
 from agl_grpc.store.rollouts.encode import key_values_blob, load_attempt, load_attempts, time_of
 from agl_grpc.store.rollouts.names import attempt_status
 from agl_grpc.store.rollouts.rows import AttemptRow, attempt_by_key, attempt_by_name, rollout_by_id
@@ -116,7 +116,7 @@ class AttemptHandlers:
         if "metadata" in paths:
             values["metadata"] = key_values_blob(wanted.metadata)
         if "failure" in paths and "status" not in paths:
-            values["failure"] = wanted.failure.SerializeToString() or None
+            values["failure"] = limited(wanted.failure).SerializeToString() or None
             values["failure_kind"] = int(wanted.failure.kind)
         for column, value in values.items():
             tx.execute(f"UPDATE attempts SET {column} = ? WHERE attempt_key = ?", (value, attempt.key))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from agl_grpc.store import limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.errors import invalid_field
-from agl_grpc.store.handlers.common import at_most, change
+from agl_grpc.store.handlers.common import change
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
@@ -28,7 +27,6 @@ class BatchHandlers:
 
     async def claim_batch(self, request: pb.ClaimBatchRequest, call: Call) -> bytes:
         """Sealed rollouts, frozen; nothing is claimed when some are not sealed."""
-        at_most(len(request.rollout_ids), limits.BATCH_ITEMS, "rollout_ids")
 
         rules = request.rules if request.HasField("rules") else None
 
@@ -71,7 +69,6 @@ class BatchHandlers:
 
     async def commit_batches(self, request: pb.CommitBatchesRequest, call: Call) -> bytes:
         """Trained, and part of a checkpoint that was saved."""
-        at_most(len(request.batch_ids), limits.BATCH_ITEMS, "batch_ids")
 
         def run(tx: Tx) -> pb.CommitBatchesResponse:
             training = held_training(tx, request.training_run_id, request.trainer_epoch)
@@ -89,7 +86,6 @@ class BatchHandlers:
 
     async def release_batches(self, request: pb.ReleaseBatchesRequest, call: Call) -> bytes:
         """Given back."""
-        at_most(len(request.batch_ids), limits.BATCH_ITEMS, "batch_ids")
 
         def run(tx: Tx) -> pb.ReleaseBatchesResponse:
             training = held_training(tx, request.training_run_id, request.trainer_epoch)

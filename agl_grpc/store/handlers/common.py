@@ -56,13 +56,3 @@ def mask_paths(mask: field_mask_pb2.FieldMask) -> list[str]:
     if not mask.paths:
         raise invalid_field("update_mask", "must name at least one field")
     return list(mask.paths)
-
-
-def at_most(count: int, limit: int, path: str) -> None:
-    """Checks the length of a batch.
-
-    Raises:
-        StoreError: INVALID_FIELD.
-    """
-    if count > limit:
-        raise invalid_field(path, f"has {count} items; at most {limit} are allowed")

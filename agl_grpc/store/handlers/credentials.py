@@ -6,7 +6,7 @@ import time
 
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.door.call import Call
-from agl_grpc.store.door.credentials import DEFAULT_LIFETIME, MOST_LIFETIME, CredentialSigner
+from agl_grpc.store.door.credentials import DEFAULT_LIFETIME, CredentialSigner
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.rollouts.encode import duration_of
 from agl_grpc.store.store import Store
@@ -32,8 +32,6 @@ class CredentialHandlers:
         seconds = DEFAULT_LIFETIME
         if request.HasField("lifetime"):
             seconds = duration_of(request.lifetime) / SECOND
-        if not 0 < seconds <= MOST_LIFETIME:
-            raise invalid_field("lifetime", f"must be longer than 0 and at most {int(MOST_LIFETIME)} seconds")
         run_id = request.run_id or "default"
         known = await self._store.read(
             lambda db: db.execute("SELECT 1 FROM runs WHERE run_id = ?", (run_id,)).fetchone()

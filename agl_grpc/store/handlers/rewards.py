@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from google.protobuf.message import Message
 
-from agl_grpc.store import errors, limits
+from agl_grpc.store import errors
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.handlers.common import change, require_runs_of
@@ -29,7 +29,6 @@ _NEWEST = (
     "AND n.target_ref = w.target_ref AND n.step = w.step AND n.grader = w.grader "
     "AND n.revision > w.revision)"
 )
-_MOST_ROLLOUTS = 1000
 
 
 class RewardHandlers:
@@ -40,8 +39,8 @@ class RewardHandlers:
 
     async def put_rewards(self, request: store_service_pb2.PutRewardsRequest, call: Call) -> bytes:
         """Write rewards, all or none."""
-        if not 1 <= len(request.rewards) <= limits.BATCH_ITEMS:
-            raise errors.invalid_field("rewards", f"must be 1 to {limits.BATCH_ITEMS}")
+        if not request.rewards:
+            raise errors.invalid_field("rewards", "must not be empty")
 
         def run(tx: Tx) -> Message:
             credential = call.caller.credential
@@ -64,8 +63,8 @@ class RewardHandlers:
     ) -> store_service_pb2.ListRewardsResponse:
         """Rewards of rollouts in the order in which they were written."""
         count = len(request.rollout_ids)
-        if not 1 <= count <= _MOST_ROLLOUTS:
-            raise errors.invalid_field("rollout_ids", f"must be 1 to {_MOST_ROLLOUTS}")
+        if not count:
+            raise errors.invalid_field("rollout_ids", "must not be empty")
         size = check_size(request.page_size)
         where = [f"r.rollout_id IN ({marks(count)})"]
         values: list[object] = list(request.rollout_ids)

@@ -11,7 +11,7 @@ from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import invalid_field, not_found
 from agl_grpc.store.events.waits import Wait
-from agl_grpc.store.handlers.common import at_most, change, mask_paths, request_key, require_runs_of
+from agl_grpc.store.handlers.common import change, mask_paths, request_key, require_runs_of
 from agl_grpc.store.rollouts import workers
 from agl_grpc.store.rollouts.deletion import STEP, Deleted
 from agl_grpc.store.rollouts.dispatch import within
@@ -36,7 +36,6 @@ from agl_grpc.v1 import rollout_pb2, store_service_pb2
 
 T = TypeVar("T")
 
-_MOST_DEQUEUED = 1000
 _TERMINAL = f"r.status IN ({SUCCEEDED}, {FAILED}, {CANCELLED})"
 _COLUMNS = {
     "create_time": "r.create_time",
@@ -85,7 +84,6 @@ class RolloutHandlers:
 
     async def enqueue_rollouts(self, request: store_service_pb2.EnqueueRolloutsRequest, call: Call) -> bytes:
         """Rollouts into their queues, all or none."""
-        at_most(len(request.rollouts), limits.BATCH_ITEMS, "rollouts")
 
         def run(tx: Tx) -> store_service_pb2.EnqueueRolloutsResponse:
             of_run = self._side.catalog.run(tx, request.run_id)
@@ -97,8 +95,6 @@ class RolloutHandlers:
 
     async def dequeue_rollouts(self, request: store_service_pb2.DequeueRolloutsRequest, call: Call) -> bytes:
         """Waiting rollouts, taken without leases."""
-        if not 0 <= request.limit <= _MOST_DEQUEUED:
-            raise invalid_field("limit", f"must be between 0 (= 1) and {_MOST_DEQUEUED}")
 
         def run(tx: Tx) -> store_service_pb2.DequeueRolloutsResponse:
             catalog = self._side.catalog
@@ -253,8 +249,6 @@ class RolloutHandlers:
         self, request: store_service_pb2.WaitRolloutsRequest, call: Call
     ) -> store_service_pb2.WaitRolloutsResponse:
         """Long poll until rollouts or groups are finished or sealed."""
-        at_most(len(request.rollout_ids), limits.BATCH_ITEMS, "rollout_ids")
-        at_most(len(request.group_ids), 1000, "group_ids")
         wanted = limits.LONG_POLL_SECONDS
         if request.HasField("timeout"):
             wanted = min(max(0, duration_of(request.timeout)) / SECOND, wanted)

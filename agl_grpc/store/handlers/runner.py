@@ -12,7 +12,7 @@ from agl_grpc.store.clock import SECOND
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.fields import check_request
 from agl_grpc.store.errors import StoreError, invalid_field
-from agl_grpc.store.handlers.common import at_most, change, request_key
+from agl_grpc.store.handlers.common import change, request_key
 from agl_grpc.store.handlers.span_writes import read_message, rejections
 from agl_grpc.store.rollouts import commands, workers
 from agl_grpc.store.rollouts.dispatch import Waiter
@@ -27,8 +27,6 @@ from agl_grpc.store.storage.idempotency import RequestKey
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import runner_service_pb2
 
-_MOST_LEASES = 1000
-
 
 def waiter_of(
     side: WriteSide, tx: Tx, worker_id: str, session_id: str, work: runner_service_pb2.WorkRequest
@@ -42,7 +40,6 @@ def waiter_of(
     if worker_key is None:
         raise invalid_field("worker_id", "must not be empty")
     run = side.catalog.run(tx, work.run_id)
-    at_most(len(work.queues), 100, "work.queues")
     queues = side.catalog.queue_keys(tx, run, work.queues)
     workers.serves(tx, side.catalog, worker_key, work)
     return Waiter(
@@ -79,7 +76,7 @@ class _Poll:
         waiter = waiter_of(self._side, tx, request.worker_id, request.session_id, request.work)
         waiter.batch = []
         waiter.once = self._taken
-        self._side.dispatcher.add_credits(tx, waiter, min(max(request.limit, 1), _MOST_LEASES))
+        self._side.dispatcher.add_credits(tx, waiter, max(request.limit, 1))
         self._waiter = waiter
         if self._side.moves.serve(tx, waiter):
             return
@@ -148,8 +145,6 @@ class RunnerHandlers:
 
     async def lease_rollouts(self, request: runner_service_pb2.LeaseRolloutsRequest, call: Call) -> bytes:
         """Long poll for work."""
-        if not 0 <= request.limit <= _MOST_LEASES:
-            raise invalid_field("limit", f"must be between 0 (= 1) and {_MOST_LEASES}")
         wanted = min(duration_of(request.wait) / SECOND, limits.LONG_POLL_SECONDS)
         seconds = call.wait_limit(wanted)
         poll = _Poll(self._side, request, request_key(call, request))
@@ -183,7 +178,6 @@ class RunnerHandlers:
 
     async def renew_leases(self, request: runner_service_pb2.RenewLeasesRequest, call: Call) -> bytes:
         """Renews all leases of a worker."""
-        at_most(len(request.leases), limits.BATCH_ITEMS, "leases")
 
         def run(tx: Tx) -> runner_service_pb2.RenewLeasesResponse:
             worker_key = self._worker(tx, request.worker_id)
@@ -229,7 +223,6 @@ class RunnerHandlers:
 
     async def release_attempts(self, request: runner_service_pb2.ReleaseAttemptsRequest, call: Call) -> bytes:
         """Takes attempts back unfinished."""
-        at_most(len(request.leases), limits.BATCH_ITEMS, "leases")
 
         def run(tx: Tx) -> runner_service_pb2.ReleaseAttemptsResponse:
             results = self._side.leases.release(tx, request.leases, request.reason)

@@ -66,8 +66,6 @@ class SpanWriteHandlers:
         self, request: store_service_pb2.ReserveSpanSequencesRequest, call: Call
     ) -> bytes:
         """Hand out sequence ids; a rollout's counter rises by one for each."""
-        if len(request.keys) > limits.BATCH_ITEMS:
-            raise errors.invalid_field("keys", f"has {len(request.keys)} items, at most {limits.BATCH_ITEMS}")
         for key in request.keys:
             call.caller.require_attempt(key.attempt_id)
 
@@ -102,8 +100,9 @@ def read_message(groups: Iterable[Any], call: Call, now_ns: int, field: str = "g
     for index, group in enumerate(groups):
         count = len(group.spans)
         rows_ += count
-        if rows_ > limits.SPANS_PER_MESSAGE:
-            raise errors.invalid_field(field, f"hold more than {limits.SPANS_PER_MESSAGE} spans; send fewer")
+        if rows_ > limits.SPANS_PER_MESSAGE or index >= limits.BATCH_ITEMS:
+            rule = f"are more than {limits.BATCH_ITEMS} or hold more than {limits.SPANS_PER_MESSAGE} spans"
+            raise errors.invalid_field(field, f"{rule}; send fewer")
         attempt_id, refusal = _target(group.attempt_id, call)
         one = check_group(group, attempt_id, field, index, now_ns)
         if refusal is not None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from functools import partial
 
-from agl_grpc.store import limits
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page
 from agl_grpc.store.errors import draining, invalid_field
 from agl_grpc.store.events.watches import CHECKPOINT_SECONDS, LogEntry, LogWatch
-from agl_grpc.store.handlers.common import at_most, change
+from agl_grpc.store.handlers.common import change
 from agl_grpc.store.rollouts.filters import run_key_of
 from agl_grpc.store.rollouts.write_side import WriteSide
 from agl_grpc.store.storage.engine import Connection
@@ -116,8 +115,6 @@ class TrainingHandlers:
 
     async def report_metrics(self, request: pb.ReportMetricsRequest, call: Call) -> bytes:
         """Numbers of steps and lines; the answer tells the trainer whether it shall stop."""
-        at_most(len(request.steps), limits.BATCH_ITEMS, "steps")
-        at_most(len(request.log), limits.BATCH_ITEMS, "log")
 
         def run(tx: Tx) -> pb.ReportMetricsResponse:
             row = training.held_training(tx, request.training_run_id, request.trainer_epoch)

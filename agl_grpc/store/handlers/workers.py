@@ -5,8 +5,7 @@ from __future__ import annotations
 from agl_grpc.store.door.call import Call
 from agl_grpc.store.door.paging import Order, PageRequest, check_size, fetch_page, order_of
 from agl_grpc.store.errors import invalid_field, not_found
-from agl_grpc.store.handlers.common import at_most, change
-from agl_grpc.store.limits import BATCH_ITEMS
+from agl_grpc.store.handlers.common import change
 from agl_grpc.store.rollouts import workers
 from agl_grpc.store.rollouts.encode import set_duration
 from agl_grpc.store.rollouts.filters import run_key_of
@@ -112,7 +111,6 @@ class WorkerHandlers:
 
     async def expire_leases(self, request: store_service_pb2.ExpireLeasesRequest, call: Call) -> bytes:
         """Ends leases now, as if they had run out."""
-        at_most(len(request.attempt_ids), BATCH_ITEMS, "attempt_ids")
         if not request.attempt_ids and not request.worker_id:
             raise invalid_field("attempt_ids", "or worker_id must be given")
 
@@ -138,7 +136,6 @@ class WorkerHandlers:
 
     async def drain_workers(self, request: store_service_pb2.DrainWorkersRequest, call: Call) -> bytes:
         """Orders workers to leave; an order that is not yet acknowledged is not repeated."""
-        at_most(len(request.worker_ids), BATCH_ITEMS, "worker_ids")
         if not request.worker_ids:
             raise invalid_field("worker_ids", "must name at least one worker")
 

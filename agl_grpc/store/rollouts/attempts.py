@@ -86,22 +86,16 @@ def set_open_calls(tx: Tx, attempt_key: int, count: int) -> None:
 
 def settle(tx: Tx, attempt: AttemptRow) -> None:
     """Seals an attempt that is over, or sets the moment when it will be."""
-    seal = lifecycle.seal(
-        over=True,
-        open_calls=attempt.open_calls,
-        now=tx.now,
-        seal_due=attempt.seal_due,
-        seal_timeout=seal_timeout(tx, attempt),
-    )
+    seal = decide_seal(tx, attempt, over=True)
     tx.execute(
         "UPDATE attempts SET sealed = ?, seal_time = ?, seal_due = ?, due = ?, capture_incomplete = ? "
         "WHERE attempt_key = ?",
         (
-            *(int(seal.now), tx.now if seal.now else None, seal.due, seal.due),
+            *(int(seal.now), tx.now if seal.now else None, seal.due, seal.look),
             *(int(seal.incomplete), attempt.key),
         ),
     )
-    tx.arm(seal.due)
+    tx.arm(seal.look)
     if not seal.now:
         return
     tx.event(attempt.run_key, ATTEMPT, SEALED, attempt.key)
@@ -110,12 +104,26 @@ def settle(tx: Tx, attempt: AttemptRow) -> None:
         seal_rollout(tx, rollout)
 
 
-def seal_timeout(tx: Tx, attempt: AttemptRow) -> int:
-    """Microseconds that the attempt's open calls are waited for; 0 when it has none."""
-    if attempt.open_calls <= 0:
-        return 0
-    row = tx.execute("SELECT seal_timeout FROM runs WHERE run_key = ?", (attempt.run_key,)).fetchone()
-    return int(row[0])
+def decide_seal(tx: Tx, attempt: AttemptRow, *, over: bool) -> lifecycle.Seal:
+    """Whether an attempt is sealed now, be it over or not."""
+    returned, timeout = tx.counters.last("returned"), 0
+    if over and (attempt.open_calls > 0 or lifecycle.is_grace(tx.now, returned)):
+        row = tx.execute("SELECT seal_timeout FROM runs WHERE run_key = ?", (attempt.run_key,)).fetchone()
+        timeout = int(row[0])
+    return lifecycle.seal(
+        over=over,
+        open_calls=attempt.open_calls,
+        now=tx.now,
+        seal_due=attempt.seal_due,
+        seal_timeout=timeout,
+        returned=returned,
+    )
+
+
+def note_return(tx: Tx) -> None:
+    """R11: the store was away for producers of spans, who may hold calls that began meanwhile."""
+    if tx.counters.last("attempts"):  # else there is nothing to hold calls of
+        tx.counters.put("returned", tx.now)
 
 
 def complete_failure(event: AttemptEvent, failure: attempt_pb2.Failure | None) -> attempt_pb2.Failure | None:

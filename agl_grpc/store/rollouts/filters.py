@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from agl_grpc.store.errors import invalid_field, not_found
+from agl_grpc.store.errors import not_found
 from agl_grpc.store.rollouts.encode import time_of
 from agl_grpc.store.storage.catalog import decode_labels
 from agl_grpc.store.storage.engine import Connection
@@ -13,7 +13,6 @@ from agl_grpc.store.storage.sql import marks
 from agl_grpc.v1 import common_pb2, rollout_pb2
 
 ALL_RUNS = "*"
-_MOST_IDS = 10_000
 
 
 @dataclass
@@ -42,7 +41,7 @@ def condition_of(db: Connection, chosen: rollout_pb2.RolloutFilter) -> Condition
     """The filter as a condition; the run always holds, the rest combines as `logic` says.
 
     Raises:
-        StoreError: NOT_FOUND for an unknown run, INVALID_FIELD for too many ids.
+        StoreError: NOT_FOUND for an unknown run.
     """
     run_key = run_key_of(db, chosen.run_id)
     parts = _parts(db, chosen)
@@ -55,8 +54,6 @@ def condition_of(db: Connection, chosen: rollout_pb2.RolloutFilter) -> Condition
 
 
 def _parts(db: Connection, chosen: rollout_pb2.RolloutFilter) -> list[Condition]:
-    if len(chosen.rollout_id_in) > _MOST_IDS:
-        raise invalid_field("filter.rollout_id_in", f"has more than {_MOST_IDS} ids")
     parts: list[Condition] = []
     if chosen.status_in:
         parts.append(_among("r.status", chosen.status_in))

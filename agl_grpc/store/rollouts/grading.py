@@ -25,9 +25,6 @@ _SEALED = int(event_pb2.EVENT_KIND_SEALED)
 DEFAULT_TIMEOUT = 600 * SECOND
 """Microseconds that verdicts are waited for unless the run says otherwise."""
 
-MOST_GRADERS = 32
-"""Most graders of a run."""
-
 PutRewards = Callable[[Tx, AttemptRow, str, Sequence[reward_pb2.Reward]], object]
 """Writes rewards of an attempt of a rollout."""
 
@@ -39,10 +36,6 @@ def graders_blob(graders: Iterable[run_pb2.RunGrader]) -> bytes | None:
         StoreError: INVALID_FIELD.
     """
     run = run_pb2.Run(graders=graders)
-    if len(run.graders) > MOST_GRADERS:
-        raise invalid_field(
-            "run.graders", f"has {len(run.graders)} items; at most {MOST_GRADERS} are allowed"
-        )
     names = [grader.name for grader in run.graders]
     for index, grader in enumerate(run.graders):
         path = f"run.graders[{index}]"

@@ -30,24 +30,14 @@ _RENEW = (
     "FROM (VALUES {rows}) AS v WHERE attempt_key = v.column3"
 )
 DEFAULT_DURATION = 30 * SECOND
-_SHORTEST, _LONGEST = SECOND, 3600 * SECOND
 
 PutRewards = Callable[[Tx, AttemptRow, str, Sequence[reward_pb2.Reward]], object]
 """Writes rewards of an attempt, whose rollout's id is given, within the completion's transaction."""
 
 
 def wanted_duration(work: runner_service_pb2.WorkRequest) -> int:
-    """The lease duration that a worker asks for, in microseconds.
-
-    Raises:
-        StoreError: INVALID_FIELD outside 1 s to 1 h.
-    """
-    if not work.HasField("lease_duration"):
-        return DEFAULT_DURATION
-    duration = duration_of(work.lease_duration)
-    if not _SHORTEST <= duration <= _LONGEST:
-        raise invalid_field("work.lease_duration", "must be between 1 s and 1 h")
-    return duration
+    """The lease duration that a worker asks for, in microseconds."""
+    return duration_of(work.lease_duration) if work.HasField("lease_duration") else DEFAULT_DURATION
 
 
 Pair = tuple[AttemptRow, RolloutRow]

@@ -43,6 +43,11 @@ KIND_CANCELLED = int(attempt_pb2.FAILURE_KIND_CANCELLED)
 LARGEST_BACKOFF = 60_000_000
 """Longest wait before a retry, in microseconds."""
 
+RECONNECT_GRACE = 10_000_000
+"""So long after the store was away nothing is sealed, in microseconds. Model calls go on while it is away,
+and whoever recorded them may come back later than the worker that ends their attempt: an interceptor tries
+each 2 s, a second time if its connection was not ready, and then has some time to deliver what it holds."""
+
 
 class AttemptEvent(enum.Enum):
     """What can happen to an attempt."""
@@ -248,15 +253,33 @@ def backoff(first: int, count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """Whether an attempt is sealed now, and if not, when at the latest (None = not over yet)."""
+    """Whether an attempt is sealed now.
+
+    Attributes:
+        now: It is.
+        incomplete: It is, without calls that were still open.
+        due: When it is sealed at the latest, if it is not yet; None = not over yet.
+        look: When this must be decided anew, if nothing happens before.
+    """
 
     now: bool
     incomplete: bool = False
     due: int | None = None
+    look: int | None = None
 
 
-def seal(*, over: bool, open_calls: int, now: int, seal_due: int | None, seal_timeout: int) -> Seal:
+def is_grace(now: int, returned: int) -> bool:
+    """Whether the store was away so lately that producers may not be back yet; `seal` says the rest."""
+    return now < returned + RECONNECT_GRACE
+
+
+def seal(
+    *, over: bool, open_calls: int, now: int, seal_due: int | None, seal_timeout: int, returned: int
+) -> Seal:
     """R11: sealed when over with no open call, or when the seal timeout has passed.
+
+    Neither before the grace after the store's return is over, which is never longer than the seal timeout:
+    until then there may be calls that nobody could announce.
 
     Args:
         over: Whether the attempt is over.
@@ -264,13 +287,19 @@ def seal(*, over: bool, open_calls: int, now: int, seal_due: int | None, seal_ti
         now: Microseconds since the epoch.
         seal_due: When the timeout passes; None = it starts now.
         seal_timeout: Microseconds.
+        returned: When the store last came back, in microseconds since the epoch; 0 = it never was away.
     """
     if not over:
         return Seal(False)
-    if open_calls <= 0:
-        return Seal(True)
+    held = returned + min(RECONNECT_GRACE, seal_timeout)
     due = now + seal_timeout if seal_due is None else seal_due
-    return Seal(True, incomplete=True) if now >= due else Seal(False, due=due)
+    if open_calls > 0:
+        due = look = max(due, held)
+    else:
+        look = min(due, held)  # also when the store is away again and again
+    if now >= look:
+        return Seal(True, incomplete=open_calls > 0)
+    return Seal(False, due=due, look=look)
 
 
 @dataclass(frozen=True, slots=True)

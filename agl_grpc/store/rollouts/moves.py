@@ -17,8 +17,8 @@ from agl_grpc.store.rollouts.attempts import (
     TERMINAL,
     UPDATED,
     complete_failure,
+    decide_seal,
     revivable,
-    seal_timeout,
     settle,
 )
 from agl_grpc.store.rollouts.bindings import ResourceCache
@@ -361,23 +361,17 @@ class Moves:
         blame: attempt_pb2.Failure | None,
         over: bool,
     ) -> bool:
-        seal = lifecycle.seal(
-            over=over,
-            open_calls=attempt.open_calls,
-            now=tx.now,
-            seal_due=None,
-            seal_timeout=seal_timeout(tx, attempt),
-        )
+        seal = decide_seal(tx, attempt, over=over)
         lost = int(event is AttemptEvent.LOSE_LEASE)
         tx.execute(
             _END_ATTEMPT,
             (
                 *(status, tx.now, lost, int(seal.now), tx.now if seal.now else None, seal.due),
-                *(int(seal.incomplete), seal.due, 0 if blame is None else blame.kind),
+                *(int(seal.incomplete), seal.look, 0 if blame is None else blame.kind),
                 *(None if blame is None else blame.SerializeToString(), attempt.key),
             ),
         )
-        tx.arm(seal.due)
+        tx.arm(seal.look)
         if attempt.worker_key is not None:
             tx.defer("idle", attempt.worker_key, _WORKER_IDLE, (tx.now, attempt.worker_key, attempt.key))
         tx.event(attempt.run_key, ATTEMPT, TERMINAL, attempt.key)
@@ -455,7 +449,7 @@ class Moves:
             if event is not None:
                 failure = attempt_pb2.Failure(message=_EXPIRY_MESSAGES[event])
                 self.end(tx, attempt, event, failure, order=_ORDERS.get(event, ""))
-            elif not live and attempt.seal_due is not None and attempt.seal_due <= tx.now:
+            elif not live and attempt.seal_due is not None:
                 settle(tx, attempt)
             else:
                 due = lifecycle.next_due(live, attempt.clocks)

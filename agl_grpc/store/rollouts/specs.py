@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from google.protobuf import duration_pb2
-
 from agl_grpc.store.clock import SECOND
 from agl_grpc.store.errors import invalid_field
 from agl_grpc.store.ids import mint
-from agl_grpc.store.limits import PAYLOAD_BYTES
 from agl_grpc.store.rollouts import lifecycle
 from agl_grpc.store.rollouts.encode import duration_of, set_duration, set_time, time_of
 from agl_grpc.store.rollouts.rows import RolloutRow
@@ -96,10 +93,6 @@ def plan_of(spec: rollout_pb2.RolloutSpec, path: str, key: int, run_id: str, now
     Raises:
         StoreError: INVALID_FIELD.
     """
-    if spec.input.ByteSize() > PAYLOAD_BYTES + 256:
-        raise invalid_field(f"{path}.input", f"is larger than {PAYLOAD_BYTES} bytes; store it as a blob")
-    if not -1000 <= spec.priority <= 1000:
-        raise invalid_field(f"{path}.priority", "must be between -1000 and 1000")
     message = rollout_pb2.Rollout(
         rollout_id=require_id(spec.rollout_id, f"{path}.rollout_id") if spec.rollout_id else mint("ro"),
         run_id=run_id,
@@ -119,14 +112,14 @@ def plan_of(spec: rollout_pb2.RolloutSpec, path: str, key: int, run_id: str, now
         ready_time = max(now, time_of(spec.not_before))
     if spec.HasField("expire_after"):
         message.expire_after.CopyFrom(spec.expire_after)
-        expire_time = now + _positive(spec.expire_after, f"{path}.expire_after")
+        expire_time = now + duration_of(spec.expire_after)
     config = message.config
     config.CopyFrom(spec.config)
     rules = rules_of(config, f"{path}.config")
-    timeout = _positive(config.timeout, f"{path}.config.timeout") if config.HasField("timeout") else None
+    timeout = duration_of(config.timeout) if config.HasField("timeout") else None
     silence = None
     if config.HasField("unresponsive"):
-        silence = _positive(config.unresponsive, f"{path}.config.unresponsive")
+        silence = duration_of(config.unresponsive)
     return Plan(key, message, rules, timeout, silence, ready_time, expire_time)
 
 
@@ -137,27 +130,14 @@ def rules_of(config: rollout_pb2.RolloutConfig, path: str) -> lifecycle.Rules:
         StoreError: INVALID_FIELD.
     """
     config.max_attempts = config.max_attempts or DEFAULT_ATTEMPTS
-    if not 1 <= config.max_attempts <= 1000:
-        raise invalid_field(f"{path}.max_attempts", "must be between 1 and 1000")
     if not config.HasField("max_redeliveries"):
         config.max_redeliveries = DEFAULT_REDELIVERIES
-    if not 0 <= config.max_redeliveries <= 1000:
-        raise invalid_field(f"{path}.max_redeliveries", "must be between 0 and 1000")
     if not config.HasField("retry_backoff"):
         set_duration(config.retry_backoff, DEFAULT_BACKOFF)
     first = duration_of(config.retry_backoff)
-    if first < 0:
-        raise invalid_field(f"{path}.retry_backoff", "must not be negative")
     mask = 0
     for status in config.retry_condition:
         if status not in lifecycle.RETRYABLE:
             raise invalid_field(f"{path}.retry_condition", "may name FAILED, TIMEOUT and UNRESPONSIVE only")
         mask |= lifecycle.retry_bit(status)
     return lifecycle.Rules(config.max_attempts, mask, config.max_redeliveries, first, 0, 0)
-
-
-def _positive(duration: duration_pb2.Duration, path: str) -> int:
-    micros = duration_of(duration)
-    if micros <= 0:
-        raise invalid_field(path, "must be longer than 0")
-    return micros

@@ -6,6 +6,7 @@ from agl_grpc.store import rewards
 from agl_grpc.store.door.credentials import CredentialSigner
 from agl_grpc.store.events.timers import FIRE_LIMIT
 from agl_grpc.store.rollouts import commands, grading
+from agl_grpc.store.rollouts.attempts import note_return
 from agl_grpc.store.rollouts.commands import Commands
 from agl_grpc.store.rollouts.deletion import Deletion, Retention
 from agl_grpc.store.rollouts.dispatch import Dispatcher
@@ -50,13 +51,14 @@ class WriteSide:
 
     @classmethod
     async def start(cls, store: Store, signer: CredentialSigner) -> WriteSide:
-        """Takes the store up: makes the run `default`, extends every live lease (R9), arms the timers."""
+        """Takes the store up: makes the run `default`, extends live leases (R9), arms the timers."""
         side = cls(store, signer)
         store.timers.register(side._sweep, _next_due)
         store.maintenance.register(commands.prune)
         store.maintenance.register(Retention(side.deletion).prune)
         store.writer.forgets += [side.catalog.forget, side.moves.resources.forget]
         store.writer.on_gap.append(side.leases.extend_all)
+        store.writer.on_return.append(note_return)
         await store.write(side._take_up)
         return side
 
@@ -70,6 +72,7 @@ class WriteSide:
             tx.event(run_key, event_pb2.ENTITY_KIND_RUN, event_pb2.EVENT_KIND_CREATED, run_key)
         if not self.store.database.is_shared(tx.connection):
             self.leases.extend_all(tx)
+            note_return(tx)
         tx.arm(next_rollout_due(tx.connection))
         tx.arm(grading.next_due(tx.connection))
 

@@ -134,6 +134,11 @@ def check_group(group: Any, attempt_id: str, field: str, index: int, now_ns: int
 
 
 def _check_announcements(checked: CheckedGroup, group: Any) -> None:
+    for name, announced in (("open_calls", group.open_calls), ("abandoned_calls", group.abandoned_calls)):
+        if len(announced) > limits.BATCH_ITEMS:
+            rule = f"has {len(announced)} items; at most {limits.BATCH_ITEMS} are allowed"
+            checked.refuse(errors.invalid_field(f"{checked.path}.{name}", rule))
+            return
     for number, call in enumerate(group.open_calls):
         if _is_announced(checked, call.span_id, f"open_calls[{number}].span_id"):
             checked.open_calls.append((ref_of(call.span_id), min(call.start_time_unix_nano, _MAX_SIGNED - 1)))

@@ -119,8 +119,6 @@ class Catalog:
         name = name or run.run_id
         queue = self._queues.get((run.run_key, name))
         if queue is None:
-            if len(name.encode()) > 128:
-                raise invalid_field("queue", "is longer than 128 bytes")
             tx.execute(
                 "INSERT INTO queues (run_key, name) VALUES (?, ?) ON CONFLICT DO NOTHING", (run.run_key, name)
             )
@@ -163,8 +161,6 @@ class Catalog:
         name = (run_key, group_id)
         key = self._groups.get(name)
         if key is None:
-            if len(group_id.encode()) > 128:
-                raise invalid_field("group_id", "is longer than 128 bytes")
             tx.execute("INSERT INTO groups (run_key, group_id) VALUES (?, ?) ON CONFLICT DO NOTHING", name)
             (key,) = tx.execute(
                 "SELECT group_key FROM groups WHERE run_key = ? AND group_id = ?", name
@@ -186,8 +182,6 @@ class Catalog:
             return None
         key = self._workers.get(worker_id)
         if key is None:
-            if len(worker_id.encode()) > 256:
-                raise invalid_field("worker_id", "is longer than 256 bytes")
             tx.execute("INSERT INTO workers (worker_id) VALUES (?) ON CONFLICT DO NOTHING", (worker_id,))
             (key,) = tx.execute("SELECT worker_key FROM workers WHERE worker_id = ?", (worker_id,)).fetchone()
             if len(self._workers) >= _MAX_CACHED:
@@ -227,14 +221,11 @@ def labels_of(labels: Iterable[common_pb2.Label], path: str) -> Labels:
     """Checked labels as a set.
 
     Raises:
-        StoreError: More than 32, or a key or value of a wrong length.
+        StoreError: A key is empty.
     """
     found = frozenset((label.key, label.value) for label in labels)
-    if len(found) > 32:
-        raise invalid_field(path, "has more than 32 labels")
-    for key, value in found:
-        if not 1 <= len(key.encode()) <= 128 or len(value.encode()) > 256:
-            raise invalid_field(path, "has a key that is not 1 to 128 bytes long or a value over 256 bytes")
+    if any(not key for key, _ in found):
+        raise invalid_field(path, "has an empty key")
     return found
 
 

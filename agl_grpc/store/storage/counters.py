@@ -1,15 +1,16 @@
-"""Keys given out so far: one row of the database, read when a group of commands begins, written when it ends.
+"""What every group of commands must know: one row of the database, read when it begins, written when it ends.
 
-What a command that comes to nothing had taken stays a hole; no key is ever given out twice, also not after
-the newest rows were deleted.
+Keys given out so far: what a command that comes to nothing had taken stays a hole; no key is ever given out
+twice, also not after the newest rows were deleted. And when the store last came back from being away.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-NAMES = ("rollouts", "attempts", "spans", "events", "catalog")
-"""What is counted: rows of three tables, positions of the event log, changes of cached rows."""
+NAMES = ("rollouts", "attempts", "spans", "events", "catalog", "returned")
+"""What is counted: rows of three tables, positions of the event log, changes of cached rows; and a moment in
+microseconds, that of the store's return (0 = it never was away)."""
 
 SELECT = f"SELECT {', '.join(NAMES)} FROM counters"
 
@@ -37,8 +38,12 @@ class Counters:
         """The newest key given out; 0 = none."""
         return self._last[name]
 
+    def put(self, name: str, value: int) -> None:
+        """Sets what is no key."""
+        self._last[name] = value
+
     def changed(self) -> bool:
-        """Whether any key was given out."""
+        """Whether anything is to be written."""
         return tuple(self._last.values()) != self._stored
 
     def save(self, connection: _Executes) -> None:

@@ -147,11 +147,13 @@ class News(NamedTuple):
         events: New entries of the event log, without the server's own.
         due: The earliest moment at which a timer may have to act; None = there is none.
         quiet: Nobody wrote for a while: some server should say that it lives.
+        left: A server that had the database open has gone, or may have.
     """
 
     events: Sequence[EventRow]
     due: int | None
     quiet: bool
+    left: bool
 
 
 class Database(Protocol):

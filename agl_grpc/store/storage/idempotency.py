@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from agl_grpc.store.clock import SECOND
-from agl_grpc.store.errors import StoreError, invalid_field, request_id_reused
+from agl_grpc.store.errors import StoreError, request_id_reused
 from agl_grpc.store.storage.bulk import Execute, update_rows
 from agl_grpc.store.storage.transaction import Answered, Redo, Tx
 
 KEEP = 24 * 3600 * SECOND
-_MAX_ID = 128
 _INSERT = (
     "INSERT INTO requests (digest, request_hash, response, create_time) VALUES {rows} "
     "ON CONFLICT (digest) DO "
@@ -76,8 +75,6 @@ def find(tx: Tx, key: RequestKey) -> bytes | None:
     """
     if not key.request_id:
         return None
-    if len(key.request_id.encode()) > _MAX_ID:
-        raise invalid_field("request_id", f"is longer than {_MAX_ID} bytes")
     digest = _digest(key)
     row = tx.answered.get(digest) or _stored(tx, digest)
     if row is None:
@@ -109,8 +106,6 @@ def save(tx: Tx, key: RequestKey, response: bytes) -> None:
 
 def _note(tx: Tx, key: RequestKey, response: bytes, *, replaces: bool) -> bool:
     """Remembers an answer until the group's are written; returns whether there was one in the group."""
-    if len(key.request_id.encode()) > _MAX_ID:
-        raise invalid_field("request_id", f"is longer than {_MAX_ID} bytes")
     digest, answered = _digest(key), tx.answered
     before = answered.get(digest)
     answered[digest] = Answered(_hash(key.request), response, tx.now, replaces)

@@ -1,4 +1,4 @@
-"""The newest keys given out: one row. It begins with what the tables hold. Made last, after them."""
+"""What `counters` says: one row. It begins with what the tables hold. Made last, after them."""
 
 from __future__ import annotations
 
@@ -20,4 +20,7 @@ INSERT INTO counters (rollouts, attempts, spans, events, catalog, beat) SELECT
     coalesce((SELECT max(position) FROM events), 0), 0, 0;
 """
 
-FAMILY = Family("counters", (_V1,))
+# When the store last came back from being away (R11).
+_V2 = "ALTER TABLE counters ADD COLUMN returned INTEGER NOT NULL DEFAULT 0;"
+
+FAMILY = Family("counters", (_V1, _V2))

@@ -70,6 +70,8 @@ class Writer:
     Attributes:
         forgets: Called in the writer's thread when another server has changed what servers remember.
         on_gap: Commands that are carried out first when no server had the database for a while.
+        on_return: Commands that are carried out first after such a gap, after groups that were refused (the
+            database was away, full or busy), and when `was_away` says so.
     """
 
     def __init__(
@@ -81,11 +83,13 @@ class Writer:
     ) -> None:
         self.forgets: list[Callable[[], None]] = []
         self.on_gap: list[Run] = []
+        self.on_return: list[Run] = []
         self._database = database
         self._connection = database.connect_writer(clock)
         self._clock = clock
         self._catalog = self._connection.counters.last("catalog")
         self._lost = False
+        self._absences = self._noted = 0
         self._retries = 0
         self._on_commit = on_commit
         self._on_fatal = on_fatal
@@ -161,6 +165,10 @@ class Writer:
                 self._wake.notify()
         return future
 
+    def was_away(self) -> None:
+        """Says that clients could not reach this server or another of its database; called by any thread."""
+        self._absences += 1
+
     # In the writer's thread from here on.
 
     def _serve(self) -> None:
@@ -186,10 +194,11 @@ class Writer:
     def _group(self) -> None:
         done: list[Command] = []
         try:
+            absences = self._absences
             self._begin()
             self._touched = False
             self._answered.clear()
-            self._catch_up(done)
+            self._catch_up(done, away=absences != self._noted)
             self._fill(done)
             self._segment.clear()
             events = [event for command in done if command.error is None for event in command.begun.events]
@@ -208,6 +217,7 @@ class Writer:
             self._fail(done, error, self._database.trouble(error))
             return
         self._in_savepoint = False
+        self._noted = absences
         self._retries = 0
         self._catalog = self._connection.counters.last("catalog")
         dues = [command.tx.due for command in done if command.error is None and command.tx and command.tx.due]
@@ -232,12 +242,12 @@ class Writer:
                 forget()
             self._catalog = self._connection.counters.last("catalog")
 
-    def _catch_up(self, done: list[Command]) -> None:
-        if self._connection.gap:
-            for run in self.on_gap:
-                command = Command(run, None, 1, Lane.LIFECYCLE)
-                done.append(command)
-                self._careful(command)
+    def _catch_up(self, done: list[Command], *, away: bool) -> None:
+        gap = self._connection.gap
+        for run in (*(self.on_gap if gap else ()), *(self.on_return if gap or away else ())):
+            command = Command(run, None, 1, Lane.LIFECYCLE)
+            done.append(command)
+            self._careful(command)
 
     def _finish(self, done: list[Command], events: list[EventRow]) -> bool:
         """Writes what the commands left for the end; False = a request was carried out before."""
@@ -422,6 +432,7 @@ class Writer:
                 self._lanes[command.lane].appendleft(command)
 
     def _refuse_all(self, done: list[Command], refusal: StoreError) -> None:
+        self.was_away()
         for command in reversed(done):
             if command.error is None:
                 command.undone()

@@ -192,10 +192,8 @@ def commit(
         StoreError: INVALID_FIELD, NOT_FOUND, ENTITY_EXISTS, or ILLEGAL_TRANSITION for a batch of another
             epoch or checkpoint.
     """
-    if not 1 <= len(checkpoint_id.encode()) <= 256:
-        raise invalid_field("checkpoint_id", "must have 1 to 256 bytes")
-    if step < 0:
-        raise invalid_field("step", "must not be negative")
+    if not checkpoint_id:
+        raise invalid_field("checkpoint_id", "must not be empty")
     known = tx.execute(
         "SELECT step, digest FROM checkpoints WHERE training_key = ? AND checkpoint_id = ?",
         (training.key, checkpoint_id),

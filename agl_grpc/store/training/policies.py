@@ -70,12 +70,8 @@ def prepare(
     Raises:
         StoreError: INVALID_FIELD, or ILLEGAL_TRANSITION when a newer version (or this one) is committed.
     """
-    if not 1 <= len(model.encode()) <= 256:
-        raise invalid_field("model", "must have 1 to 256 bytes")
-    if version < 0:
-        raise invalid_field("policy_version", "must not be negative")
-    if seconds <= 0:
-        raise invalid_field("deadline", "must be positive")
+    if not model:
+        raise invalid_field("model", "must not be empty")
     newest = newest_committed(tx.connection, run_key, model)
     if newest is not None and version <= newest.policy_version:
         after = f"committed at {newest.policy_version}"
@@ -225,8 +221,8 @@ def put_engine(tx: Tx, run_key: int, engine: policy_pb2.Engine) -> int:
     Raises:
         StoreError: INVALID_FIELD.
     """
-    if not 1 <= len(engine.engine_id.encode()) <= 256:
-        raise invalid_field("engine.engine_id", "must have 1 to 256 bytes")
+    if not engine.engine_id:
+        raise invalid_field("engine.engine_id", "must not be empty")
     ((key,),) = tx.execute(
         "INSERT INTO engines (engine_id, run_key, model, endpoint, engine_version, active_policy_version, "
         "last_seen_time) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (engine_id) DO UPDATE SET "

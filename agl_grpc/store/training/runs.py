@@ -7,14 +7,12 @@ from typing import NamedTuple
 
 from agl_grpc.store.errors import exists, illegal_transition, invalid_field, not_found, trainer_fenced
 from agl_grpc.store.ids import mint
+from agl_grpc.store.rollouts.attempts import limited
 from agl_grpc.store.rollouts.encode import key_values, key_values_blob, set_time, time_of
 from agl_grpc.store.storage.catalog import RunRow, require_id
 from agl_grpc.store.storage.engine import Connection
 from agl_grpc.store.storage.transaction import Tx
 from agl_grpc.v1 import attempt_pb2, common_pb2, event_pb2, training_pb2
-
-_RESULT_BYTES = 1024 * 1024
-_LINE_BYTES = 16 * 1024
 
 TRAINING_RUN = event_pb2.ENTITY_KIND_TRAINING_RUN
 PENDING = int(training_pb2.TRAINING_RUN_STATUS_PENDING)
@@ -113,8 +111,8 @@ def create(tx: Tx, run: RunRow, wanted: training_pb2.TrainingRun) -> int:
     Raises:
         StoreError: INVALID_FIELD or ENTITY_EXISTS.
     """
-    if not 1 <= len(wanted.algorithm.encode()) <= 128:
-        raise invalid_field("training_run.algorithm", "must have 1 to 128 bytes, for example `verl`")
+    if not wanted.algorithm:
+        raise invalid_field("training_run.algorithm", "must name one, for example `verl`")
     name = wanted.training_run_id
     name = require_id(name, "training_run.training_run_id") if name else mint("tr")
     if tx.execute("SELECT 1 FROM training_runs WHERE training_run_id = ?", (name,)).fetchone():
@@ -136,8 +134,8 @@ def acquire(tx: Tx, row: TrainingRow, trainer_id: str, *, only_pending: bool = F
         StoreError: INVALID_FIELD, or ILLEGAL_TRANSITION when it has succeeded, or has to be pending and
             is not.
     """
-    if not 1 <= len(trainer_id.encode()) <= 256:
-        raise invalid_field("trainer_id", "must have 1 to 256 bytes")
+    if not trainer_id:
+        raise invalid_field("trainer_id", "must not be empty")
     if row.status == SUCCEEDED or (only_pending and row.status != PENDING):
         raise illegal_transition("training run", row.training_run_id, status_name(row.status), "running")
     status = STOPPING if row.status == STOPPING else RUNNING
@@ -164,18 +162,18 @@ def finish(
     """End a training run.
 
     Raises:
-        StoreError: INVALID_FIELD for a status that is not terminal, or a result above 1 MiB.
+        StoreError: INVALID_FIELD for a status that is not terminal.
     """
     if status not in TERMINAL:
         raise invalid_field("status", "must be SUCCEEDED, FAILED or STOPPED")
     if result is not None:
-        data = result.SerializeToString()
-        if len(data) > _RESULT_BYTES:
-            raise invalid_field("result", f"has {len(data)} bytes; at most {_RESULT_BYTES} are allowed")
-        tx.execute("INSERT INTO training_results (training_key, data) VALUES (?, ?)", (row.key, data))
+        tx.execute(
+            "INSERT INTO training_results (training_key, data) VALUES (?, ?)",
+            (row.key, result.SerializeToString()),
+        )
     tx.execute(
         "UPDATE training_runs SET status = ?, end_time = ?, failure = ? WHERE training_key = ?",
-        (status, tx.now, failure.SerializeToString() if failure is not None else None, row.key),
+        (status, tx.now, limited(failure).SerializeToString() if failure is not None else None, row.key),
     )
     tx.event(row.run_key, TRAINING_RUN, event_pb2.EVENT_KIND_TERMINAL, row.key)
 
@@ -218,11 +216,9 @@ def report(tx: Tx, row: TrainingRow, steps: Sequence[training_pb2.StepMetrics]) 
 
 
 def _check_step(step: training_pb2.StepMetrics, path: str) -> None:
-    if step.step < 0:
-        raise invalid_field(f"{path}.step", "must not be negative")
     for place, metric in enumerate(step.metrics):
-        if not 1 <= len(metric.name.encode()) <= 256:
-            raise invalid_field(f"{path}.metrics[{place}].name", "must have 1 to 256 bytes")
+        if not metric.name:
+            raise invalid_field(f"{path}.metrics[{place}].name", "must not be empty")
 
 
 def _merge(epoch: int, step: training_pb2.StepMetrics, known: bytes | None) -> training_pb2.StepMetrics:
@@ -252,14 +248,8 @@ def load_metrics(
 
 
 def add_log(tx: Tx, row: TrainingRow, lines: Sequence[training_pb2.LogLine]) -> None:
-    """Store lines for people.
-
-    Raises:
-        StoreError: INVALID_FIELD for a line that is too long.
-    """
-    for index, line in enumerate(lines):
-        if len(line.text.encode()) > _LINE_BYTES:
-            raise invalid_field(f"log[{index}].text", f"must have at most {_LINE_BYTES} bytes")
+    """Store lines for people."""
+    for line in lines:
         stored = training_pb2.LogLine(text=line.text, trainer_epoch=row.trainer_epoch)
         set_time(stored.time, tx.now)
         tx.execute(

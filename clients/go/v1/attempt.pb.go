@@ -173,11 +173,11 @@ type Failure struct {
 
 	// Who is to blame.
 	Kind FailureKind `protobuf:"varint,1,opt,name=kind,proto3,enum=agl_grpc.v1.FailureKind" json:"kind,omitempty"`
-	// One line for people; at most 4 KiB.
+	// One line for people; what is longer than 4 KiB is cut at the back.
 	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
-	// Machine-readable name, for example the exception's type; at most 256 bytes.
+	// Machine-readable name, for example the exception's type; what is longer than 256 bytes is cut at the back.
 	Type string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
-	// Traceback or output tail; at most 64 KiB, longer ones are cut at the front.
+	// Traceback or output tail; what is longer than 64 KiB is cut at the front.
 	Detail string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
 }
 
@@ -261,7 +261,7 @@ type Attempt struct {
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
 	// The worker that has it; empty = none.
 	WorkerId string `protobuf:"bytes,7,opt,name=worker_id,json=workerId,proto3" json:"worker_id,omitempty"`
-	// Last span, heartbeat or renewal.
+	// Last span, heartbeat or renewal. One that UpdateAttempt says may be 24 hours ahead of the store's clock.
 	LastHeartbeatTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=last_heartbeat_time,json=lastHeartbeatTime,proto3" json:"last_heartbeat_time,omitempty"`
 	// Free notes.
 	Metadata []*KeyValue `protobuf:"bytes,9,rep,name=metadata,proto3" json:"metadata,omitempty"`
@@ -273,7 +273,8 @@ type Attempt struct {
 	ResourcesVersion int64 `protobuf:"varint,12,opt,name=resources_version,json=resourcesVersion,proto3" json:"resources_version,omitempty"`
 	// Whether a lease governs it; else timeout and unresponsive alone do.
 	Leased bool `protobuf:"varint,13,opt,name=leased,proto3" json:"leased,omitempty"`
-	// Terminal with no open model call, or past the seal time-out: nothing more will be trained.
+	// Terminal with no open model call, or past the seal time-out: nothing more will be trained. Never in the
+	// first 10 s (or the seal time-out, if that is less) after the store was away: calls may have begun meanwhile.
 	Sealed bool `protobuf:"varint,14,opt,name=sealed,proto3" json:"sealed,omitempty"`
 	// When it was sealed.
 	SealTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=seal_time,json=sealTime,proto3" json:"seal_time,omitempty"`
@@ -462,7 +463,8 @@ type Lease struct {
 	RolloutId string `protobuf:"bytes,1,opt,name=rollout_id,json=rolloutId,proto3" json:"rollout_id,omitempty"`
 	// The attempt made for this delivery.
 	AttemptId string `protobuf:"bytes,2,opt,name=attempt_id,json=attemptId,proto3" json:"attempt_id,omitempty"`
-	// Secret of the worker.
+	// Secret of the worker. Once the lease is over, re-leased or completed, what it is sent with is refused
+	// (LEASE_LOST).
 	LeaseToken []byte `protobuf:"bytes,3,opt,name=lease_token,json=leaseToken,proto3" json:"lease_token,omitempty"`
 	// How long the lease lasts, counted by the holder from when it sent the request that was answered.
 	Duration *durationpb.Duration `protobuf:"bytes,4,opt,name=duration,proto3" json:"duration,omitempty"`

@@ -137,7 +137,8 @@ type PromptTokens struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// Span id of the earlier call whose sequence (prompt, then response) this one begins with; empty = whole.
+	// Span id of the earlier call whose sequence (prompt, then response) this one begins with; empty = whole. One that
+	// the store does not have is refused (DELTA_BASE_UNKNOWN): send the prompt whole.
 	BaseSpanId []byte `protobuf:"bytes,1,opt,name=base_span_id,json=baseSpanId,proto3" json:"base_span_id,omitempty"`
 	// Index of the earlier call's choice whose response belongs to its sequence.
 	BaseChoice int32 `protobuf:"varint,2,opt,name=base_choice,json=baseChoice,proto3" json:"base_choice,omitempty"`
@@ -284,7 +285,7 @@ type Choice struct {
 	Index int32 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
 	// The sampled tokens. Packed: on the wire a little-endian array of 32-bit integers.
 	TokenIds []uint32 `protobuf:"fixed32,2,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
-	// Their log probabilities, one each, never NaN. Packed: on the wire a little-endian array of 32-bit floats.
+	// Their log probabilities, one each and finite; else the span is refused (TOKENS_MALFORMED). Packed: on the wire a little-endian array of 32-bit floats.
 	Logprobs []float32 `protobuf:"fixed32,3,rep,packed,name=logprobs,proto3" json:"logprobs,omitempty"`
 	// The engine's word: `stop`, `length`, `tool_calls`, `abort`, …
 	FinishReason string `protobuf:"bytes,4,opt,name=finish_reason,json=finishReason,proto3" json:"finish_reason,omitempty"`

@@ -211,15 +211,15 @@ type RolloutConfig struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// Longest time one attempt may take, from its start; unset = no limit.
+	// Longest time one attempt may take, from its start; longer than 0; unset = no limit.
 	Timeout *durationpb.Duration `protobuf:"bytes,1,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	// Longest silence (no span, no heartbeat, no renewal) of an attempt; unset = no limit.
+	// Longest silence (no span, no heartbeat, no renewal) of an attempt; longer than 0; unset = no limit.
 	Unresponsive *durationpb.Duration `protobuf:"bytes,2,opt,name=unresponsive,proto3" json:"unresponsive,omitempty"`
-	// Attempts that may end by themselves; default 1, 1 to 1000.
+	// Attempts that may end by themselves; 0 to 1000; 0 = the default, 1.
 	MaxAttempts int32 `protobuf:"varint,3,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
 	// Ends that are retried while max_attempts allows: FAILED, TIMEOUT, UNRESPONSIVE.
 	RetryCondition []AttemptStatus `protobuf:"varint,4,rep,packed,name=retry_condition,json=retryCondition,proto3,enum=agl_grpc.v1.AttemptStatus" json:"retry_condition,omitempty"`
-	// Redeliveries after lost leases, which do not use up max_attempts; default 3, 0 to 1000.
+	// Redeliveries after lost leases, which do not use up max_attempts; 0 to 1000; default 3.
 	MaxRedeliveries *int32 `protobuf:"varint,5,opt,name=max_redeliveries,json=maxRedeliveries,proto3,oneof" json:"max_redeliveries,omitempty"`
 	// First wait before a retry, doubling up to 60 s; default 1 s.
 	RetryBackoff *durationpb.Duration `protobuf:"bytes,6,opt,name=retry_backoff,json=retryBackoff,proto3" json:"retry_backoff,omitempty"`
@@ -337,7 +337,7 @@ type Rollout struct {
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
 	// Not delivered before this time.
 	NotBefore *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
-	// Cancelled when still queued this long after creation; unset = never.
+	// Cancelled when still queued this long after creation; longer than 0; unset = never.
 	ExpireAfter *durationpb.Duration `protobuf:"bytes,17,opt,name=expire_after,json=expireAfter,proto3" json:"expire_after,omitempty"`
 	// Why it failed; set when status is FAILED.
 	Failure *Failure `protobuf:"bytes,18,opt,name=failure,proto3" json:"failure,omitempty"`
@@ -556,27 +556,29 @@ type RolloutSpec struct {
 	Input *Payload `protobuf:"bytes,1,opt,name=input,proto3" json:"input,omitempty"`
 	// What it is for.
 	Mode RolloutMode `protobuf:"varint,2,opt,name=mode,proto3,enum=agl_grpc.v1.RolloutMode" json:"mode,omitempty"`
-	// Bind to this publication's newest version; empty = the run's latest.
+	// Bind to this publication's newest version; empty = the run's latest. One that is not published is refused
+	// (RESOURCE_MISSING).
 	ResourcesId string `protobuf:"bytes,3,opt,name=resources_id,json=resourcesId,proto3" json:"resources_id,omitempty"`
-	// Bind to exactly this version; 0 = the newest.
+	// Bind to exactly this version; needs resources_id; 0 = the newest.
 	ResourcesVersion int64 `protobuf:"varint,4,opt,name=resources_version,json=resourcesVersion,proto3" json:"resources_version,omitempty"`
 	// Rules of its life.
 	Config *RolloutConfig `protobuf:"bytes,5,opt,name=config,proto3" json:"config,omitempty"`
 	// Free notes.
 	Metadata []*KeyValue `protobuf:"bytes,6,rep,name=metadata,proto3" json:"metadata,omitempty"`
-	// The caller's own id; empty = minted. An id that exists already answers ALREADY_EXISTS.
+	// The caller's own id, at most 128 bytes of `[A-Za-z0-9._:-]`; empty = minted. An id that exists already answers
+	// ALREADY_EXISTS.
 	RolloutId string `protobuf:"bytes,7,opt,name=rollout_id,json=rolloutId,proto3" json:"rollout_id,omitempty"`
-	// Group for comparison; at most 128 bytes.
+	// Group for comparison.
 	GroupId string `protobuf:"bytes,8,opt,name=group_id,json=groupId,proto3" json:"group_id,omitempty"`
-	// Queue; empty = the run's id; at most 128 bytes.
+	// Queue; empty = the run's id.
 	Queue string `protobuf:"bytes,9,opt,name=queue,proto3" json:"queue,omitempty"`
-	// Larger first.
+	// Larger first; default 0; -1000 to 1000.
 	Priority int32 `protobuf:"varint,10,opt,name=priority,proto3" json:"priority,omitempty"`
 	// Tags; at most 32.
 	Labels []*Label `protobuf:"bytes,11,rep,name=labels,proto3" json:"labels,omitempty"`
 	// Not delivered before this time.
 	NotBefore *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
-	// Cancelled when still queued this long after creation.
+	// Cancelled when still queued this long after creation; longer than 0; unset = never.
 	ExpireAfter *durationpb.Duration `protobuf:"bytes,13,opt,name=expire_after,json=expireAfter,proto3" json:"expire_after,omitempty"`
 	// When to bind resources.
 	Binding ResourceBinding `protobuf:"varint,14,opt,name=binding,proto3,enum=agl_grpc.v1.ResourceBinding" json:"binding,omitempty"`

@@ -29,7 +29,7 @@ type Run struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// Chosen by the caller; 1 to 128 bytes of `[A-Za-z0-9._-]`. `default` always exists.
+	// Chosen by the caller; 1 to 128 bytes of `[A-Za-z0-9._:-]`. `default` always exists.
 	RunId string `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
 	// When the run was made.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -37,23 +37,23 @@ type Run struct {
 	Metadata []*KeyValue `protobuf:"bytes,3,rep,name=metadata,proto3" json:"metadata,omitempty"`
 	// Whether an agent's own credential may write rewards. Default false.
 	AllowSelfGrading bool `protobuf:"varint,4,opt,name=allow_self_grading,json=allowSelfGrading,proto3" json:"allow_self_grading,omitempty"`
-	// Finished rollouts that ended longer ago than this are deleted in the background; unset keeps
-	// them for ever. Live, unsealed, claimed and pinned ones stay.
+	// Finished rollouts that ended longer ago than this are deleted in the background; longer than 0; unset
+	// keeps them for ever. Live, unsealed, claimed and pinned ones stay.
 	Retention *durationpb.Duration `protobuf:"bytes,5,opt,name=retention,proto3" json:"retention,omitempty"`
 	// Whether dispatch of the whole run is paused.
 	Paused bool `protobuf:"varint,6,opt,name=paused,proto3" json:"paused,omitempty"`
 	// Queues of the run whose dispatch is paused.
 	PausedQueues []string `protobuf:"bytes,7,rep,name=paused_queues,json=pausedQueues,proto3" json:"paused_queues,omitempty"`
-	// How long after the end of an attempt open model calls may still arrive; default 60 s.
+	// How long after the end of an attempt open model calls may still arrive; longer than 0; default 60 s.
 	SealTimeout *durationpb.Duration `protobuf:"bytes,8,opt,name=seal_timeout,json=sealTimeout,proto3" json:"seal_timeout,omitempty"`
-	// How long after its commit a batch pins the spans that it names; unset = for ever. Afterwards
+	// How long after its commit a batch pins the spans that it names; longer than 0; unset = for ever. Afterwards
 	// they may be deleted, and then the batch cannot be replayed (REPLAY_EXPIRED).
 	ReplayRetention *durationpb.Duration `protobuf:"bytes,9,opt,name=replay_retention,json=replayRetention,proto3" json:"replay_retention,omitempty"`
 	// Graders whose verdicts are waited for: a rollout that succeeded is sealed only when each of them has
 	// judged its newest attempt or failed to. At most 32.
 	Graders []*RunGrader `protobuf:"bytes,10,rep,name=graders,proto3" json:"graders,omitempty"`
-	// How long after the end of an attempt verdicts are waited for; default 600 s. Then the store itself records
-	// a failure of kind GRADER for each that is missing.
+	// How long after the end of an attempt verdicts are waited for; longer than 0; default 600 s. Then the store itself
+	// records a failure of kind GRADER for each that is missing.
 	GradingTimeout *durationpb.Duration `protobuf:"bytes,11,opt,name=grading_timeout,json=gradingTimeout,proto3" json:"grading_timeout,omitempty"`
 }
 
@@ -172,7 +172,7 @@ type RunGrader struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// The grader's name, or `NAME/COMPONENT` for a component of its reward that counts by itself.
+	// The grader's name, or `NAME/COMPONENT` for a component of its reward that counts by itself; differs from all others.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The version whose verdict is waited for; empty = any; at most 128 bytes.
 	Version string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`

@@ -105,7 +105,7 @@ type WorkRequest struct {
 
 	// The run; empty = `default`.
 	RunId string `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
-	// Queues that it serves; empty = the run's own.
+	// Queues that it serves; at most 100; empty = the run's own.
 	Queues []string `protobuf:"bytes,2,rep,name=queues,proto3" json:"queues,omitempty"`
 	// Only rollouts whose labels are all among these; empty = any.
 	Labels []*Label `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty"`
@@ -382,7 +382,8 @@ type LeaseStreamOpen struct {
 
 	// The worker.
 	WorkerId string `protobuf:"bytes,1,opt,name=worker_id,json=workerId,proto3" json:"worker_id,omitempty"`
-	// The worker's session: new at each start. Live leases of it that are not named below are released.
+	// The worker's session: new at each start. Live leases of it that are not named below are released. A newer stream
+	// of the session ends an older one with ABORTED (STREAM_FENCED).
 	SessionId string `protobuf:"bytes,2,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	// Which work.
 	Work *WorkRequest `protobuf:"bytes,3,opt,name=work,proto3" json:"work,omitempty"`
@@ -1374,7 +1375,7 @@ type CompleteAttemptsRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The worker.
 	WorkerId string `protobuf:"bytes,2,opt,name=worker_id,json=workerId,proto3" json:"worker_id,omitempty"`
-	// 1 to 10 000.
+	// At most 10 000.
 	Completions []*Completion `protobuf:"bytes,3,rep,name=completions,proto3" json:"completions,omitempty"`
 }
 
@@ -1567,7 +1568,7 @@ type ReleaseAttemptsRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The worker.
 	WorkerId string `protobuf:"bytes,2,opt,name=worker_id,json=workerId,proto3" json:"worker_id,omitempty"`
-	// 1 to 10 000.
+	// At most 10 000.
 	Leases []*HeldLease `protobuf:"bytes,3,rep,name=leases,proto3" json:"leases,omitempty"`
 	// Why, for people.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`

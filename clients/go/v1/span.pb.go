@@ -432,7 +432,7 @@ type Span struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// 16 bytes.
+	// 16 bytes, or empty.
 	TraceId []byte `protobuf:"bytes,1,opt,name=trace_id,json=traceId,proto3" json:"trace_id,omitempty"`
 	// 8 bytes; with rollout and attempt the natural key. Required, not all zero.
 	SpanId []byte `protobuf:"bytes,2,opt,name=span_id,json=spanId,proto3" json:"span_id,omitempty"`
@@ -446,7 +446,7 @@ type Span struct {
 	Kind SpanKind `protobuf:"varint,6,opt,name=kind,proto3,enum=agl_grpc.v1.SpanKind" json:"kind,omitempty"`
 	// Nanoseconds since the epoch; kept as given; more than 24 h ahead of the store's clock is refused.
 	StartTimeUnixNano uint64 `protobuf:"fixed64,7,opt,name=start_time_unix_nano,json=startTimeUnixNano,proto3" json:"start_time_unix_nano,omitempty"`
-	// Nanoseconds since the epoch; not before the start.
+	// Nanoseconds since the epoch; not before the start, nor more than 24 h ahead of the store's clock; 0 = not ended.
 	EndTimeUnixNano uint64 `protobuf:"fixed64,8,opt,name=end_time_unix_nano,json=endTimeUnixNano,proto3" json:"end_time_unix_nano,omitempty"`
 	// Details; at most 1024.
 	Attributes []*KeyValue `protobuf:"bytes,9,rep,name=attributes,proto3" json:"attributes,omitempty"`
@@ -472,7 +472,7 @@ type Span struct {
 	ScopeVersion string `protobuf:"bytes,102,opt,name=scope_version,json=scopeVersion,proto3" json:"scope_version,omitempty"`
 	// Set when the span is a call of a model, with its exact tokens.
 	ModelCall *ModelCall `protobuf:"bytes,103,opt,name=model_call,json=modelCall,proto3" json:"model_call,omitempty"`
-	// The caller's own sequence id, which raises the rollout's counter; 0 = the store gives one.
+	// The caller's own sequence id, which raises the rollout's counter; 0 to 2^62; 0 = the store gives one.
 	ExplicitSequenceId int64 `protobuf:"varint,104,opt,name=explicit_sequence_id,json=explicitSequenceId,proto3" json:"explicit_sequence_id,omitempty"`
 }
 
@@ -817,11 +817,11 @@ type AttemptSpans struct {
 	RolloutId string `protobuf:"bytes,1,opt,name=rollout_id,json=rolloutId,proto3" json:"rollout_id,omitempty"`
 	// The attempt; empty = that of the caller's attempt credential.
 	AttemptId string `protobuf:"bytes,2,opt,name=attempt_id,json=attemptId,proto3" json:"attempt_id,omitempty"`
-	// The spans; at most 4 MiB each.
+	// The spans; at most 4 MiB each, and 10 000 in a message.
 	Spans []*Span `protobuf:"bytes,3,rep,name=spans,proto3" json:"spans,omitempty"`
-	// Model calls that begin.
+	// Model calls that begin; at most 10 000.
 	OpenCalls []*OpenCall `protobuf:"bytes,4,rep,name=open_calls,json=openCalls,proto3" json:"open_calls,omitempty"`
-	// Announced calls that ended without a span; span ids, 8 bytes each.
+	// Announced calls that ended without a span; span ids, 8 bytes each; at most 10 000.
 	AbandonedCalls [][]byte `protobuf:"bytes,5,rep,name=abandoned_calls,json=abandonedCalls,proto3" json:"abandoned_calls,omitempty"`
 }
 

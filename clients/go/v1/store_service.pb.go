@@ -728,7 +728,8 @@ type UpdateRunRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The new values; run_id names the run.
 	Run *Run `protobuf:"bytes,2,opt,name=run,proto3" json:"run,omitempty"`
-	// Which of metadata, allow_self_grading, retention, seal_timeout, replay_retention.
+	// Which of metadata, allow_self_grading, retention, seal_timeout, replay_retention, graders, grading_timeout; at
+	// least one.
 	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,3,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 }
 
@@ -2045,7 +2046,7 @@ type UpdateRolloutRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The new values; rollout_id names the rollout.
 	Rollout *Rollout `protobuf:"bytes,2,opt,name=rollout,proto3" json:"rollout,omitempty"`
-	// Which of input, mode, resources_id, status, config, metadata, labels, priority.
+	// Which of input, mode, resources_id, status, config, metadata, labels, priority; at least one.
 	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,3,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 }
 
@@ -2277,7 +2278,8 @@ type RetryRolloutsRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Which; at most 10 000.
 	Filter *RolloutFilter `protobuf:"bytes,2,opt,name=filter,proto3" json:"filter,omitempty"`
-	// Longest time that the new ones may wait in their queues; unset = that of the ones tried again, anew.
+	// Longest time that the new ones may wait in their queues; longer than 0; unset = that of the ones tried again,
+	// anew.
 	ExpireAfter *durationpb.Duration `protobuf:"bytes,3,opt,name=expire_after,json=expireAfter,proto3" json:"expire_after,omitempty"`
 }
 
@@ -2524,7 +2526,7 @@ type WaitRolloutsRequest struct {
 	Any bool `protobuf:"varint,4,opt,name=any,proto3" json:"any,omitempty"`
 	// The run of group_ids.
 	RunId string `protobuf:"bytes,5,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
-	// Wait for whole groups too.
+	// Wait for whole groups too; at most 1000.
 	GroupIds []string `protobuf:"bytes,6,rep,name=group_ids,json=groupIds,proto3" json:"group_ids,omitempty"`
 }
 
@@ -3118,7 +3120,7 @@ type UpdateAttemptRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The new values; rollout_id and attempt_id (or `latest`) name the attempt.
 	Attempt *Attempt `protobuf:"bytes,2,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// Which of status, worker_id, last_heartbeat_time, metadata, failure.
+	// Which of status, worker_id, last_heartbeat_time, metadata, failure; at least one.
 	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,3,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	// Needed for the status of a leased attempt.
 	LeaseToken []byte `protobuf:"bytes,4,opt,name=lease_token,json=leaseToken,proto3" json:"lease_token,omitempty"`
@@ -3592,7 +3594,8 @@ type SpanStreamOpen struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// The producer; a newer stream of the same producer fences this one; 1 to 256 bytes.
+	// The producer; a newer stream of the same producer fences this one, which ends with ABORTED (STREAM_FENCED); 1 to
+	// 256 bytes.
 	ProducerId string `protobuf:"bytes,1,opt,name=producer_id,json=producerId,proto3" json:"producer_id,omitempty"`
 	// Whether the producer wants to know what of its last stream was stored.
 	Resume bool `protobuf:"varint,2,opt,name=resume,proto3" json:"resume,omitempty"`
@@ -3652,7 +3655,7 @@ type SpanStreamMessage struct {
 
 	// Of the producer, from 1, strictly rising over all its streams.
 	Sequence int64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	// Spans by attempt.
+	// Spans by attempt; at most 10 000 spans.
 	Groups []*AttemptSpans `protobuf:"bytes,2,rep,name=groups,proto3" json:"groups,omitempty"`
 }
 
@@ -4331,7 +4334,7 @@ type SpanFilter struct {
 	ParentSpanId []byte `protobuf:"bytes,5,opt,name=parent_span_id,json=parentSpanId,proto3" json:"parent_span_id,omitempty"`
 	// Part of its hex form.
 	ParentSpanIdContains string `protobuf:"bytes,6,opt,name=parent_span_id_contains,json=parentSpanIdContains,proto3" json:"parent_span_id_contains,omitempty"`
-	// Exactly.
+	// Exactly; at most 1024 bytes.
 	Name string `protobuf:"bytes,7,opt,name=name,proto3" json:"name,omitempty"`
 	// Part of it, case-sensitive.
 	NameContains string `protobuf:"bytes,8,opt,name=name_contains,json=nameContains,proto3" json:"name_contains,omitempty"`
@@ -4449,7 +4452,7 @@ type ListSpansRequest struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// The rollout.
+	// The rollout; required.
 	RolloutId string `protobuf:"bytes,1,opt,name=rollout_id,json=rolloutId,proto3" json:"rollout_id,omitempty"`
 	// The attempt, `latest`, or empty = all.
 	AttemptId string `protobuf:"bytes,2,opt,name=attempt_id,json=attemptId,proto3" json:"attempt_id,omitempty"`
@@ -5206,7 +5209,7 @@ type IssueCredentialRequest struct {
 	RunId string `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
 	// The role.
 	Role Role `protobuf:"varint,2,opt,name=role,proto3,enum=agl_grpc.v1.Role" json:"role,omitempty"`
-	// How long it lasts, at most 365 days; unset = 7 days.
+	// How long it lasts; longer than 0, at most 365 days; unset = 7 days.
 	Lifetime *durationpb.Duration `protobuf:"bytes,3,opt,name=lifetime,proto3" json:"lifetime,omitempty"`
 }
 
@@ -6421,7 +6424,7 @@ type ExpireLeasesRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Of these attempts.
 	AttemptIds []string `protobuf:"bytes,2,rep,name=attempt_ids,json=attemptIds,proto3" json:"attempt_ids,omitempty"`
-	// Or of this worker.
+	// Or of this worker; one of the two is required.
 	WorkerId string `protobuf:"bytes,3,opt,name=worker_id,json=workerId,proto3" json:"worker_id,omitempty"`
 }
 

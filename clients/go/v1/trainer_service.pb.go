@@ -236,7 +236,7 @@ type AcquireTrainingRunRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The training run.
 	TrainingRunId string `protobuf:"bytes,2,opt,name=training_run_id,json=trainingRunId,proto3" json:"training_run_id,omitempty"`
-	// Who takes it.
+	// Who takes it; 1 to 256 bytes.
 	TrainerId string `protobuf:"bytes,3,opt,name=trainer_id,json=trainerId,proto3" json:"trainer_id,omitempty"`
 	// Take it only while it is PENDING, so that of several trainers one gets it; otherwise
 	// FAILED_PRECONDITION ILLEGAL_TRANSITION. Default false: take it over from whoever has it.
@@ -368,7 +368,7 @@ type FinishTrainingRunRequest struct {
 	Status TrainingRunStatus `protobuf:"varint,4,opt,name=status,proto3,enum=agl_grpc.v1.TrainingRunStatus" json:"status,omitempty"`
 	// Why it failed.
 	Failure *Failure `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"`
-	// What came of it; at most 1 MiB.
+	// What came of it.
 	Result *Payload `protobuf:"bytes,6,opt,name=result,proto3" json:"result,omitempty"`
 }
 
@@ -1170,7 +1170,10 @@ type ClaimBatchRequest struct {
 	TrainerEpoch int64 `protobuf:"varint,3,opt,name=trainer_epoch,json=trainerEpoch,proto3" json:"trainer_epoch,omitempty"`
 	// The step it is for.
 	Step int64 `protobuf:"varint,4,opt,name=step,proto3" json:"step,omitempty"`
-	// The rollouts, in the order in which they are trained; all sealed.
+	// The rollouts, in the order in which they are trained: 1 to 10 000, each once, of the training run's run, sealed
+	// after at least one attempt. One whose mode is VAL or TEST is refused (INVALID_FIELD): what is measured is never
+	// trained. One of a claimed or committed batch of the same training run is refused too (ILLEGAL_TRANSITION), and so
+	// is one whose spans were evicted (SPANS_EVICTED).
 	RolloutIds []string `protobuf:"bytes,5,rep,name=rollout_ids,json=rolloutIds,proto3" json:"rollout_ids,omitempty"`
 	// How samples are made of them; part of the content hash.
 	Rules *SampleRules `protobuf:"bytes,6,opt,name=rules,proto3" json:"rules,omitempty"`
@@ -1686,7 +1689,7 @@ type CommitBatchesRequest struct {
 	TrainingRunId string `protobuf:"bytes,2,opt,name=training_run_id,json=trainingRunId,proto3" json:"training_run_id,omitempty"`
 	// The trainer's epoch.
 	TrainerEpoch int64 `protobuf:"varint,3,opt,name=trainer_epoch,json=trainerEpoch,proto3" json:"trainer_epoch,omitempty"`
-	// The checkpoint that contains them.
+	// The checkpoint that contains them; 1 to 256 bytes.
 	CheckpointId string `protobuf:"bytes,4,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
 	// The batches since the checkpoint before.
 	BatchIds []string `protobuf:"bytes,5,rep,name=batch_ids,json=batchIds,proto3" json:"batch_ids,omitempty"`
@@ -2304,13 +2307,13 @@ type PreparePolicyVersionRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The run; empty = `default`.
 	RunId string `protobuf:"bytes,2,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
-	// The model's served name.
+	// The model's served name; 1 to 256 bytes.
 	Model string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
 	// The optimiser step; above all committed ones.
 	PolicyVersion int64 `protobuf:"varint,4,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
 	// How engines get them.
 	Source *WeightSource `protobuf:"bytes,5,opt,name=source,proto3" json:"source,omitempty"`
-	// From now; default 60 s; then the store aborts the version.
+	// From now; longer than 0; default 60 s; then the store aborts the version.
 	Deadline *durationpb.Duration `protobuf:"bytes,6,opt,name=deadline,proto3" json:"deadline,omitempty"`
 	// The training run.
 	TrainingRunId string `protobuf:"bytes,7,opt,name=training_run_id,json=trainingRunId,proto3" json:"training_run_id,omitempty"`
@@ -2469,7 +2472,8 @@ type CommitPolicyVersionRequest struct {
 	Model string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
 	// The version.
 	PolicyVersion int64 `protobuf:"varint,4,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
-	// Digest over what was sent; an engine that staged something else refuses.
+	// Digest over what was sent. While a required engine has not staged the version, or has staged something else, the
+	// commit is refused (WEIGHTS_REJECTED).
 	WeightsDigest string `protobuf:"bytes,5,opt,name=weights_digest,json=weightsDigest,proto3" json:"weights_digest,omitempty"`
 }
 

@@ -35,7 +35,8 @@ type TrainerServiceClient interface {
 	WatchTrainingRun(ctx context.Context, in *WatchTrainingRunRequest, opts ...grpc.CallOption) (TrainerService_WatchTrainingRunClient, error)
 	// Training runs as they change; trainers wait here for runs to take up.
 	WatchTrainingRuns(ctx context.Context, in *WatchTrainingRunsRequest, opts ...grpc.CallOption) (TrainerService_WatchTrainingRunsClient, error)
-	// Freezes sealed attempts into a batch and claims it for a trainer epoch.
+	// Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+	// with INVALID_ARGUMENT, reason INVALID_FIELD.
 	ClaimBatch(ctx context.Context, in *ClaimBatchRequest, opts ...grpc.CallOption) (*ClaimBatchResponse, error)
 	// Batches of a training run.
 	ListBatches(ctx context.Context, in *ListBatchesRequest, opts ...grpc.CallOption) (*ListBatchesResponse, error)
@@ -440,7 +441,8 @@ type TrainerServiceServer interface {
 	WatchTrainingRun(*WatchTrainingRunRequest, TrainerService_WatchTrainingRunServer) error
 	// Training runs as they change; trainers wait here for runs to take up.
 	WatchTrainingRuns(*WatchTrainingRunsRequest, TrainerService_WatchTrainingRunsServer) error
-	// Freezes sealed attempts into a batch and claims it for a trainer epoch.
+	// Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+	// with INVALID_ARGUMENT, reason INVALID_FIELD.
 	ClaimBatch(context.Context, *ClaimBatchRequest) (*ClaimBatchResponse, error)
 	// Batches of a training run.
 	ListBatches(context.Context, *ListBatchesRequest) (*ListBatchesResponse, error)

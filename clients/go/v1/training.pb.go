@@ -96,11 +96,11 @@ type TrainingRun struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// Chosen by the caller or minted as `tr-…`.
+	// Chosen by the caller, at most 128 bytes of `[A-Za-z0-9._:-]`, or minted as `tr-…`.
 	TrainingRunId string `protobuf:"bytes,1,opt,name=training_run_id,json=trainingRunId,proto3" json:"training_run_id,omitempty"`
 	// The run whose rollouts it uses.
 	RunId string `protobuf:"bytes,2,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
-	// The algorithm's name, for example `verl` or `apo`.
+	// The algorithm's name, for example `verl` or `apo`; 1 to 128 bytes.
 	Algorithm string `protobuf:"bytes,3,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
 	// The algorithm's configuration.
 	Config *Payload `protobuf:"bytes,4,opt,name=config,proto3" json:"config,omitempty"`
@@ -338,7 +338,7 @@ type Metric struct {
 	sizeCache     protoimpl.SizeCache
 	unknownFields protoimpl.UnknownFields
 
-	// The name, for example `reward/mean`.
+	// The name, for example `reward/mean`; 1 to 256 bytes.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The value.
 	Value float64 `protobuf:"fixed64,2,opt,name=value,proto3" json:"value,omitempty"`

@@ -94,13 +94,15 @@ async def test_a_call_begun_while_the_store_is_away_is_announced_when_it_is_back
 
                 await eventually(back, what="the store is back")
                 # The attempt ends meanwhile: it is not sealed before the call has ended.
-                await store.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, "succeeded")
+                ended = await store.update_attempt(
+                    rollout.rollout_id, rollout.attempt.attempt_id, "succeeded"
+                )
                 ids = [rollout.rollout_id]
                 before = await store.wait_for_rollouts(rollout_ids=ids, timeout=0.3, until="sealed")
                 engine.gate.set()
                 assert (await call).status_code == 200
                 sealed = await store.wait_for_rollouts(rollout_ids=ids, timeout=20, until="sealed")
                 spans = await store.query_spans(rollout.rollout_id)
-    assert before == []
+    assert (before, ended.open_calls) == ([], 1)
     assert [each.rollout_id for each in sealed] == [rollout.rollout_id]
     assert sum(span.model_call is not None for span in spans) == 1

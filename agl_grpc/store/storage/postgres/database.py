@@ -92,8 +92,7 @@ class PostgresDatabase:
         """Whether another server has the database open now."""
         # A server that did not wait would now and then take its own presence for a neighbour's.
         pid = 0 if self._follower is None else self._follower.wait_present()
-        (others,) = connection.execute(locks.OTHERS, (pid,)).fetchone()
-        return bool(others)
+        return connection.execute(locks.OTHERS, (pid,)).fetchone() is not None
 
     def trouble(self, error: BaseException) -> Trouble:
         """What an exception of one of its connections means."""

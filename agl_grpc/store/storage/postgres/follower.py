@@ -55,6 +55,8 @@ class Follower:
         self._own = own
         self._on_news = on_news
         self._next_due = next_due
+        self._others: set[int] = set()
+        self._counted = 0.0
         self._stop = threading.Event()
         self._tried = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="store-follow", daemon=True)
@@ -98,7 +100,8 @@ class Follower:
                 if told or time.monotonic() - looked >= _LOOK_SECONDS:
                     looked = time.monotonic()
                     events = self._new_events(connection)
-                self._on_news(News(events, self._next_due(connection), self._is_quiet(connection)))
+                due, quiet = self._next_due(connection), self._is_quiet(connection)
+                self._on_news(News(events, due, quiet, self._has_left(connection)))
             raw.execute(locks.ABSENT)
 
     def _is_quiet(self, connection: PostgresConnection) -> bool:
@@ -107,6 +110,15 @@ class Follower:
             "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - beat FROM counters"
         ).fetchone()
         return row is not None and row[0] > BEAT
+
+    def _has_left(self, connection: PostgresConnection) -> bool:
+        """Whether one of the other servers has gone; one that connects anew looks the same."""
+        if time.monotonic() - self._counted < _TICK_SECONDS:
+            return False  # notifications come far more often
+        self._counted = time.monotonic()
+        before = self._others
+        self._others = {pid for (pid,) in connection.execute(locks.OTHERS, (self.pid,))}
+        return not before <= self._others
 
     def _new_events(self, connection: PostgresConnection) -> list[EventRow]:
         """Entries after the last ones seen, without this server's own."""

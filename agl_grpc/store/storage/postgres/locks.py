@@ -16,10 +16,10 @@ ABSENT = f"SELECT pg_advisory_unlock_shared({_SPACE}, 2)"
 server that starts in this moment would take the one that left for a neighbour that kept all leases alive."""
 
 OTHERS = (
-    f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = {_SPACE} AND objid = 2 "
+    f"SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = {_SPACE} AND objid = 2 "
     "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> ?"
 )
-"""How many servers live, apart from the one with this backend."""
+"""Backends of the servers that live, apart from the one with this backend."""
 
 CHANNEL = "agl_grpc_events"
 """Told after each group that has events. A hint: who misses it looks by itself within a second."""

@@ -30,21 +30,21 @@ export type Failure = Message<"agl_grpc.v1.Failure"> & {
   kind: FailureKind;
 
   /**
-   * One line for people; at most 4 KiB.
+   * One line for people; what is longer than 4 KiB is cut at the back.
    *
    * @generated from field: string message = 2;
    */
   message: string;
 
   /**
-   * Machine-readable name, for example the exception's type; at most 256 bytes.
+   * Machine-readable name, for example the exception's type; what is longer than 256 bytes is cut at the back.
    *
    * @generated from field: string type = 3;
    */
   type: string;
 
   /**
-   * Traceback or output tail; at most 64 KiB, longer ones are cut at the front.
+   * Traceback or output tail; what is longer than 64 KiB is cut at the front.
    *
    * @generated from field: string detail = 4;
    */
@@ -114,7 +114,7 @@ export type Attempt = Message<"agl_grpc.v1.Attempt"> & {
   workerId: string;
 
   /**
-   * Last span, heartbeat or renewal.
+   * Last span, heartbeat or renewal. One that UpdateAttempt says may be 24 hours ahead of the store's clock.
    *
    * @generated from field: google.protobuf.Timestamp last_heartbeat_time = 8;
    */
@@ -156,7 +156,8 @@ export type Attempt = Message<"agl_grpc.v1.Attempt"> & {
   leased: boolean;
 
   /**
-   * Terminal with no open model call, or past the seal time-out: nothing more will be trained.
+   * Terminal with no open model call, or past the seal time-out: nothing more will be trained. Never in the
+   * first 10 s (or the seal time-out, if that is less) after the store was away: calls may have begun meanwhile.
    *
    * @generated from field: bool sealed = 14;
    */
@@ -226,7 +227,8 @@ export type Lease = Message<"agl_grpc.v1.Lease"> & {
   attemptId: string;
 
   /**
-   * Secret of the worker.
+   * Secret of the worker. Once the lease is over, re-leased or completed, what it is sent with is refused
+   * (LEASE_LOST).
    *
    * @generated from field: bytes lease_token = 3;
    */

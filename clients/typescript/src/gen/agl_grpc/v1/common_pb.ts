@@ -140,7 +140,7 @@ export const KeyValueListSchema: GenMessage<KeyValueList> = /*@__PURE__*/
  */
 export type KeyValue = Message<"agl_grpc.v1.KeyValue"> & {
   /**
-   * The name; 1 to 256 bytes.
+   * The name; at most 256 bytes.
    *
    * @generated from field: string key = 1;
    */

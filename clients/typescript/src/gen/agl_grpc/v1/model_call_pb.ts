@@ -22,7 +22,8 @@ export const file_agl_grpc_v1_model_call: GenFile = /*@__PURE__*/
  */
 export type PromptTokens = Message<"agl_grpc.v1.PromptTokens"> & {
   /**
-   * Span id of the earlier call whose sequence (prompt, then response) this one begins with; empty = whole.
+   * Span id of the earlier call whose sequence (prompt, then response) this one begins with; empty = whole. One that
+   * the store does not have is refused (DELTA_BASE_UNKNOWN): send the prompt whole.
    *
    * @generated from field: bytes base_span_id = 1;
    */
@@ -113,7 +114,7 @@ export type Choice = Message<"agl_grpc.v1.Choice"> & {
   tokenIds: number[];
 
   /**
-   * Their log probabilities, one each, never NaN. Packed: on the wire a little-endian array of 32-bit floats.
+   * Their log probabilities, one each and finite; else the span is refused (TOKENS_MALFORMED). Packed: on the wire a little-endian array of 32-bit floats.
    *
    * @generated from field: repeated float logprobs = 3;
    */

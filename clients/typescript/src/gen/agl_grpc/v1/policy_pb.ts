@@ -168,7 +168,7 @@ export const PolicyVersionSchema: GenMessage<PolicyVersion> = /*@__PURE__*/
  */
 export type EngineState = Message<"agl_grpc.v1.EngineState"> & {
   /**
-   * The engine.
+   * The engine; on reporting its own, or empty.
    *
    * @generated from field: string engine_id = 1;
    */

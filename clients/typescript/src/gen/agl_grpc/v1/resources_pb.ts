@@ -107,7 +107,7 @@ export const ProxyLLMSchema: GenMessage<ProxyLLM> = /*@__PURE__*/
  */
 export type PromptTemplate = Message<"agl_grpc.v1.PromptTemplate"> & {
   /**
-   * The text.
+   * The text; at most 1 MiB.
    *
    * @generated from field: string template = 1;
    */

@@ -25,21 +25,21 @@ export const file_agl_grpc_v1_rollout: GenFile = /*@__PURE__*/
  */
 export type RolloutConfig = Message<"agl_grpc.v1.RolloutConfig"> & {
   /**
-   * Longest time one attempt may take, from its start; unset = no limit.
+   * Longest time one attempt may take, from its start; longer than 0; unset = no limit.
    *
    * @generated from field: google.protobuf.Duration timeout = 1;
    */
   timeout?: Duration | undefined;
 
   /**
-   * Longest silence (no span, no heartbeat, no renewal) of an attempt; unset = no limit.
+   * Longest silence (no span, no heartbeat, no renewal) of an attempt; longer than 0; unset = no limit.
    *
    * @generated from field: google.protobuf.Duration unresponsive = 2;
    */
   unresponsive?: Duration | undefined;
 
   /**
-   * Attempts that may end by themselves; default 1, 1 to 1000.
+   * Attempts that may end by themselves; 0 to 1000; 0 = the default, 1.
    *
    * @generated from field: int32 max_attempts = 3;
    */
@@ -53,7 +53,7 @@ export type RolloutConfig = Message<"agl_grpc.v1.RolloutConfig"> & {
   retryCondition: AttemptStatus[];
 
   /**
-   * Redeliveries after lost leases, which do not use up max_attempts; default 3, 0 to 1000.
+   * Redeliveries after lost leases, which do not use up max_attempts; 0 to 1000; default 3.
    *
    * @generated from field: optional int32 max_redeliveries = 5;
    */
@@ -193,7 +193,7 @@ export type Rollout = Message<"agl_grpc.v1.Rollout"> & {
   notBefore?: Timestamp | undefined;
 
   /**
-   * Cancelled when still queued this long after creation; unset = never.
+   * Cancelled when still queued this long after creation; longer than 0; unset = never.
    *
    * @generated from field: google.protobuf.Duration expire_after = 17;
    */
@@ -270,14 +270,15 @@ export type RolloutSpec = Message<"agl_grpc.v1.RolloutSpec"> & {
   mode: RolloutMode;
 
   /**
-   * Bind to this publication's newest version; empty = the run's latest.
+   * Bind to this publication's newest version; empty = the run's latest. One that is not published is refused
+   * (RESOURCE_MISSING).
    *
    * @generated from field: string resources_id = 3;
    */
   resourcesId: string;
 
   /**
-   * Bind to exactly this version; 0 = the newest.
+   * Bind to exactly this version; needs resources_id; 0 = the newest.
    *
    * @generated from field: int64 resources_version = 4;
    */
@@ -298,28 +299,29 @@ export type RolloutSpec = Message<"agl_grpc.v1.RolloutSpec"> & {
   metadata: KeyValue[];
 
   /**
-   * The caller's own id; empty = minted. An id that exists already answers ALREADY_EXISTS.
+   * The caller's own id, at most 128 bytes of `[A-Za-z0-9._:-]`; empty = minted. An id that exists already answers
+   * ALREADY_EXISTS.
    *
    * @generated from field: string rollout_id = 7;
    */
   rolloutId: string;
 
   /**
-   * Group for comparison; at most 128 bytes.
+   * Group for comparison.
    *
    * @generated from field: string group_id = 8;
    */
   groupId: string;
 
   /**
-   * Queue; empty = the run's id; at most 128 bytes.
+   * Queue; empty = the run's id.
    *
    * @generated from field: string queue = 9;
    */
   queue: string;
 
   /**
-   * Larger first.
+   * Larger first; default 0; -1000 to 1000.
    *
    * @generated from field: int32 priority = 10;
    */
@@ -340,7 +342,7 @@ export type RolloutSpec = Message<"agl_grpc.v1.RolloutSpec"> & {
   notBefore?: Timestamp | undefined;
 
   /**
-   * Cancelled when still queued this long after creation.
+   * Cancelled when still queued this long after creation; longer than 0; unset = never.
    *
    * @generated from field: google.protobuf.Duration expire_after = 13;
    */

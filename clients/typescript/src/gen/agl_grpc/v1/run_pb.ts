@@ -24,7 +24,7 @@ export const file_agl_grpc_v1_run: GenFile = /*@__PURE__*/
  */
 export type Run = Message<"agl_grpc.v1.Run"> & {
   /**
-   * Chosen by the caller; 1 to 128 bytes of `[A-Za-z0-9._-]`. `default` always exists.
+   * Chosen by the caller; 1 to 128 bytes of `[A-Za-z0-9._:-]`. `default` always exists.
    *
    * @generated from field: string run_id = 1;
    */
@@ -52,8 +52,8 @@ export type Run = Message<"agl_grpc.v1.Run"> & {
   allowSelfGrading: boolean;
 
   /**
-   * Finished rollouts that ended longer ago than this are deleted in the background; unset keeps
-   * them for ever. Live, unsealed, claimed and pinned ones stay.
+   * Finished rollouts that ended longer ago than this are deleted in the background; longer than 0; unset
+   * keeps them for ever. Live, unsealed, claimed and pinned ones stay.
    *
    * @generated from field: google.protobuf.Duration retention = 5;
    */
@@ -74,14 +74,14 @@ export type Run = Message<"agl_grpc.v1.Run"> & {
   pausedQueues: string[];
 
   /**
-   * How long after the end of an attempt open model calls may still arrive; default 60 s.
+   * How long after the end of an attempt open model calls may still arrive; longer than 0; default 60 s.
    *
    * @generated from field: google.protobuf.Duration seal_timeout = 8;
    */
   sealTimeout?: Duration | undefined;
 
   /**
-   * How long after its commit a batch pins the spans that it names; unset = for ever. Afterwards
+   * How long after its commit a batch pins the spans that it names; longer than 0; unset = for ever. Afterwards
    * they may be deleted, and then the batch cannot be replayed (REPLAY_EXPIRED).
    *
    * @generated from field: google.protobuf.Duration replay_retention = 9;
@@ -97,8 +97,8 @@ export type Run = Message<"agl_grpc.v1.Run"> & {
   graders: RunGrader[];
 
   /**
-   * How long after the end of an attempt verdicts are waited for; default 600 s. Then the store itself records
-   * a failure of kind GRADER for each that is missing.
+   * How long after the end of an attempt verdicts are waited for; longer than 0; default 600 s. Then the store itself
+   * records a failure of kind GRADER for each that is missing.
    *
    * @generated from field: google.protobuf.Duration grading_timeout = 11;
    */
@@ -119,7 +119,7 @@ export const RunSchema: GenMessage<Run> = /*@__PURE__*/
  */
 export type RunGrader = Message<"agl_grpc.v1.RunGrader"> & {
   /**
-   * The grader's name, or `NAME/COMPONENT` for a component of its reward that counts by itself.
+   * The grader's name, or `NAME/COMPONENT` for a component of its reward that counts by itself; differs from all others.
    *
    * @generated from field: string name = 1;
    */

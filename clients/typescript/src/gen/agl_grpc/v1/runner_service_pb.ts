@@ -88,7 +88,7 @@ export type WorkRequest = Message<"agl_grpc.v1.WorkRequest"> & {
   runId: string;
 
   /**
-   * Queues that it serves; empty = the run's own.
+   * Queues that it serves; at most 100; empty = the run's own.
    *
    * @generated from field: repeated string queues = 2;
    */
@@ -235,7 +235,8 @@ export type LeaseStreamOpen = Message<"agl_grpc.v1.LeaseStreamOpen"> & {
   workerId: string;
 
   /**
-   * The worker's session: new at each start. Live leases of it that are not named below are released.
+   * The worker's session: new at each start. Live leases of it that are not named below are released. A newer stream
+   * of the session ends an older one with ABORTED (STREAM_FENCED).
    *
    * @generated from field: string session_id = 2;
    */
@@ -729,7 +730,7 @@ export type CompleteAttemptsRequest = Message<"agl_grpc.v1.CompleteAttemptsReque
   workerId: string;
 
   /**
-   * 1 to 10 000.
+   * At most 10 000.
    *
    * @generated from field: repeated agl_grpc.v1.Completion completions = 3;
    */
@@ -828,7 +829,7 @@ export type ReleaseAttemptsRequest = Message<"agl_grpc.v1.ReleaseAttemptsRequest
   workerId: string;
 
   /**
-   * 1 to 10 000.
+   * At most 10 000.
    *
    * @generated from field: repeated agl_grpc.v1.HeldLease leases = 3;
    */

@@ -180,7 +180,7 @@ export const SpanResourceSchema: GenMessage<SpanResource> = /*@__PURE__*/
  */
 export type Span = Message<"agl_grpc.v1.Span"> & {
   /**
-   * 16 bytes.
+   * 16 bytes, or empty.
    *
    * @generated from field: bytes trace_id = 1;
    */
@@ -229,7 +229,7 @@ export type Span = Message<"agl_grpc.v1.Span"> & {
   startTimeUnixNano: bigint;
 
   /**
-   * Nanoseconds since the epoch; not before the start.
+   * Nanoseconds since the epoch; not before the start, nor more than 24 h ahead of the store's clock; 0 = not ended.
    *
    * @generated from field: fixed64 end_time_unix_nano = 8;
    */
@@ -320,7 +320,7 @@ export type Span = Message<"agl_grpc.v1.Span"> & {
   modelCall?: ModelCall | undefined;
 
   /**
-   * The caller's own sequence id, which raises the rollout's counter; 0 = the store gives one.
+   * The caller's own sequence id, which raises the rollout's counter; 0 to 2^62; 0 = the store gives one.
    *
    * @generated from field: int64 explicit_sequence_id = 104;
    */
@@ -439,21 +439,21 @@ export type AttemptSpans = Message<"agl_grpc.v1.AttemptSpans"> & {
   attemptId: string;
 
   /**
-   * The spans; at most 4 MiB each.
+   * The spans; at most 4 MiB each, and 10 000 in a message.
    *
    * @generated from field: repeated agl_grpc.v1.Span spans = 3;
    */
   spans: Span[];
 
   /**
-   * Model calls that begin.
+   * Model calls that begin; at most 10 000.
    *
    * @generated from field: repeated agl_grpc.v1.OpenCall open_calls = 4;
    */
   openCalls: OpenCall[];
 
   /**
-   * Announced calls that ended without a span; span ids, 8 bytes each.
+   * Announced calls that ended without a span; span ids, 8 bytes each; at most 10 000.
    *
    * @generated from field: repeated bytes abandoned_calls = 5;
    */

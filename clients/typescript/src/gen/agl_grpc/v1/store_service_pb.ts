@@ -362,7 +362,8 @@ export type UpdateRunRequest = Message<"agl_grpc.v1.UpdateRunRequest"> & {
   run?: Run | undefined;
 
   /**
-   * Which of metadata, allow_self_grading, retention, seal_timeout, replay_retention.
+   * Which of metadata, allow_self_grading, retention, seal_timeout, replay_retention, graders, grading_timeout; at
+   * least one.
    *
    * @generated from field: google.protobuf.FieldMask update_mask = 3;
    */
@@ -1027,7 +1028,7 @@ export type UpdateRolloutRequest = Message<"agl_grpc.v1.UpdateRolloutRequest"> &
   rollout?: Rollout | undefined;
 
   /**
-   * Which of input, mode, resources_id, status, config, metadata, labels, priority.
+   * Which of input, mode, resources_id, status, config, metadata, labels, priority; at least one.
    *
    * @generated from field: google.protobuf.FieldMask update_mask = 3;
    */
@@ -1139,7 +1140,8 @@ export type RetryRolloutsRequest = Message<"agl_grpc.v1.RetryRolloutsRequest"> &
   filter?: RolloutFilter | undefined;
 
   /**
-   * Longest time that the new ones may wait in their queues; unset = that of the ones tried again, anew.
+   * Longest time that the new ones may wait in their queues; longer than 0; unset = that of the ones tried again,
+   * anew.
    *
    * @generated from field: google.protobuf.Duration expire_after = 3;
    */
@@ -1279,7 +1281,7 @@ export type WaitRolloutsRequest = Message<"agl_grpc.v1.WaitRolloutsRequest"> & {
   runId: string;
 
   /**
-   * Wait for whole groups too.
+   * Wait for whole groups too; at most 1000.
    *
    * @generated from field: repeated string group_ids = 6;
    */
@@ -1588,7 +1590,7 @@ export type UpdateAttemptRequest = Message<"agl_grpc.v1.UpdateAttemptRequest"> &
   attempt?: Attempt | undefined;
 
   /**
-   * Which of status, worker_id, last_heartbeat_time, metadata, failure.
+   * Which of status, worker_id, last_heartbeat_time, metadata, failure; at least one.
    *
    * @generated from field: google.protobuf.FieldMask update_mask = 3;
    */
@@ -1826,7 +1828,8 @@ export const AppendSpansResponseSchema: GenMessage<AppendSpansResponse> = /*@__P
  */
 export type SpanStreamOpen = Message<"agl_grpc.v1.SpanStreamOpen"> & {
   /**
-   * The producer; a newer stream of the same producer fences this one; 1 to 256 bytes.
+   * The producer; a newer stream of the same producer fences this one, which ends with ABORTED (STREAM_FENCED); 1 to
+   * 256 bytes.
    *
    * @generated from field: string producer_id = 1;
    */
@@ -1861,7 +1864,7 @@ export type SpanStreamMessage = Message<"agl_grpc.v1.SpanStreamMessage"> & {
   sequence: bigint;
 
   /**
-   * Spans by attempt.
+   * Spans by attempt; at most 10 000 spans.
    *
    * @generated from field: repeated agl_grpc.v1.AttemptSpans groups = 2;
    */
@@ -2216,7 +2219,7 @@ export type SpanFilter = Message<"agl_grpc.v1.SpanFilter"> & {
   parentSpanIdContains: string;
 
   /**
-   * Exactly.
+   * Exactly; at most 1024 bytes.
    *
    * @generated from field: string name = 7;
    */
@@ -2258,7 +2261,7 @@ export const SpanFilterSchema: GenMessage<SpanFilter> = /*@__PURE__*/
  */
 export type ListSpansRequest = Message<"agl_grpc.v1.ListSpansRequest"> & {
   /**
-   * The rollout.
+   * The rollout; required.
    *
    * @generated from field: string rollout_id = 1;
    */
@@ -2687,7 +2690,7 @@ export type IssueCredentialRequest = Message<"agl_grpc.v1.IssueCredentialRequest
   role: Role;
 
   /**
-   * How long it lasts, at most 365 days; unset = 7 days.
+   * How long it lasts; longer than 0, at most 365 days; unset = 7 days.
    *
    * @generated from field: google.protobuf.Duration lifetime = 3;
    */
@@ -3324,7 +3327,7 @@ export type ExpireLeasesRequest = Message<"agl_grpc.v1.ExpireLeasesRequest"> & {
   attemptIds: string[];
 
   /**
-   * Or of this worker.
+   * Or of this worker; one of the two is required.
    *
    * @generated from field: string worker_id = 3;
    */
@@ -3803,16 +3806,25 @@ export const RoleSchema: GenEnum<Role> = /*@__PURE__*/
 /**
  * The single source of truth: runs, rollouts, attempts, spans, rewards, resources, watches.
  * Every mutation takes a `request_id` (at most 128 bytes; empty = no deduplication): a repeat
- * within 24 hours answers as the first did. Every list takes `page_size` (0 = 100, at most
+ * within 24 hours answers as the first did; another request with it is refused (REQUEST_ID_REUSED).
+ * Every list takes `page_size` (0 = 100, at most
  * 1000 unless said otherwise, negative = INVALID_ARGUMENT) and `page_token`.
  *
  * What a field breaks of these limits is INVALID_ARGUMENT with its path, in all services. Unless a
  * field says otherwise: enum values are known ones; integers are not negative; durations are not
  * negative and at most 10 000 years; times lie between 1970 and 9999; lists have at most 10 000
- * items. Texts contain no NUL and have at most 4 KiB: ids of runs, rollouts, attempts, groups,
- * queues and resources, names and keys 128 bytes, ids of workers and sessions, graders and media
- * types 256 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and cursors of
- * exports are those of this store and of the same query (PAGE_TOKEN_INVALID).
+ * items, lists of labels 32. Texts contain no NUL and have at most 4 KiB: ids of runs, training runs,
+ * rollouts, attempts, groups, queues, resources, batches and requests, and names 128 bytes; ids of
+ * workers, sessions, trainers, engines and checkpoints, graders and media types 256 bytes. Lease
+ * tokens have at most 64 bytes. Notes (lists of KeyValue) have at most 1 MiB in all. Page tokens and
+ * cursors of exports are those of this store and of the same query (PAGE_TOKEN_INVALID). Spans, with
+ * all that lies in them, have the limits that Span states, and no others.
+ *
+ * What a call names and does not exist is NOT_FOUND (ENTITY_NOT_FOUND); an id that is taken already is
+ * ALREADY_EXISTS (ENTITY_EXISTS). A watch whose cursor is older than the log ends with OUT_OF_RANGE
+ * (CURSOR_COMPACTED). Any call may be refused for its credential (UNAUTHENTICATED, NOT_PERMITTED), its size
+ * (MESSAGE_TOO_LARGE), the server's state (OVERLOADED, STORAGE_FULL, STORAGE_AWAY, DRAINING), because this
+ * version lacks it (METHOD_UNIMPLEMENTED), or by a defect (INTERNAL).
  *
  * Fields that this version does not know are no error. In spans, with all that lies in them, they are stored and
  * given back as they came, byte for byte; in other messages they are ignored.

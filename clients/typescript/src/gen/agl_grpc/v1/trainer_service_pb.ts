@@ -136,7 +136,7 @@ export type AcquireTrainingRunRequest = Message<"agl_grpc.v1.AcquireTrainingRunR
   trainingRunId: string;
 
   /**
-   * Who takes it.
+   * Who takes it; 1 to 256 bytes.
    *
    * @generated from field: string trainer_id = 3;
    */
@@ -221,7 +221,7 @@ export type FinishTrainingRunRequest = Message<"agl_grpc.v1.FinishTrainingRunReq
   failure?: Failure | undefined;
 
   /**
-   * What came of it; at most 1 MiB.
+   * What came of it.
    *
    * @generated from field: agl_grpc.v1.Payload result = 6;
    */
@@ -634,7 +634,10 @@ export type ClaimBatchRequest = Message<"agl_grpc.v1.ClaimBatchRequest"> & {
   step: bigint;
 
   /**
-   * The rollouts, in the order in which they are trained; all sealed.
+   * The rollouts, in the order in which they are trained: 1 to 10 000, each once, of the training run's run, sealed
+   * after at least one attempt. One whose mode is VAL or TEST is refused (INVALID_FIELD): what is measured is never
+   * trained. One of a claimed or committed batch of the same training run is refused too (ILLEGAL_TRANSITION), and so
+   * is one whose spans were evicted (SPANS_EVICTED).
    *
    * @generated from field: repeated string rollout_ids = 5;
    */
@@ -893,7 +896,7 @@ export type CommitBatchesRequest = Message<"agl_grpc.v1.CommitBatchesRequest"> &
   trainerEpoch: bigint;
 
   /**
-   * The checkpoint that contains them.
+   * The checkpoint that contains them; 1 to 256 bytes.
    *
    * @generated from field: string checkpoint_id = 4;
    */
@@ -1216,7 +1219,7 @@ export type PreparePolicyVersionRequest = Message<"agl_grpc.v1.PreparePolicyVers
   runId: string;
 
   /**
-   * The model's served name.
+   * The model's served name; 1 to 256 bytes.
    *
    * @generated from field: string model = 3;
    */
@@ -1237,7 +1240,7 @@ export type PreparePolicyVersionRequest = Message<"agl_grpc.v1.PreparePolicyVers
   source?: WeightSource | undefined;
 
   /**
-   * From now; default 60 s; then the store aborts the version.
+   * From now; longer than 0; default 60 s; then the store aborts the version.
    *
    * @generated from field: google.protobuf.Duration deadline = 6;
    */
@@ -1321,7 +1324,8 @@ export type CommitPolicyVersionRequest = Message<"agl_grpc.v1.CommitPolicyVersio
   policyVersion: bigint;
 
   /**
-   * Digest over what was sent; an engine that staged something else refuses.
+   * Digest over what was sent. While a required engine has not staged the version, or has staged something else, the
+   * commit is refused (WEIGHTS_REJECTED).
    *
    * @generated from field: string weights_digest = 5;
    */
@@ -1763,7 +1767,8 @@ export const ListEnginesResponseSchema: GenMessage<ListEnginesResponse> = /*@__P
   messageDesc(file_agl_grpc_v1_trainer_service, 50);
 
 /**
- * Training: runs of algorithms, batches that are trained exactly once, policy versions.
+ * Training: runs of algorithms, batches that are trained exactly once, policy versions. What says an epoch that is no
+ * longer the trainer's is refused (TRAINER_FENCED).
  *
  * @generated from service agl_grpc.v1.TrainerService
  */
@@ -1859,7 +1864,8 @@ export const TrainerService: GenService<{
     output: typeof WatchTrainingRunsResponseSchema;
   },
   /**
-   * Freezes sealed attempts into a batch and claims it for a trainer epoch.
+   * Freezes sealed attempts into a batch and claims it for a trainer epoch. Rollouts of mode VAL or TEST are refused
+   * with INVALID_ARGUMENT, reason INVALID_FIELD.
    *
    * @generated from rpc agl_grpc.v1.TrainerService.ClaimBatch
    */

@@ -25,7 +25,7 @@ export const file_agl_grpc_v1_training: GenFile = /*@__PURE__*/
  */
 export type TrainingRun = Message<"agl_grpc.v1.TrainingRun"> & {
   /**
-   * Chosen by the caller or minted as `tr-…`.
+   * Chosen by the caller, at most 128 bytes of `[A-Za-z0-9._:-]`, or minted as `tr-…`.
    *
    * @generated from field: string training_run_id = 1;
    */
@@ -39,7 +39,7 @@ export type TrainingRun = Message<"agl_grpc.v1.TrainingRun"> & {
   runId: string;
 
   /**
-   * The algorithm's name, for example `verl` or `apo`.
+   * The algorithm's name, for example `verl` or `apo`; 1 to 128 bytes.
    *
    * @generated from field: string algorithm = 3;
    */
@@ -179,7 +179,7 @@ export const LogLineSchema: GenMessage<LogLine> = /*@__PURE__*/
  */
 export type Metric = Message<"agl_grpc.v1.Metric"> & {
   /**
-   * The name, for example `reward/mean`.
+   * The name, for example `reward/mean`; 1 to 256 bytes.
    *
    * @generated from field: string name = 1;
    */

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from agl_grpc.learner.reporting import Reporting, TrajectorySamples
     from agl_grpc.learner.trainer import AglTrainer
+    from agl_grpc.learner.verl.local_queue import LocalQueue
     from agl_grpc.learner.verl.reward_loop import RewardLoop
 
 
@@ -207,11 +208,9 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     tell(training, "starting Ray")
     others = rewards.reward.num_workers if rewards is not None else 0
     with local_ray(device=device, gpus=gpus, address=config.ray_address, others=others):
-        import transfer_queue as tq
-
         from agl_grpc.learner.reporting import Reporting, TrajectorySamples
+        from agl_grpc.learner.verl.local_queue import row_queue
 
-        tq.init(verl.transfer_queue)
         validate(verl)
         samples = TrajectorySamples(output, config.trajectories, config.model.path, say)
         about = {
@@ -221,22 +220,20 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
             "model": config.model.name,
         }
         with (
+            row_queue(verl) as queue,
             closing(Reporting(training, output, config.alarms, about, say)) as reporting,
             closing(samples),
             _reward_loop(config, rewards, link) as judging,
         ):
-            trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
+            trainer, manager = _assemble(
+                config, verl, output, link, training, step, reporting, samples, queue
+            )
             if judging is not None:
                 judging.start(manager.deliver)
             tell(training, "starting verl's workers, loading the model, publishing its weights")
-            try:
-                trainer.init()
-                tell(
-                    training, f"training {trainer.total_training_steps} steps: waiting for the first rollouts"
-                )
-                trainer.fit(manager)
-            finally:
-                tq.close()
+            trainer.init()
+            tell(training, f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
+            trainer.fit(manager)
 
 
 @contextmanager
@@ -340,6 +337,7 @@ def _assemble(
     step: int,
     reporting: Reporting,
     samples: TrajectorySamples,
+    queue: LocalQueue | None,
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.batch.checks import LogprobLimits
@@ -384,6 +382,7 @@ def _assemble(
         temperature=float(rollout.temperature),
         keep_empty=bool(config.follows),
         vocabulary=vocabulary_size(model),
+        queue=queue,
     )
     source.start(manager.deliver)
     engines, receivers = _engines(config, verl)
@@ -437,6 +436,7 @@ def _assemble(
         run_name=f"{name.replace('_', '-')}.t{origin}",
         origin=identity.origin,
         best_of=config.best_of,
+        queue=queue,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         deadlines=config.deadlines,

@@ -69,6 +69,7 @@ class Publisher:
         self._engine_deadline = engine_deadline
         self._lineage = lineage or PolicyLineage()
         self._actors: Any = None
+        self._endpoint = ""
 
     def bind(self, actors: Any) -> None:
         """Names verl's actor worker group, whose ranks send."""
@@ -132,9 +133,9 @@ class Publisher:
             return {"weights/policy_version": 0.0}
         engines = [engine.engine_id for engine in connected]
         deadline = time.monotonic() + self._deadline
-        self._prepare(step, version, engines)
+        named = self._prepare(step, version, engines)
         try:
-            report = self._send(step, version, engines)
+            report = self._send(step, version, engines, named)
             self._reach(version, engines, EnginePhase.RECEIVED, deadline)
             self._link.run(self._client.commit_policy_version(self._model, version, report["digest"]))
         except BaseException as error:
@@ -167,25 +168,31 @@ class Publisher:
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 1.5)
 
-    def _each_rank(self, method: str, **arguments: Any) -> list[Any]:
-        import ray
-
+    def _each_rank(self, method: str, **arguments: Any) -> Any:
+        """Calls the checkpoint engine of every rank; Ray's references to the answers."""
         size = self._actors.world_size
         repeated = {name: [value] * size for name, value in arguments.items()}
-        return list(ray.get(self._actors.execute_checkpoint_engine(method=[method] * size, **repeated)))
+        return self._actors.execute_checkpoint_engine(method=[method] * size, **repeated)
 
-    def _prepare(self, step: int, version: int, engines: list[str]) -> None:
-        """Opens the rendezvous and offers the version; engines begin to fetch."""
+    def _prepare(self, step: int, version: int, engines: list[str]) -> Any:
+        """Opens the rendezvous and offers the version; engines begin to fetch.
+
+        Answers Ray's references to what ranks say of the transfer's name: they are told it in the meantime.
+        """
+        import ray
+
         mine = self._identity
         transfer = transfer_name(mine, step, version)
         receivers = len(engines) * self._receivers
-        endpoint = self._each_rank("prepare")[0]["endpoint"]
-        self._each_rank(
+        if not self._endpoint:
+            # The rendezvous stays open: it is where the next transfers meet, too.
+            self._endpoint = ray.get(self._each_rank("prepare"))[0]["endpoint"]
+        named = self._each_rank(
             "init_process_group", transfer_id=transfer, receivers=receivers, timeout=self._deadline
         )
         # The group's name is the transfer's: by it the engines' receivers find the sender.
         source = WeightSource(
-            rendezvous=endpoint, group_id=transfer, world_size=1 + receivers, engine_ids=engines
+            rendezvous=self._endpoint, group_id=transfer, world_size=1 + receivers, engine_ids=engines
         )
         work = self._client.prepare_policy_version(
             self._model,
@@ -196,15 +203,17 @@ class Publisher:
             trainer_epoch=mine.trainer_epoch,
         )
         self._link.run(work)
+        return named
 
-    def _send(self, step: int, version: int, engines: list[str]) -> dict[str, Any]:
+    def _send(self, step: int, version: int, engines: list[str], named: Any) -> dict[str, Any]:
         import ray
 
         from agl_grpc.learner.verl.sender import SEND_MODE
 
         watch = self._link.start(self._until_failed(version, engines))
-        pending = self._actors.update_weights(global_steps=step, mode=SEND_MODE)
         try:
+            ray.get(named, timeout=self._deadline + 10)
+            pending = self._actors.update_weights(global_steps=step, mode=SEND_MODE)
             # The sender itself gives up after the deadline; this one is for a worker that died.
             return dict(ray.get(pending, timeout=self._deadline + 10)[0])
         except ray.exceptions.GetTimeoutError as error:
@@ -223,9 +232,7 @@ class Publisher:
         try:
             await self._follow(version, engines, EnginePhase.ACTIVE, {})
         except LearnerError as error:
-            self._actors.execute_checkpoint_engine(
-                method=["cancel"] * self._actors.world_size, reason=[str(error)] * self._actors.world_size
-            )
+            self._each_rank("cancel", reason=str(error))
             return str(error)
         return ""
 

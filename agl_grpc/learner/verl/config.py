@@ -96,7 +96,6 @@ def _held(device: str, hybrid: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
         "trainer": {"device": device, "use_v1": True, "v1": {"trainer_mode": "separate_async"}},
-        "transfer_queue": {"enable": True},
     }
 
 

@@ -34,7 +34,7 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.learner.verl.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.manifest.describe import CONTRACT, LEARNER_PACKAGES, git_state, hardware, now, versions_here
-from agl_grpc.model.enums import TrainingRunStatus
+from agl_grpc.model.enums import ResourceBinding, TrainingRunStatus
 from agl_grpc.model.reward import PRIMARY
 from agl_grpc.sample import SampleRules
 
@@ -147,7 +147,9 @@ def _verl_config(
         # NCCL refuses a group of two processes on one GPU.
         backend = "gloo"
         served = {"store": store, "run_id": config.run_id, "model": config.model.name}
-        told = {**served, "spool": str(output / "spool")}
+        # In a cluster each serves at the address of its own node.
+        host = "" if config.ray_address else config.engines.host
+        told = {**served, "spool": str(output / "spool"), "host": host}
     fixed: dict[str, Any] = {
         "data": {
             "train_files": str(Path(config.train_tasks).expanduser()),
@@ -356,7 +358,9 @@ def _assemble(
     model = Path(config.model.path).expanduser()
     name, origin = identity.training_run_id, identity.origin
     seed = config.seed if config.request_seeds else None
-    make_source: Callable[..., StoreSource] = partial(StoreSource, seed=seed)
+    # An engine that verl starts has its address published only once it serves.
+    binding = ResourceBinding.AT_LEASE if config.engines.hybrid else None
+    make_source: Callable[..., StoreSource] = partial(StoreSource, seed=seed, binding=binding)
     if config.follows:
         name = config.follows
         origin = leaders_origin(link, identity.run_id, name, config.deadlines.sample)

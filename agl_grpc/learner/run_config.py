@@ -39,7 +39,8 @@ class EngineConfig:
     it; ``backend`` is ``auto``, ``gloo`` or ``nccl``.
 
     ``hybrid``: verl starts the engines, on the accelerators of its own ranks (``count`` and ``receivers``
-    then follow from verl's keys); it needs the hybrid environment.
+    then follow from verl's keys); it needs the hybrid environment. They serve at ``host``, or where
+    ``ray_address`` names a cluster, at the addresses of its nodes.
     """
 
     count: int = 1

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import signal
 import threading
+import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -247,8 +248,8 @@ class Session(Generic[T]):
         """
         validation = self.plan.validation
         for name in self._passes():
-            # A resumed run has another engine: what was published for an earlier one stays its own.
-            resources_id = f"{self.plan.run_id}-{name}-{self.stack.mark[:8]}"
+            # Of this publication alone: what was published for an earlier engine stays that one's own.
+            resources_id = f"{self.plan.run_id}-{name}-{uuid.uuid4().hex[:8]}"
             sampling = validation.sampling(greedy=name == "greedy")
             self._resources[name] = await self._publish_sampled(endpoints, sampling, resources_id)
         training = {

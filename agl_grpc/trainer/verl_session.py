@@ -56,8 +56,7 @@ class VerlSession(Session[FitResult]):
         self._served = algorithm.served()
         self._check()
         self._start_workers = start_workers
-        self._learner_python = find_python("learner", plan.learner_python)
-        self._engine_python = "" if plan.llm else find_python("engine", plan.engine_python)
+        self._engine_python, self._learner_python = self._pythons()
         self._manifest: dict[str, Any] = {}
         # What each engine begins with, for people.
         self._versions: list[str] = []
@@ -65,11 +64,6 @@ class VerlSession(Session[FitResult]):
     def _check(self) -> None:
         """Refuses what could not work, before anything is started."""
         plan = self.plan
-        if any(model.algorithm.engines.hybrid for model in self._models):
-            raise TrainerError(
-                "engines.hybrid: the engine ends with the learner, so there would be none to validate with; "
-                "start `agl-grpc learner` with that configuration yourself"
-            )
         if self._algorithm.models and plan.engine.resource != EngineOptions.resource:
             raise TrainerError(
                 f"llm_proxy.resource is {plan.engine.resource!r}, but with several models agents find each "
@@ -85,6 +79,12 @@ class VerlSession(Session[FitResult]):
     def starts_processes(self) -> bool:
         return self._start_workers
 
+    def _pythons(self) -> tuple[str, str]:
+        """Python of the engine's environment, empty = none is started, and of the learner's."""
+        plan = self.plan
+        engine = "" if plan.llm else find_python("engine", plan.engine_python)
+        return engine, find_python("learner", plan.learner_python)
+
     @property
     def _leader(self) -> ModelTraining:
         return self._models[0]
@@ -98,17 +98,8 @@ class VerlSession(Session[FitResult]):
         before = self._recorded("before")
         untrained = not any(model.record.checkpoint_id for model in self._models) and not before
         validates = bool(plan.val_dataset) and plan.validation.before and untrained
-        endpoints = await self._start_engines()
-        await self._publish(endpoints, {model.resource: model.temperature for model in self._models})
-        # The first step may not change the weights under a validation that is still going on.
         await self.client.resume_dispatch()
-        gate = self.client.pause_dispatch if validates else self.client.resume_dispatch
-        await gate(queue=plan.run_id)
-        self._start_learners()
-        if self._start_workers:
-            self._start_runners()
-        else:
-            self.progress.say(self._workers_command())
+        await self._start_parts(validates)
         self.progress.phase("starting engine, learner and workers")
         try:
             await self.stack.until(self._engine_ready())
@@ -117,7 +108,8 @@ class VerlSession(Session[FitResult]):
             if validates:
                 before = await self.stack.until(self._validate("before"))
                 self._note_scores("before", before)
-                await self.client.resume_dispatch(queue=plan.run_id)
+            # The first step may not change the weights under a validation that is still going on.
+            await self.client.resume_dispatch(queue=plan.run_id)
             self.progress.phase("training")
             await self.stack.until(self._trained())
         except PartDied:
@@ -128,11 +120,34 @@ class VerlSession(Session[FitResult]):
                 await model.unfollow()
         after = {}
         if plan.val_dataset and plan.validation.after and all(model.succeeded for model in self._models):
-            after = await self.stack.until(self._validate("after"))
+            after = await self._validate_trained()
             self._note_scores("after", after)
         counters = await self.stack.until(self._captured())
         counts = await self._rollout_counts()
         return self._result(before, after, counters, counts)
+
+    async def _start_parts(self, validates: bool) -> None:
+        """Starts engines, learners and workers; ``validates``: training's rollouts wait for a validation."""
+        await self._publish(await self._start_engines(), self._temperatures)
+        if validates:
+            await self.client.pause_dispatch(queue=self.plan.run_id)
+        self._start_learners()
+        self._start_or_name_workers()
+
+    def _start_or_name_workers(self) -> None:
+        if self._start_workers:
+            self._start_runners()
+        else:
+            self.progress.say(self._workers_command())
+
+    async def _validate_trained(self) -> Scores:
+        """Scores of the weights as training ended; the learners have ended."""
+        return await self.stack.until(self._validate("after"))
+
+    @property
+    def _temperatures(self) -> dict[str, float]:
+        """Those of training, by the names under which agents find the models."""
+        return {model.resource: model.temperature for model in self._models}
 
     def _last_step(self) -> StepMetrics | None:
         return self._leader.last_step

@@ -169,8 +169,13 @@ def _complete_correction(config: DictConfig, user: Mapping[str, Any]) -> None:
         correction.rollout_is = "token"
 
 
-def _check_supported(config: DictConfig, user: Mapping[str, Any]) -> None:
+def _check_supported(config: DictConfig, user: Mapping[str, Any], *, hybrid: bool) -> None:
     check_names(config)
+    if hybrid and config.actor_rollout_ref.model.lora_rank:
+        raise ConfigError(
+            "actor_rollout_ref.model.lora_rank cannot be had with engines.hybrid, whose engines serve no "
+            "adapter: leave one of the two out"
+        )
     mode = user.get("trainer", {}).get("v1", {}).get("trainer_mode", "sync")
     if mode not in TRAINER_MODES:
         raise ConfigError(
@@ -251,6 +256,6 @@ def compose(
         for layer in layers:
             config.merge_with(OmegaConf.create(layer))
         _complete(config, nested)
-    _check_supported(config, nested)
+    _check_supported(config, nested, hybrid=bool(hybrid))
     OmegaConf.resolve(config)
     return config

@@ -153,6 +153,10 @@ engines: .venv/dev-ready ## Make the engine and learner environments
 	.venv/bin/agl-grpc env create engine --path .venv-engine
 	.venv/bin/agl-grpc env create learner --path .venv-learner
 
+.PHONY: hybrid
+hybrid: engines ## Make the environment in which verl starts vLLM itself, upon the engine's
+	.venv/bin/agl-grpc env create hybrid --path .venv-hybrid --engine .venv-engine
+
 # The released Agent Lightning, whose clients are tested and whose server is measured against ours. litellm is
 # held at the version of its day: releases since have not all been sound.
 .venv-agentlightning/ready:
@@ -181,12 +185,6 @@ examples/frameworks/node/node_modules/.package-lock.json: examples/frameworks/no
 .PHONY: frameworks
 frameworks: .venv-frameworks/ready examples/frameworks/node/node_modules/.package-lock.json ## Make the environment of the agent frameworks
 
-# STEPS=N for a longer run.
-.PHONY: hybrid
-hybrid: .venv/dev-ready ## verl starts vLLM itself, with capture inside, and trains through it; some minutes
-	.venv/bin/agl-grpc env create hybrid --path .venv-hybrid
-	.venv/bin/python -m tests.learner.hybrid_run --write $(if $(STEPS),--steps $(STEPS))
-
 # RUN=NAME, SEED=N, STEPS=N and ARGS=--resume change what is trained. The environments come first, once.
 .PHONY: train
 train: engines ## Train the calculator agent: real vLLM, real verl, a reward that rises
@@ -194,7 +192,7 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 .PHONY: test
-test: check-proto check-breaking check-protoc lint test-fast engines peers frameworks cpp-tools ## Everything: lint, the fast suite, real vLLM and real verl
+test: check-proto check-breaking check-protoc lint test-fast hybrid peers frameworks cpp-tools ## Everything: lint, the fast suite, real vLLM and real verl
 	.venv/bin/python -m pytest -m 'e2e and not alone' -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 	.venv/bin/python -m pytest -m 'e2e and alone'
 

@@ -1,9 +1,12 @@
 """What a training step costs beside sampling and optimising.
 
 The real learner on a real store, with an engine and a worker over the contract; the model is tiny, so nearly
-all of a step is orchestration: claim, TransferQueue, Ray, proofs, advantages, the publication of new weights
-(transfer and swap), reports. It is what is left of the time between two reports when the wait for rollouts
-and the computing of verl's own engine are taken off. The target is 5 % of a step of 2 seconds.
+all of a step is orchestration: prompts to the store and leases, samples read from it, the claim, Ray, proofs,
+advantages, the publication of new weights (transfer and swap), reports. It is what is left of the time from
+one report to the next when the time is taken off in which agents sample (from the lease of rollouts to their
+completion) or verl's engine computes: the update, and the recomputed logprobs (a reference's and a critic's
+values, where a run has them), which are passes of the trained model too. What a learner does while agents
+sample is not counted, as it delays nothing; what delays them is. The target is 5 % of a step of 2 seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from unittest.mock import patch
 
 import orjson
 
+from benchmarks import work_times
 from benchmarks.engine_times import VARIABLE
 from benchmarks.figures import Row, figure, median, run
 from tests.learner.test_store_e2e import Learner, environment
@@ -38,14 +42,14 @@ def measure(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as name, StoreProcess(Path(name) / "store.db") as store:
         folder = Path(name)
         _make_model(folder)
-        times = folder / "times"
+        optimised, sampled = folder / "optimised", folder / "sampled"
         reported: list[float] = []
 
         def note(line: str) -> None:
             if line.startswith("learner: step "):
                 reported.append(time.time())
 
-        command = [learner_python(), "-m", "tests.learner.contract_engine", store.address, "default"]
+        command = [learner_python(), "-m", "benchmarks.timed_agents", str(sampled), store.address, "default"]
         engine = subprocess.Popen(
             [*command, str(folder / "model"), "tiny"],
             env=environment(),
@@ -53,14 +57,14 @@ def measure(options: argparse.Namespace) -> list[Row]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            with patch.dict(os.environ, {VARIABLE: str(times)}):
+            with patch.dict(os.environ, {VARIABLE: str(optimised)}):
                 learner = Learner(_configure(folder, options), store.address, on_line=note)
                 if learner.finish():
                     sys.exit("\n".join(learner.lines[-20:]))
         finally:
             engine.kill()
             engine.wait()
-        return _figures(learner.lines, reported, times, options)
+        return _figures(learner.lines, reported, optimised, sampled, options)
 
 
 def _make_model(folder: Path) -> None:
@@ -88,16 +92,13 @@ def _configure(folder: Path, options: argparse.Namespace) -> Path:
     return path
 
 
-def _figures(lines: list[str], reported: list[float], times: Path, options: argparse.Namespace) -> list[Row]:
-    computed = [tuple(map(float, line.split())) for line in times.read_text().splitlines()]
-    waits = [_phase(line, "rollout") for line in lines if line.startswith("learner: step ")]
+def _figures(
+    lines: list[str], reported: list[float], optimised: Path, sampled: Path, options: argparse.Namespace
+) -> list[Row]:
+    computing, sampling = work_times.read(optimised), work_times.read(sampled)
     publications = [_phase(line, "publish") for line in lines if line.startswith("learner: step ")]
-    left, engine = [], []
-    for place, (start, end) in enumerate(itertools.pairwise(reported), start=1):
-        if place < _FIRST:
-            continue
-        engine.append(sum(seconds for at, seconds in computed if start < at <= end))
-        left.append(end - start - waits[place] - engine[-1])
+    steps = list(itertools.pairwise(reported))[_FIRST - 1 :]
+    left = [end - start - work_times.within(computing + sampling, start, end) for start, end in steps]
     size = f"{options.rollouts} rollouts"
     share = median(left) / STEP_SECONDS
     return [
@@ -109,7 +110,16 @@ def _figures(lines: list[str], reported: list[float], times: Path, options: argp
         ),
         figure(f"orchestration of a step, {size}, share of 2 s", "%", 100 * share, f"<= {100 * SHARE:g}"),
         figure("of which publication of weights", "ms", 1000 * median(publications[_FIRST:])),
-        figure("optimising in the same step (verl's engine)", "ms", 1000 * median(engine)),
+        figure(
+            "optimising in the same step (verl's engine)",
+            "ms",
+            1000 * median([work_times.within(computing, *step) for step in steps]),
+        ),
+        figure(
+            "sampling in the same step (agents and engine)",
+            "ms",
+            1000 * median([work_times.within(sampling, *step) for step in steps]),
+        ),
     ]
 
 

@@ -1,26 +1,24 @@
-"""Writes down how long verl's engine computes; verl imports it in its workers as ``external_lib``.
+"""Writes down when verl's engine computes; verl imports it in its workers as ``external_lib``.
 
-Each line of the file that ``AGL_BENCH_ENGINE_TIMES`` names: seconds since the epoch at the end, and seconds.
+That is all of `train_batch` and `infer_batch`: forward and backward passes, the optimiser's step, and the
+passes forward alone that recompute logprobs, those of a reference model and a critic's values.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.work_times import written
 
 VARIABLE = "AGL_BENCH_ENGINE_TIMES"
 
 
 def _timed(method: Any, path: Path) -> Any:
     def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        try:
+        with written(path):
             return method(*args, **kwargs)
-        finally:
-            with path.open("a") as file:
-                file.write(f"{time.time()} {time.perf_counter() - started}\n")
 
     return timed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import orjson
 
 from agl_grpc.algorithm.base import Algorithm
+from agl_grpc.algorithm.several import LORA_RANK, ModelSettings, Served, engines_of, read_models
 from agl_grpc.dataset import CurriculumRules
 from agl_grpc.diagnosis import AlarmLimits
+from agl_grpc.learner.dotted import setting
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.run_config import (
     BestOf,
@@ -21,6 +24,7 @@ from agl_grpc.learner.run_config import (
     RunConfig,
     TrainedTokens,
     ValidationConfig,
+    refuse_for_several,
     settings,
 )
 from agl_grpc.model.rollout import RolloutConfig
@@ -33,7 +37,12 @@ class VERL(Algorithm):
         config: verl's keys as they are, nested or dotted, or the path of a YAML or JSON file with them.
             ``actor_rollout_ref.model.path`` names the model. Unknown keys are refused by the learner, by
             name.
-        model_name: the name under which engines serve the model; default: the folder's name.
+        models: several models that one run trains, each on the calls that it answered: by the name under
+            which agents find and call it, what it has of its own (`ModelSettings`, or a mapping of its
+            fields; ``{}`` = nothing). The first leads: its learner asks for the rollouts, the others' follow.
+            None = one model.
+        model_name: the name under which engines serve the model, or the base of several adapters; default:
+            the folder's name.
         device: ``auto``, ``cpu`` or ``cuda``, of the learner.
         visible_devices: GPUs that the learner may use, such as ``"4,5,6,7"``; empty = all.
         ray_address: a Ray cluster that runs already, for a learner on several nodes; empty = none.
@@ -61,6 +70,7 @@ class VERL(Algorithm):
         self,
         config: Mapping[str, Any] | str | Path,
         *,
+        models: Mapping[str, Any] | None = None,
         model_name: str = "",
         device: str = "auto",
         visible_devices: str = "",
@@ -80,7 +90,8 @@ class VERL(Algorithm):
     ) -> None:
         super().__init__()
         self.config = _read(config)
-        self.model_path = _model_path(self.config)
+        self.models = read_models(models)
+        self.model_path = "" if self.models else _model_path(self.config)
         self.model_name = model_name or Path(self.model_path).name
         self.device = device
         self.visible_devices = visible_devices
@@ -99,6 +110,43 @@ class VERL(Algorithm):
         self.deadlines = settings("deadlines", deadlines, Deadlines)
         self.keep_checkpoints = keep_checkpoints
         self.best_of = BestOf()
+        if self.models:
+            self._check_several()
+
+    def _check_several(self) -> None:
+        if len(self.models) > 1:
+            refuse_for_several(self.curriculum, self.config)
+        if self.ray_address and len(self.models) > 1:
+            raise ConfigError(
+                "ray_address names a Ray cluster, which is for one learner at a time, and each of the "
+                f"{len(self.models)} models has one: leave ray_address out"
+            )
+        self.served()
+
+    def served(self) -> list[Served]:
+        """The engines that serve what is trained: adapters of one base share one."""
+        if not self.models:
+            return [Served(self.model_path, self.model_name)]
+        each = self.of_each_model()
+        about = {name: (one.model_path, int(setting(one.config, LORA_RANK, 0))) for name, one in each.items()}
+        return engines_of(about, self.model_name)
+
+    def of_each_model(self) -> dict[str, VERL]:
+        """The settings of each trained model's learner by the model's name, the one that leads first."""
+        if not self.models:
+            return {self.model_name: self}
+        return {name: self._of_model(name, own) for name, own in self.models.items()}
+
+    def _of_model(self, name: str, own: ModelSettings) -> VERL:
+        one = copy.copy(self)
+        vars(one).update(own.options(name))
+        one.models, one.model_name = {}, name
+        one.config = own.over(self.config)
+        try:
+            one.model_path = _model_path(one.config)
+        except ConfigError as error:
+            raise ConfigError(f"models.{name}: {error}") from error
+        return one
 
     def set_seed(self, seed: int) -> None:
         """Seeds data order, initialisation and every model call."""
@@ -114,12 +162,15 @@ class VERL(Algorithm):
         val_dataset: Sequence[Any] | None = None,
         more: Mapping[str, Any] | None = None,
         validation: ValidationConfig | None = None,
+        follows: str = "",
+        followers: Sequence[str] = (),
     ) -> Path:
         """Writes tasks and configuration for ``agl-grpc learner --config``; answers the configuration's path.
 
         ``folder`` also becomes the learner's output folder (checkpoints, TensorBoard files). Items of the
         datasets must be JSON values: they reach agents as rollout inputs. ``more`` are dotted keys of verl
-        that this run has besides ``config``; ``validation`` says how the learner validates.
+        that this run has besides ``config``; ``validation`` says how the learner validates; ``follows`` and
+        ``followers`` are those of `RunConfig`, for one of several models.
         """
         folder.mkdir(parents=True, exist_ok=True)
         train = _write_tasks(folder / "train.jsonl", train_dataset)
@@ -134,6 +185,8 @@ class VERL(Algorithm):
             "device": self.device,
             "visible_devices": self.visible_devices,
             "ray_address": self.ray_address,
+            "follows": follows,
+            "followers": list(followers),
             "seed": self.seed,
             "request_seeds": self.request_seeds,
             "rollouts_per_task": self.rollouts_per_task,
@@ -181,20 +234,10 @@ def _read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 
 def _model_path(config: Mapping[str, Any]) -> str:
-    """``actor_rollout_ref.model.path``, written nested or dotted."""
-    parts = ["actor_rollout_ref", "model", "path"]
-    for cut in range(len(parts), 0, -1):
-        head, rest = ".".join(parts[:cut]), parts[cut:]
-        node: Any = config.get(head)
-        for part in rest:
-            node = node.get(part) if isinstance(node, Mapping) else None
-        if isinstance(node, str):
-            return node
-        if isinstance(config.get(head), Mapping) and rest:
-            dotted = config[head].get(".".join(rest))
-            if isinstance(dotted, str):
-                return dotted
-    raise ConfigError("the verl configuration names no model: set actor_rollout_ref.model.path")
+    path = setting(config, "actor_rollout_ref.model.path")
+    if not isinstance(path, str):
+        raise ConfigError("the verl configuration names no model: set actor_rollout_ref.model.path")
+    return path
 
 
 def _write_tasks(path: Path, tasks: Sequence[Any]) -> str:

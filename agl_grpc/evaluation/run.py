@@ -7,7 +7,7 @@ import contextlib
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,14 +88,18 @@ class Pass:
 
 
 async def publish_sampling(
-    store: StoreClient, resources_id: str, resources: NamedResources, endpoint: str, sampling: Sampling
+    store: StoreClient,
+    resources_id: str,
+    resources: NamedResources,
+    endpoints: str | Collection[str],
+    sampling: Sampling,
 ) -> str:
-    """Publishes what agents work with in an evaluation; answers the id.
+    """Publishes what agents work with in an evaluation, with these endpoints sampling so; answers the id.
 
     An id that exists already is kept as it is: a broken-off evaluation goes on with the same resources.
     """
     if await store.get_resources_by_id(resources_id) is None:
-        await store.update_resources(resources_id, with_sampling(resources, endpoint, sampling))
+        await store.update_resources(resources_id, with_sampling(resources, endpoints, sampling))
     return resources_id
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +59,17 @@ class Sampling:
         return seed_of(self.seed, digest, occurrence, sample)
 
 
-def with_sampling(resources: NamedResources, endpoint: str, sampling: Sampling) -> NamedResources:
-    """The resources with the endpoint of that name sampling so; others, such as a judge's, are kept."""
-    found = resources.get(endpoint)
-    if not isinstance(found, LLM):
-        return resources
+def with_sampling(
+    resources: NamedResources, endpoints: str | Collection[str], sampling: Sampling
+) -> NamedResources:
+    """The resources with the endpoints of these names sampling so; others, such as a judge's, are kept."""
+    names = (endpoints,) if isinstance(endpoints, str) else endpoints
+    found = {name: resources.get(name) for name in names}
+    changed = {name: _sampling_so(llm, sampling) for name, llm in found.items() if isinstance(llm, LLM)}
+    return {**resources, **changed}
+
+
+def _sampling_so(llm: LLM, sampling: Sampling) -> LLM:
     # A seed of the endpoint's own would be every rollout's.
-    own = {name: value for name, value in found.sampling_parameters.items() if name != "seed"}
-    parameters = {**own, **sampling.parameters()}
-    return {**resources, endpoint: dataclasses.replace(found, sampling_parameters=parameters)}
+    own = {name: value for name, value in llm.sampling_parameters.items() if name != "seed"}
+    return dataclasses.replace(llm, sampling_parameters={**own, **sampling.parameters()})

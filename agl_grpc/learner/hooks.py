@@ -13,6 +13,7 @@ from agl_grpc.learner.run_config import BestOf, Deadlines
 
 if TYPE_CHECKING:
     from agl_grpc.learner.trainer import AglTrainer
+    from agl_grpc.learner.verl.local_queue import LocalQueue
 
 
 class WeightPublication(Protocol):
@@ -57,6 +58,8 @@ class Hooks:
     deadlines: Deadlines = field(default_factory=Deadlines)
     failure_limit: int = 64
     best_of: BestOf = field(default_factory=BestOf)
+    # Holds the rows of batches, which verl's workers are given; None = verl's TransferQueue holds them.
+    queue: LocalQueue | None = None
     # Makes the order of tasks for a dataset; None = verl's own sampler.
     order: Callable[[Any], TaskOrder] | None = None
     # Called after each step (0 = before training); answers whether to stop.
@@ -67,3 +70,5 @@ class Hooks:
     validation: Validation | None = None
     # Called with the step and the name of an error that ends training, before the last checkpoint.
     on_error: Callable[[int, str], None] = lambda _step, _name: None
+    # Told each thing worth a line.
+    say: Callable[[str], None] = lambda _text: None

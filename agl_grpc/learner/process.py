@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -31,11 +29,12 @@ from agl_grpc.learner.checkpoints.checkpoint import (
 from agl_grpc.learner.errors import ConfigError, StoppedError
 from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.run_config import RunConfig
+from agl_grpc.learner.stopping import heed_stop, stoppable
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.learner.verl.ray_runtime import common_environment, local_ray, worker_environment
 from agl_grpc.manifest.describe import CONTRACT, LEARNER_PACKAGES, git_state, hardware, now, versions_here
-from agl_grpc.model.enums import TrainingRunStatus
+from agl_grpc.model.enums import ResourceBinding, TrainingRunStatus
 from agl_grpc.model.reward import PRIMARY
 from agl_grpc.sample import SampleRules
 
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
     from agl_grpc.learner.reporting import Reporting, TrajectorySamples
     from agl_grpc.learner.trainer import AglTrainer
+    from agl_grpc.learner.verl.local_queue import LocalQueue
     from agl_grpc.learner.verl.reward_loop import RewardLoop
 
 
@@ -93,7 +93,7 @@ def run(config: RunConfig, store: str, *, sft: bool = False) -> None:
             training,
             f"training run {training.identity.training_run_id}, epoch {training.identity.trainer_epoch}",
         )
-        with _reported_end(training, output / "checkpoints"), _stoppable():
+        with _reported_end(training, output / "checkpoints"), stoppable():
             (_tune if sft else _train)(config, device, output, link, training)
     finally:
         link.close()
@@ -134,32 +134,6 @@ def _finish_failed(training: TrainingRun, error: BaseException) -> None:
         say(f"could not tell the store that the training run failed: {second}")
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends training at once, as Ctrl-C does; what was not committed is trained again on resume."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    stopped = False
-
-    def stop(_number: int, _frame: Any) -> None:
-        nonlocal stopped
-        stopped = True
-        # Ray's waits end for this exception only, and swallow any other that a signal handler raises.
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if stopped:
-            raise StoppedError("stopped by SIGTERM") from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _verl_config(
     config: RunConfig, device: str, output: Path, resume: dict[str, Any], store: str = ""
 ) -> DictConfig:
@@ -173,7 +147,9 @@ def _verl_config(
         # NCCL refuses a group of two processes on one GPU.
         backend = "gloo"
         served = {"store": store, "run_id": config.run_id, "model": config.model.name}
-        told = {**served, "spool": str(output / "spool")}
+        # In a cluster each serves at the address of its own node.
+        host = "" if config.ray_address else config.engines.host
+        told = {**served, "spool": str(output / "spool"), "host": host}
     fixed: dict[str, Any] = {
         "data": {
             "train_files": str(Path(config.train_tasks).expanduser()),
@@ -232,11 +208,9 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     tell(training, "starting Ray")
     others = rewards.reward.num_workers if rewards is not None else 0
     with local_ray(device=device, gpus=gpus, address=config.ray_address, others=others):
-        import transfer_queue as tq
-
         from agl_grpc.learner.reporting import Reporting, TrajectorySamples
+        from agl_grpc.learner.verl.local_queue import row_queue
 
-        tq.init(verl.transfer_queue)
         validate(verl)
         samples = TrajectorySamples(output, config.trajectories, config.model.path, say)
         about = {
@@ -246,22 +220,20 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
             "model": config.model.name,
         }
         with (
+            row_queue(verl) as queue,
             closing(Reporting(training, output, config.alarms, about, say)) as reporting,
             closing(samples),
             _reward_loop(config, rewards, link) as judging,
         ):
-            trainer, manager = _assemble(config, verl, output, link, training, step, reporting, samples)
+            trainer, manager = _assemble(
+                config, verl, output, link, training, step, reporting, samples, queue
+            )
             if judging is not None:
                 judging.start(manager.deliver)
             tell(training, "starting verl's workers, loading the model, publishing its weights")
-            try:
-                trainer.init()
-                tell(
-                    training, f"training {trainer.total_training_steps} steps: waiting for the first rollouts"
-                )
-                trainer.fit(manager)
-            finally:
-                tq.close()
+            trainer.init()
+            tell(training, f"training {trainer.total_training_steps} steps: waiting for the first rollouts")
+            trainer.fit(manager)
 
 
 @contextmanager
@@ -316,7 +288,7 @@ def _taken_up(config: RunConfig, output: Path, training: TrainingRun) -> tuple[d
     elif config.resume:
         training.go_on_from(1)
         tell(training, "no committed checkpoint: starting from the beginning")
-    cancelled = training.discard_leftovers(step)
+    cancelled = training.discard_leftovers(step, alone=not config.followers)
     if cancelled:
         tell(training, f"cancelled {cancelled} unfinished rollouts of an earlier trainer")
     return resume, step
@@ -365,6 +337,7 @@ def _assemble(
     step: int,
     reporting: Reporting,
     samples: TrajectorySamples,
+    queue: LocalQueue | None,
 ) -> tuple[AglTrainer, Any]:
     """Trainer and manager, wired to the store."""
     from agl_grpc.learner.batch.checks import LogprobLimits
@@ -385,7 +358,9 @@ def _assemble(
     model = Path(config.model.path).expanduser()
     name, origin = identity.training_run_id, identity.origin
     seed = config.seed if config.request_seeds else None
-    make_source: Callable[..., StoreSource] = partial(StoreSource, seed=seed)
+    # An engine that verl starts has its address published only once it serves.
+    binding = ResourceBinding.AT_LEASE if config.engines.hybrid else None
+    make_source: Callable[..., StoreSource] = partial(StoreSource, seed=seed, binding=binding)
     if config.follows:
         name = config.follows
         origin = leaders_origin(link, identity.run_id, name, config.deadlines.sample)
@@ -407,6 +382,7 @@ def _assemble(
         temperature=float(rollout.temperature),
         keep_empty=bool(config.follows),
         vocabulary=vocabulary_size(model),
+        queue=queue,
     )
     source.start(manager.deliver)
     engines, receivers = _engines(config, verl)
@@ -422,6 +398,8 @@ def _assemble(
         partners=config.followers,
         partner_deadline=config.deadlines.sample,
     )
+    if config.follows or config.followers:
+        link.start(heed_stop(training, manager, publisher))
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
 
     val = config.validation
@@ -437,6 +415,7 @@ def _assemble(
             timeout=val.timeout,
         ),
         checkpoints.note_score if val.keep_best else lambda _step, _score: False,
+        models=(config.model.name, *config.followers),
     )
 
     def on_metrics(at: int, metrics: dict[str, float]) -> bool:
@@ -457,6 +436,7 @@ def _assemble(
         run_name=f"{name.replace('_', '-')}.t{origin}",
         origin=identity.origin,
         best_of=config.best_of,
+        queue=queue,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         deadlines=config.deadlines,
@@ -467,6 +447,7 @@ def _assemble(
         # A run that follows another is told by its source that it cannot validate.
         validation=None if config.follows else validation,
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
+        say=lambda text: tell(training, text),
     )
     trainer = AglTrainer(verl, hooks)
     return trainer, manager

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from agl_grpc.client import StoreError
@@ -35,7 +36,7 @@ class Publisher:
         engine_deadline: seconds to wait for that many engines to be connected.
         lineage: told which step each published version is.
         partners: models of other training runs; a publication ends when theirs of the same step is committed.
-        partner_deadline: seconds to wait for them.
+        partner_deadline: seconds to wait for each step of theirs.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class Publisher:
     ) -> None:
         self._partners = partners
         self._partner_deadline = partner_deadline
+        # Engines of partners that were connected at any time: of these, and of no session before.
+        self._seen: set[str] = set()
+        self._waiting: Future[None] | None = None
+        self._released = False
         self._link = link
         self._client = link.client
         self._identity = identity
@@ -64,6 +69,7 @@ class Publisher:
         self._engine_deadline = engine_deadline
         self._lineage = lineage or PolicyLineage()
         self._actors: Any = None
+        self._endpoint = ""
 
     def bind(self, actors: Any) -> None:
         """Names verl's actor worker group, whose ranks send."""
@@ -75,19 +81,42 @@ class Publisher:
         """
         metrics = self._publish(step) if self._engines else {}
         for model in self._partners if step else ():
-            self._link.run(self._partner(model, step))
+            self._await_partner(model, step)
         return metrics
+
+    def release(self) -> None:
+        """Ends the wait for partners, now and from now on: this training run ends. From any thread."""
+        self._released = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _await_partner(self, model: str, step: int) -> None:
+        self._waiting = self._link.start(self._partner(model, step))
+        if self._released:
+            self._waiting.cancel()
+        try:
+            self._waiting.result()
+        except CancelledError:
+            return
+        except BaseException:
+            self._waiting.cancel()
+            raise
 
     async def _partner(self, model: str, step: int) -> None:
         """Waits until engines serve another training run's weights after ``step``."""
         newest, at = -1, 0
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._partner_deadline):
+            async with asyncio.timeout(self._partner_deadline) as limit:
                 async for change in self._client.watch_policy_versions(model, include_existing=True):
+                    engines = await self._client.query_engines(model)
+                    self._seen.update(engine.engine_id for engine in engines if engine.connected)
                     for item in change.items:
                         # The newest version counts, not the highest step: a resumed run goes back.
-                        if item.policy_version >= newest and _serves(item):
+                        if item.policy_version >= newest and _serves(item, self._seen):
                             newest, at = item.policy_version, step_of(item)
+                            # One that is behind after a restart comes nearer step by step.
+                            limit.reschedule(loop.time() + self._partner_deadline)
                     if at >= step:
                         return
         except TimeoutError as error:
@@ -104,9 +133,9 @@ class Publisher:
             return {"weights/policy_version": 0.0}
         engines = [engine.engine_id for engine in connected]
         deadline = time.monotonic() + self._deadline
-        self._prepare(step, version, engines)
+        named = self._prepare(step, version, engines)
         try:
-            report = self._send(step, version, engines)
+            report = self._send(step, version, engines, named)
             self._reach(version, engines, EnginePhase.RECEIVED, deadline)
             self._link.run(self._client.commit_policy_version(self._model, version, report["digest"]))
         except BaseException as error:
@@ -139,25 +168,31 @@ class Publisher:
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 1.5)
 
-    def _each_rank(self, method: str, **arguments: Any) -> list[Any]:
-        import ray
-
+    def _each_rank(self, method: str, **arguments: Any) -> Any:
+        """Calls the checkpoint engine of every rank; Ray's references to the answers."""
         size = self._actors.world_size
         repeated = {name: [value] * size for name, value in arguments.items()}
-        return list(ray.get(self._actors.execute_checkpoint_engine(method=[method] * size, **repeated)))
+        return self._actors.execute_checkpoint_engine(method=[method] * size, **repeated)
 
-    def _prepare(self, step: int, version: int, engines: list[str]) -> None:
-        """Opens the rendezvous and offers the version; engines begin to fetch."""
+    def _prepare(self, step: int, version: int, engines: list[str]) -> Any:
+        """Opens the rendezvous and offers the version; engines begin to fetch.
+
+        Answers Ray's references to what ranks say of the transfer's name: they are told it in the meantime.
+        """
+        import ray
+
         mine = self._identity
         transfer = transfer_name(mine, step, version)
         receivers = len(engines) * self._receivers
-        endpoint = self._each_rank("prepare")[0]["endpoint"]
-        self._each_rank(
+        if not self._endpoint:
+            # The rendezvous stays open: it is where the next transfers meet, too.
+            self._endpoint = ray.get(self._each_rank("prepare"))[0]["endpoint"]
+        named = self._each_rank(
             "init_process_group", transfer_id=transfer, receivers=receivers, timeout=self._deadline
         )
         # The group's name is the transfer's: by it the engines' receivers find the sender.
         source = WeightSource(
-            rendezvous=endpoint, group_id=transfer, world_size=1 + receivers, engine_ids=engines
+            rendezvous=self._endpoint, group_id=transfer, world_size=1 + receivers, engine_ids=engines
         )
         work = self._client.prepare_policy_version(
             self._model,
@@ -168,15 +203,17 @@ class Publisher:
             trainer_epoch=mine.trainer_epoch,
         )
         self._link.run(work)
+        return named
 
-    def _send(self, step: int, version: int, engines: list[str]) -> dict[str, Any]:
+    def _send(self, step: int, version: int, engines: list[str], named: Any) -> dict[str, Any]:
         import ray
 
         from agl_grpc.learner.verl.sender import SEND_MODE
 
         watch = self._link.start(self._until_failed(version, engines))
-        pending = self._actors.update_weights(global_steps=step, mode=SEND_MODE)
         try:
+            ray.get(named, timeout=self._deadline + 10)
+            pending = self._actors.update_weights(global_steps=step, mode=SEND_MODE)
             # The sender itself gives up after the deadline; this one is for a worker that died.
             return dict(ray.get(pending, timeout=self._deadline + 10)[0])
         except ray.exceptions.GetTimeoutError as error:
@@ -195,9 +232,7 @@ class Publisher:
         try:
             await self._follow(version, engines, EnginePhase.ACTIVE, {})
         except LearnerError as error:
-            self._actors.execute_checkpoint_engine(
-                method=["cancel"] * self._actors.world_size, reason=[str(error)] * self._actors.world_size
-            )
+            self._each_rank("cancel", reason=str(error))
             return str(error)
         return ""
 
@@ -255,9 +290,10 @@ class Publisher:
         return len(reached) == len(engines)
 
 
-def _serves(version: PolicyVersion) -> bool:
-    """Whether a version was committed, and every engine that can take it has."""
-    phases = [state.phase for state in version.engine_states if state.phase is not EnginePhase.FAILED]
+def _serves(version: PolicyVersion, engines: Collection[str]) -> bool:
+    """Whether a version was committed, and every one of these engines that can take it has."""
+    able = [state for state in version.engine_states if state.phase is not EnginePhase.FAILED]
+    phases = [state.phase for state in able if state.engine_id in engines]
     committed = version.status is PolicyVersionStatus.COMMITTED
     return committed and bool(phases) and all(phase is EnginePhase.ACTIVE for phase in phases)
 

@@ -12,6 +12,7 @@ import orjson
 
 from agl_grpc.dataset import CurriculumRules, DatasetError, expression
 from agl_grpc.diagnosis import AlarmLimits
+from agl_grpc.learner.dotted import setting
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.model.rollout import RolloutConfig
 from agl_grpc.sample import OverLong, SampleRules, Truncated
@@ -38,7 +39,8 @@ class EngineConfig:
     it; ``backend`` is ``auto``, ``gloo`` or ``nccl``.
 
     ``hybrid``: verl starts the engines, on the accelerators of its own ranks (``count`` and ``receivers``
-    then follow from verl's keys); it needs the hybrid environment.
+    then follow from verl's keys); it needs the hybrid environment. They serve at ``host``, or where
+    ``ray_address`` names a cluster, at the addresses of its nodes.
     """
 
     count: int = 1
@@ -256,6 +258,23 @@ def settings(name: str, given: S | Mapping[str, Any] | None, kind: type[S]) -> S
     return _build(kind, given, f"{name}.") if isinstance(given, Mapping) else given
 
 
+def refuse_for_several(curriculum: CurriculumRules, verl: Mapping[str, Any]) -> None:
+    """Refuses what would have the models of one run walk through different tasks.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if curriculum.enabled:
+        raise ConfigError(
+            "a curriculum is not possible where several models are trained: leave curriculum out"
+        )
+    if setting(verl, "algorithm.filter_groups.enable"):
+        raise ConfigError(
+            "algorithm.filter_groups is not possible where several models are trained: a group may be worth "
+            "something to one of them only; leave it out"
+        )
+
+
 def from_mapping(data: Mapping[str, Any]) -> RunConfig:
     """A run's configuration from plain data; ConfigError names the first key that is unknown, missing or
     wrong.
@@ -265,10 +284,8 @@ def from_mapping(data: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"'device' must be auto, cpu or cuda, not {config.device!r}")
     if config.trajectories < 0:
         raise ConfigError(f"'trajectories' {config.trajectories} must be 0 or more")
-    if config.curriculum.enabled and (config.follows or config.followers):
-        raise ConfigError(
-            "a curriculum is not possible where several models are trained: leave curriculum out"
-        )
+    if config.follows or config.followers:
+        refuse_for_several(config.curriculum, config.verl)
     try:
         expression(config.rollouts_per_task or "1")
     except DatasetError as error:

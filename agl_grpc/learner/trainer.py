@@ -8,6 +8,7 @@ leave.
 from __future__ import annotations
 
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import orjson
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import trainer_base
@@ -25,31 +26,31 @@ from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from agl_grpc.learner.batch.checks import (
-    LogprobRow,
-    SealedRow,
-    account,
-    check_logprobs,
-    check_seals,
-    row_starts,
-    staleness,
-)
-from agl_grpc.learner.batch.step_metrics import batch_metrics, sampler_distance, unfinished
+from agl_grpc.learner.batch.step_metrics import batch_metrics, unfinished
 from agl_grpc.learner.checkpoints.checkpoint import LearnerState
-from agl_grpc.learner.credit.advantage import PREFIX, credit_turns, label_group
+from agl_grpc.learner.credit.advantage import PREFIX, credit_turns
 from agl_grpc.learner.credit.correction import correct_over_rollouts
 from agl_grpc.learner.credit.turn_credit import NAME as TURNS
-from agl_grpc.learner.errors import ConfigError, FidelityError, LearnerError, MemoryExhaustedError
+from agl_grpc.learner.errors import (
+    ConfigError,
+    FidelityError,
+    LearnerError,
+    MemoryExhaustedError,
+    StoppedError,
+)
 from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.phases import phase
+from agl_grpc.learner.proofs import ProvesBatches, real_keys
 from agl_grpc.learner.rollouts.curriculum import OrderedTasks
 from agl_grpc.learner.rollouts.groups import ClaimedBatch
 from agl_grpc.learner.supervised.best_of import TEMPERATURE, LearnsBest
 from agl_grpc.learner.verl.config import HYBRID_KEY
 from agl_grpc.learner.verl.keys import OUTCOME_ESTIMATORS, SEQUENCE_LOSSES
+from agl_grpc.learner.verl.local_queue import texts
 from agl_grpc.learner.verl.manager import RolloutManager
 from agl_grpc.learner.verl.sampler import StoreSampler
 
@@ -72,6 +73,14 @@ class NoServers(LLMServerManager):  # type: ignore[misc]  # verl is untyped
         self.global_load_balancer = None
 
 
+def balanced(seqlen_list: Any, k_partitions: int, equal_size: bool) -> list[list[int]]:
+    """Stands where verl shares rows out: one rank takes all as they are, which verl finds out slowly."""
+    if k_partitions == 1:
+        return [list(range(len(seqlen_list)))]
+    shared: list[list[int]] = get_seqlen_balanced_partitions(seqlen_list, k_partitions, equal_size)
+    return shared
+
+
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {
         name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)
@@ -79,7 +88,12 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 @register_trainer("agl")
-class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ignore[misc]  # verl is untyped
+class AglTrainer(
+    OrderedTasks,
+    LearnsBest,
+    ProvesBatches,
+    PPOTrainerSeparateAsync,  # type: ignore[misc]  # verl is untyped
+):
     """Trains on sealed rollouts of a store and publishes weights as policy versions.
 
     Args:
@@ -94,6 +108,7 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
         self.hooks = hooks
         self.prompts_fetched = 0
         self.uncommitted: list[ClaimedBatch] = []
+        self._claims = ThreadPoolExecutor(1, thread_name_prefix="claim")
         self._claimed: ClaimedBatch | None = None
         self._claimed_in_step: list[ClaimedBatch] = []
         # Whether a parameter may have changed since the step began.
@@ -140,6 +155,8 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
         # Not the direct parent's: it would start replicas of verl's own engines.
         with patch.object(trainer_base, "LLMServerManager", NoServers):
             PPOTrainer._setup(self)
+        if self.hooks.queue is not None:
+            self.hooks.queue.bridge(self.worker_groups().values())
         if self.learns_best:
             self.use_supervised_loss()
         if HYBRID_KEY in (self.config.actor_rollout_ref.rollout.get("custom") or {}):
@@ -158,6 +175,9 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
         self.replay_buffer.bind(agent_loop_manager)
         try:
             super().fit(agent_loop_manager)
+        except StoppedError as asked:
+            # While it waited for rollouts, which the run's other learners may never let come.
+            self.hooks.say(f"{asked}: {self._save_before_failed_step()}")
         except (MemoryExhaustedError, FidelityError, ConfigError) as error:
             # Workers live, and data or configuration are at fault: what was trained before is kept.
             self.hooks.on_error(self.global_steps, _ERRORS[type(error)])
@@ -214,6 +234,13 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
         batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
         return batch
 
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        # verl's puts the prompts' own fields as well, to recover what was in flight; the store keeps that.
+        tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps}] * len(batch)
+        tq.kv_batch_put(keys=list(batch["uid"]), partition_id="train", tags=tags)
+        self.agent_loop_manager.generate_sequences(batch)
+        return len(batch)
+
     def _prompt(self, index: int) -> TensorDict:
         items = collate_fn([self.train_dataset[index]])
         items["uid"] = np.array([""], dtype=object)
@@ -245,14 +272,13 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
                 f"no rollout of step {self.global_steps} has anything to train: "
                 f"{self.agent_loop_manager.last_failure or 'no call of this model'}"
             )
-        ids = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rollout_id"])
-        rollout_ids = list(dict.fromkeys(str(getattr(item, "data", item)) for item in ids["rollout_id"]))
-        self._claimed = self.hooks.source.claim(self.global_steps, rollout_ids)
-        self.uncommitted.append(self._claimed)
-        self._claimed_in_step.append(self._claimed)
+        (of_rows,) = texts(self.hooks.queue, batch.keys, batch.partition_id, "rollout_id")
+        rollout_ids = list(dict.fromkeys(of_rows))
+        self._start_claim(rollout_ids)
         self._check_rows_per_rollout(len(batch.keys), len(rollout_ids))
         metrics["training/rows"], metrics["training/rollouts"] = len(batch.keys), len(rollout_ids)
-        return super()._balance_batch(batch, metrics, **kwargs)
+        with patch.object(trainer_base, "get_seqlen_balanced_partitions", balanced):
+            return super()._balance_batch(batch, metrics, **kwargs)
 
     def _check_rows_per_rollout(self, rows: int, rollouts: int) -> None:
         if rows > rollouts and self.config.algorithm.adv_estimator == "gae":
@@ -284,42 +310,26 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
                 "use token-mean, under which splitting a rollout changes nothing"
             )
 
-    @phase("recomputing logprobs", "compute")
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         correction = self.config.algorithm.rollout_correction
         bypass = bool(correction.bypass_mode)
         correction.bypass_mode = False
         try:
-            # Recomputed in bypass mode too: the recomputation is what proves the tokens. With one update a
-            # step there is no older policy to come back to, and no copy of all weights to be made.
-            compute = super()._compute_old_log_prob if self.parameter_sync_step > 1 else self._recompute
-            result = compute(batch, metrics)
+            # In bypass mode too: the recomputation is what proves the tokens.
+            result = self._recompute(batch, metrics)
         finally:
             correction.bypass_mode = bypass
+        self._await_claim()
         self._prove_tokens(batch, metrics)
         return super()._compute_old_log_prob(batch, metrics) if bypass else result
 
+    @phase("recomputing logprobs", "compute")
     def _recompute(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        if self.parameter_sync_step > 1:
+            return super()._compute_old_log_prob(batch, metrics)
+        # With one update a step there is no older policy to come back to, and no copy of all weights to be
+        # made.
         return PPOTrainer._compute_old_log_prob(self, batch, metrics)
-
-    def _prove_tokens(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
-        names = ["rollout_log_probs", "old_log_probs", "response_mask", "policy_versions", "rollout_id"]
-        keys = [
-            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
-        ]
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
-        columns = [[row.numpy() for row in data[name].unbind()] for name in names[:4]]
-        rows = [LogprobRow(key, *values) for key, *values in zip(keys, *columns, strict=True)]
-        version = self.global_steps - 1
-        metrics.update(check_logprobs(rows, version=version, limits=self.hooks.limits))
-        metrics.update(sampler_distance(rows, version=version))
-        self._counts.update(staleness(rows, version=version))
-        trained: Counter[str] = Counter()
-        for rollout_id, mask in zip(data["rollout_id"], columns[2], strict=True):
-            trained[str(getattr(rollout_id, "data", rollout_id))] += int(mask.sum())
-        rollouts = [self.agent_loop_manager.rollout(rollout_id) for rollout_id in trained]
-        self._counts.update(account(rollouts, trained))
-        self._counts.update(row_starts(rollouts))
 
     @phase("computing the reference's logprobs", "compute")
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -348,8 +358,7 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
 
     def _credit_turns(self, data: Any, batch_keys: list[str], **_options: Any) -> Any:
         """Stands where verl computes advantages: every answer's own, from the returns of turns."""
-        ids = tq.kv_batch_get(keys=batch_keys, partition_id="train", select_fields=["rollout_id"])
-        names = [str(getattr(item, "data", item)) for item in ids["rollout_id"]]
+        (names,) = texts(self.hooks.queue, batch_keys, "train", "rollout_id")
         labels = data.non_tensor_batch["uid"].tolist()
         by_std = bool(self.config.algorithm.get("norm_adv_by_std_in_grpo", True))
         mask = data.batch["response_mask"]
@@ -357,33 +366,12 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
         data.batch["advantages"] = data.batch["returns"] = found
         return data
 
-    def _prove_seals(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> None:
-        assert self._claimed is not None
-        keys = [
-            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
-        ]
-        names = ["rollout_id", "uid", "rm_scores"]
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
-        texts = [[str(getattr(item, "data", item)) for item in data[name]] for name in names[:2]]
-        scores = [float(row.sum()) for row in data["rm_scores"].unbind()]
-        groups_of_rows = [label_group(label) for label in texts[1]]
-        rows = [SealedRow(*values) for values in zip(keys, texts[0], groups_of_rows, scores, strict=True)]
-        metrics.update(check_seals(rows, self._claimed.entries))
-        rewards = [entry.reward for entry in self._claimed.entries]
-        metrics["reward/mean"], metrics["reward/std"] = float(np.mean(rewards)), float(np.std(rewards))
-        groups: dict[str, set[float]] = {}
-        for entry in self._claimed.entries:
-            groups.setdefault(entry.group_id, set()).add(entry.reward)
-        metrics["reward/groups_without_variance"] = float(
-            np.mean([len(values) == 1 for values in groups.values()])
-        )
-
     @phase("updating the actor", "compute")
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """One optimiser step per epoch over whole rollouts, however many rows they have."""
         self._prove_seals(batch, metrics)
         actor = self.config.actor_rollout_ref.actor
-        real_rows = sum(not tag.get("is_padding", False) for tag in batch.tags)
+        real_rows = len(real_keys(batch))
         learned = self.rows_of_best(batch) if self.learns_best else batch
         if learned is None:
             return batch
@@ -419,7 +407,7 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
         critic = self.config.critic
         batch.extra_info.update(
             {
-                "global_batch_size": sum(not tag.get("is_padding", False) for tag in batch.tags),
+                "global_batch_size": len(real_keys(batch)),
                 "num_mini_batch": 1,
                 "epochs": critic.ppo_epochs,
                 "seed": critic.data_loader_seed,
@@ -488,9 +476,3 @@ class AglTrainer(OrderedTasks, LearnsBest, PPOTrainerSeparateAsync):  # type: ig
                 self._save_checkpoint()
                 self.hooks.checkpoints.commit(self)
             self.total_training_steps = self.global_steps
-
-    def describe_config(self) -> dict[str, Any]:
-        """The resolved configuration, for the run's manifest."""
-        container = OmegaConf.to_container(self.config, resolve=True)
-        assert isinstance(container, dict)
-        return {str(key): value for key, value in container.items()}

@@ -26,6 +26,8 @@ TRAINING_LABEL = "training"
 STEP_LABEL = "training_step"
 
 _CANCEL_AT_ONCE = 500
+# Beyond every step: the watch of a training run's state alone.
+_NO_STEP = 2**62
 _UNFINISHED = (
     RolloutStatus.QUEUING,
     RolloutStatus.PREPARING,
@@ -97,20 +99,22 @@ class TrainingRun:
         """Makes this trainer the next of those that began with epoch ``origin``."""
         self.identity = replace(self.identity, origin=origin)
 
-    def discard_leftovers(self, step: int) -> int:
+    def discard_leftovers(self, step: int, *, alone: bool = True) -> int:
         """Cancels unfinished rollouts of earlier trainers that cannot be taken over at ``step``.
 
         Those of the step that is next are: the weights that sample them are the ones in force. Rollouts of
-        later steps would be sampled too early. Answers the number of rollouts cancelled.
+        later steps would be sampled too early; so would all, where this trainer is not ``alone``: other
+        models, which they use too, may not serve their weights of ``step`` yet. Answers the number of
+        rollouts cancelled.
         """
-        return self._link.run(self._discard_leftovers(step))
+        return self._link.run(self._discard_leftovers(step, alone))
 
-    async def _discard_leftovers(self, step: int) -> int:
+    async def _discard_leftovers(self, step: int, alone: bool) -> int:
         mine = self.identity
         useless: list[str] = []
         for origin in range(1, mine.trainer_epoch):
             for rollout in await self._unfinished(replace(mine, origin=origin)):
-                wanted_now = origin == mine.origin and rollout.mode is RolloutMode.TRAIN
+                wanted_now = alone and origin == mine.origin and rollout.mode is RolloutMode.TRAIN
                 if not wanted_now or int(rollout.labels.get(STEP_LABEL, 0)) > step + 1:
                     useless.append(rollout.rollout_id)
         return await self._cancel(useless, "a newer trainer took the training run up")
@@ -170,6 +174,16 @@ class TrainingRun:
             self._client.report_metrics(mine.training_run_id, mine.trainer_epoch, [numbers], log=log)
         )
         self.stop_requested = record.status is TrainingRunStatus.STOPPING
+
+    async def asked_to_stop(self) -> None:
+        """Returns once somebody has asked this training run to stop, as `stop_requested` then says, or at its
+        end.
+        """
+        mine = self.identity.training_run_id
+        async for record, _ in self._client.watch_training_run(mine, from_step=_NO_STEP):
+            if record is not None and record.status is TrainingRunStatus.STOPPING:
+                self.stop_requested = True
+                return
 
     def log(self, line: str) -> None:
         """Adds a line to the training run's log, for whoever follows it."""

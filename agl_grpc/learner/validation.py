@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from agl_grpc.client import StoreClient
@@ -22,9 +22,19 @@ class StoreValidation:
         prefix: begins the ids of resources and rollouts: the training run and its epoch.
         plan: how; its label is made for each step.
         note: told step and mean reward; answers whether that step's checkpoint is to be kept.
+        models: the trained models; endpoints of theirs sample as validation says.
     """
 
-    def __init__(self, link: StoreLink, prefix: str, plan: Pass, note: Callable[[int, float], bool]) -> None:
+    def __init__(
+        self,
+        link: StoreLink,
+        prefix: str,
+        plan: Pass,
+        note: Callable[[int, float], bool],
+        *,
+        models: Collection[str] = (),
+    ) -> None:
+        self._models = models
         self._link = link
         self._prefix = prefix
         self._plan = plan
@@ -64,10 +74,12 @@ class StoreValidation:
         latest = await client.get_latest_resources()
         if latest is None:
             return None
-        endpoint = next((name for name, value in latest.resources.items() if isinstance(value, LLM)), "")
-        if not endpoint:
+        models = {name: value.model for name, value in latest.resources.items() if isinstance(value, LLM)}
+        if not models:
             return None
-        await publish_sampling(client, resources_id, latest.resources, endpoint, self._plan.sampling)
+        # A model may be served under another name than it is trained: then the first endpoint is meant.
+        endpoints = [name for name, model in models.items() if model in self._models] or list(models)[:1]
+        await publish_sampling(client, resources_id, latest.resources, endpoints, self._plan.sampling)
         await client.update_resources(latest.resources_id, latest.resources)
         return resources_id
 

@@ -25,13 +25,16 @@ class ChartsMissing(Exception):
 
 
 def draw_rewards(
-    path: Path, history: Sequence[StepMetrics], validation: Mapping[int, Mapping[str, float]], title: str
+    path: Path,
+    histories: Mapping[str, Sequence[StepMetrics]],
+    validation: Mapping[int, Mapping[str, float]],
+    title: str,
 ) -> None:
     """Writes the batches' mean reward by step, its running mean, and the validation scores as points.
 
     Args:
         path: the PNG.
-        history: all steps.
+        histories: all steps, by the model that they trained; the name is empty where there is only one.
         validation: scores by name, by the step after which they were measured.
         title: above the picture.
 
@@ -39,20 +42,24 @@ def draw_rewards(
         ChartsMissing: there is no matplotlib.
     """
     figure = _figure((8, 4.5))
-    points = [step for step in history if "reward/mean" in step.metrics]
-    steps = [point.step for point in points]
-    means = [point.metrics["reward/mean"] for point in points]
-    running = [_mean(means[max(0, at - _SPAN) : at]) for at in range(1, len(means) + 1)]
     axes = figure.add_subplot()
-    axes.plot(steps, means, alpha=0.35, label="training reward, mean of the batch")
-    axes.plot(steps, running, color="C0", linewidth=2, label=f"mean of the last {_SPAN} batches")
+    lowest, highest = -0.02, 1.02
+    for number, (name, history) in enumerate(histories.items()):
+        points = [step for step in history if "reward/mean" in step.metrics]
+        steps = [point.step for point in points]
+        means = [point.metrics["reward/mean"] for point in points]
+        running = [_mean(means[max(0, at - _SPAN) : at]) for at in range(1, len(means) + 1)]
+        whose, colour = f"{name}: " if name else "", f"C{number}"
+        axes.plot(steps, means, alpha=0.35, label=f"{whose}training reward, mean of the batch")
+        axes.plot(steps, running, color=colour, linewidth=2, label=f"{whose}mean of the last {_SPAN} batches")
+        lowest, highest = min(lowest, *means), max(highest, *means)
     names = dict.fromkeys(name for measured in validation.values() for name in measured)
     for name, marker in zip(names, "osD^v", strict=False):
         at = [step for step, scores in validation.items() if name in scores]
         scores = [validation[step][name] for step in at]
         axes.plot(at, scores, marker, markersize=9, label=f"validation, {name}")
     axes.set(title=title, xlabel="step", ylabel="reward")
-    axes.set_ylim(min(-0.02, *means), max(1.02, *means))
+    axes.set_ylim(lowest, highest)
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     figure.savefig(path, dpi=130)
@@ -97,7 +104,7 @@ def draw_history(folder: RunFolder, history: Sequence[StepMetrics], progress: Pr
     points = {item.step: found for item in history if (found := scores(item.metrics))}
     try:
         if any("reward/mean" in item.metrics for item in history):
-            draw_rewards(folder.path / "reward.png", history, points, f"{folder.name}: reward")
+            draw_rewards(folder.path / "reward.png", {"": history}, points, f"{folder.name}: reward")
         draw_metrics(folder.path / "metrics.png", history, folder.name)
     except ChartsMissing as missing:
         progress.say(str(missing))

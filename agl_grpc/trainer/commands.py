@@ -40,19 +40,20 @@ def engine_part(
     policy_version: int,
     options: EngineOptions,
     mark: str,
+    name: str = "engine",
 ) -> Command:
-    """vLLM with capture, serving ``model`` as ``model_name``."""
+    """vLLM with capture, serving ``model`` as ``model_name``; of several, each has a name of its own."""
     command = [python, "-m", "agl_grpc_cli", "vllm", "serve", model, "--store", store, "--run", folder.name]
     # A name of its own at each start: what was promised to an engine of an earlier start is void.
-    command += ["--engine-id", f"{folder.name}-engine-{uuid.uuid4().hex[:8]}"]
-    command += ["--policy-version", str(policy_version), "--spool-dir", str(folder.spool)]
+    command += ["--engine-id", f"{folder.name}-{name}-{uuid.uuid4().hex[:8]}"]
+    command += ["--policy-version", str(policy_version), "--spool-dir", str(folder.spool(name))]
     command += ["--served-model-name", model_name, "--host", options.host, "--port", str(port)]
     environment = child_environment(python)
     if Path(model).expanduser().is_dir():
         environment.setdefault("HF_HUB_OFFLINE", "1")
     if options.visible_devices:
         environment["CUDA_VISIBLE_DEVICES"] = options.visible_devices
-    return Command("engine", [*command, *options.arguments], folder.log("engine"), mark, environment)
+    return Command(name, [*command, *options.arguments], folder.log(name), mark, environment)
 
 
 def learner_part(

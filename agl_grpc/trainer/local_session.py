@@ -23,7 +23,7 @@ from agl_grpc.runner.threads import AbandonedThreads, run_in_thread
 from agl_grpc.tracer import Tracer
 from agl_grpc.trainer.charts import draw_history
 from agl_grpc.trainer.errors import TrainerError
-from agl_grpc.trainer.plan import Plan, with_llm
+from agl_grpc.trainer.plan import Plan, with_endpoints
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.result import FitResult
 from agl_grpc.trainer.run_folder import dataset_digests, describe_session, summary
@@ -68,7 +68,7 @@ class LocalSession(Session[FitResult]):
         plan = self.plan
         resources = dict(plan.initial_resources)
         if plan.llm is not None:
-            resources = with_llm(resources, plan.engine.resource, plan.llm)
+            resources = with_endpoints(resources, {plan.engine.resource: plan.llm})
         if resources:
             await self.client.update_resources(f"{plan.run_id}-initial", resources)
         async with self._workers():

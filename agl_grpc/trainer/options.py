@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 ENGINE_PYTHON = "AGL_GRPC_ENGINE_PYTHON"
 LEARNER_PYTHON = "AGL_GRPC_LEARNER_PYTHON"
+HYBRID_PYTHON = "AGL_GRPC_HYBRID_PYTHON"
+_VARIABLES = {"engine": ENGINE_PYTHON, "learner": LEARNER_PYTHON, "hybrid": HYBRID_PYTHON}
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,13 @@ def find_python(kind: str, given: str | Path | None) -> str:
     Raises:
         TrainerError: there is none; says how to make it.
     """
-    variable = ENGINE_PYTHON if kind == "engine" else LEARNER_PYTHON
+    variable = _VARIABLES[kind]
     named = str(given) if given else os.environ.get(variable, "")
     path = Path(named or Path(f".venv-{kind}") / "bin" / "python").expanduser()
     if not path.is_file():
         raise TrainerError(
             f"no {kind} environment: {path} does not exist; make it with `agl-grpc env create {kind}`, "
-            f"or name its Python by {kind}_python or {variable}"
+            f"or name its Python by {'engine' if kind == 'engine' else 'learner'}_python or {variable}"
         )
     # Not resolved: a link to the base Python is what makes a virtual environment one.
     return str(path.absolute())

@@ -111,6 +111,6 @@ def check_name(name: str) -> str:
     return name
 
 
-def with_llm(resources: NamedResources, name: str, llm: Resource) -> NamedResources:
-    """The resources with the endpoint first, where agents look for it."""
-    return {name: llm, **{key: value for key, value in resources.items() if key != name}}
+def with_endpoints(resources: NamedResources, endpoints: Mapping[str, Resource]) -> NamedResources:
+    """The resources with the endpoints first, where agents look for one."""
+    return {**endpoints, **{key: value for key, value in resources.items() if key not in endpoints}}

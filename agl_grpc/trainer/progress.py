@@ -81,9 +81,9 @@ class Progress:
         self._live: Live | None = None
         self._began = time.monotonic()
         self._phase = "starting"
-        self._line = ""
+        self._lines: dict[str, str] = {}
         self._done: tuple[int, int | None] = (0, None)
-        self._rewards: list[float] = []
+        self._rewards: dict[str, list[float]] = {}
 
     def __enter__(self) -> Progress:
         if self._stream.isatty():
@@ -120,14 +120,14 @@ class Progress:
         """How far the phase is; shown on a terminal only."""
         self._done = (done, of)
 
-    def step(self, step: int, total: int | None, metrics: Mapping[str, float]) -> None:
-        """A finished training step."""
+    def step(self, step: int, total: int | None, metrics: Mapping[str, float], model: str = "") -> None:
+        """A finished training step, of one ``model`` where several are trained."""
         if "reward/mean" in metrics:
-            self._rewards.append(metrics["reward/mean"])
+            self._rewards.setdefault(model, []).append(metrics["reward/mean"])
         self._done = (step, total)
-        self._line = step_line(step, total, metrics)
+        self._lines[model] = (f"{model}: " if model else "") + step_line(step, total, metrics)
         if self._live is None:
-            self.say(self._line)
+            self.say(self._lines[model])
 
     def _picture(self) -> Group:
         from rich.console import Group
@@ -140,8 +140,8 @@ class Progress:
         ]
         if total:
             lines.append(ProgressBar(total=total, completed=done, width=_CURVE_WIDTH))
-        if self._rewards:
-            lines.append(Text(f"reward {curve(self._rewards)} {self._rewards[-1]:.3f}"))
-        if self._line:
-            lines.append(Text(self._line, style="dim"))
+        for model, rewards in self._rewards.items():
+            whose = f"{model}: reward" if model else "reward"
+            lines.append(Text(f"{whose} {curve(rewards)} {rewards[-1]:.3f}"))
+        lines += [Text(line, style="dim") for line in self._lines.values()]
         return Group(*lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -46,6 +47,14 @@ async def captured(host: str, port: int, within: float) -> dict[str, Any]:
         if settled or time.monotonic() > deadline:
             return counters
         await asyncio.sleep(_PAUSE)
+
+
+def summed(counters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counters of several engines as one: numbers are added up; of one engine, all that it says."""
+    if len(counters) == 1:
+        return dict(counters[0])
+    names = dict.fromkeys(name for each in counters for name, value in each.items() if type(value) is int)
+    return {name: sum(each.get(name, 0) for each in counters) for name in names}
 
 
 async def _healthy(host: str, port: int) -> bool:

@@ -17,6 +17,25 @@ Scores = dict[str, Evaluation]
 
 
 @dataclass(frozen=True)
+class ModelResult:
+    """What one trained model came to.
+
+    Attributes:
+        training_run: as the store knows it.
+        history: metrics of all steps.
+        checkpoint: folder of the last committed checkpoint; None when there is none.
+        model: folder of that checkpoint's model, for ``transformers``.
+        adapter: folder of that checkpoint's adapter, in peft's form; None where whole weights are trained.
+    """
+
+    training_run: TrainingRun
+    history: list[StepMetrics] = field(default_factory=list)
+    checkpoint: Path | None = None
+    model: Path | None = None
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
 class FitResult:
     """Answer of `Trainer.fit`.
 
@@ -29,8 +48,10 @@ class FitResult:
         best: the checkpoint with the best validation score during training; None when there was none.
         checkpoint: folder of the last committed checkpoint; None when there is none.
         model: folder of that checkpoint's model, for ``transformers``.
-        captured: the engine's counters of model calls, among them ``captured`` and ``delivered``; empty when
-            the engine was not started here.
+        models: the same of each model that `VERL` trained, by name; above stand those of the first, which
+            leads.
+        captured: the engine's counters of model calls, among them ``captured`` and ``delivered``, summed over
+            several engines; empty when the engine was not started here.
         restarts: how often the store was started again.
         value: what an algorithm in this process answered.
         rollouts: how many rollouts of the run, of validation too and of earlier sessions, were in each state
@@ -45,6 +66,7 @@ class FitResult:
     best: BestCheckpoint | None = None
     checkpoint: Path | None = None
     model: Path | None = None
+    models: Mapping[str, ModelResult] = field(default_factory=dict)
     captured: dict[str, Any] = field(default_factory=dict)
     restarts: int = 0
     value: object = None

@@ -46,10 +46,9 @@ class RunFolder:
         """What made the run."""
         return self.path / "manifest.json"
 
-    @property
-    def spool(self) -> Path:
-        """Where the engine keeps model calls while the store is away."""
-        return self.path / "spool"
+    def spool(self, engine: str) -> Path:
+        """Where an engine keeps model calls while the store is away."""
+        return self.path / ("spool" if engine == "engine" else f"spool-{engine}")
 
     def log(self, part: str) -> Path:
         """The log of a part."""

@@ -6,7 +6,8 @@ import asyncio
 import dataclasses
 import signal
 import threading
-from collections.abc import Coroutine, Mapping
+import uuid
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,11 +16,11 @@ from agl_grpc.evaluation import EvaluationError, Pass, Sampling, describe, evalu
 from agl_grpc.grader import GraderFailed, GraderWorker
 from agl_grpc.grader.tokens import TokenDecoder
 from agl_grpc.manifest.diff import manifest_key
-from agl_grpc.model import LLM, NamedResources, ProxyLLM, RolloutStatus
+from agl_grpc.model import LLM, ProxyLLM, RolloutStatus
 from agl_grpc.model.training import StepMetrics, TrainingRun
 from agl_grpc.trainer import commands
 from agl_grpc.trainer.errors import TrainerError
-from agl_grpc.trainer.plan import Plan, with_llm
+from agl_grpc.trainer.plan import Plan, with_endpoints
 from agl_grpc.trainer.processes import Forked
 from agl_grpc.trainer.progress import Progress
 from agl_grpc.trainer.readiness import engine_serves
@@ -47,6 +48,7 @@ class Session(Generic[T]):
         self._client: StoreClient | None = None
         self._forked: Forked | None = None
         self._resources: dict[str, str | None] = {}
+        self._engine_ports: dict[str, int] = {}
         self._grading: GraderWorker | None = None
         self._grading_task: asyncio.Task[None] | None = None
 
@@ -194,12 +196,25 @@ class Session(Generic[T]):
             )
         )
 
-    def _start_engine(self, python: str, model: str, model_name: str, policy_version: int) -> LLM:
-        """Starts an engine, or takes the one that was given; answers the endpoint for agents."""
+    def _start_engine(
+        self,
+        python: str,
+        model: str,
+        model_name: str,
+        policy_version: int,
+        *,
+        arguments: Sequence[str] = (),
+        part: str = "engine",
+    ) -> LLM:
+        """Starts an engine, or takes the one that was given; answers the endpoint for agents.
+
+        ``arguments`` come before those that the plan names; of several engines each is a ``part`` of its own.
+        """
         plan = self.plan
         if plan.llm is not None:
             return plan.llm
-        port = self._engine_port = plan.engine.port or commands.free_port(plan.engine.host)
+        port = self._engine_ports[part] = plan.engine.port or commands.free_port(plan.engine.host)
+        options = dataclasses.replace(plan.engine, arguments=[*arguments, *plan.engine.arguments])
         self.stack.start(
             lambda: commands.engine_part(
                 plan.folder,
@@ -209,8 +224,9 @@ class Session(Generic[T]):
                 store=self.address,
                 port=port,
                 policy_version=policy_version,
-                options=plan.engine,
+                options=options,
                 mark=self.stack.mark,
+                name=part,
             )
         )
         return ProxyLLM(
@@ -220,23 +236,30 @@ class Session(Generic[T]):
         )
 
     async def _engine_ready(self) -> None:
-        if self.plan.llm is None:
-            await engine_serves(self.plan.engine.host, self._engine_port, self.plan.engine.start_seconds)
-            self.stack.ready("engine")
+        engine = self.plan.engine
+        for part, port in self._engine_ports.items():
+            await engine_serves(engine.host, port, engine.start_seconds)
+            self.stack.ready(part)
 
-    async def _publish(self, llm: LLM, temperature: float) -> None:
-        """Publishes what agents work with: for validation, and last, as the latest, for training."""
+    async def _publish(self, endpoints: Mapping[str, LLM], temperatures: Mapping[str, float]) -> None:
+        """Publishes what agents work with: for validation, and last, as the latest, for training.
+
+        Both are by the names of resources; the temperatures are training's.
+        """
         validation = self.plan.validation
         for name in self._passes():
-            # A resumed run has another engine: what was published for an earlier one stays its own.
-            resources_id = f"{self.plan.run_id}-{name}-{self.stack.mark[:8]}"
+            # Of this publication alone: what was published for an earlier engine stays that one's own.
+            resources_id = f"{self.plan.run_id}-{name}-{uuid.uuid4().hex[:8]}"
             sampling = validation.sampling(greedy=name == "greedy")
-            self._resources[name] = await self._publish_sampled(llm, sampling, resources_id)
-        parameters = {**llm.sampling_parameters, "temperature": temperature}
-        await self.client.update_resources(
-            f"{self.plan.run_id}-train",
-            self._with_endpoint(dataclasses.replace(llm, sampling_parameters=parameters)),
-        )
+            self._resources[name] = await self._publish_sampled(endpoints, sampling, resources_id)
+        training = {
+            name: dataclasses.replace(
+                llm, sampling_parameters={**llm.sampling_parameters, "temperature": temperatures[name]}
+            )
+            for name, llm in endpoints.items()
+        }
+        resources = with_endpoints(self.plan.initial_resources, training)
+        await self.client.update_resources(f"{self.plan.run_id}-train", resources)
 
     def _passes(self) -> dict[str, int]:
         """Validation before and after training: answers for each task, by the pass's name."""
@@ -244,18 +267,15 @@ class Session(Generic[T]):
         wanted = {"sampled": validation.samples, "greedy": int(validation.greedy)}
         return {name: samples for name, samples in wanted.items() if samples and self.plan.val_dataset}
 
-    def _with_endpoint(self, llm: LLM | None) -> NamedResources:
-        if llm is None:
-            return self.plan.initial_resources
-        return with_llm(self.plan.initial_resources, self.plan.engine.resource, llm)
-
-    async def _publish_sampled(self, llm: LLM | None, sampling: Sampling, resources_id: str) -> str | None:
+    async def _publish_sampled(
+        self, endpoints: Mapping[str, LLM], sampling: Sampling, resources_id: str
+    ) -> str | None:
         """Publishes what agents work with in an evaluation; None where they need nothing."""
-        resources = self._with_endpoint(llm)
+        resources = with_endpoints(self.plan.initial_resources, endpoints)
         if not resources:
             return None
-        endpoint = self.plan.engine.resource
-        return await publish_sampling(self.client, resources_id, resources, endpoint, sampling)
+        names = endpoints or self.plan.engine.resource
+        return await publish_sampling(self.client, resources_id, resources, names, sampling)
 
     async def _validate(self, when: str) -> Scores:
         """Sampled and greedy scores on the validation dataset."""

@@ -20,7 +20,8 @@ from agl_grpc.trainer.sweep import sweep
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-# In this order: the store last, because the others still write to it while they end.
+# In this order: the store last, because the others still write to it while they end. Of several of a kind,
+# each is named KIND-NAME.
 _STOP_ORDER = (("learner", "runner"), ("engine",), ("store",))
 _HEALTHY_SECONDS = 10.0
 _RESTARTS_IN_A_ROW = 5
@@ -85,6 +86,10 @@ class Stack:
         """A part that was started."""
         return self._parts[name]
 
+    def has(self, name: str) -> bool:
+        """Whether the part was started."""
+        return name in self._parts
+
     async def until(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``; PartDied as soon as a part dies that is needed."""
         assert self._fatal is not None, "bind comes first"
@@ -92,7 +97,9 @@ class Stack:
         try:
             waited: set[asyncio.Future[Any]] = {task, self._fatal}
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            if self._fatal.done() and not task.done():
+            if self._fatal.done():
+                if task.done() and not task.cancelled():
+                    task.exception()  # What came of it counts no more, and is no error that nobody saw.
                 self._fatal.result()
             return await task
         finally:
@@ -169,8 +176,8 @@ class Stack:
         try:
             with self._lock:
                 parts = dict(self._parts)
-            for names in _STOP_ORDER:
-                self._stop([parts[name] for name in names if name in parts])
+            for kinds in _STOP_ORDER:
+                self._stop([part for name, part in parts.items() if name.partition("-")[0] in kinds])
         finally:
             for part in self._parts.values():
                 part.kill()

@@ -35,6 +35,7 @@ from agl_grpc.trainer.evaluation_session import (
     with_answers,
 )
 from agl_grpc.trainer.files import first_tasks, tasks_of
+from agl_grpc.trainer.hybrid_session import HybridSession
 from agl_grpc.trainer.local_session import LocalSession
 from agl_grpc.trainer.options import EngineOptions, RunnerOptions, ValidationOptions, options
 from agl_grpc.trainer.plan import Plan, check_name
@@ -85,7 +86,8 @@ class Trainer:
         engine_python: Python of the engine environment; default: ``AGL_GRPC_ENGINE_PYTHON`` or
             ``.venv-engine``.
         learner_python: Python of the learner environment; default: ``AGL_GRPC_LEARNER_PYTHON`` or
-            ``.venv-learner``.
+            ``.venv-learner``. Where verl starts the engine (``engines.hybrid``), that of the environment
+            with both, for engine and learner; default: ``AGL_GRPC_HYBRID_PYTHON`` or ``.venv-hybrid``.
         port: of the store that is started; None = any free one.
         graders: who judges in the agent's place: a grader, several, or several with their weights.
         alarms: `AlarmLimits` or a dict of them, for any algorithm; None = the algorithm's own.
@@ -373,7 +375,9 @@ class Trainer:
                 raise TrainerError("VERL needs worker processes: leave strategy='shm' out")
             if not plan.train_dataset:
                 raise TrainerError("VERL needs train_dataset")
-            return VerlSession(plan, progress, self.algorithm, start_workers=self.strategy.runs_workers)
+            hybrid = any(each.engines.hybrid for each in self.algorithm.of_each_model().values())
+            kind = HybridSession if hybrid else VerlSession
+            return kind(plan, progress, self.algorithm, start_workers=self.strategy.runs_workers)
         return LocalSession(plan, progress, self.algorithm, self.strategy, self.runner, self.adapter, self)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,140 +12,169 @@ from typing import Any
 from agl_grpc.agent.decorators import FunctionalLitAgent
 from agl_grpc.agent.missing import ResourceMissing
 from agl_grpc.algorithm import VERL
+from agl_grpc.algorithm.several import LORA_RANK
+from agl_grpc.client import StoreError
 from agl_grpc.evaluation import Evaluation
 from agl_grpc.learner.checkpoints.best import read_best
-from agl_grpc.learner.checkpoints.checkpoint import adapter_folder, hugging_face_folder
+from agl_grpc.learner.dotted import setting
 from agl_grpc.learner.progress import scores
-from agl_grpc.learner.run_config import ValidationConfig
 from agl_grpc.model import LLM, RolloutStatus
-from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
-from agl_grpc.model.training import StepMetrics, TrainingRun
-from agl_grpc.trainer import commands
+from agl_grpc.model.enums import TrainingRunStatus
+from agl_grpc.model.training import StepMetrics
 from agl_grpc.trainer.charts import ChartsMissing, draw_rewards
 from agl_grpc.trainer.errors import PartDied, TrainerError
-from agl_grpc.trainer.options import find_python
-from agl_grpc.trainer.plan import Plan, with_llm
+from agl_grpc.trainer.model_training import ModelTraining
+from agl_grpc.trainer.options import EngineOptions, find_python
+from agl_grpc.trainer.plan import Plan, with_endpoints
 from agl_grpc.trainer.progress import Progress
-from agl_grpc.trainer.readiness import captured
+from agl_grpc.trainer.readiness import captured, summed
 from agl_grpc.trainer.result import FitResult, Scores
 from agl_grpc.trainer.run_folder import dataset_digests, describe_session, summary
 from agl_grpc.trainer.session import Session
-from agl_grpc.trainer.settings import setting
 
-# The learner reports its last step before it ends; the watch has this long to bring it.
-_LAST_METRICS_SECONDS = 10.0
-_TAKE_UP_SECONDS = 0.5
 _LAST_CALLS_SECONDS = 30.0
-_METRICS_SECONDS = 5.0
-# The metric by which the learner names the version that it published after a step.
-PUBLISHED = "weights/policy_version"
+# What vLLM takes as --max-lora-rank; 16 unless it is told.
+_MOST_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 
 class VerlSession(Session[FitResult]):
-    """Starts store, engine, learner and workers, follows the training run, validates before and after."""
+    """Starts store, engines, learners and workers, follows the training, validates before and after.
+
+    Each trained model has a learner. The first model's asks for the rollouts, the others' train on the same
+    ones; when one fails, the others save what they have trained and end.
+    """
 
     def __init__(
         self, plan: Plan, progress: Progress, algorithm: VERL, *, start_workers: bool = True
     ) -> None:
-        if algorithm.engines.hybrid:
-            raise TrainerError(
-                "engines.hybrid: the engine ends with the learner, so there would be none to validate with; "
-                "start `agl-grpc learner` with that configuration yourself"
-            )
         super().__init__(plan, progress)
-        _check_agent(plan)
-        self._start_workers = start_workers
         self._algorithm = algorithm
-        self._learner_python = find_python("learner", plan.learner_python)
-        self._engine_python = "" if plan.llm else find_python("engine", plan.engine_python)
-        self._history: dict[int, StepMetrics] = {}
+        each = algorithm.of_each_model()
+        self._models = [
+            ModelTraining(plan, one, name if algorithm.models else "") for name, one in each.items()
+        ]
+        self._served = algorithm.served()
+        self._check()
+        self._start_workers = start_workers
+        self._engine_python, self._learner_python = self._pythons()
         self._manifest: dict[str, Any] = {}
+        # What each engine begins with, for people.
+        self._versions: list[str] = []
+
+    def _check(self) -> None:
+        """Refuses what could not work, before anything is started."""
+        plan = self.plan
+        if self._algorithm.models and plan.engine.resource != EngineOptions.resource:
+            raise TrainerError(
+                f"llm_proxy.resource is {plan.engine.resource!r}, but with several models agents find each "
+                "under its own name: leave it out"
+            )
+        if plan.engine.port and len(self._served) > 1:
+            raise TrainerError(
+                f"llm_proxy.port is one, and {len(self._served)} engines are started: leave it out"
+            )
+        _check_agent(plan, [model.resource for model in self._models])
 
     @property
     def starts_processes(self) -> bool:
         return self._start_workers
 
+    def _pythons(self) -> tuple[str, str]:
+        """Python of the engine's environment, empty = none is started, and of the learner's."""
+        plan = self.plan
+        engine = "" if plan.llm else find_python("engine", plan.engine_python)
+        return engine, find_python("learner", plan.learner_python)
+
+    @property
+    def _leader(self) -> ModelTraining:
+        return self._models[0]
+
     def _model_folder(self) -> Path | None:
-        return Path(self._algorithm.model_path).expanduser()
+        return Path(self._leader.algorithm.model_path).expanduser()
 
     async def _work(self) -> FitResult:
         plan = self.plan
-        training = await self._training_run()
-        model, version = await self._start_weights(training)
+        await self._take_up()
         before = self._recorded("before")
-        untrained = not training.checkpoint_id and not before
+        untrained = not any(model.record.checkpoint_id for model in self._models) and not before
         validates = bool(plan.val_dataset) and plan.validation.before and untrained
-        llm = self._start_engine(self._engine_python, model, self._algorithm.model_name, version)
-        await self._publish(llm, self._temperature)
-        # The first step may not change the weights under a validation that is still going on.
         await self.client.resume_dispatch()
-        gate = self.client.pause_dispatch if validates else self.client.resume_dispatch
-        await gate(queue=plan.run_id)
-        self._start_learner(training)
+        await self._start_parts(validates)
+        self.progress.phase("starting engine, learner and workers")
+        try:
+            await self.stack.until(self._engine_ready())
+            for served in self._versions:
+                self.progress.say(served)
+            if validates:
+                before = await self.stack.until(self._validate("before"))
+                self._note_scores("before", before)
+            # The first step may not change the weights under a validation that is still going on.
+            await self.client.resume_dispatch(queue=plan.run_id)
+            self.progress.phase("training")
+            await self.stack.until(self._trained())
+        except PartDied:
+            await self._save_others()
+            raise
+        finally:
+            for model in self._models:
+                await model.unfollow()
+        after = {}
+        if plan.val_dataset and plan.validation.after and all(model.succeeded for model in self._models):
+            after = await self._validate_trained()
+            self._note_scores("after", after)
+        counters = await self.stack.until(self._captured())
+        counts = await self._rollout_counts()
+        return self._result(before, after, counters, counts)
+
+    async def _start_parts(self, validates: bool) -> None:
+        """Starts engines, learners and workers; ``validates``: training's rollouts wait for a validation."""
+        await self._publish(await self._start_engines(), self._temperatures)
+        if validates:
+            await self.client.pause_dispatch(queue=self.plan.run_id)
+        self._start_learners()
+        self._start_or_name_workers()
+
+    def _start_or_name_workers(self) -> None:
         if self._start_workers:
             self._start_runners()
         else:
             self.progress.say(self._workers_command())
-        self.progress.phase("starting engine, learner and workers")
-        following = asyncio.create_task(self._follow(training.training_run_id, training.trainer_epoch))
-        reading = asyncio.create_task(self._read_log(training.training_run_id))
-        try:
-            await self.stack.until(self._engine_ready())
-            self.progress.say(f"the engine serves policy version {version}")
-            if validates:
-                before = await self.stack.until(self._validate("before"))
-                self._note_scores("before", before)
-                await self.client.resume_dispatch(queue=plan.run_id)
-            self.progress.phase("training")
-            training = await self._trained(training.training_run_id, following)
-        finally:
-            for task in (following, reading):
-                task.cancel()
-            await asyncio.wait({following, reading})
-        after = {}
-        if plan.val_dataset and plan.validation.after and training.status is TrainingRunStatus.SUCCEEDED:
-            after = await self.stack.until(self._validate("after"))
-            self._note_scores("after", after)
-        counters = await self.stack.until(self._captured())
-        counts = await self._rollout_counts()
-        return self._result(training, before, after, counters, counts)
+
+    async def _validate_trained(self) -> Scores:
+        """Scores of the weights as training ended; the learners have ended."""
+        return await self.stack.until(self._validate("after"))
+
+    @property
+    def _temperatures(self) -> dict[str, float]:
+        """Those of training, by the names under which agents find the models."""
+        return {model.resource: model.temperature for model in self._models}
 
     def _last_step(self) -> StepMetrics | None:
-        return self._history[max(self._history)] if self._history else None
-
-    @property
-    def _validates_by_itself(self) -> bool:
-        return setting(self._algorithm.config, "trainer.test_freq") is not None
-
-    @property
-    def _temperature(self) -> float:
-        return float(setting(self._algorithm.config, "actor_rollout_ref.rollout.temperature", 1.0))
+        return self._leader.last_step
 
     def _open_folder(self) -> None:
-        plan, algorithm = self.plan, self._algorithm
+        plan, models = self.plan, self._algorithm.models
         datasets = dataset_digests(plan.train_dataset, plan.val_dataset)
         old = plan.folder.open(resume=plan.resume)
         if plan.resume and old.get("datasets") != datasets:
             raise TrainerError(
                 f"{plan.folder.path} was trained on other datasets (see manifest.json): use the same ones"
             )
+        begun = old.get("models", [])
+        if plan.resume and begun != list(models):
+            raise TrainerError(
+                f"{plan.folder.path} was begun with {', '.join(begun) or 'one model'} (see manifest.json): "
+                "train the same models, in the same order"
+            )
         session = {
             **describe_session(self._engine_python or None, self._learner_python),
-            "seed": algorithm.seed,
-            "config": {
-                "model": algorithm.model_path,
-                "verl": algorithm.config,
-                "engine": [*plan.engine.arguments],
-                "n_runners": plan.n_runners,
-                "concurrency": plan.runner.concurrency,
-                "curriculum": asdict(algorithm.curriculum),
-                "rollouts_per_task": algorithm.rollouts_per_task,
-                **plan.configuration,
-            },
+            "seed": self._algorithm.seed,
+            "config": self._configuration(),
         }
         self._manifest = {
             "run": plan.run_id,
             "training_run_id": plan.training_run_id or f"{plan.run_id}-training",
+            **({"models": list(models)} if models else {}),
             "datasets": datasets,
             "validation": {},
             **old,
@@ -154,143 +182,120 @@ class VerlSession(Session[FitResult]):
         }
         plan.folder.write_manifest(self._manifest)
 
-    async def _training_run(self) -> TrainingRun:
-        """The training run, made or found."""
+    def _configuration(self) -> dict[str, Any]:
+        plan, algorithm = self.plan, self._algorithm
+        models = {name: {"verl": own.config} for name, own in algorithm.models.items()}
+        return {
+            "model": self._leader.algorithm.model_path,
+            "verl": algorithm.config,
+            **({"models": models} if models else {}),
+            "engine": [*plan.engine.arguments],
+            "n_runners": plan.n_runners,
+            "concurrency": plan.runner.concurrency,
+            "curriculum": asdict(algorithm.curriculum),
+            "rollouts_per_task": algorithm.rollouts_per_task,
+            **plan.configuration,
+        }
+
+    async def _take_up(self) -> None:
+        """Makes or finds each model's training run; those that follow have their model's name too."""
         name = str(self._manifest["training_run_id"])
-        found = await self.client.get_training_run_by_id(name)
-        if found is not None and not self.plan.resume and name != self.plan.training_run_id:
-            raise TrainerError(
-                f"the store at {self.address} has a training run {name!r} already: choose another run name"
-            )
-        if found is not None and found.status is TrainingRunStatus.SUCCEEDED:
+        may_exist = self.plan.resume or name == self.plan.training_run_id
+        for model in self._models:
+            own = name if model is self._leader else f"{name}-{model.name}"
+            found = await model.take_up(self.client, own, summary(self._manifest), may_exist=may_exist)
+            if found and model is self._leader:
+                await self._note_manifest(model.record, self._manifest)
+        if all(model.succeeded for model in self._models):
             raise TrainerError(f"run {self.plan.run_id!r} has finished: there is nothing to resume")
-        if found is not None:
-            await self._note_manifest(found, self._manifest)
-            return found
-        wanted = TrainingRun(
-            training_run_id=name,
-            run_id=self.plan.run_id,
-            algorithm=self._algorithm.name,
-            config=self._algorithm.config,
-            metadata={"model": self._algorithm.model_path, **summary(self._manifest)},
-        )
-        return await self.client.create_training_run(wanted)
 
-    async def _start_weights(self, training: TrainingRun) -> tuple[str, int]:
-        """Folder and policy version of the weights that the engine begins with."""
-        if not training.checkpoint_id:
-            return self._algorithm.model_path, 0
-        folder = hugging_face_folder(self.plan.folder.checkpoints / training.checkpoint_id)
-        if not folder.is_dir():
-            raise TrainerError(
-                f"checkpoint {training.checkpoint_id} is committed, but {folder} does not exist"
+    async def _start_engines(self) -> dict[str, LLM]:
+        """Starts what serves the models; each one's endpoint, by the name under which agents find it."""
+        models = {model.name or model.algorithm.model_name: model for model in self._models}
+        found: dict[str, LLM] = {}
+        for engine in self._served:
+            path, version = engine.path, 0
+            if not engine.adapters:
+                path, version = await models[engine.model_name].start_weights()
+            llm = self._start_engine(
+                self._engine_python,
+                path,
+                engine.model_name,
+                version,
+                arguments=self._adapter_arguments([models[name] for name in engine.adapters]),
+                part="engine" if len(self._served) == 1 else f"engine-{engine.model_name}",
             )
-        if adapter_folder(folder.parent.parent).is_dir():
-            # The learner publishes the adapter, which an engine adds to the model that it was started with.
-            return self._algorithm.model_path, 0
-        return str(folder), await self._published_version(training)
+            adapters = f" and {len(engine.adapters)} adapters of it" if engine.adapters else ""
+            self._versions.append(
+                f"the engine serves policy version {version} of {engine.model_name}{adapters}"
+            )
+            for name in engine.trained:
+                found[name] = dataclasses.replace(llm, model=name) if models[name].name else llm
+        return {model.resource: found[name] for name, model in models.items()}
 
-    async def _published_version(self, training: TrainingRun) -> int:
-        """The policy version under which the checkpoint's weights were published."""
-        step = int((training.checkpoint_id or "").rpartition("_")[2])
-        found: int | None = None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_METRICS_SECONDS):
-                changes = self.client.watch_training_run(training.training_run_id, from_step=step)
-                async with contextlib.aclosing(changes):  # type: ignore[type-var]  # it is a generator
-                    async for _, steps in changes:
-                        for item in steps:
-                            if item.step == step and PUBLISHED in item.metrics:
-                                found = int(item.metrics[PUBLISHED])
-                        if found is not None:
-                            return found
-        # The trainer died between the commit and its report: nothing has been published since.
-        versions = await self.client.query_policy_versions(self._algorithm.model_name)
-        committed = [item.policy_version for item in versions if item.status is PolicyVersionStatus.COMMITTED]
-        return max(committed, default=0)
+    def _adapter_arguments(self, adapters: Sequence[ModelTraining]) -> list[str]:
+        """The engine's arguments for adapters; the user's own come after them and count."""
+        if not adapters:
+            return []
+        rank = max(int(setting(model.algorithm.config, LORA_RANK)) for model in adapters)
+        named = [word for model in adapters for word in ("--adapter", model.adapter_argument)]
+        return [*named, "--max-lora-rank", str(next((most for most in _MOST_RANKS if most >= rank), rank))]
 
-    def _start_learner(self, training: TrainingRun) -> None:
-        """Starts the learner, which tells the training run's log how far it is."""
-        plan = self.plan
-        more: dict[str, Any] = {}
-        if plan.val_dataset and plan.validation.every and not self._validates_by_itself:
-            more["trainer.test_freq"] = plan.validation.every
-        more |= self._validation_sampling()
-        config = self._algorithm.write_run(
-            plan.folder.path,
-            run_id=plan.run_id,
-            training_run_id=training.training_run_id,
-            train_dataset=plan.train_dataset,
-            val_dataset=plan.val_dataset,
-            more=more,
-            validation=ValidationConfig(
-                queue=plan.validation_queue,
-                max_tokens=plan.validation.max_tokens or 0,
-                seed=plan.validation.seed,
-                timeout=plan.validation.timeout_seconds,
-                keep_best=plan.validation.keep_best,
-            ),
-        )
-        self.stack.start(
-            lambda: commands.learner_part(
-                plan.folder,
-                self._learner_python,
-                config=config,
-                store=self.address,
-                resume=plan.resume,
-                mark=self.stack.mark,
-            ),
-            may_end=True,
-        )
+    def _start_learners(self) -> None:
+        """Starts a learner for each model that is not trained to the end, the one that leads first."""
+        running = [model for model in self._models if not model.succeeded]
+        followers = [model.name for model in running if model is not self._leader]
+        leads = self._leader.record.training_run_id
+        for model in running:
+            part: dict[str, Any] = {"followers": followers} if model is self._leader else {"follows": leads}
+            make = model.learner(self.address, self._learner_python, self.stack.mark, **part)
+            self.stack.start(make, may_end=True)
+            model.follow(self.progress)
 
-    def _validation_sampling(self) -> dict[str, Any]:
-        """How the learner samples in validation: those of verl's keys that its configuration leaves open."""
-        wanted = self.plan.validation
-        keys = {"n": wanted.every_samples, "temperature": wanted.temperature, "top_p": wanted.top_p or 1.0}
-        named = {f"actor_rollout_ref.rollout.val_kwargs.{key}": value for key, value in keys.items()}
-        return {key: value for key, value in named.items() if setting(self._algorithm.config, key) is None}
+    async def _trained(self) -> None:
+        """Waits for the end of every learner; where one was asked to stop, the others are too."""
+        running = [model for model in self._models if not model.succeeded]
+        ends = [asyncio.create_task(model.ended(self.stack)) for model in running]
+        try:
+            for end in asyncio.as_completed(ends):
+                if (await end).status is TrainingRunStatus.STOPPED:
+                    await self._ask_to_stop(self._still_running(), "another model of the run was stopped")
+        finally:
+            for task in ends:
+                task.cancel()
+            await asyncio.wait(ends)
 
-    async def _follow(self, training_run_id: str, older_epoch: int) -> None:
-        """Shows each step as the learner reports it."""
-        total = self._total_steps()
-        while True:
-            async for run, steps in self.client.watch_training_run(training_run_id):
-                for item in steps:
-                    if self._history.get(item.step) == item:
-                        continue  # shown before: each watch begins with the first step
-                    self._history[item.step] = item
-                    self.progress.step(item.step, total, item.metrics)
-                if run is not None and run.status.is_terminal and run.trainer_epoch > older_epoch:
-                    return
-            # The end that the watch has shown is the one that is being resumed; the learner is on its way.
-            await asyncio.sleep(_TAKE_UP_SECONDS)
+    def _still_running(self) -> list[ModelTraining]:
+        started = [model for model in self._models if self.stack.has(model.part)]
+        return [model for model in started if self.stack.part(model.part).code is None]
 
-    async def _read_log(self, training_run_id: str) -> None:
-        """Shows lines of the training run's log, alarms for example, that are written from now on."""
-        begin = time.time()
-        async for line in self.client.watch_training_log(training_run_id):
-            if line.time is None or line.time >= begin:
-                self.progress.say(line.text)
+    async def _ask_to_stop(self, models: Sequence[ModelTraining], reason: str) -> None:
+        for model in models:
+            try:
+                await self.client.stop_training_run(model.record.training_run_id, reason)
+            except StoreError as error:
+                # It has ended meanwhile, or the store is away too; the process is ended with the others.
+                self.progress.say(f"{model.name} could not be asked to stop: {error}")
 
-    def _total_steps(self) -> int | None:
-        config = self._algorithm.config
-        steps = setting(config, "trainer.total_training_steps")
-        if steps is not None:
-            return int(steps)
-        batch, epochs = setting(config, "data.train_batch_size"), setting(config, "trainer.total_epochs", 1)
-        return len(self.plan.train_dataset) // int(batch) * int(epochs) if batch else None
-
-    async def _trained(self, training_run_id: str, following: asyncio.Task[None]) -> TrainingRun:
-        """Waits for the learner's end; the training run as it ended."""
-        code = await self.stack.until(self.stack.ended("learner"))
-        assert code == 0, "another end of the learner is PartDied"
-        await asyncio.wait({following}, timeout=_LAST_METRICS_SECONDS)
-        training = await self.client.get_training_run_by_id(training_run_id)
-        if training is None or not training.status.is_terminal:
-            state = training.status.value if training else "unknown to the store"
-            learner = self.stack.part("learner")
-            raise PartDied(f"the learner ended, but its training run is {state}: {learner.obituary()}")
-        return training
+    async def _save_others(self) -> None:
+        """Has the learners beside one that failed save what they have trained, and end."""
+        failed = [model for model in self._models if self.stack.has(model.part)]
+        if len(self._models) == 1 or not any(self.stack.part(model.part).code for model in failed):
+            return
+        try:
+            others = [model for model in self._still_running() if await model.has_unsaved_steps()]
+        except StoreError as error:
+            self.progress.say(f"the other learners cannot be asked to save: {error}")
+            return
+        if not others:
+            return
+        self.progress.phase(f"saving what was trained of {', '.join(model.name for model in others)}")
+        await self._ask_to_stop(others, "another model's learner failed")
+        limits = [model.algorithm.deadlines for model in others]
+        ended = [asyncio.create_task(self.stack.ended(model.part)) for model in others]
+        _, waiting = await asyncio.wait(ended, timeout=max(limit.compute + limit.save for limit in limits))
+        for task in waiting:
+            task.cancel()
 
     def _recorded(self, when: str) -> Scores:
         """Scores that an earlier session of this run wrote down."""
@@ -315,28 +320,21 @@ class VerlSession(Session[FitResult]):
             self.plan.folder.write_manifest(self._manifest)
 
     def _result(
-        self,
-        training: TrainingRun,
-        before: Scores,
-        after: Scores,
-        counters: dict[str, Any],
-        counts: Mapping[RolloutStatus, int],
+        self, before: Scores, after: Scores, counters: dict[str, Any], counts: Mapping[RolloutStatus, int]
     ) -> FitResult:
-        folder = self.plan.folder
-        checkpoint: Path | None = None
-        if training.checkpoint_id:
-            checkpoint = folder.checkpoints / training.checkpoint_id
-        history = [self._history[step] for step in sorted(self._history)]
-        self._draw(history, training.step)
+        results = {model.name or model.algorithm.model_name: model.result for model in self._models}
+        self._draw()
+        leader = self._leader.result
         return FitResult(
-            folder=folder,
-            training_run=training,
-            history=history,
+            folder=self.plan.folder,
+            training_run=leader.training_run,
+            history=leader.history,
             before=before,
             after=after,
-            best=read_best(folder.checkpoints),
-            checkpoint=checkpoint,
-            model=hugging_face_folder(checkpoint) if checkpoint else None,
+            best=read_best(self._leader.folder.checkpoints),
+            checkpoint=leader.checkpoint,
+            model=leader.model,
+            models=results,
             captured=counters,
             restarts=self.stack.restarts,
             rollouts=counts,
@@ -345,13 +343,14 @@ class VerlSession(Session[FitResult]):
     async def _captured(self) -> dict[str, Any]:
         if self.plan.llm is not None:
             return {}
-        counters = await captured(self.plan.engine.host, self._engine_port, _LAST_CALLS_SECONDS)
+        host, ports = self.plan.engine.host, self._engine_ports.values()
+        counters = summed([await captured(host, port, _LAST_CALLS_SECONDS) for port in ports])
         sessions = self._manifest["sessions"]
         sessions[-1]["captured"] = counters
         self.plan.folder.write_manifest(self._manifest)
         return counters
 
-    def _draw(self, history: list[StepMetrics], last: int) -> None:
+    def _draw(self) -> None:
         recorded: Mapping[str, Any] = self._manifest["validation"]
         points = {
             step: {
@@ -359,26 +358,27 @@ class VerlSession(Session[FitResult]):
                 for name, score in recorded[when].items()
                 if score["mean"] is not None
             }
-            for when, step in (("before", 0), ("after", last))
+            for when, step in (("before", 0), ("after", self._leader.record.step))
             if when in recorded
         }
-        for item in history:
+        histories = {model.name: model.result.history for model in self._models}
+        for item in self._leader.history.values():
             if found := scores(item.metrics):
                 points.setdefault(item.step, {}).update(
                     {f"{name} (during training)": value for name, value in found.items()}
                 )
         picture = self.plan.folder.path / "reward.png"
         try:
-            draw_rewards(picture, history, points, f"{self.plan.run_id}: reward")
+            draw_rewards(picture, histories, points, f"{self.plan.run_id}: reward")
         except ChartsMissing as missing:
             self.progress.say(str(missing))
 
 
-def _check_agent(plan: Plan) -> None:
+def _check_agent(plan: Plan, names: Sequence[str]) -> None:
     """Refuses an agent that cannot work with what this run publishes: each of its rollouts would fail."""
     if isinstance(plan.agent, FunctionalLitAgent):
         endpoint = plan.llm or LLM(endpoint="", model="")
         try:
-            plan.agent.check_resources(with_llm(plan.initial_resources, plan.engine.resource, endpoint))
+            plan.agent.check_resources(with_endpoints(plan.initial_resources, dict.fromkeys(names, endpoint)))
         except ResourceMissing as error:
             raise TrainerError(str(error)) from error

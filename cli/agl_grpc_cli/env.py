@@ -39,6 +39,10 @@ def create(
     kind: Annotated[Kind, typer.Argument(help="engine = vLLM, learner = verl, hybrid = both.")],
     path: Annotated[Path | None, typer.Option(help="Folder; default .venv-KIND.")] = None,
     device: Annotated[Device, typer.Option(help="auto = CUDA where an NVIDIA driver answers.")] = Device.AUTO,
+    engine: Annotated[
+        Path | None,
+        typer.Option(help="For hybrid: an engine environment to build upon, so that vLLM is there but once."),
+    ] = None,
 ) -> None:
     """Make a virtual environment for the engine, the learner or both; quick when it is up to date."""
     from agl_grpc.trainer import environment
@@ -48,6 +52,8 @@ def create(
     if device is not Device.AUTO:
         chosen = "cuda" if device is Device.CUDA else "cpu"
     try:
-        environment.create(kind.value, folder, chosen, typer.echo)
+        environment.create(
+            kind.value, folder, chosen, typer.echo, engine=engine.absolute() if engine is not None else None
+        )
     except environment.EnvironmentFailed as error:
         raise CliError(str(error)) from error

@@ -24,6 +24,12 @@ PROMPTS = 16
 ROLLOUTS = 8
 EXIT_INTERRUPTED = 130
 QUESTIONS = "held_out.jsonl"
+# As small an engine as the one that is started otherwise.
+HYBRID = {
+    "actor_rollout_ref.rollout.max_model_len": 256,
+    "actor_rollout_ref.rollout.max_num_seqs": 64,
+    "actor_rollout_ref.rollout.max_num_batched_tokens": 1024,
+}
 
 
 def configuration(model: Path, steps: int, seed: int, save_every: int, ahead: int = 0) -> dict[str, Any]:
@@ -62,6 +68,7 @@ def main() -> int:
             quick=arguments.quick,
             ahead=arguments.ahead,
             best_of=arguments.best_of,
+            hybrid=arguments.hybrid,
         )
         report(result)
         check_checkpoint(result, folder / "model")
@@ -84,10 +91,12 @@ def train(
     quick: bool = False,
     ahead: int = 0,
     best_of: int = 0,
+    hybrid: bool = False,
 ) -> FitResult:
     """Builds the model if need be and trains it; ``quick`` validates on 40 questions, once each; ``ahead``
     batches are sampled in advance of the one that is trained; with ``best_of`` above 0 the best rollouts of
-    each task, so many, are learned by supervised learning in place of GRPO.
+    each task, so many, are learned by supervised learning in place of GRPO; with ``hybrid`` verl starts the
+    engine.
     """
     held_out = validation_tasks()
     questions = folder / QUESTIONS
@@ -97,8 +106,9 @@ def train(
     if not (model / "config.json").exists():
         build_model(model, questions, seed)
     tasks = training_tasks(PROMPTS * steps * 2, seed, frozenset(task["question"] for task in held_out))
+    config = configuration(model, steps, seed, save_every, ahead) | (HYBRID if hybrid else {})
     trainer = Trainer(
-        algorithm=_algorithm(configuration(model, steps, seed, save_every, ahead), seed, best_of),
+        algorithm=_algorithm(config, seed, best_of, hybrid),
         n_runners=1,
         runner={"concurrency": 64},
         llm_proxy={
@@ -115,10 +125,9 @@ def train(
     return trainer.fit(agent, tasks, val_dataset=held_out[:40] if quick else held_out)
 
 
-def _algorithm(config: dict[str, Any], seed: int, best_of: int) -> VERL:
-    if best_of:
-        return BestOfN(config, keep=best_of, model_name="calculator", seed=seed)
-    return VERL(config, model_name="calculator", seed=seed)
+def _algorithm(config: dict[str, Any], seed: int, best_of: int, hybrid: bool) -> VERL:
+    chosen: dict[str, Any] = {"model_name": "calculator", "seed": seed, "engines": {"hybrid": hybrid}}
+    return BestOfN(config, keep=best_of, **chosen) if best_of else VERL(config, **chosen)
 
 
 def build_model(folder: Path, held_out: Path, seed: int) -> None:
@@ -184,6 +193,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--quick", action="store_true", help="validate on fewer questions")
     parser.add_argument("--ahead", type=int, default=0, help="batches sampled in advance (asynchronous)")
+    parser.add_argument("--hybrid", action="store_true", help="verl starts the engine (.venv-hybrid)")
     parser.add_argument("--best-of", type=int, default=0, help="learn this many best rollouts of a task")
     return parser.parse_args()
 

@@ -1,9 +1,11 @@
 """A planner and a solver: one makes a call of the calculator of a question, one an answer of its result.
 
-Each is a model endpoint of its own, a resource by its name. They share the reward of the rollout.
+Each is a model of its own, which the agent finds under its name. They share the reward of the rollout.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 from openai.types.chat import ChatCompletionMessageParam
 
@@ -13,12 +15,19 @@ from examples.calculator.agent import CALL, ask, final_answer, with_result
 from examples.calculator.tasks import Task
 
 AGENTS = ("planner", "solver")
+BASE = "main_llm"
+
+
+class TeamTask(Task, total=False):
+    """A question, and where only one of the two shall answer it as trained, which."""
+
+    trained: str
 
 
 @agl_grpc.rollout
-async def agent(task: Task, resources: NamedResources, rollout: AttemptedRollout) -> float:
+async def agent(task: TeamTask, resources: NamedResources, rollout: AttemptedRollout) -> float:
     """Answer a question; the reward is 1.0 or 0.0."""
-    planner, solver = (_endpoint(resources[name], rollout) for name in AGENTS)
+    planner, solver = (_endpoint(name, task, resources, rollout) for name in AGENTS)
     return 1.0 if await solve(task["question"], planner, solver) == task["answer"] else 0.0
 
 
@@ -34,6 +43,10 @@ async def solve(question: str, planner: LLM, solver: LLM) -> str | None:
     return final_answer(text)
 
 
-def _endpoint(resource: object, rollout: AttemptedRollout) -> LLM:
-    assert isinstance(resource, LLM), "the training script publishes an endpoint for each agent"
+def _endpoint(name: str, task: TeamTask, resources: NamedResources, rollout: AttemptedRollout) -> LLM:
+    """The endpoint of one of the two: its own, or of the base the adapter of its name or none."""
+    resource = resources.get(name, resources.get(BASE))
+    assert isinstance(resource, LLM), "an endpoint is published for each agent, or one for the base"
+    if name not in resources and task["trained"] == name:
+        resource = dataclasses.replace(resource, model=name)
     return resource.with_attempted_rollout(rollout) if isinstance(resource, ProxyLLM) else resource

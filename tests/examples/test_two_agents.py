@@ -1,4 +1,4 @@
-"""The parts of the two agents that need no model: who is asked what, and what the learners are told."""
+"""The parts of the two agents that need no model: who is asked what, and what is trained."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from agl_grpc import LLM
-from agl_grpc.learner.run_config import from_mapping
-from examples.two_agents.agent import AGENTS, solve
-from examples.two_agents.train import TEAMS, Settings, learner_configurations
+from agl_grpc import LLM, AttemptedRollout, NamedResources
+from agl_grpc.algorithm.several import Served
+from agl_grpc.model import Attempt
+from examples.two_agents.agent import AGENTS, TeamTask, agent, solve
+from examples.two_agents.train import algorithm
 from tests.support.scripted_model import ScriptedModel
 
 QUESTION = "What is 12 + 30?"
@@ -40,24 +41,22 @@ async def test_the_planner_is_asked_first_and_the_solver_for_results(
     assert endpoint.calls == asked
 
 
-def test_the_learners_share_their_rollouts_and_train_one_adapter_each(tmp_path: Path) -> None:
-    tasks = tmp_path / "tasks.jsonl"
-    tasks.write_text('{"question": "1 + 1 =", "answer": "2"}\n')
-    wanted = learner_configurations(Settings(tmp_path, steps=3, seed=7), tmp_path, "run", tasks)
-    planner, solver = (from_mapping(wanted[name]) for name in AGENTS)
-    assert planner.followers == ("solver",)
-    assert solver.follows == planner.training_run_id == "run-planner"
-    assert (planner.model.name, solver.model.name) == AGENTS
-    assert planner.model.path == solver.model.path
-    # Else they would not come by the same rollouts.
-    assert (planner.seed, planner.verl) == (solver.seed, solver.verl)
-    assert planner.verl["actor_rollout_ref.model.lora_rank"] > 0
+async def test_each_finds_its_model_or_in_a_task_for_one_of_them_that_adapter_or_the_base() -> None:
+    task: TeamTask = {"question": QUESTION, "answer": "42", "trained": "solver"}
+    # Model "base" is asked for what the planner says.
+    said = {"base": CALL, "planner": CALL, "solver": "Answer: 42"}
+    rollout = AttemptedRollout(
+        rollout_id="r", input=task, attempt=Attempt(rollout_id="r", attempt_id="a", sequence_id=1)
+    )
+    with ScriptedModel(lambda model, _: said[model]) as endpoint:
+        own: NamedResources = {name: LLM(endpoint=endpoint.endpoint, model=name) for name in AGENTS}
+        base: NamedResources = {"main_llm": LLM(endpoint=endpoint.endpoint, model="base")}
+        for resources in (own, base):
+            assert await agent.rollout_async(task, resources, rollout) == 1.0
+    assert [model for model, _ in endpoint.calls] == ["planner", "solver", "base", "solver"]
 
 
-def test_each_adapter_is_judged_alone_and_with_the_other() -> None:
-    assert {frozenset(team) for team in TEAMS.values()} == {
-        frozenset(),
-        frozenset({"planner"}),
-        frozenset({"solver"}),
-        frozenset(AGENTS),
-    }
+def test_both_are_adapters_of_one_base_in_one_engine(tmp_path: Path) -> None:
+    verl = algorithm(tmp_path / "model", 3, 7, 1e-3)
+    assert verl.served() == [Served(str(tmp_path / "model"), "model", AGENTS)]
+    assert [one.seed for one in verl.of_each_model().values()] == [7, 7]

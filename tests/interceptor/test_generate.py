@@ -15,6 +15,7 @@ from agl_grpc.interceptor.attribution import CURRENT, Attribution, CallContext
 from agl_grpc.interceptor.capture.record import EngineIdentity
 from agl_grpc.interceptor.capture.sink import CapturedCall
 from agl_grpc.interceptor.inside.generate import GenerateWrapper
+from agl_grpc.interceptor.inside.held import HeldAnswer
 from agl_grpc.v1 import model_call_pb2, span_pb2
 
 TOKENS = [5, 6, 7]
@@ -46,7 +47,7 @@ class Engine:
         self, prompt: Any, sampling_params: Any, request_id: str
     ) -> AsyncGenerator[SimpleNamespace, None]:
         self.output_processor.add_request(SimpleNamespace(request_id="internal"))
-        choice = SimpleNamespace(index=0, finish_reason="stop", stop_reason=None)
+        choice = SimpleNamespace(index=0, token_ids=TOKENS, finish_reason="stop", stop_reason=None)
         yield SimpleNamespace(outputs=[choice], finished=True, metrics=None)
 
 
@@ -65,9 +66,8 @@ class Sink:
         return call.durable
 
 
-async def captured(engine: Engine, logprobs: int | None) -> model_call_pb2.ModelCall:
-    """The record of a call whose client asks for so many logprobs, whose answer has passed whole."""
-    sink = Sink()
+def wrapped(engine: Engine, sink: Sink) -> GenerateWrapper:
+    """The wrapper, in place on an engine."""
     wrapper = GenerateWrapper(
         engine,
         sink,
@@ -79,13 +79,24 @@ async def captured(engine: Engine, logprobs: int | None) -> model_call_pb2.Model
         resume_timeout=1.0,
     )
     wrapper.install()
-    params = SimpleNamespace(
+    return wrapper
+
+
+def sampling(logprobs: int | None) -> SimpleNamespace:
+    """As vLLM's sampling parameters."""
+    return SimpleNamespace(
         temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
         frequency_penalty=0.0, max_tokens=9, seed=None, n=1, logprobs=logprobs, extra_args=None,
     )  # fmt: skip
+
+
+async def captured(engine: Engine, logprobs: int | None) -> model_call_pb2.ModelCall:
+    """The record of a call whose client asks for so many logprobs, whose answer has passed whole."""
+    sink = Sink()
+    wrapper = wrapped(engine, sink)
     token = CURRENT.set(CallContext(Attribution("ro", "at"), "completions"))
     try:
-        outputs = [output async for output in wrapper.generate({}, params, "request")]
+        outputs = [output async for output in wrapper.generate({}, sampling(logprobs), "request")]
     finally:
         CURRENT.reset(token)
     assert [output.finished for output in outputs] == [True]
@@ -118,3 +129,27 @@ async def test_a_capture_that_fails_costs_the_record_and_not_the_answer(
     call = await captured(Engine(logprobs=0), logprobs=None)
     assert call.untrainable_reason.startswith("capture failed: AttributeError")
     assert "this vLLM is another one" in caplog.text
+
+
+async def test_what_a_beam_search_samples_counts_towards_the_limits_of_its_rollout() -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Any) -> None: ...
+
+    spent: list[int] = []
+    answer = HeldAnswer(receive, send, path="/v1/x", tries=0, keep_raw=False, spend=spent.append)
+    wrapper = wrapped(Engine(logprobs=0), Sink())
+    prompt = {"prompt_token_ids": [1, 2, 3, 4]}
+    token = CURRENT.set(CallContext(Attribution("ro", "at", mode="val"), "completions", answer=answer))
+    try:
+        for step in ("a", "b"):
+            for beam in range(2):
+                name = f"request-{step}-beam-{beam}"
+                async for output in wrapper.generate(prompt, sampling(None), name):
+                    assert output.finished
+    finally:
+        CURRENT.reset(token)
+    # The prompt once, and what each beam's calls have sampled.
+    assert sorted(spent) == [3, 3, 3, 3, 4]
+    answer.close()

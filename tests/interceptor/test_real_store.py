@@ -22,6 +22,7 @@ from agl_grpc.sample.wire import rules_to_proto
 from agl_grpc.v1 import (
     attempt_pb2,
     policy_pb2,
+    rollout_pb2,
     run_pb2,
     store_service_pb2,
     trainer_service_pb2,
@@ -138,6 +139,62 @@ def test_the_agent_of_an_attempt_that_is_over_is_told_to_stop(together: Together
     ):
         assert time.monotonic() < until, "the refusal has to reach the store"
     assert [stored.late for stored in refused] == [True]
+
+
+def test_a_superseded_attempt_is_refused_and_the_new_one_served(together: Together) -> None:
+    again = attempt_pb2.ATTEMPT_STATUS_UNRESPONSIVE
+    config = rollout_pb2.RolloutConfig(max_attempts=2, retry_condition=[again])
+    rollout, first = together.start_rollout(config=config)
+    together.ask(rollout, first)
+    request = store_service_pb2.UpdateAttemptRequest(
+        attempt=attempt_pb2.Attempt(rollout_id=rollout, attempt_id=first, status=again)
+    )
+    request.update_mask.paths.append("status")
+    together.store.UpdateAttempt(request)
+    started = together.store.StartAttempt(store_service_pb2.StartAttemptRequest(rollout_id=rollout))
+    second = started.rollout.attempt.attempt_id
+    assert second != first
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
+    base = together.running.base(rollout, first)
+    until = time.monotonic() + 30
+    while (answer := httpx.post(f"{base}/v1/chat/completions", json=body, timeout=60)).status_code == 200:
+        assert time.monotonic() < until, "that the attempt is superseded has to reach the engine"
+    assert answer.status_code == 409
+    error = answer.json()["error"]
+    assert error["code"] == "attempt_ended"
+    assert f"attempt {first} of rollout {rollout} is over (unresponsive)" in error["message"]
+    assert answer.headers["x-should-retry"] == "false"
+    together.ask(rollout, second)
+    found = together.calls(rollout, 2)
+    assert second in [stored.attempt_id for stored in found]
+
+
+def test_calls_that_wait_for_their_turn_say_how_long(together: Together) -> None:
+    """The engine runs 32 sequences at once."""
+    rollout, attempt = together.start_rollout()
+    together.ask(rollout, attempt)
+    (stored,) = together.calls(rollout, 1)
+    alone = stored.span.model_call.timings
+    assert 0 <= alone.queue_ns <= alone.first_token_ns <= alone.total_ns
+    asyncio.run(_crowd(together.running.base(rollout, attempt), 44))
+    crowd = [stored.span.model_call.timings for stored in together.calls(rollout, 45)[1:]]
+    assert len(crowd) == 44
+    assert all(0 <= each.queue_ns <= each.first_token_ns <= each.total_ns for each in crowd)
+    # Whoever has no place waits until the first of 32 answers has ended.
+    answer = min(each.total_ns - each.first_token_ns for each in crowd)
+    waited = sorted(each.queue_ns for each in crowd)
+    assert waited[-12] > alone.queue_ns
+    assert waited[-1] > answer / 4, (waited, answer)
+    assert waited[0] < waited[-1] / 4, waited
+
+
+async def _crowd(base: str, agents: int) -> None:
+    """So many answers of 250 tokens, asked for at once."""
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 250, "ignore_eos": True}
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits()) as client:
+        asked = [client.post(f"{base}/v1/chat/completions", json=body) for _ in range(agents)]
+        answers = await asyncio.gather(*asked)
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [250] * agents
 
 
 def test_a_forged_credential_is_refused(together: Together) -> None:

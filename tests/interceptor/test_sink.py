@@ -70,6 +70,25 @@ async def test_a_call_is_in_the_store_when_it_is_durable(scripted: ScriptedStore
         assert sink.counters.delivered == 1
 
 
+async def test_calls_that_end_in_one_step_of_the_engine_are_one_request(
+    scripted: ScriptedStore, tmp_path: Path
+) -> None:
+    async with sink_to(scripted, tmp_path) as sink:
+        waiting, calls = span(), [span() for _ in range(20)]
+        for call in (waiting, *calls):
+            sink.announce(ATTEMPT, call.span_id, 1)
+
+        async def end(call: span_pb2.Span) -> None:
+            await sink.submit(ended(call, [1, 2]))
+
+        await asyncio.wait_for(asyncio.gather(*map(end, calls)), 10)
+        (request,) = scripted.requests
+        assert sum(len(group.spans) for group in request.groups) == 20
+        # The one that is still open is announced with them; of the others that would say nothing.
+        opened = [call.span_id for group in request.groups for call in group.open_calls]
+        assert opened == [waiting.span_id]
+
+
 async def test_an_abandoned_call_is_said_even_when_the_store_was_away(
     scripted: ScriptedStore, tmp_path: Path
 ) -> None:

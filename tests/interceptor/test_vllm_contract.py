@@ -17,6 +17,7 @@ CHECKS = [
     "request_state",
     "sampled_logprobs_take_the_place_of_tables",
     "sampled_logprobs_travel_as_numbers",
+    "a_step_of_captured_calls_alone_cuts_nothing_out",
     "ranks_are_counted_for_those_who_see_them_only",
     "outputs",
     "sampling_parameters",

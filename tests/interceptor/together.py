@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ import pytest
 from agl_grpc.model.rollout import SEED_LABEL
 from agl_grpc.v1 import (
     policy_pb2,
+    rollout_pb2,
     span_pb2,
     store_service_pb2,
     store_service_pb2_grpc,
@@ -35,23 +37,28 @@ class Together:
         self.trainer: Any = trainer_service_pb2_grpc.TrainerServiceStub(channel)
         self.credential = ""
 
-    def start_rollout(self, seed: str = "") -> tuple[str, str]:
+    def start_rollout(
+        self, seed: str = "", config: rollout_pb2.RolloutConfig | None = None
+    ) -> tuple[str, str]:
         """A rollout with one attempt without a lease; ``seed`` is its calls'."""
         request = store_service_pb2.StartRolloutRequest(run_id="run-1")
+        request.rollout.config.CopyFrom(config or rollout_pb2.RolloutConfig())
         if seed:
             request.rollout.labels.add(key=SEED_LABEL, value=seed)
         answer = self.store.StartRollout(request, wait_for_ready=True)
         self.credential = answer.attempt_credential
         return answer.rollout.rollout.rollout_id, answer.rollout.attempt.attempt_id
 
-    def calls(self, rollout: str, count: int) -> list[span_pb2.StoredSpan]:
-        request = store_service_pb2.ListSpansRequest(rollout_id=rollout, page_size=1000)
-        until = time.monotonic() + 30
-        while True:
-            found = list(self.store.ListSpans(request, wait_for_ready=True).spans)
-            if len(found) >= count or time.monotonic() > until:
-                return found
-            time.sleep(0.05)
+    def calls(self, rollout: str, count: int, limit: float = 30.0) -> list[span_pb2.StoredSpan]:
+        """The rollout's spans once there are `count`; what there is by then after `limit` seconds."""
+        listed = store_service_pb2.ListSpansRequest(rollout_id=rollout, page_size=1000)
+        watched = store_service_pb2.WatchSpansRequest(run_id="*", rollout_ids=[rollout])
+        found: list[span_pb2.StoredSpan] = []
+        for _ in _looks(self.store.WatchSpans, watched, limit):
+            found = list(self.store.ListSpans(listed, wait_for_ready=True).spans)
+            if len(found) >= count:
+                break
+        return found
 
     def ask(self, rollout: str, attempt: str, **more: Any) -> dict[str, Any]:
         body = {"model": "tiny", "messages": HELLO, "max_tokens": 10, "return_token_ids": True, **more}
@@ -82,14 +89,32 @@ class Together:
         model: str = "tiny",
     ) -> policy_pb2.EngineState:
         """The engine's state of a policy version once it has reached a phase."""
-        request = trainer_service_pb2.GetPolicyVersionRequest(
+        asked = trainer_service_pb2.GetPolicyVersionRequest(
             run_id="run-1", model=model, policy_version=number
         )
-        until = time.monotonic() + limit
-        while True:
-            version = self.trainer.GetPolicyVersion(request, wait_for_ready=True).policy_version
+        watched = trainer_service_pb2.WatchPolicyVersionsRequest(run_id="run-1", model=model)
+        version = policy_pb2.PolicyVersion()
+        for _ in _looks(self.trainer.WatchPolicyVersions, watched, limit):
+            version = self.trainer.GetPolicyVersion(asked, wait_for_ready=True).policy_version
             for state in version.engine_states:
                 if (state.phase, state.engine_id) == (phase, engine_id):
                     return state
-            assert time.monotonic() < until, version
-            time.sleep(0.02)
+        raise AssertionError(f"phase {phase} of {engine_id} not seen within {limit} s: {version}")
+
+
+def _looks(watch: Any, request: Any, limit: float) -> Iterator[None]:
+    """One at once and one after each change that the watch tells of, for `limit` seconds, whatever becomes of
+    the store.
+    """
+    until = time.monotonic() + limit
+    while (left := until - time.monotonic()) > 0:
+        stream = watch(request, timeout=left, wait_for_ready=True)
+        try:
+            # The first message says from where it watches.
+            for _ in stream:
+                yield
+        except grpc.RpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise
+        finally:
+            stream.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from agl_grpc.learner.rollouts.curriculum import TaskOrder
 from agl_grpc.learner.run_config import BestOf, Deadlines
 from agl_grpc.learner.trainer import AglTrainer
 from agl_grpc.learner.verl.config import compose
+from agl_grpc.learner.verl.local_queue import row_queue
 from agl_grpc.learner.verl.manager import RolloutManager
 from tests.learner.ledger import Ledger
 from tests.learner.local_engine import LocalEngine
@@ -48,10 +50,9 @@ class KillableTrainer(AglTrainer):
             self._ledger.note("killed", point)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
-        result = super()._balance_batch(batch, metrics, **kwargs)
+    def _await_claim(self) -> None:
+        super()._await_claim()
         self.reached("claimed")
-        return result
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         self.reached("proven")
@@ -116,7 +117,11 @@ class Life:
         self.ranks = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
         if resume:
             check_fits(checkpoints / options["resume"], Path(model), self.ranks)
-        self.manager = RolloutManager(engine, group_size=GROUP_SIZE, validation_size=1, vocabulary=64)
+        self._opened = ExitStack()
+        queue = self._opened.enter_context(row_queue(config))
+        self.manager = RolloutManager(
+            engine, group_size=GROUP_SIZE, validation_size=1, vocabulary=64, queue=queue
+        )
         engine.deliver, engine.on_claim = self.manager.deliver, self._claimed
         engine.on_published = self._published
         stop_after = options.get("stop_after", 1 << 30)
@@ -137,13 +142,13 @@ class Life:
             Checkpoints(checkpoints, self._commit, keep=None),
             run_name="test",
             best_of=BestOf(**options.get("best_of", {})),
+            queue=queue,
             replay=options.get("replay", {}),
             deadlines=Deadlines(**{"sample": 60, **options.get("deadlines", {})}),
             on_metrics=on_metrics,
             order=order if "curriculum" in options else None,
             on_error=lambda step, name: self.errors.append((step, name)),
         )
-        tq.init(config.transfer_queue)
         self.trainer = KillableTrainer(config, hooks, ledger, tuple(options.get("kill", ("", 0))))
 
     def _claimed(self, step: int, groups: list[str]) -> None:
@@ -177,8 +182,8 @@ class Life:
         return ""
 
     def close(self) -> None:
-        """Ends verl's workers and the TransferQueue: their names are fixed, and the next life needs them."""
-        tq.close()
+        """Ends verl's workers and the queue of rows: their names are fixed, and the next life needs them."""
+        self._opened.close()
         for pool in self.trainer.resource_pool_manager.resource_pool_dict.values():
             for group in pool.pgs or []:
                 remove_placement_group(group)

@@ -107,3 +107,8 @@ def test_checkpoints_that_do_not_fit_are_refused(
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     assert "holds no checkpoint of the learner" in invoke("list", tmp_path)
     assert "holds no checkpoint of the learner" in invoke("export", tmp_path, tmp_path / "exported")
+    for name in ("solver", "planner"):
+        (tmp_path / "several" / "models" / name / "checkpoints").mkdir(parents=True)
+    named = invoke("list", tmp_path / "several")
+    assert "is a run of several models: name one, " in named
+    assert named.index("models/planner or ") < named.index("models/solver")

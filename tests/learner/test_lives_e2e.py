@@ -109,7 +109,7 @@ def test_two_ranks_on_two_nodes_give_the_same_losses_and_weights_as_one(outcomes
 
 
 def test_one_update_is_verls_own_and_that_of_two_ranks(outcomes: dict[str, Any]) -> None:
-    """Advantages, loss and gradients of the same rollouts: through the TransferQueue, and by verl alone."""
+    """Advantages, loss and gradients of the same rollouts: through our trainer, and by verl alone."""
     fidelity = outcomes["fidelity"]
     assert fidelity["errors"] == ["", ""]
     assert fidelity["rows"] == [64, 64]

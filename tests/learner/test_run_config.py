@@ -46,6 +46,11 @@ def test_defaults_are_filled_in(valid: dict[str, Any]) -> None:
         ({"train_tasks": "nowhere.jsonl"}, r"task file nowhere\.jsonl does not exist"),
         ({"model": {"path": "nowhere", "name": "x"}}, "model folder nowhere does not exist"),
         ({"model": {"path": "nowhere"}}, r"lacks 'model\.name'"),
+        ({"follows": "t", "curriculum": {"enabled": True}}, "a curriculum is not possible where several"),
+        (
+            {"followers": ["solver"], "verl": {"algorithm.filter_groups.enable": True}},
+            r"algorithm\.filter_groups is not possible where several models are trained",
+        ),
     ],
 )
 def test_mistakes_are_named(valid: dict[str, Any], change: dict[str, Any], message: str) -> None:

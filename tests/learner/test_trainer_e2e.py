@@ -53,6 +53,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "mix_ups": ["shift", "rewards", "groups", "foreign"],
         },
         "resumed": {"verl": {"trainer.total_training_steps": 10}, "resume": "global_step_8"},
+        "verls_queue": {"verl": {"trainer.total_training_steps": 3, "transfer_queue.enable": True}},
         "curriculum": {"verl": {"trainer.total_training_steps": 10, "trainer.save_freq": 8}, **ordered},
         "curriculum_resumed": {
             "verl": {"trainer.total_training_steps": 10},
@@ -117,6 +118,16 @@ def test_the_policy_learns_and_every_token_is_proven(outcomes: dict[str, Any]) -
     assert max(_column(learning, "check/logprob_max_difference")) < 1e-5
     assert min(_column(learning, "check/logprob_tokens_compared")) == 512
     assert max(_column(learning, "check/logprob_tokens_of_older_versions")) == 0
+
+
+def test_rows_through_verls_transfer_queue_train_the_same_bit_for_bit(outcomes: dict[str, Any]) -> None:
+    here, there = outcomes["learning"], outcomes["verls_queue"]
+    assert there["error"] == ""
+    for name in ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "reward/mean", "check/sealed_rows"):
+        assert _column(there, name) == _column(here, name)[:3]
+    assert [there["digests"][step] for step in ("1", "2", "3")] == [
+        here["digests"][step] for step in ("1", "2", "3")
+    ]
 
 
 def test_batches_are_committed_with_the_checkpoint_that_contains_them(outcomes: dict[str, Any]) -> None:

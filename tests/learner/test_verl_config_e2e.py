@@ -31,6 +31,10 @@ GIVEN: dict[str, dict[str, Any]] = {
         "actor_rollout_ref.rollout.max_model_len": 512,
         "actor_rollout_ref.rollout.load_format": "dummy",
     },
+    "verls_engines_adapter": {
+        "hybrid": {"store": "here:1", "run_id": "r", "model": "m", "spool": "s"},
+        "actor_rollout_ref.model.lora_rank": 8,
+    },
     "typing_error": {"actor_rollout_ref": {"rolout": {"n": 4}}},
     "unknown_leaf": {"trainer.save_frequency": 3},
     "two_errors": {"trainer.save_frequenzy": 3, "algorithm.clip_ratio": 0.2},
@@ -120,6 +124,7 @@ def test_older_tokens_are_corrected_in_asynchronous_training_unless_chosen_other
         ("estimator", "a greedy answer to each prompt, which nobody samples"),
         ("by_rows", "a rollout of several rows would count several times: use grpo"),
         ("misspelt_estimator", "did you mean rloo or grpo?"),
+        ("verls_engines_adapter", "lora_rank cannot be had with engines.hybrid"),
         ("loss", "did you mean vanilla"),
         ("dro", "needs policy_loss.dro_beta above 0"),
         ("bypass_twice", "bypass_mode=True corrects in a loss of its own"),

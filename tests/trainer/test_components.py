@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from agl_grpc.learner.dotted import setting
 from agl_grpc.trainer.components import build
 from agl_grpc.trainer.errors import TrainerError
 from agl_grpc.trainer.options import RunnerOptions, options
-from agl_grpc.trainer.settings import setting
 from agl_grpc.trainer.strategy import STRATEGIES, ClientServerExecutionStrategy, ExecutionStrategy
 
 

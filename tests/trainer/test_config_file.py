@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from agl_grpc.algorithm import APO, VERL, BestOfN
+from agl_grpc.learner.dotted import setting
 from agl_grpc.model import PromptTemplate, ProxyLLM
 from agl_grpc.trainer.config_file import fit_from_file, load_configuration
 from agl_grpc.trainer.errors import TrainerError
-from agl_grpc.trainer.settings import setting
 from agl_grpc.trainer.strategy import ClientServerExecutionStrategy
 
 AGENT = "tests.trainer.agents:halver"
@@ -100,6 +100,24 @@ def test_best_of_n_takes_its_own_keys_and_those_of_verl(tmp_path: Path) -> None:
     assert setting(algorithm.config, "actor_rollout_ref.actor.optim.lr") == 1e-6
     with pytest.raises(TrainerError, match=r"no key 'algorithm.kep': did you mean algorithm.keep"):
         load_configuration(path, ["--algorithm.kep=2"])
+
+
+def test_several_models_are_keys_too(tmp_path: Path) -> None:
+    config = {"actor_rollout_ref.model.path": str(tmp_path)}
+    models = {"planner": None, "solver": {"config": {"actor_rollout_ref.actor.optim.lr": "1e-6"}}}
+    path = _write(tmp_path, {"algorithm": {"type": "verl", "config": config, "models": models}})
+    arguments = ["--algorithm.models.planner.visible_devices", '"0,1"']
+    found = load_configuration(path, arguments)
+    algorithm = found.make_trainer().algorithm
+    assert isinstance(algorithm, VERL)
+    planner, solver = algorithm.of_each_model().values()
+    assert (planner.model_name, solver.model_name) == ("planner", "solver")
+    assert (planner.visible_devices, solver.visible_devices) == ("0,1", "")
+    assert setting(solver.config, "actor_rollout_ref.actor.optim.lr") == 1e-6
+    (tmp_path / "again.yaml").write_text(found.text)
+    assert load_configuration(tmp_path / "again.yaml").text == found.text
+    with pytest.raises(TrainerError, match=r"unknown key 'models.solver.lr'"):
+        load_configuration(path, ["--algorithm.models.solver.lr", "1"]).make_trainer()
 
 
 @pytest.mark.parametrize(

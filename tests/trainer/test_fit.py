@@ -12,11 +12,12 @@ import orjson
 import psutil
 import pytest
 
-from agl_grpc.algorithm import algo, run_rollouts
+from agl_grpc.algorithm import VERL, algo, run_rollouts
 from agl_grpc.client import StoreClient
-from agl_grpc.model import EnqueueRolloutRequest, PromptTemplate, RolloutStatus
+from agl_grpc.model import EnqueueRolloutRequest, PromptTemplate, ProxyLLM, RolloutStatus
 from agl_grpc.store.in_process import InProcessStore
 from agl_grpc.trainer import Trainer, TrainerError
+from agl_grpc.trainer.run_folder import dataset_digests
 from agl_grpc.trainer.sweep import MARK
 from tests.support.waiting import free_port
 from tests.trainer import agents
@@ -157,12 +158,66 @@ def test_missing_environments_are_named_with_the_command_that_makes_them(tmp_pat
         trainer.fit(agents.halver, TASKS)
 
 
+def test_a_learner_that_fails_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *learner*) echo out of luck; exit 3;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    trainer = Trainer(
+        algorithm={"type": "verl", "config": {"actor_rollout_ref.model.path": str(tmp_path / "model")}},
+        llm_proxy=ProxyLLM(endpoint="http://127.0.0.1:1/v1", model="model"),
+        learner_python=python,
+        run_name="unlucky",
+        run_dir=tmp_path,
+    )
+    with pytest.raises(TrainerError, match=r"(?s)learner exited with code 3; its log is .*out of luck"):
+        trainer.fit(agents.halver, TASKS)
+    assert not _processes_of(tmp_path)
+
+
 def test_dev_runs_the_agent_here(tmp_path: Path) -> None:
     trainer = Trainer(run_dir=tmp_path)
     ended = trainer.dev(agents.halver, TASKS, limit=2)
     assert [rollout.status.value for rollout in ended] == ["succeeded", "succeeded"]
     with pytest.raises(TrainerError, match="negative numbers cannot be halved"):
         trainer.dev(agents.halver, [{"number": -1}])
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"trainer.n_gpus_per_node": 4}, {}, r"verl would start 4 engines.*tensor_model_parallel_size=4"),
+        ({"trainer": {"val_before_train": True}}, {}, r"trainer.val_before_train .*leave it out"),
+        (
+            {"trainer.save_freq": -1},
+            {},
+            r"without checkpoints nothing is left to validate: set trainer.save_freq",
+        ),
+        (
+            {},
+            {"llm_proxy": ProxyLLM(endpoint="http://127.0.0.1:1/v1", model="m")},
+            "verl starts the engine; leave",
+        ),
+        ({}, {"models": {"one": {}, "two": {}}}, "verl starts the engine of one model; train several"),
+        (
+            {},
+            {},
+            r"no hybrid environment.*agl-grpc env create hybrid.*learner_python or AGL_GRPC_HYBRID_PYTHON",
+        ),
+    ],
+)
+def test_what_does_not_go_with_an_engine_that_verl_starts_is_refused_before_anything_starts(
+    config: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    models = options.pop("models", None)
+    settings = {**config, "actor_rollout_ref.model.path": "model"}
+    algorithm = VERL(settings, models=models, engines={"hybrid": True})
+    python, runs = tmp_path / "nowhere" / "python", tmp_path / "runs"
+    trainer = Trainer(algorithm=algorithm, learner_python=python, run_dir=runs, **options)
+    with pytest.raises(TrainerError, match=message):
+        trainer.fit(agents.halver, TASKS, val_dataset=TASKS)
+    assert not runs.exists()
 
 
 def test_what_does_not_go_with_verl_is_refused(tmp_path: Path) -> None:
@@ -174,6 +229,45 @@ def test_what_does_not_go_with_verl_is_refused(tmp_path: Path) -> None:
         Trainer(algorithm=algorithm, run_dir=tmp_path).fit(agents.halver)
     with pytest.raises(TrainerError, match=r"needs a PromptTemplate, .*published: main_llm \(LLM\)"):
         trainer.fit(agents.prompted, TASKS)
+
+
+@pytest.mark.parametrize(
+    ("options", "agent", "message"),
+    [
+        (
+            {"llm_proxy": {"resource": "judge"}},
+            agents.halver,
+            "llm_proxy.resource is 'judge', but with several",
+        ),
+        ({"llm_proxy": {"port": 8123}}, agents.halver, "llm_proxy.port is one, and 2 engines are started"),
+        ({}, agents.prompted, r"needs a PromptTemplate, .*published: planner \(LLM\), solver \(LLM\)"),
+    ],
+)
+def test_what_does_not_go_with_several_models_is_refused(
+    options: dict[str, Any], agent: Any, message: str, tmp_path: Path
+) -> None:
+    config = {"actor_rollout_ref.model.path": str(tmp_path)}
+    algorithm = VERL(config, models={"planner": {}, "solver": {}})
+    with pytest.raises(TrainerError, match=message):
+        Trainer(algorithm=algorithm, run_name="several", run_dir=tmp_path, **options).fit(agent, TASKS)
+
+
+def test_a_run_goes_on_with_the_models_that_it_began_with(tmp_path: Path) -> None:
+    folder = tmp_path / "several"
+    folder.mkdir()
+    begun = {"models": ["planner", "solver"], "datasets": dataset_digests(TASKS, None)}
+    (folder / "manifest.json").write_bytes(orjson.dumps(begun))
+    algorithm = VERL({"actor_rollout_ref.model.path": str(tmp_path)}, models={"solver": {}, "planner": {}})
+    trainer = Trainer(
+        algorithm=algorithm,
+        run_name="several",
+        run_dir=tmp_path,
+        resume=True,
+        engine_python=sys.executable,
+        learner_python=sys.executable,
+    )
+    with pytest.raises(TrainerError, match=r"was begun with planner, solver .*in the same order"):
+        trainer.fit(agents.halver, TASKS)
 
 
 @algo

@@ -64,6 +64,30 @@ async def test_a_part_that_ends_well_is_waited_for(stack: Stack, tmp_path: Path)
     assert await stack.until(stack.ended("learner")) == 0
 
 
+async def test_a_bad_end_is_a_death_also_for_whoever_waits_for_the_end(stack: Stack, tmp_path: Path) -> None:
+    stack.bind()
+    stack.start(python_part(stack, tmp_path, "raise SystemExit(4)"), may_end=True)
+    with pytest.raises(PartDied, match="learner exited with code 4"):
+        await stack.until(stack.ended("learner"))
+
+
+async def test_several_learners_end_before_their_engines(stack: Stack, tmp_path: Path) -> None:
+    stack.bind()
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+    code += "print('there', flush=True); time.sleep(600)"
+    parts = [
+        stack.start(python_part(stack, tmp_path, code, name=name))
+        for name in ("engine-base", "learner-planner", "learner-solver", "store")
+    ]
+    for part in parts:
+        await eventually(part.tail, what=part.name)
+    assert stack.has("learner-solver")
+    assert not stack.has("learner")
+    await asyncio.to_thread(stack.close)
+    # Each was asked to end, and did.
+    assert [part.code for part in parts] == [0, 0, 0, 0]
+
+
 async def test_exit_code_0_is_a_death_where_no_end_is_expected(stack: Stack, tmp_path: Path) -> None:
     stack.bind()
     stack.start(python_part(stack, tmp_path, "print('bye')", name="engine"))

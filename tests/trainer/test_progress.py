@@ -61,6 +61,29 @@ def test_a_terminal_shows_phase_bar_and_curve() -> None:
         assert part in shown
 
 
+def test_each_of_several_models_has_its_line_and_its_curve(tmp_path: Path) -> None:
+    stream = Terminal()
+    with Progress("my-run", stream) as progress:
+        progress.step(1, 2, METRICS, "planner")
+        progress.step(1, 2, {**METRICS, "reward/mean": 0.0}, "solver")
+    shown = stream.getvalue()
+    for part in (
+        "planner: reward ▅",
+        "solver: reward ▁",
+        "planner: step 1/2",
+        "solver: step 1/2",
+    ):
+        assert part in shown
+    histories = {
+        name: [StepMetrics(step=n, metrics={"reward/mean": reward}) for n in (1, 2)]
+        for name, reward in (("planner", 0.25), ("solver", 0.75))
+    }
+    pictures = [tmp_path / "one.png", tmp_path / "both.png"]
+    draw_rewards(pictures[0], {"planner": histories["planner"]}, {}, "run")
+    draw_rewards(pictures[1], histories, {}, "run")
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
 def test_an_algorithm_without_rewards_is_shown_by_its_own_numbers(tmp_path: Path) -> None:
     metrics = {"loss": 0.25, "alarm/length_runaway": 0.0, "time/step": 1.0, "tokens/trained": 7.0}
     assert step_line(2, None, metrics) == "step 2  loss 0.25  tokens 7  1.00 s"
@@ -78,7 +101,7 @@ def test_an_algorithm_without_rewards_is_shown_by_its_own_numbers(tmp_path: Path
 def test_the_reward_curve_is_a_picture(tmp_path: Path) -> None:
     history = [StepMetrics(step=n, metrics={"reward/mean": n / 5, "reward/std": 0.1}) for n in range(1, 6)]
     picture = tmp_path / "reward.png"
-    draw_rewards(picture, history, {0: {"sampled": 0.2}, 5: {"sampled": 0.9}}, "run")
+    draw_rewards(picture, {"": history}, {0: {"sampled": 0.2}, 5: {"sampled": 0.9}}, "run")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
 

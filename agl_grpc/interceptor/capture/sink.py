@@ -24,12 +24,15 @@ from agl_grpc.v1 import model_call_pb2, span_pb2
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
-_ANNOUNCE_SECONDS = 0.025
-"""How long announcements alone wait for company: a request to the store costs far more than what is in it."""
+_ANNOUNCE_SECONDS = 0.1
+"""How long announcements alone wait for company: a request to the store costs far more than what is in it.
+Where several calls are under way, one of them ends by then and takes them with it.
+"""
 
-_CROWD = 8
-_ENDED_SECONDS = 0.003
-"""With so many calls open, ended ones wait this long for each other."""
+_PASSES = 3
+"""So often the event loop goes round while ended calls wait for each other: those of one step of the engine
+end in one pass. No client waits for a clock.
+"""
 
 _BATCH_ITEMS = 1000
 _BATCH_BYTES = 8 * 1024 * 1024
@@ -185,15 +188,16 @@ class CaptureSink:
             await self._deliver_next()
 
     async def _linger(self) -> None:
-        """Let a batch grow a little where that costs nobody the first byte."""
+        """Let a batch grow a little."""
         if self._closing:
             return
         if not self._ended and not self._abandoned:
             self._urgent.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), _ANNOUNCE_SECONDS)
-        if len(self._open) >= _CROWD:
-            await asyncio.sleep(_ENDED_SECONDS)
+                async with asyncio.timeout(_ANNOUNCE_SECONDS):
+                    await self._urgent.wait()
+        for _ in range(_PASSES):
+            await asyncio.sleep(0)
 
     async def _deliver_next(self) -> None:
         """One batch from the queues to the store; calls that the store does not take go to the spool."""

@@ -36,7 +36,7 @@ class SpoolInUse(Exception):
     """Another process holds this spool folder."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where a spooled record lies: its segment, the position of its data there and their length.
 
@@ -49,12 +49,16 @@ class Entry:
     note: Any = field(default=None, compare=False, repr=False)
 
 
+Written = Callable[["Entry | None", "SpoolFull | None"], None]
+"""Told where a record lies, once it is on disk, or why it is not."""
+
+
 class _Pending(NamedTuple):
     """A record that is to be written."""
 
     data: bytes
     note: Any
-    future: asyncio.Future[Entry]
+    written: Written
 
 
 @dataclass
@@ -120,21 +124,33 @@ class Spool:
         return self._disk_full or self.size >= self._limit
 
     def append(self, data: bytes, note: Any = None) -> asyncio.Future[Entry]:
-        """Begin to write one record; the future says where it lies, once it is on disk. `note` comes back in
-        its entry.
+        """As `write`; the future says where the record lies, once it is on disk, or raises SpoolFull."""
+        future: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
 
-        Raises SpoolFull when the limit is exceeded by far, and so does the future when the disk is full.
+        def written(entry: Entry | None, error: SpoolFull | None) -> None:
+            if future.done():
+                return
+            if entry is not None:
+                future.set_result(entry)
+            elif error is not None:
+                future.set_exception(error)
 
-        The limit gates new calls (`full`); calls under way may exceed it by an eighth.
+        self.write(data, note, written)
+        return future
+
+    def write(self, data: bytes, note: Any, written: Written) -> None:
+        """Begin to write one record; `written` is called, in a later turn of the loop, once that is done or
+        cannot be done. `note` comes back in the record's entry.
+
+        Raises SpoolFull when the limit is exceeded by far. The limit gates new calls (`full`); calls under
+        way may exceed it by an eighth.
         """
         if self.size > self._limit + self._limit // 8:
             raise SpoolFull(f"spool {self._folder} holds {self.size} bytes, limit {self._limit}")
-        future: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
-        self._pending.append(_Pending(data, note, future))
+        self._pending.append(_Pending(data, note, written))
         if not self._under_way and len(self._pending) == 1:
             # Not at once: what else ends in this turn of the loop is written with it.
             asyncio.get_running_loop().call_soon(self._write_pending)
-        return future
 
     def peek(self, count: int, max_bytes: int) -> list[Entry]:
         """The oldest records, at most `count` and about `max_bytes` (at least one)."""
@@ -194,9 +210,7 @@ class Spool:
             self._disk_full = True
             self._close_current()
             for each in batch:
-                if not each.future.done():
-                    reason = f"cannot write to spool {self._folder}: {error.strerror}"
-                    each.future.set_exception(SpoolFull(reason))
+                each.written(None, SpoolFull(f"cannot write to spool {self._folder}: {error.strerror}"))
         if self._pending:
             self._write_pending()
         elif self._drained is not None:
@@ -204,15 +218,16 @@ class Spool:
             self._drained = None
 
     def _keep(self, segment: _Segment, batch: list[_Pending]) -> None:
-        for data, note, future in batch:
-            entry = Entry(segment.number, segment.size + _HEADER.size, len(data), note)
+        entries = []
+        for data, note, _ in batch:
+            entries.append(Entry(segment.number, segment.size + _HEADER.size, len(data), note))
             segment.waiting += 1
             segment.size += _HEADER.size + len(data)
-            self._entries.append(entry)
-            if not future.done():
-                future.set_result(entry)
+        self._entries += entries
         if segment.size >= self._segment_bytes:
             self._close_current()
+        for entry, each in zip(entries, batch, strict=True):
+            each.written(entry, None)
 
     def _new_segment(self) -> _Segment:
         """The next segment; its file is made by the first write."""

@@ -66,7 +66,7 @@ class Capture:
         for record in self.records:
             for reason in reasons:
                 record.untrainable(reason)
-        self.durable: list[asyncio.Future[None]] = []
+        self._durable: list[asyncio.Future[None]] = []
         self.raw_request = b""
         self.tokens = 0
 
@@ -124,7 +124,12 @@ class Capture:
             span = to_span(record, identity)
             span.model_call.logprob_semantics = self._semantics(record, logprobs_mode)
             prompt = collector.prompts.get(number, array("I")) if collector else array("I")
-            self.durable.append(self._submit(CapturedCall(self.attempt, span, prompt, record.responses())))
+            self._durable.append(self._submit(CapturedCall(self.attempt, span, prompt, record.responses())))
+
+    async def kept(self) -> None:
+        """Wait until all records that have been handed on are durable."""
+        for durable in self._durable:
+            await durable
 
     def _complete(self, record: CallRecord, number: int, collector: Collector) -> None:
         record.request_id = collector.answer_id

@@ -195,7 +195,7 @@ class Handler:
             raise upstream_failed(f"engine {engine.spec.url} sent {error}") from None
         capture.first_token()
         self.recorder.complete(turn, engine, data if self._settings.keep_raw else b"")
-        await asyncio.wait(capture.durable)
+        await capture.kept()
         request.answer(answer.status, answer_headers(answer.headers), data)
 
     async def _captured_stream(
@@ -221,10 +221,10 @@ class Handler:
             reason = str(error) if isinstance(error, BrokenStream) else "the engine's stream broke off"
             self.recorder.failed(turn, CUT, reason, engine=engine, raw=kept.data)
             await response.write(upstream_failed(reason).event(turn.api))
-            await asyncio.wait(capture.durable)
+            await capture.kept()
         else:
             self.recorder.complete(turn, engine, kept.data, EVENTS)
-            await asyncio.wait(capture.durable)
+            await capture.kept()
             if events.held:
                 await response.write(events.held)
         response.end()
@@ -267,8 +267,7 @@ class Handler:
         else:
             turn.capture.finish(COMPLETE, None, engine, raw_response=raw, media_type=answer.content_type)
             self.counters.captured += 1
-        if turn.capture.durable:
-            await asyncio.wait(turn.capture.durable)
+        await turn.capture.kept()
 
     async def _models(self, request: Incoming, turn: Turn) -> None:
         """All engines' models in one list."""

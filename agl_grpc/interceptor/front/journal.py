@@ -71,7 +71,8 @@ class Journal:
         self._wake = asyncio.Event()
         self._urgent = asyncio.Event()
         self._closing = asyncio.Event()
-        self._keeping: set[asyncio.Future[None]] = set()
+        self._keeping = 0
+        self._kept = asyncio.Event()
         self.away = False
         self.counters = SinkCounters()
         self._pump_task = asyncio.create_task(self._pump())
@@ -101,22 +102,22 @@ class Journal:
         data = call.group(None)
         cached = self._cached_bytes < _CACHED_BYTES
         self._cached_bytes += len(data) * cached
-        self._keeping.add(call.durable)
-        call.durable.add_done_callback(self._keeping.discard)
+        self._keeping += 1
 
-        def written(entry: asyncio.Future[Entry]) -> None:
-            self._written(call, len(data) * cached, entry.exception())
+        def written(_: Entry | None, error: SpoolFull | None) -> None:
+            self._written(call, len(data) * cached, error)
 
         try:
-            self._spool.append(data, call if cached else call.span_id).add_done_callback(written)
+            self._spool.write(data, call if cached else call.span_id, written)
         except SpoolFull as error:
-            self._written(call, len(data) * cached, error)
+            written(None, error)
         return call.durable
 
     async def close(self, grace: float = 5.0) -> None:
         """Deliver for at most `grace` seconds; what remains lies in the spool for the next process."""
         while self._keeping:
-            await asyncio.wait(self._keeping)
+            self._kept.clear()
+            await self._kept.wait()
         self._closing.set()
         self._urgent.set()
         self._wake.set()
@@ -147,16 +148,23 @@ class Journal:
         self._wake.set()
         opened = self._open.get(call.span_id)
         if opened is None or opened.told.done():
-            _settle(call)
+            self._settle(call)
             return
         self._urgent.set()
-        limit = asyncio.get_running_loop().call_later(self._ack_timeout, _settle, call)
+        told = opened.told
+        limit = asyncio.get_running_loop().call_later(self._ack_timeout, _resolve, told)
 
-        def told(_: asyncio.Future[None]) -> None:
+        def settle(_: asyncio.Future[None]) -> None:
             limit.cancel()
-            _settle(call)
+            self._settle(call)
 
-        opened.told.add_done_callback(told)
+        told.add_done_callback(settle)
+
+    def _settle(self, call: CapturedCall) -> None:
+        """All that can be waited for has come; whoever waited may be gone."""
+        _resolve(call.durable)
+        self._keeping -= 1
+        self._kept.set()
 
     async def _pump(self) -> None:
         pause = FIRST_BACKOFF
@@ -185,8 +193,10 @@ class Journal:
     async def _gather(self) -> None:
         """Let a batch grow a little where nobody waits for it."""
         if not self._closing.is_set() and self._spool.waiting < _CROWD:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), _GATHER_SECONDS)
+            # Cheaper than a time-out, which would be an exception each time.
+            limit = asyncio.get_running_loop().call_later(_GATHER_SECONDS, self._urgent.set)
+            await self._urgent.wait()
+            limit.cancel()
         self._urgent.clear()
 
     def _leave(self, reason: str) -> None:
@@ -197,8 +207,7 @@ class Journal:
         self._announce.clear()
         self._announce.extend(self._open)
         for opened in self._open.values():
-            if not opened.told.done():
-                opened.told.set_result(None)
+            _resolve(opened.told)
 
     async def _deliver_next(self) -> None:
         """One batch: announcements and abandonments, then records, oldest first."""
@@ -221,8 +230,7 @@ class Journal:
             self._abandoned.extendleft(reversed(abandoned))
             raise
         for opened in told:
-            if not opened.told.done():
-                opened.told.set_result(None)
+            _resolve(opened.told)
         self._note(rejections, groups)
         refused = {rejection.group_index - len(control) for rejection in rejections}
         self._delivered(entries, refused)
@@ -293,6 +301,6 @@ class Journal:
             )
 
 
-def _settle(call: CapturedCall) -> None:
-    if not call.durable.done():
-        call.durable.set_result(None)
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from functools import partial
 
 import orjson
 
@@ -12,7 +13,7 @@ from agl_grpc.interceptor.capture.record import EngineIdentity, failed_record, t
 from agl_grpc.interceptor.capture.retries import Retries, tries_of
 from agl_grpc.interceptor.capture.sink import CapturedCall
 from agl_grpc.interceptor.external import EXTERNAL, ExternalTraffic
-from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture
+from agl_grpc.interceptor.front.capture import COMPLETE, CUT, ERROR, Capture, Submit
 from agl_grpc.interceptor.front.dialects import Collector, ask_for_ids
 from agl_grpc.interceptor.front.http.engines import EngineClient
 from agl_grpc.interceptor.front.journal import Journal
@@ -110,17 +111,6 @@ class Recorder:
     def _start_capture(
         self, turn: Turn, sampling: model_call_pb2.SamplingParameters, reasons: list[str]
     ) -> None:
-        external = self._parts.external
-        session = turn.headers.get("x-agl-session", "")
-
-        def submit(call: CapturedCall) -> asyncio.Future[None]:
-            if turn.attribution is not None:
-                return self._parts.journal.submit(call)
-            if external is not None:
-                external.submit(session, call)
-            call.durable.set_result(None)
-            return call.durable
-
         context = turn.context() if turn.attribution else turn.external_context(EXTERNAL)
         turn.capture = Capture(
             context,
@@ -129,8 +119,8 @@ class Recorder:
             reasons,
             prompts=turn.asked.prompts,
             n=turn.asked.n,
-            submit=submit,
-            version=lambda: self._parts.versions.current(turn.model),
+            submit=self._parts.journal.submit if turn.attribution else self._submit_external(turn),
+            version=partial(self._parts.versions.current, turn.model),
         )
         if self._settings.keep_raw:
             turn.capture.raw_request = turn.body
@@ -144,6 +134,19 @@ class Recorder:
             self._counters.retries += self._retries.mark(
                 record, turn.capture.attempt, digest, tries_of(turn.headers)
             )
+
+    def _submit_external(self, turn: Turn) -> Submit:
+        external = self._parts.external
+        session = turn.headers.get("x-agl-session", "")
+
+        # It must not hold the turn, which holds it: what is a cycle lies in memory until the collector comes.
+        def submit(call: CapturedCall) -> asyncio.Future[None]:
+            if external is not None:
+                external.submit(session, call)
+            call.durable.set_result(None)
+            return call.durable
+
+        return submit
 
     def complete(
         self, turn: Turn, engine: Upstream, raw: bytes, media_type: str = "application/json"
@@ -187,8 +190,8 @@ class Recorder:
     async def refused(self, turn: Turn, refusal: Refusal) -> None:
         """The record of a call that is answered with an error of ours: durable before that, as any other."""
         self.failed(turn, ERROR, refusal.message)
-        if turn.capture is not None and turn.capture.durable:
-            await asyncio.wait(turn.capture.durable)
+        if turn.capture is not None:
+            await turn.capture.kept()
 
     def turned_away(self, turn: Turn | None, refusal: Refusal) -> None:
         """Count a refusal; the first of its kind that came before its call had begun leaves a record with the

@@ -2,23 +2,28 @@
 
 vLLM sends three arrays with each token, which costs the two processes some 20 µs a token for packing and
 unpacking them. Of a captured call whose client has not asked for logprobs only the sampled token's is
-needed: a number that travels beside the token, in a field of vLLM's that serialises by itself. The request
-says so (`wanted`); an engine core in which this is not installed sends the arrays, which are read as well.
+needed: the numbers of a step travel together, as bytes in a field of its first output that vLLM serialises by
+itself. The request says so (`wanted`); an engine core in which this is not installed sends the arrays, which
+are read as well.
 
 Nobody reads the rank of a sampled token either, for which vLLM compares it with the whole vocabulary and pays
 some 0.1 ms a step for calling a compiled function: a step in which only such calls want logprobs leaves it
-out.
+out, and the scheduler cuts nothing out for them.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+import sys
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _KEY = "agl_grpc_logprobs"
-"""In a request's extra sampling arguments: send numbers. In an output's transfer parameters: the numbers."""
+"""In a request's extra sampling arguments: send numbers. In an output's transfer parameters: the numbers of
+it and of the outputs after it, in their order, a 32-bit float (little-endian) for each token.
+"""
 
 _MARK = "_agl_grpc_logprobs"
 
@@ -33,13 +38,15 @@ def without_ours(extra_args: Iterable[str] | None) -> list[str]:
     return [name for name in extra_args or () if name != _KEY]
 
 
-def taken_from(output: Any) -> list[float] | None:
+def taken_from(output: Any) -> array[float] | None:
     """The numbers that came with an engine core's output, which is then as vLLM made it; None: none came."""
     params = output.kv_transfer_params
     if params is None or (found := params.pop(_KEY, None)) is None:
         return None
     output.kv_transfer_params = params or None
-    numbers: list[float] = found
+    numbers = array("f", found)
+    if sys.byteorder == "big":
+        numbers.byteswap()
     return numbers
 
 
@@ -86,19 +93,21 @@ def _install_scheduler() -> None:
     @functools.wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         logprobs = model_runner_output.logprobs
-        marked = set() if logprobs is None else _marked(self.requests, scheduler_output.num_scheduled_tokens)
-        if not marked:
+        if logprobs is None:
             return original(self, scheduler_output, model_runner_output)
-        model_runner_output.logprobs = _Rows(logprobs)
+        alone = _are_numbers(logprobs)
+        marked = set() if alone else _marked(self.requests, scheduler_output.num_scheduled_tokens)
+        if not (alone or marked):
+            return original(self, scheduler_output, model_runner_output)
+        model_runner_output.logprobs = None if alone else _Rows(logprobs)
         try:
             by_client = original(self, scheduler_output, model_runner_output)
         finally:
             model_runner_output.logprobs = logprobs
-        # The sampled token comes first in its row.
-        column = logprobs.logprobs[:, 0].tolist()
         for outputs in by_client.values():
-            for output in outputs.outputs:
-                _settle(output, logprobs, column, marked)
+            if not alone:
+                _settle(outputs.outputs, logprobs, marked)
+            _attach(outputs.outputs, logprobs, model_runner_output.req_id_to_index)
         return by_client
 
     setattr(update_from_output, _MARK, True)
@@ -116,30 +125,67 @@ def _install_sampler() -> None:
         and _takes(sample, "self", "logits", "spec_decode_metadata")
     ):
         return
-    # Whether the step that samples now has captured calls only that want logprobs.
-    numbers_only = False
+    numbers = _numbers_class()
+    # What the step that samples now gives; None: what vLLM gives. And what vLLM samples by, which is another
+    # object whenever other requests are in the batch, with whether only captured calls want logprobs then.
+    given: Any = None
+    metadata: Any = None
+    only_marked = False
 
     @functools.wraps(gather)
     def gather_logprobs(logprobs: Any, num_logprobs: int, token_ids: Any) -> Any:
-        if not numbers_only or num_logprobs:
+        if given is None or num_logprobs:
             return gather(logprobs, num_logprobs, token_ids)
         column = token_ids.unsqueeze(-1)
         # In the place of the ranks stands what has their shape.
-        return LogprobsTensors(column, logprobs.gather(-1, column), token_ids)
+        return given(column, logprobs.gather(-1, column), token_ids)
 
     @functools.wraps(sample)
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        nonlocal numbers_only
-        wanting = self.input_batch.num_logprobs
-        numbers_only = bool(wanting) and len(_marked(self.requests, wanting)) == len(wanting)
+        nonlocal given, metadata, only_marked
+        batch = self.input_batch
+        if batch.sampling_metadata is not metadata:
+            metadata, wanting = batch.sampling_metadata, batch.num_logprobs
+            only_marked = bool(wanting) and len(_marked(self.requests, wanting)) == len(wanting)
+        if only_marked:
+            # What vLLM has drafted, it sorts out of whole tensors afterwards.
+            given = numbers if spec_decode_metadata is None else LogprobsTensors
         try:
             return sample(self, logits, spec_decode_metadata)
         finally:
-            numbers_only = False
+            given = None
 
     setattr(gather_logprobs, _MARK, True)
     Sampler.gather_logprobs = staticmethod(gather_logprobs)
     GPUModelRunner._sample = _sample
+
+
+def _numbers_class() -> Any:
+    """A step's logprobs of which only the sampled tokens' own are looked at, and copied."""
+    from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+
+    class Numbers(LogprobsTensors):  # type: ignore[misc]  # vllm is not type-checked here
+        __slots__ = ()
+
+        def to_cpu_nonblocking(self) -> Numbers:
+            if self.logprobs.device.type == "cpu":
+                return self
+            column = self.logprobs.to("cpu", non_blocking=True)
+            return Numbers(column, column, column)
+
+        def tolists(self, cu_num_generated_tokens: Any = None) -> Any:
+            column = self.logprobs.cpu().numpy()
+            return LogprobsLists(column, column, column)
+
+    return Numbers
+
+
+def _are_numbers(lists: Any) -> bool:
+    """Whether a step's logprobs are what `Numbers` gives: all of a step's requests that want them are ours.
+
+    It shows also after the way from a worker's process: the array is one in three places.
+    """
+    return lists.logprob_token_ids is lists.logprobs
 
 
 def _takes(function: Any, *names: str) -> bool:
@@ -157,16 +203,32 @@ def _marked(requests: Any, scheduled: Iterable[str]) -> set[str]:
     return found
 
 
-def _settle(output: Any, logprobs: Any, column: list[float], marked: set[str]) -> None:
-    """Numbers for those who want them, for others what vLLM gives."""
-    place = output.new_logprobs
-    if type(place) is not _Place:
-        return
-    if output.request_id not in marked:
-        output.new_logprobs = logprobs.slice_request(*place)
-        return
+def _settle(outputs: Iterable[Any], logprobs: Any, marked: set[str]) -> None:
+    """For those who have not asked for numbers what vLLM gives, for others nothing in its place."""
+    for output in outputs:
+        place = output.new_logprobs
+        if type(place) is _Place:
+            mine = output.request_id in marked
+            output.new_logprobs = None if mine else logprobs.slice_request(*place)
+
+
+def _attach(outputs: Sequence[Any], logprobs: Any, numbers: Mapping[str, int]) -> None:
+    """Put the sampled tokens' logprobs of all outputs with the first one.
+
+    `numbers` are the requests' in the step.
+    """
     starts = logprobs.cu_num_generated_tokens
-    start = place.number if starts is None else starts[place.number]
-    numbers = column[start : start + place.positions]
-    output.new_logprobs = None
-    output.kv_transfer_params = {**(output.kv_transfer_params or {}), _KEY: numbers}
+    # The sampled token comes first in its row.
+    column = logprobs.logprobs[:, 0].tolist()
+    if starts is None:
+        packed = array("f", [column[numbers[each.request_id]] for each in outputs if each.new_token_ids])
+    else:
+        packed = array("f")
+        for each in outputs:
+            if each.new_token_ids:
+                start = starts[numbers[each.request_id]]
+                packed.extend(column[start : start + len(each.new_token_ids)])
+    if packed:
+        if sys.byteorder == "big":
+            packed.byteswap()
+        outputs[0].kv_transfer_params = {**(outputs[0].kv_transfer_params or {}), _KEY: packed.tobytes()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agl_grpc.interceptor.capture.record import ChoiceRecord
@@ -36,18 +36,16 @@ def watch_outputs(output_processor: Any, on_abort: Callable[[str], bool]) -> Non
 
     Where that answers True, vLLM does not hear of the abort.
     """
-    original, states = output_processor.process_outputs, output_processor.request_states
+    original = output_processor.process_outputs
+    logprobs = _Logprobs(output_processor.request_states)
 
-    def process_outputs(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        aborts = False
-        for each in outputs:
-            if each.kv_transfer_params is not None:
-                _take_logprobs(states, each)
-            if each.finish_reason is not None:
-                aborts = aborts or _is_abort(each)
-        if aborts:
+    def process_outputs(
+        outputs: Any, engine_core_timestamp: float | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        logprobs.take(outputs, engine_core_timestamp)
+        if any(map(_is_abort, outputs)):
             outputs = [each for each in outputs if not (_is_abort(each) and on_abort(each.request_id))]
-        return original(outputs, *args, **kwargs)
+        return original(outputs, engine_core_timestamp, *args, **kwargs)
 
     output_processor.process_outputs = process_outputs
 
@@ -56,13 +54,36 @@ def _is_abort(output: Any) -> bool:
     return output.finish_reason is not None and str(output.finish_reason) == "abort"
 
 
-def _take_logprobs(states: Any, output: Any) -> None:
-    found = taken_from(output)
-    state = None if found is None else states.get(output.request_id)
-    # A sequence whose capture failed, or that is gone, has nowhere to put them.
-    sampled = None if state is None else getattr(state.logprobs_processor, "sampled", None)
-    if sampled is not None:
-        sampled.extend(found)
+class _Logprobs:
+    """Gives the sampled logprobs that come from the engine core to the sequences that collect them.
+
+    They come with the first output of a message, which vLLM may process in several pieces: its time tells
+    which pieces are one message's.
+    """
+
+    def __init__(self, states: Mapping[str, Any]) -> None:
+        self._states = states
+        self._numbers: array[float] = array("f")
+        self._next = 0
+        self._time: float | None = None
+
+    def take(self, outputs: Sequence[Any], timestamp: float | None) -> None:
+        """A piece of a message has come."""
+        numbers = taken_from(outputs[0]) if outputs else None
+        if numbers is not None:
+            self._numbers, self._next, self._time = numbers, 0, timestamp
+        elif self._next >= len(self._numbers) or self._time != timestamp:
+            return
+        numbers, at, states = self._numbers, self._next, self._states
+        for output in outputs:
+            count = len(output.new_token_ids)
+            state = states.get(output.request_id)
+            # A sequence whose capture failed, or that is gone, has nowhere to put them.
+            sampled = None if state is None else getattr(state.logprobs_processor, "sampled", None)
+            if sampled is not None:
+                sampled += numbers[at : at + count]
+            at += count
+        self._next = at
 
 
 @functools.cache
@@ -86,7 +107,7 @@ def keep_sampled_logprobs(state: Any) -> None:
     old = state.logprobs_processor
     values = {each.name: getattr(old, each.name) for each in dataclasses.fields(old)}
     kept = _sampled_logprobs_class()(**{**values, "logprobs": None, "cumulative_logprob": None})
-    kept.sampled = []
+    kept.sampled = array("f")
     state.logprobs_processor = kept
 
 
@@ -102,7 +123,9 @@ def snapshot(state: Any) -> ChoiceRecord:
     sampled = getattr(processor, "sampled", None)
     choice = ChoiceRecord(state.request_index, tokens)
     # A stop string may have taken back tokens of the last step.
-    choice.logprobs = _from_tables(processor.logprobs, tokens) if sampled is None else sampled[: len(tokens)]
+    choice.logprobs = (
+        _from_tables(processor.logprobs, tokens) if sampled is None else sampled[: len(tokens)].tolist()
+    )
     choice.runs = runs_from_engine(getattr(state, "weight_version_starts", ()), len(tokens)) or []
     return choice
 

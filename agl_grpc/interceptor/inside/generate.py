@@ -22,6 +22,7 @@ from agl_grpc.interceptor.capture.retries import Retries
 from agl_grpc.interceptor.capture.sink import CapturedCall
 from agl_grpc.interceptor.capture.versions import ServedWeights, runs_from_starts
 from agl_grpc.interceptor.inside import engine_state
+from agl_grpc.interceptor.inside.held import HeldAnswer
 from agl_grpc.interceptor.inside.resume import AbortResumer
 from agl_grpc.interceptor.inside.sampling import capture_params
 from agl_grpc.interceptor.sampling import sampling_message, untrainable_reasons
@@ -191,7 +192,8 @@ class GenerateWrapper:
         model = lora.lora_name if lora is not None else self._identity.model
         if _BEAM in request_id:
             self._note_beam(context, prompt, sampling_params, request_id, model)
-            return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
+            found = self._generate(prompt, sampling_params, request_id, *args, **kwargs)
+            return found if context.answer is None else _spending(context.answer, found)
         imposed = self._imposed(context, model)
         if context.known is not None and sampling_params.seed is None and "seed" not in imposed:
             imposed.update(context.known.next_seed())
@@ -396,3 +398,14 @@ class GenerateWrapper:
         if len(choice.logprobs) != len(choice.token_ids):
             del record.choices[index]
             record.untrainable(f"the engine gave no logprobs for choice {index}")
+
+
+async def _spending(answer: HeldAnswer, outputs: OutputStream) -> OutputStream:
+    """Pass outputs on and count what they sample, of which no record is kept."""
+    try:
+        async for output in outputs:
+            if output.finished:
+                answer.spent(sum(len(each.token_ids) for each in output.outputs))
+            yield output
+    finally:
+        await outputs.aclose()

@@ -34,7 +34,7 @@ class HeldAnswer:
     While a call runs, messages pass as they come. Once all calls of the request have ended, what follows
     (the end of a stream, or a whole answer) waits for its last message, by which the answer is complete and
     can be part of the records; it goes out when these are durable. With `keep_raw` the bytes of request and
-    answer are part of the first record. `spend` is told how many tokens each ended call has used.
+    answer are part of the first record. `spend` is told of tokens that the request has used.
 
     An error is held, too. It gets the shape of the dialect `api` where the application has given it another
     one; if it came before any call of the engine was captured, `failed` makes its record of status and
@@ -91,11 +91,15 @@ class HeldAnswer:
         """A call of the engine has ended, perhaps after its client has left."""
         self._running -= 1
         self._captured = True
-        if self._spend is not None:
-            self._spend(record.tokens)
+        self.spent(record.tokens)
         self._ended.append((record, submit))
         if self._closed:
             self._submit()
+
+    def spent(self, tokens: int) -> None:
+        """The request has used so many tokens more."""
+        if self._spend is not None:
+            self._spend(tokens)
 
     def abandoned(self) -> None:
         """A call never reached the engine."""
@@ -127,14 +131,17 @@ class HeldAnswer:
     def _too_large(self) -> bool:
         return 0 < self._max_body < self._size
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """As ASGI's."""
         if self._passing and not self._ended and message["type"] == "http.response.body":
             # Each token of a stream comes this way.
             if self._keep_raw:
                 self._note(message.get("body", b""))
-            await self._send(message)
-            return
+            return self._send(message)
+        return self._hold(message)
+
+    async def _hold(self, message: Message) -> None:
+        """Note the message; it leaves when all that it waits for has come."""
         if message["type"] == "http.response.body":
             self._note(message.get("body", b""))
         else:

@@ -141,8 +141,9 @@ class AttributionMiddleware:
             counted = counted and path not in NOT_SAMPLING
             context = CallContext(attribution, api, *parse_traceparent(headers.get("traceparent", "")))
             context.known = known = await self._admit(attribution)
-            if known is not None and known.mode and not (names_mode(raw_path) or "x-agl-mode" in headers):
-                context.attribution = dataclasses.replace(attribution, mode=known.mode)
+            mode = "" if known is None else known.mode
+            if mode not in ("", attribution.mode) and not (names_mode(raw_path) or "x-agl-mode" in headers):
+                context.attribution = dataclasses.replace(attribution, mode=mode)
             await self._let_in(self._rewrite(scope, path), receive, send, context, headers, counted)
         except Refusal as refusal:
             if self.interceptor is not None:
@@ -251,7 +252,7 @@ def _attributed(path: str, headers: dict[str, str]) -> tuple[Attribution, str] |
     credential = credential_of(headers)
     parsed = parse_path(path)
     if parsed is not None:
-        return dataclasses.replace(parsed[0], credential=credential), parsed[1]
+        return dataclasses.replace(parsed[0], credential=credential) if credential else parsed[0], parsed[1]
     if path.startswith("/rollout/"):
         return None
     whose = attribution_of_credential(credential) or attribution_of_headers(headers)

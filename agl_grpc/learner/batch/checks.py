@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,36 @@ class LogprobRow:
     versions: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class JoinedRows:
+    """Rows one after the other: a call on them all costs what one on a single row does."""
+
+    keys: list[str]
+    ends: NDArray[np.int64]
+    sampled: Array
+    recomputed: Array
+    mask: NDArray[np.int64]
+    versions: NDArray[np.int64]
+
+    def row_of(self, token: np.integer[Any]) -> str:
+        """Key of the row that holds a token."""
+        return self.keys[int(np.searchsorted(self.ends, token, side="right"))]
+
+
+def join_rows(rows: Iterable[LogprobRow]) -> JoinedRows:
+    """The rows of a batch, joined; of none, too."""
+    of = list(rows)
+    none = np.zeros(0, dtype=np.int64)
+    return JoinedRows(
+        keys=[row.key for row in of],
+        ends=np.cumsum([len(row.mask) for row in of], dtype=np.int64),
+        sampled=np.concatenate([none.astype(np.float32), *(row.sampled for row in of)]),
+        recomputed=np.concatenate([none.astype(np.float32), *(row.recomputed for row in of)]),
+        mask=np.concatenate([none, *(row.mask for row in of)]),
+        versions=np.concatenate([none, *(row.versions for row in of)]),
+    )
+
+
 def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobLimits) -> dict[str, float]:
     """Compares the logprobs of all trained tokens that were sampled under ``version``, the weights in force.
 
@@ -49,38 +80,37 @@ def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobL
     Raises:
         FidelityError: a difference above the limits, or a token from a version that does not exist yet.
     """
-    worst, worst_key, total, divergence, compared, older = 0.0, "", 0.0, 0.0, 0, 0
-    for row in rows:
-        trained = row.mask.astype(bool)
-        newest = int(row.versions[trained].max(initial=-1))
-        if newest > version:
-            raise FidelityError(
-                f"row {row.key} holds tokens of policy version {newest}, but the trainer is at {version}"
-            )
-        same = trained & (row.versions == version)
-        older += int(trained.sum() - same.sum())
-        change = row.recomputed[same] - row.sampled[same].astype(np.float64)
-        difference = np.abs(change)
-        if not np.isfinite(difference).all():
-            raise FidelityError(f"row {row.key} has a logprob that is not a finite number")
-        if len(difference) and difference.max() >= worst:
-            worst, worst_key = float(difference.max()), row.key
-        total += float(difference.sum())
-        divergence += float((np.expm1(change) - change).sum())
-        compared += len(difference)
+    batch = join_rows(rows)
+    trained = batch.mask.astype(bool)
+    too_new = np.flatnonzero(trained & (batch.versions > version))
+    if len(too_new):
+        raise FidelityError(
+            f"row {batch.row_of(too_new[0])} holds tokens of policy version {batch.versions[too_new].max()}, "
+            f"but the trainer is at {version}"
+        )
+    same = np.flatnonzero(trained & (batch.versions == version))
+    compared = len(same)
+    change = batch.recomputed[same] - batch.sampled[same].astype(np.float64)
+    difference = np.abs(change)
+    unknown = np.flatnonzero(~np.isfinite(difference))
+    if len(unknown):
+        raise FidelityError(f"row {batch.row_of(same[unknown[0]])} has a logprob that is not a finite number")
+    total, divergence = float(difference.sum()), float((np.expm1(change) - change).sum())
+    worst_at = int(difference.argmax()) if compared else 0
+    worst = float(difference[worst_at]) if compared else 0.0
     mean = total / compared if compared else 0.0
     if worst > limits.maximum or mean > limits.mean:
         raise FidelityError(
             f"sampled and recomputed logprobs differ under policy version {version}: max {worst:.3g} (limit "
-            f"{limits.maximum:g}) in row {worst_key}, mean {mean:.3g} (limit {limits.mean:g}) over "
-            f"{compared} tokens"
+            f"{limits.maximum:g}) in row {batch.row_of(same[worst_at])}, mean {mean:.3g} "
+            f"(limit {limits.mean:g}) over {compared} tokens"
         )
     return {
         "check/logprob_max_difference": worst,
         "check/logprob_mean_difference": mean,
         "check/kl_sampler_trainer": divergence / compared if compared else 0.0,
         "check/logprob_tokens_compared": float(compared),
-        "check/logprob_tokens_of_older_versions": float(older),
+        "check/logprob_tokens_of_older_versions": float(trained.sum() - compared),
     }
 
 
@@ -89,12 +119,11 @@ def staleness(rows: Iterable[LogprobRow], *, version: int) -> dict[str, float]:
 
     ``staleness/tokens/unknown`` counts tokens of weights that are none of this trainer's.
     """
+    batch = join_rows(rows)
+    found, counts = np.unique(batch.versions[batch.mask.astype(bool)], return_counts=True)
     behind: Counter[str] = Counter()
-    for row in rows:
-        for found, count in zip(
-            *np.unique(row.versions[row.mask.astype(bool)], return_counts=True), strict=True
-        ):
-            behind[str(version - int(found)) if found >= 0 else "unknown"] += int(count)
+    for sampled_by, count in zip(found.tolist(), counts.tolist(), strict=True):
+        behind[str(version - sampled_by) if sampled_by >= 0 else "unknown"] += count
     return {f"staleness/tokens/{age}": float(count) for age, count in behind.items()}
 
 

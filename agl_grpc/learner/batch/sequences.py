@@ -44,10 +44,19 @@ class RolloutSequences:
 
     def __init__(self, labels: np.ndarray[Any, Any], mask: torch.Tensor) -> None:
         self.rows = _rollouts(labels)
-        self._trained = mask.bool()
-        counts = [int(self._trained[rows].sum()) for rows in self.rows.values()]
-        self.counts = counts
-        self._shape = (len(counts), max(1, *counts) if counts else 1)
+        order = torch.tensor([row for rows in self.rows.values() for row in rows], dtype=torch.int64)
+        lengths = torch.tensor([len(rows) for rows in self.rows.values()], dtype=torch.int64)
+        owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        row_at, token_at = mask.bool()[order].nonzero(as_tuple=True)
+        rollout = owner[row_at]
+        counts = torch.bincount(rollout, minlength=len(lengths))
+        before = torch.cumsum(counts, dim=0) - counts
+        # Of every trained token, rollout by rollout: where it is in the rows, and where in the sequences.
+        self._in_rows = (order[row_at], token_at)
+        self._in_sequences = (rollout, torch.arange(len(rollout)) - before[rollout])
+        self.counts: list[int] = counts.tolist()
+        self._shape = (len(self.counts), max(1, *self.counts) if self.counts else 1)
+        self._rows_shape = mask.shape
 
     @property
     def several(self) -> bool:
@@ -62,17 +71,11 @@ class RolloutSequences:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the trained tokens, shape (rollouts, longest); 0 beyond a rollout's end."""
         flat = values.new_zeros(self._shape)
-        for place, rows in enumerate(self.rows.values()):
-            flat[place, : self.counts[place]] = torch.cat([values[row][self._trained[row]] for row in rows])
+        flat[self._in_sequences] = values[self._in_rows]
         return flat
 
     def scatter(self, flat: torch.Tensor) -> torch.Tensor:
         """The inverse of ``gather``, shape (rows, tokens); 0 where nothing is trained."""
-        values = flat.new_zeros(self._trained.shape)
-        for place, rows in enumerate(self.rows.values()):
-            start = 0
-            for row in rows:
-                count = int(self._trained[row].sum())
-                values[row, self._trained[row]] = flat[place, start : start + count]
-                start += count
+        values = flat.new_zeros(self._rows_shape)
+        values[self._in_rows] = flat[self._in_sequences]
         return values

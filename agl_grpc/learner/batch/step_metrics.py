@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from agl_grpc.learner.batch.checks import LogprobRow
+from agl_grpc.learner.batch.checks import LogprobRow, join_rows
 from agl_grpc.learner.rollouts.groups import FinishedRollout, IntArray
 
 _PERCENTILES = (50, 90, 99)
@@ -21,17 +21,14 @@ def sampler_distance(rows: Iterable[LogprobRow], *, version: int) -> dict[str, f
     The k3 estimator of J. Schulman, "Approximating KL Divergence" (2020): the mean of r - 1 - ln r with
     r = trainer / sampler; never negative. In float64: at 1e-9, the usual value, verl's own rounds to 0.
     """
-    fresh, every = [np.zeros(0)], [np.zeros(0)]
-    for row in rows:
-        trained = row.mask.astype(bool)
-        log_ratio = row.recomputed[trained].astype(np.float64) - row.sampled[trained]
-        # exp(50) is far beyond any alarm, and stays finite in every sum.
-        values = np.expm1(np.minimum(log_ratio, 50.0)) - log_ratio
-        fresh.append(values[row.versions[trained] == version])
-        every.append(values)
+    batch = join_rows(rows)
+    trained = batch.mask.astype(bool)
+    log_ratio = batch.recomputed[trained].astype(np.float64) - batch.sampled[trained]
+    # exp(50) is far beyond any alarm, and stays finite in every sum.
+    every = np.expm1(np.minimum(log_ratio, 50.0)) - log_ratio
+    fresh = every[batch.versions[trained] == version]
     names = {"kl/sampler_trainer_k3": fresh, "kl/sampler_trainer_k3_all": every}
-    joined = {name: np.concatenate(parts) for name, parts in names.items()}
-    return {name: float(values.mean()) for name, values in joined.items() if len(values)}
+    return {name: float(values.mean()) for name, values in names.items() if len(values)}
 
 
 def distinct_share(tokens: IntArray, length: int) -> float | None:

@@ -32,6 +32,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
         found = [path for path in place.glob(f"{CHECKPOINT_PREFIX}*") if (path / "actor").is_dir()]
         if found:
             return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+    if several := sorted(path.parent for path in folder.glob("models/*/checkpoints")):
+        raise ConfigError(f"{folder} is a run of several models: name one, {' or '.join(map(str, several))}")
     raise ConfigError(f"{folder} holds no checkpoint of the learner ({CHECKPOINT_PREFIX}N)")
 
 

@@ -54,10 +54,11 @@ def over_rollouts(
     flat_mask = sequences.gather(mask)
     flat_rewards = sequences.gather(rewards) if not sequences.several else torch.zeros_like(flat_mask)
     flat_rewards = flat_rewards.to(rewards.dtype)
-    for place, rows in enumerate(sequences.rows.values()):
-        # What lies beyond trained tokens (a reward on an observation at the end) counts at the end.
-        end = max(0, sequences.counts[place] - 1)
-        flat_rewards[place, end] += rewards[rows[-1]].sum() - flat_rewards[place].sum()
+    # What lies beyond trained tokens (a reward on an observation at the end) counts at the end.
+    last = torch.tensor([rows[-1] for rows in sequences.rows.values()], dtype=torch.int64)
+    ends = torch.tensor(sequences.counts, dtype=torch.int64).sub(1).clamp(min=0)
+    beyond = rewards[last].sum(dim=1) - flat_rewards.sum(dim=1)
+    flat_rewards[torch.arange(len(ends)), ends] += beyond
     options = {"index": sequences.groups, "config": config}
     if "norm_adv_by_std_in_grpo" in inspect.signature(estimator).parameters:
         options["norm_adv_by_std_in_grpo"] = config.get("norm_adv_by_std_in_grpo", True)

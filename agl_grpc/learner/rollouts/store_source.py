@@ -23,7 +23,7 @@ from agl_grpc.learner.rollouts.groups import (
 )
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import STEP_LABEL, TrainingIdentity
-from agl_grpc.model.enums import FailureKind, RolloutMode, RolloutStatus
+from agl_grpc.model.enums import FailureKind, ResourceBinding, RolloutMode, RolloutStatus
 from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import SEED_LABEL, AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from agl_grpc.sample import AttemptFacts, AttemptSamples, Decode, DropReason, Sample, SampleRules
@@ -41,6 +41,7 @@ class StoreSource:
         lineage: steps of policy versions; rows carry steps.
         rewards: by rollout, rewards that an earlier trainer's batches froze; they count.
         seed: from which every rollout's sampling seed is made; None = engines sample as they like.
+        binding: which publication of the run's resources a rollout works with; None = the store's default.
         decode: the model's tokenizer, by which breaks between rows are told apart.
     """
 
@@ -55,6 +56,7 @@ class StoreSource:
         rewards: Mapping[str, Sequence[Reward]] | None = None,
         decode: Decode | None = None,
         seed: int | None = None,
+        binding: ResourceBinding | None = None,
     ) -> None:
         self._link = link
         self._client = link.client
@@ -68,6 +70,7 @@ class StoreSource:
         self._frozen = dict(rewards or {})
         self._decode = decode
         self._seed = seed
+        self._binding = binding
         self._open: dict[str, OpenGroup] = {}
         self._fetches: set[asyncio.Task[None]] = set()
 
@@ -103,6 +106,7 @@ class StoreSource:
             rollout_id=rollout_id,
             group_id=group.uid,
             labels=labels,
+            binding=self._binding,
         )
 
     async def _watch(self) -> None:

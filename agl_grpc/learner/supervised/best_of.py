@@ -20,6 +20,7 @@ from verl.workers.utils.losses import sft_loss
 from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.rollouts.groups import ClaimedBatch
 from agl_grpc.learner.supervised.selection import Judged, best_of_groups
+from agl_grpc.learner.verl.local_queue import texts
 
 # Log-probabilities of the supervised loss are those of the model itself, however it was sampled.
 TEMPERATURE = 1.0
@@ -48,8 +49,7 @@ class LearnsBest:
         rules = self.hooks.best_of
         judged = [Judged(each.rollout_id, each.group_id, each.reward) for each in self._claimed.entries]
         kept = set(best_of_groups(judged, rules.keep, rules.min_reward))
-        ids = tq.kv_batch_get(keys=batch_keys, partition_id="train", select_fields=["rollout_id"])
-        names = [str(getattr(item, "data", item)) for item in ids["rollout_id"]]
+        (names,) = texts(self.hooks.queue, batch_keys, "train", "rollout_id")
         mask = data.batch["response_mask"].to(torch.float32)
         learned = mask * torch.tensor([[float(name in kept)] for name in names])
         data.batch["advantages"] = data.batch["returns"] = learned

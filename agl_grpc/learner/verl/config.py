@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from agl_grpc.learner.dotted import expand
 from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.verl.keys import TRAINER_MODES, check_keys, check_names
 
@@ -95,7 +96,6 @@ def _held(device: str, hybrid: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
         "trainer": {"device": device, "use_v1": True, "v1": {"trainer_mode": "separate_async"}},
-        "transfer_queue": {"enable": True},
     }
 
 
@@ -106,32 +106,6 @@ def _hybrid_rollout(device: str, told: Mapping[str, Any]) -> dict[str, Any]:
     rollout = {"load_format": "auto", "free_cache_engine": False, "enable_sleep_mode": False}
     small = {"dtype": "float32", "enforce_eager": True} if device == "cpu" else {}
     return {**rollout, **small, "custom": {HYBRID_KEY: dict(told)}}
-
-
-def expand(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns dotted keys (``"trainer.save_freq": 10``) into the nested form; nested mappings stay as they
-    are.
-    """
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        node = nested
-        *parents, leaf = str(key).split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        inner = expand(value) if isinstance(value, Mapping) else value
-        if isinstance(inner, dict) and isinstance(node.get(leaf), dict):
-            node[leaf] = _merge(node[leaf], inner)
-        else:
-            node[leaf] = inner
-    return nested
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _chosen(config: DictConfig, user: Mapping[str, Any], *path: str) -> bool:
@@ -195,8 +169,13 @@ def _complete_correction(config: DictConfig, user: Mapping[str, Any]) -> None:
         correction.rollout_is = "token"
 
 
-def _check_supported(config: DictConfig, user: Mapping[str, Any]) -> None:
+def _check_supported(config: DictConfig, user: Mapping[str, Any], *, hybrid: bool) -> None:
     check_names(config)
+    if hybrid and config.actor_rollout_ref.model.lora_rank:
+        raise ConfigError(
+            "actor_rollout_ref.model.lora_rank cannot be had with engines.hybrid, whose engines serve no "
+            "adapter: leave one of the two out"
+        )
     mode = user.get("trainer", {}).get("v1", {}).get("trainer_mode", "sync")
     if mode not in TRAINER_MODES:
         raise ConfigError(
@@ -277,6 +256,6 @@ def compose(
         for layer in layers:
             config.merge_with(OmegaConf.create(layer))
         _complete(config, nested)
-    _check_supported(config, nested)
+    _check_supported(config, nested, hybrid=bool(hybrid))
     OmegaConf.resolve(config)
     return config

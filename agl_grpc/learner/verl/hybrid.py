@@ -32,6 +32,8 @@ class InterceptedServer(vLLMHttpServer):  # type: ignore[misc]  # verl is untype
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._told = dict(self.config.custom[HYBRID_KEY])
+        if self._told["host"]:
+            self._server_address = str(self._told["host"])
         # A name of its own at each start: what was promised to an engine of an earlier start is void.
         engine_id = f"{self._told['run_id']}-verl-{self.replica_rank}-{uuid.uuid4().hex[:8]}"
         settings = Settings(
@@ -52,6 +54,10 @@ class InterceptedServer(vLLMHttpServer):  # type: ignore[misc]  # verl is untype
         engine_kwargs["middleware"] = [MIDDLEWARE, *engine_kwargs.get("middleware", [])]
         engine_kwargs["served_model_name"] = self._told["model"]
         engine_kwargs["generation_config"] = "vllm"
+        if is_cpu() and self.replica_world_size == 1:
+            # The engine core computes by itself. What verl wants one more process for, its own transfer of
+            # weights, is not used, and to import vLLM once more takes longer than to load a small model.
+            engine_kwargs.setdefault("distributed_executor_backend", "uni")
 
     def _get_worker_extension_cls(self) -> str:
         return HYBRID_EXTENSION

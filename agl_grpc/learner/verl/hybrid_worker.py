@@ -12,3 +12,11 @@ HYBRID_EXTENSION = f"{__name__}.HybridWorkerExtension"
 
 class HybridWorkerExtension(WeightSwapExtension, vLLMColocateWorkerExtension):  # type: ignore[misc]  # verl is untyped
     """verl prepares the model through its half; weights come through ours."""
+
+    def monkey_patch_model(self, vocab_size: int, banned_token_ids: list[int] | None = None) -> None:
+        """As verl's, but without keeping engines from ids above the tokenizer's.
+
+        The trainer's softmax has them too, and what engines leave out is then missing from their logprobs.
+        """
+        whole = self.model_runner.vllm_config.model_config.get_vocab_size()
+        super().monkey_patch_model(max(vocab_size, whole), banned_token_ids)

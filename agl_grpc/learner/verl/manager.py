@@ -1,6 +1,6 @@
 """The agent-loop manager: verl hands it prompts, it hands verl rows of rollouts that the store has sealed.
 
-All calls of the TransferQueue happen in the trainer's thread: the source delivers into a plain queue, and the
+All calls of the queue of rows happen in the trainer's thread: the source delivers into a plain queue, and the
 sampler drains it while it waits. Nothing polls.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import time
 from collections import Counter
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ import orjson
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.utils import tensordict_utils
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from agl_grpc.learner.batch.rows import QueueRow, queue_rows
 from agl_grpc.learner.errors import FidelityError, LearnerError
 from agl_grpc.learner.rollouts.dataset import ROLLOUTS_KEY
 from agl_grpc.learner.rollouts.groups import FinishedGroup, FinishedRollout, GroupRequest, RolloutSource, Row
+from agl_grpc.learner.verl.local_queue import LocalQueue, put_rows
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def _texts(batch: TensorDict, key: str) -> list[str]:
 
 
 class RolloutManager:
-    """Turns each dataset row into a group of rollouts and each finished group into TransferQueue rows.
+    """Turns each dataset row into a group of rollouts and each finished group into rows of the queue.
 
     A group keeps those of its rollouts that have a reward and tokens. With fewer than two left (one, where
     groups have one) it is published as failed: the sampler drops it and asks for another prompt.
@@ -53,6 +53,7 @@ class RolloutManager:
         temperature: the sampling temperature of training; rows sampled at another one are refused.
         keep_empty: whether a group with too little to train counts, with no rows, instead of being replaced.
         vocabulary: tokens of the model; rows with ids beyond are refused. 0 = not known.
+        queue: takes the rows; None = verl's TransferQueue does.
     """
 
     def __init__(
@@ -64,13 +65,15 @@ class RolloutManager:
         temperature: float = 1.0,
         keep_empty: bool = False,
         vocabulary: int = 0,
+        queue: LocalQueue | None = None,
     ) -> None:
+        self._queue = queue
         self._vocabulary = vocabulary
         self._keep_empty = keep_empty
         self._source = source
         self._sizes = {False: group_size, True: validation_size}
         self._temperature = temperature
-        self._arrived: queue.SimpleQueue[FinishedGroup | BaseException] = queue.SimpleQueue()
+        self._arrived: SimpleQueue[FinishedGroup | BaseException] = SimpleQueue()
         self._open: dict[str, GroupRequest] = {}
         self._rollouts: dict[str, FinishedRollout] = {}
         self._sources: dict[str, str] = {}
@@ -118,7 +121,7 @@ class RolloutManager:
             try:
                 remaining = 0.0 if groups else max(0.0, deadline - time.monotonic())
                 item = self._arrived.get(timeout=remaining) if remaining else self._arrived.get_nowait()
-            except queue.Empty:
+            except Empty:
                 break
             if isinstance(item, BaseException):
                 raise item
@@ -209,7 +212,7 @@ class RolloutManager:
             )
 
     def _publish(self, groups: list[FinishedGroup], validate: bool) -> None:
-        """Puts the groups' rows and then their ends into the TransferQueue."""
+        """Puts the groups' rows and then their ends into the queue."""
         entries: list[QueueRow] = []
         ends: dict[str, dict[str, Any]] = {}
         for group in groups:
@@ -221,12 +224,7 @@ class RolloutManager:
             ends[request.uid] = {"is_prompt": True, "status": status, "global_steps": request.step}
         partition = "val" if validate else "train"
         if entries:
-            tq.kv_batch_put(
-                keys=[entry.key for entry in entries],
-                fields=list_of_dict_to_tensordict([entry.fields for entry in entries]),
-                tags=[entry.tag for entry in entries],
-                partition_id=partition,
-            )
+            put_rows(self._queue, entries, partition)
         if ends:
             # Last, so that a reader who sees a group as ended sees all its rows.
             tq.kv_batch_put(keys=list(ends), partition_id=partition, tags=list(ends.values()))

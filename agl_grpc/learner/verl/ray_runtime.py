@@ -14,7 +14,8 @@ import psutil
 
 from agl_grpc.learner.errors import LearnerError
 
-# Bytes of the object store; rows travel through the TransferQueue, Ray objects stay small.
+# Bytes of the object store, through which batches travel, on CPU, where models are tiny; with accelerators it
+# is Ray's own share of the machine's memory.
 OBJECT_STORE_BYTES = 300 << 20
 # verl's placement group asks for ten nominal CPUs a GPU; the rest is for the TransferQueue and the load
 # balancer.
@@ -140,7 +141,7 @@ def local_ray(*, device: str, gpus: int, address: str = "", others: int = 0) -> 
         "num_cpus": CPUS_PER_GPU * gpus + OTHER_CPUS + others,
         "num_gpus": gpus,
         "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE_BYTES,
+        "object_store_memory": OBJECT_STORE_BYTES if device == "cpu" else None,
     }
     handler = signal.getsignal(signal.SIGTERM)
     _start(

@@ -146,7 +146,7 @@ SCHEMAS: dict[str, Schema] = {
         span_id_contains=_PART,
         parent_id=nullable(TEXT),
         parent_id_contains=_PART,
-        name=nullable(ID),
+        name=nullable({"type": "string", "maxLength": 1024}),
         name_contains=nullable(PART),
         **_LOGIC,
         **_PAGING,

@@ -21,6 +21,7 @@ LONGEST = (
     "learner/test_lives_e2e.py",
     "learner/test_trainer_e2e.py",
     "learner/test_hybrid_e2e.py",
+    "e2e/test_several_models.py",
     "e2e/test_typescript_agent.py",
     "clients/test_clients.py",
     "frameworks/test_frameworks.py",

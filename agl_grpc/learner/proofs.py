@@ -21,6 +21,7 @@ from agl_grpc.learner.batch.checks import (
 )
 from agl_grpc.learner.batch.step_metrics import sampler_distance
 from agl_grpc.learner.credit.advantage import label_group
+from agl_grpc.learner.errors import ConfigError
 from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.rollouts.groups import ClaimedBatch
 from agl_grpc.learner.verl.local_queue import texts
@@ -61,6 +62,11 @@ class ProvesBatches:
         columns = [
             np.split(data[name].values().numpy(), data[name].offsets()[1:-1].numpy()) for name in names
         ]
+        if not any(mask.any() for mask in columns[2]):
+            raise ConfigError(
+                f"no token of step {self.global_steps} is trained, all are masked: where answers were cut "
+                "off at the length limit, allow longer ones, or set samples.truncated to train"
+            )
         rows = [LogprobRow(key, *values) for key, *values in zip(keys, *columns, strict=True)]
         version = self.global_steps - 1
         metrics.update(check_logprobs(rows, version=version, limits=self.hooks.limits))

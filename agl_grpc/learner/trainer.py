@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -53,6 +54,7 @@ from agl_grpc.learner.verl.keys import OUTCOME_ESTIMATORS, SEQUENCE_LOSSES
 from agl_grpc.learner.verl.local_queue import texts
 from agl_grpc.learner.verl.manager import RolloutManager
 from agl_grpc.learner.verl.sampler import StoreSampler
+from agl_grpc.learner.verl.seeding import seeded_workers
 
 # Errors that end training at a step whose predecessor can still be saved, and what they are counted as.
 _ERRORS = {
@@ -152,8 +154,12 @@ class AglTrainer(
 
     @phase("starting verl's workers", "start")
     def _setup(self) -> None:
+        workers = partial(seeded_workers, int(self.config.data.seed))
         # Not the direct parent's: it would start replicas of verl's own engines.
-        with patch.object(trainer_base, "LLMServerManager", NoServers):
+        with (
+            patch.object(trainer_base, "LLMServerManager", NoServers),
+            patch.object(trainer_base, "RayWorkerGroup", workers),
+        ):
             PPOTrainer._setup(self)
         if self.hooks.queue is not None:
             self.hooks.queue.bridge(self.worker_groups().values())

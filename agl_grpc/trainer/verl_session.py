@@ -82,8 +82,8 @@ class VerlSession(Session[FitResult]):
     def _pythons(self) -> tuple[str, str]:
         """Python of the engine's environment, empty = none is started, and of the learner's."""
         plan = self.plan
-        engine = "" if plan.llm else find_python("engine", plan.engine_python)
-        return engine, find_python("learner", plan.learner_python)
+        learner = find_python("learner", plan.learner_python)
+        return "" if plan.llm else find_python("engine", plan.engine_python), learner
 
     @property
     def _leader(self) -> ModelTraining:

@@ -50,7 +50,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     runs: dict[str, Run] = {
         "learning": {
             "verl": {"trainer.total_training_steps": 16, "trainer.save_freq": 8},
-            "mix_ups": ["shift", "rewards", "groups", "foreign"],
+            "mix_ups": ["shift", "rewards", "groups", "foreign", "masked"],
         },
         "resumed": {"verl": {"trainer.total_training_steps": 10}, "resume": "global_step_8"},
         "verls_queue": {"verl": {"trainer.total_training_steps": 3, "transfer_queue.enable": True}},
@@ -202,6 +202,14 @@ def test_mix_ups_are_caught_before_the_update(outcomes: dict[str, Any], spoiled:
     assert words in error
     assert error.endswith("nothing that is not in a checkpoint was trained")
     assert "\n" not in error
+
+
+def test_a_batch_whose_every_answer_was_cut_is_refused_with_a_line(outcomes: dict[str, Any]) -> None:
+    assert outcomes["learning"]["mix_ups"]["masked"] == (
+        "ConfigError: no token of step 17 is trained, all are masked: where answers were cut off at the "
+        "length limit, allow longer ones, or set samples.truncated to train; nothing that is not in a "
+        "checkpoint was trained"
+    )
 
 
 def test_splitting_rollouts_into_rows_changes_nothing(outcomes: dict[str, Any]) -> None:

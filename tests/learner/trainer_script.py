@@ -70,6 +70,15 @@ def foreign_ids(group: FinishedGroup) -> FinishedGroup:
     return replace(group, rollouts=(replace(first, rows=(wrong,)), *rest))
 
 
+def masked(group: FinishedGroup) -> FinishedGroup:
+    """Every answer was cut off, and what was cut off is not trained."""
+
+    def row(old: Row) -> Row:
+        return replace(old, response_mask=np.zeros_like(old.response_mask))
+
+    return replace(group, rollouts=tuple(replace(r, rows=tuple(map(row, r.rows))) for r in group.rollouts))
+
+
 def spoil_first(
     change: Callable[[int, FinishedRollout], FinishedRollout],
 ) -> Callable[[list[FinishedGroup]], list[FinishedGroup]]:
@@ -159,6 +168,7 @@ CHANGES: dict[str, Callable[[list[FinishedGroup]], list[FinishedGroup]] | None] 
     "one_is_left": spoil_first(one_is_left),
     "unusable": spoil_first(unusable),
     "foreign": each(foreign_ids),
+    "masked": each(masked),
     "split2": each(SplitRows(2)),
     "split5": each(SplitRows(5)),
 }

@@ -153,11 +153,14 @@ def train(
             ``data.train_batch_size`` rows.
         sft: epochs.
         trajectories: what to learn.
-        seed: of the rows' order.
+        seed: of the rows' order, and of parameters that begin at random.
         on_step: called with step, number of all steps and metrics; answers whether to stop.
     """
     from verl.utils import tensordict_utils
 
+    from agl_grpc.learner.verl.seeding import seed_process
+
+    seed_process(seed)
     worker = make_worker(config)
     rows, size = trajectories.rows, int(config.data.train_batch_size)
     generator = np.random.default_rng(seed)

@@ -75,7 +75,6 @@ _PAGING = {
     "sort_order": {**nullable(words(["asc", "desc"])), "default": "asc"},
 }
 _LOGIC = {"filter_logic": {**nullable(words(["and", "or"])), "default": "and"}}
-_PART = nullable({"type": "string", "maxLength": 64})
 
 SCHEMAS: dict[str, Schema] = {
     "Error": fields(
@@ -90,7 +89,7 @@ SCHEMAS: dict[str, Schema] = {
         timeout_seconds=nullable(_POSITIVE),
         unresponsive_seconds=nullable(_POSITIVE),
         max_attempts={"type": "integer", "minimum": 1, "maximum": 1000, "default": 1},
-        retry_condition=listed(_ATTEMPT_STATUS),
+        retry_condition=nullable(listed(_ATTEMPT_STATUS)),
     ),
     "EnqueueRolloutRequest": fields(("input",), **_SPEC),
     "StartRolloutRequest": fields(("input",), **_SPEC, worker_id=nullable(WORKER_ID)),
@@ -141,12 +140,12 @@ SCHEMAS: dict[str, Schema] = {
         rollout_id=ID,
         attempt_id={**nullable(ID), "description": "An id, `latest`, or null = all."},
         trace_id=nullable(TEXT),
-        trace_id_contains=nullable(ID),
+        trace_id_contains=nullable(PART),
         span_id=nullable(TEXT),
-        span_id_contains=_PART,
+        span_id_contains=nullable(PART),
         parent_id=nullable(TEXT),
-        parent_id_contains=_PART,
-        name=nullable(ID),
+        parent_id_contains=nullable(PART),
+        name=nullable({"type": "string", "maxLength": 1024}),
         name_contains=nullable(PART),
         **_LOGIC,
         **_PAGING,

@@ -1,0 +1,234 @@
+"""One `Trainer.fit` trains two adapters of one base in vLLM; one learner is killed, and the run resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from agl_grpc import StoreClient
+from agl_grpc.algorithm import VERL
+from agl_grpc.learner.lineage import step_of
+from agl_grpc.model import TrainingRun
+from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutMode, TrainingRunStatus
+from agl_grpc.model.policy import PolicyVersion
+from agl_grpc.model.training import Batch, StepMetrics
+from agl_grpc.trainer import FitResult, PartDied, Trainer
+from agl_grpc.trainer.commands import free_port
+from tests.e2e.two_models import MODELS, agent
+from tests.support.environments import engine_environment, engine_python
+from tests.support.store_process import StoreProcess
+from tests.support.waiting import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+
+STEPS, KILLED_AT = 4, 2
+TASKS, GROUP = 4, 4
+RUN = "several"
+TRAINING = {"planner": f"{RUN}-training", "solver": f"{RUN}-training-solver"}
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+def trainer(folder: Path, port: int, *, resume: bool = False) -> Trainer:
+    """Two adapters, saved after the last step alone."""
+    config = {
+        "actor_rollout_ref.model.path": str(folder / "base"),
+        "actor_rollout_ref.model.lora_rank": 4,
+        "actor_rollout_ref.model.lora_alpha": 8,
+        "actor_rollout_ref.model.target_modules": "all-linear",
+        "actor_rollout_ref.actor.optim.lr": 1e-2,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": TASKS,
+        "actor_rollout_ref.rollout.n": GROUP,
+        "data.train_batch_size": TASKS,
+        "trainer.total_training_steps": STEPS,
+        "trainer.save_freq": 10 * STEPS,
+    }
+    return Trainer(
+        algorithm=VERL(
+            config,
+            models={name: {} for name in MODELS},
+            seed=5,
+            device="cpu",
+            # The random model seldom ends an answer by itself.
+            samples={"truncated": "train"},
+        ),
+        llm_proxy={
+            "arguments": [
+                *("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "32"),
+                *("--max-num-batched-tokens", "512", "--enforce-eager"),
+            ]
+        },
+        validation={"samples": 1, "greedy": False, "every": STEPS},
+        port=port,
+        run_name=RUN,
+        run_dir=folder,
+        resume=resume,
+    )
+
+
+async def kill_solvers_learner(address: str) -> None:
+    """SIGKILL to the learner that follows, once it has reported a step."""
+
+    async def there() -> bool:
+        return await client.get_training_run_by_id(TRAINING["solver"]) is not None
+
+    async with StoreClient(address, run_id=RUN) as client:
+        await eventually(there, within=600, what="the solver's training run")
+        async for _, steps in client.watch_training_run(TRAINING["solver"]):
+            if any(step.step >= KILLED_AT for step in steps):
+                break
+        training = await client.get_training_run_by_id(TRAINING["solver"])
+    # Had it ended by itself, it would not have been killed.
+    assert training is not None
+    assert training.status is TrainingRunStatus.RUNNING
+    os.kill(int((training.trainer_id or "").rpartition(":")[2]), signal.SIGKILL)
+
+
+@dataclass
+class Stored:
+    """What the store holds of each model."""
+
+    training: dict[str, TrainingRun] = field(default_factory=dict)
+    batches: dict[str, list[Batch]] = field(default_factory=dict)
+    versions: dict[str, list[PolicyVersion]] = field(default_factory=dict)
+    steps: dict[str, dict[int, StepMetrics]] = field(default_factory=dict)
+    trained: int = 0
+
+    def committed(self, model: str) -> list[Batch]:
+        """Trained batches, in the order of their steps."""
+        found = [batch for batch in self.batches[model] if batch.status is BatchStatus.COMMITTED]
+        return sorted(found, key=lambda batch: batch.step)
+
+
+async def read(database: Path) -> Stored:
+    stored = Stored()
+    with StoreProcess(database) as store:
+        async with StoreClient(store.address, run_id=RUN) as client:
+            for model, name in TRAINING.items():
+                training = await client.get_training_run_by_id(name)
+                assert training is not None
+                stored.training[model] = training
+                stored.batches[model] = await client.query_batches(name)
+                stored.versions[model] = list(await client.query_policy_versions(model))
+                found = stored.steps[model] = {}
+                if training.status.is_terminal:
+                    async for _, steps in client.watch_training_run(name):
+                        found.update({step.step: step for step in steps})
+            rollouts = await client.query_rollouts()
+    stored.trained = sum(
+        each.mode is RolloutMode.TRAIN and each.status.value == "succeeded" for each in rollouts
+    )
+    return stored
+
+
+@dataclass
+class Trained:
+    """The run, after the session in which a learner was killed, and after the one that went on."""
+
+    folder: Path
+    died: str
+    halfway: Stored
+    result: FitResult
+    stored: Stored
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("runs")
+    command = [engine_python(), str(SUPPORT / "tiny_model.py"), str(folder / "base")]
+    subprocess.run(command, env=engine_environment(), check=True, capture_output=True, timeout=240)
+    tasks = [{"question": f"What is {number}?"} for number in range(STEPS * TASKS)]
+    port = free_port()
+    killer = threading.Thread(target=asyncio.run, args=(kill_solvers_learner(f"127.0.0.1:{port}"),))
+    killer.start()
+    with pytest.raises(PartDied) as died:
+        trainer(folder, port).fit(agent, tasks, val_dataset=tasks[:4])
+    killer.join()
+    database = folder / RUN / "agl.db"
+    halfway = asyncio.run(read(database))
+    result = trainer(folder, free_port(), resume=True).fit(agent, tasks, val_dataset=tasks[:4])
+    return Trained(folder / RUN, str(died.value), halfway, result, asyncio.run(read(database)))
+
+
+def test_the_error_names_the_learner_that_died(trained: Trained) -> None:
+    assert trained.died.startswith("learner-solver was killed by SIGKILL")
+
+
+def test_the_other_learner_saves_what_it_trained_and_ends(trained: Trained) -> None:
+    planner = trained.halfway.training["planner"]
+    assert planner.status is TrainingRunStatus.STOPPED
+    last = max(trained.halfway.steps["planner"])
+    assert KILLED_AT <= last < STEPS
+    assert planner.checkpoint_id == f"global_step_{last}"
+    assert (trained.folder / "models" / "planner" / "checkpoints" / planner.checkpoint_id).is_dir()
+    assert trained.halfway.training["solver"].checkpoint_id is None
+
+
+def test_both_are_trained_to_the_end_once_each_on_the_same_rollouts(trained: Trained) -> None:
+    stored = trained.stored
+    assert {one.status for one in stored.training.values()} == {TrainingRunStatus.SUCCEEDED}
+    for model in MODELS:
+        assert [batch.step for batch in stored.committed(model)] == list(range(1, STEPS + 1))
+    planner, solver = (
+        [[(entry.rollout_id, entry.reward) for entry in batch.entries] for batch in stored.committed(model)]
+        for model in MODELS
+    )
+    assert planner == solver
+    ids = [rollout_id for batch in planner for rollout_id, _ in batch]
+    assert len(set(ids)) == len(ids) == STEPS * TASKS * GROUP
+    # Nothing was sampled twice, but what the stop left unfinished.
+    assert stored.trained == len(ids)
+
+
+def test_the_learner_that_was_behind_comes_by_the_same_weights_again(trained: Trained) -> None:
+    digests: dict[str, dict[int, set[str]]] = {model: {} for model in MODELS}
+    published: dict[int, int] = {}
+    for model in MODELS:
+        for item in trained.stored.versions[model]:
+            if item.status is PolicyVersionStatus.COMMITTED:
+                digests[model].setdefault(step_of(item), set()).add(item.weights_digest)
+                published[step_of(item)] = published.get(step_of(item), 0) + (model == "solver")
+    assert all(len(found) == 1 for each in digests.values() for found in each.values()), digests
+    assert [published[step] for step in range(1, KILLED_AT + 1)] == [2] * KILLED_AT
+    each = [set().union(*(found for step, found in digests[model].items() if step)) for model in MODELS]
+    assert len(each[0]) == len(each[1]) == STEPS
+    assert not each[0] & each[1]
+
+
+def test_each_learns_its_own_calls_and_leaves_none_out(trained: Trained) -> None:
+    for model in MODELS:
+        for step, item in trained.stored.steps[model].items():
+            metrics: Mapping[str, float] = item.metrics
+            assert metrics["check/logprob_max_difference"] < 1e-4, (model, step)
+            left_out = {
+                name: count for name, count in metrics.items() if name.startswith("rollouts/excluded")
+            }
+            assert not left_out, (model, step)
+            assert metrics["training/rollouts"] == TASKS * GROUP, (model, step)
+
+
+def test_the_result_and_the_folder_tell_of_each_model(trained: Trained) -> None:
+    result = trained.result
+    assert list(result.models) == list(MODELS)
+    for model, one in result.models.items():
+        assert one.training_run.training_run_id == TRAINING[model]
+        assert [step.step for step in one.history][-1] == STEPS
+        assert one.checkpoint == trained.folder / "models" / model / "checkpoints" / f"global_step_{STEPS}"
+        assert one.adapter is not None
+        assert (one.adapter / "adapter_config.json").is_file()
+    assert result.checkpoint == result.models["planner"].checkpoint
+    assert set(result.before) == set(result.after) == {"sampled"}
+    during = [step for step in result.history if any(name.startswith("val-core/") for name in step.metrics)]
+    assert [step.step for step in during] == [STEPS]
+    manifest: dict[str, Any] = orjson.loads((trained.folder / "manifest.json").read_bytes())
+    assert manifest["models"] == list(MODELS)
+    assert (trained.folder / "reward.png").read_bytes().startswith(b"\x89PNG")

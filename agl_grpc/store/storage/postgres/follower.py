@@ -89,13 +89,14 @@ class Follower:
         raw = connect(self._url)
         with raw:
             self.pid = raw.info.backend_pid
-            raw.execute(locks.PRESENT)
-            self._tried.set()
             raw.execute(f"LISTEN {locks.CHANNEL}")
+            raw.execute(locks.PRESENT)
+            raw.execute(f"NOTIFY {locks.CHANNEL}, '{locks.JOINED} {self.pid}'")
+            self._tried.set()
             connection = PostgresConnection(raw)
             looked = 0.0
             while not self._stop.is_set():
-                told = _was_told(raw)
+                told = self._hear(raw)
                 events: list[EventRow] = []
                 if told or time.monotonic() - looked >= _LOOK_SECONDS:
                     looked = time.monotonic()
@@ -103,6 +104,13 @@ class Follower:
                 due, quiet = self._next_due(connection), self._is_quiet(connection)
                 self._on_news(News(events, due, quiet, self._has_left(connection)))
             raw.execute(locks.ABSENT)
+
+    def _hear(self, raw: Raw) -> bool:
+        """Waits a moment for notifications, also those that came during a statement: whether there are any."""
+        told = [one.payload for one in raw.notifies(timeout=_TICK_SECONDS, stop_after=1)]
+        joined = {int(text.split()[1]) for text in told if text.startswith(locks.JOINED)}
+        self._others |= joined - {self.pid}
+        return bool(told)
 
     def _is_quiet(self, connection: PostgresConnection) -> bool:
         """Whether it is time that some server says that it lives."""
@@ -139,11 +147,3 @@ class Follower:
                 self._position = own[0] - 1
             if len(rows) < _PAGE and own is None:
                 return found
-
-
-def _was_told(raw: Raw) -> bool:
-    """Waits a moment for a notification; one that came during a read has been received already."""
-    told = False
-    while raw.pgconn.notifies() is not None:
-        told = True
-    return told or next(raw.notifies(timeout=_TICK_SECONDS, stop_after=1), None) is not None

@@ -23,3 +23,7 @@ OTHERS = (
 
 CHANNEL = "agl_grpc_events"
 """Told after each group that has events. A hint: who misses it looks by itself within a second."""
+
+JOINED = "joined"
+"""What a server that comes says there, with its backend: whoever looks for others now and then would miss one
+that came and went in between."""

@@ -207,7 +207,8 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     rewards = None if config.follows else rewards
     tell(training, "starting Ray")
     others = rewards.reward.num_workers if rewards is not None else 0
-    with local_ray(device=device, gpus=gpus, address=config.ray_address, others=others):
+    queue_in_ray = bool(verl.transfer_queue.enable)
+    with local_ray(device=device, gpus=gpus, address=config.ray_address, others=others, queue=queue_in_ray):
         from agl_grpc.learner.reporting import Reporting, TrajectorySamples
         from agl_grpc.learner.verl.local_queue import row_queue
 

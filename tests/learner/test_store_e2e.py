@@ -384,7 +384,7 @@ async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
     and the other goes on in step with it.
     """
     steps, batch = 10, 4 * 8
-    tasks = (folder / "tasks.jsonl").read_text().replace('{"n": 5}', '{"n": 5, "unjudged": true}')
+    tasks = (folder / "tasks.jsonl").read_text().replace('{"n": 25}', '{"n": 25, "unjudged": true}')
     (folder / "tasks.jsonl").write_text(tasks)
     config = orjson.loads(_configure(folder, steps).read_bytes())
     config["verl"]["trainer.save_freq"] = steps
@@ -411,7 +411,7 @@ async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
     assert len(trained["planner"]) == steps * batch
     # The same rollouts, in the same batches, with the same rewards; each was made once.
     (replaced,) = [step for step, each in metrics.items() if "groups/dropped" in each]
-    assert replaced < steps
+    assert replaced < steps / 2
     for mine, theirs in zip(*batches.values(), strict=True):
         assert mine.status is theirs.status is BatchStatus.COMMITTED
         common = batch - 8 if mine.step == replaced else batch

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from agl_grpc.client.filters import rollout_filter
-from agl_grpc.learner.errors import ConfigError, DeadlineError
+from agl_grpc.learner.errors import DeadlineError
 from agl_grpc.learner.lineage import PolicyLineage
 from agl_grpc.learner.rollouts.adoption import OpenGroup
 from agl_grpc.learner.rollouts.groups import FinishedGroup, GroupRequest
@@ -59,11 +59,6 @@ class FollowedSource(StoreSource):
 
     async def _submit(self, groups: list[GroupRequest]) -> None:
         for request in groups:
-            if request.validate:
-                raise ConfigError(
-                    "a training run that follows another cannot validate: set trainer.test_freq and "
-                    "trainer.val_before_train in the run that leads"
-                )
             members = [request.rollout_id(number) for number in range(request.size)]
             self._open[request.uid] = OpenGroup(request, members)
         there = rollout_filter(

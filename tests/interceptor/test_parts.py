@@ -29,6 +29,7 @@ from agl_grpc.interceptor.inside.serve import (
     ServeError,
     adapter_arguments,
     check_model,
+    eager_arguments,
     engine_arguments,
     set_environment,
 )
@@ -182,6 +183,10 @@ def test_the_environment_keeps_what_is_set_and_adds_to_the_plugins() -> None:
     on_gpu: dict[str, str] = {}
     set_environment(on_gpu, settings, cpu=False, cores=64)
     assert "TORCHDYNAMO_DISABLE" not in on_gpu
+    assert eager_arguments(environment, ["--seed", "1"]) == ["--enforce-eager"]
+    assert eager_arguments(environment, ["--enforce-eager"]) == eager_arguments(on_gpu, []) == []
+    with pytest.raises(ServeError, match="set TORCHDYNAMO_DISABLE=0"):
+        eager_arguments(environment, ["--no-enforce-eager"])
     assert "agl_grpc" in on_gpu["VLLM_PLUGINS"].split(",")
 
 

@@ -57,6 +57,22 @@ def engine_arguments(model: str, given: Sequence[str], *, train: bool = True) ->
     return [*ours, *given]
 
 
+def eager_arguments(environ: Mapping[str, str], given: Sequence[str]) -> list[str]:
+    """vLLM's option for a machine where torch compiles nothing, which vLLM does not find out by itself.
+
+    Raises:
+        ServeError: the user's own arguments ask for compiling.
+    """
+    if environ.get("TORCHDYNAMO_DISABLE") != "1" or "--enforce-eager" in given:
+        return []
+    if "--no-enforce-eager" in given:
+        raise ServeError(
+            "--no-enforce-eager needs torch.compile, which is off (on a CPU by default): "
+            "set TORCHDYNAMO_DISABLE=0 in the environment"
+        )
+    return ["--enforce-eager"]
+
+
 def set_environment(environ: MutableMapping[str, str], settings: Settings, *, cpu: bool, cores: int) -> None:
     """Name the plugin, hand the settings down and set what a CPU machine needs; what is set already stays."""
     environ.update(settings.environment())
@@ -176,10 +192,12 @@ def serve(
     arguments = engine_arguments(model, [*own, *given], train=train)
     _check_plugin()
     set_environment(os.environ, settings, cpu=is_cpu(), cores=len(os.sched_getaffinity(0)))
+    arguments += eager_arguments(os.environ, given)
     if train:
         # Frameworks mark tools as strict. vLLM then masks tokens by a grammar, which no trainer knows of.
         os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
     failure = settings.spool_path() / "failure"
+    failure.parent.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     os.environ[FAILURE_FILE] = str(failure)
     code = run_vllm(arguments)

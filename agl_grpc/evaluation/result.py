@@ -150,7 +150,7 @@ class Evaluation:
 
     name: str
     samples: int
-    tasks: tuple[TaskResult, ...]
+    tasks: tuple[TaskResult, ...] = field(repr=False)
     sampling: Sampling = field(default_factory=Sampling)
     success: float = 1.0
     ks: tuple[int, ...] = (1,)

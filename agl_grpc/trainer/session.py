@@ -339,9 +339,7 @@ def run_to_end(session: Session[T]) -> T:
 
 def run_anywhere(work: Coroutine[Any, Any, T]) -> T:
     """As `asyncio.run`, also where an event loop runs in this thread already: in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _loop_runs():
         return asyncio.run(work)
     results: list[T] = []
     errors: list[BaseException] = []
@@ -358,3 +356,11 @@ def run_anywhere(work: Coroutine[Any, Any, T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -56,6 +56,9 @@ COMMANDS: Mapping[str, CommandEntry] = {
 # Other names of commands, not shown in the list.
 ALIASES: Mapping[str, str] = {"run": "runs"}
 
+# What `agl-grpc` itself offers; typer adds it to whatever it is asked to make a command of.
+_COMPLETION = ("install_completion", "show_completion")
+
 
 class LazyGroup(TyperGroup):
     """A group whose subcommands are imported only when they are called."""
@@ -85,5 +88,6 @@ def load(name: str, entry: CommandEntry) -> TyperCommand | TyperGroup:
     app.rich_markup_mode = None
     command = get_command(app)
     command.name = name
+    command.params = [each for each in command.params if each.name not in _COMPLETION]
     assert isinstance(command, TyperCommand | TyperGroup)
     return command

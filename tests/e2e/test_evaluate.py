@@ -21,7 +21,7 @@ from tests.support.store_process import StoreProcess
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 TASKS, SAMPLES = 24, 2
-ENGINE = ("--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "32")
+ENGINE = ("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32")
 
 
 def make_model(folder: Path, seed: int) -> Path:

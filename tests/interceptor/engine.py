@@ -19,7 +19,7 @@ from tests.support.environments import REPOSITORY, engine_environment, engine_py
 START_LIMIT = 240.0
 SMALL = (
     *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32"),
-    *("--max-num-batched-tokens", "512", "--enforce-eager", "--enable-scale-out"),
+    *("--max-num-batched-tokens", "512", "--enable-scale-out"),
 )
 """vLLM's options that make an engine small."""
 

@@ -29,6 +29,7 @@ from agl_grpc.interceptor.inside.serve import (
     ServeError,
     adapter_arguments,
     check_model,
+    cpu_arguments,
     engine_arguments,
     set_environment,
 )
@@ -183,6 +184,15 @@ def test_the_environment_keeps_what_is_set_and_adds_to_the_plugins() -> None:
     set_environment(on_gpu, settings, cpu=False, cores=64)
     assert "TORCHDYNAMO_DISABLE" not in on_gpu
     assert "agl_grpc" in on_gpu["VLLM_PLUGINS"].split(",")
+
+
+def test_a_cpu_neither_compiles_nor_computes_in_another_precision_than_its_learner() -> None:
+    environment = {"TORCHDYNAMO_DISABLE": "1"}
+    assert cpu_arguments(environment, ["--seed", "1"]) == ["--enforce-eager", "--dtype", "float32"]
+    assert cpu_arguments(environment, ["--enforce-eager", "--dtype=bfloat16"]) == []
+    assert cpu_arguments({"TORCHDYNAMO_DISABLE": "0"}, ["--no-enforce-eager"], train=False) == []
+    with pytest.raises(ServeError, match="set TORCHDYNAMO_DISABLE=0"):
+        cpu_arguments(environment, ["--no-enforce-eager"])
 
 
 def test_models_that_are_not_there_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
@@ -50,3 +51,21 @@ def test_an_engine_that_still_loads_ends_at_once(tiny_model: Path, tmp_path: Pat
             except psutil.NoSuchProcess:
                 continue
         process.wait(10)
+
+
+def test_the_last_line_says_why_the_engine_core_did_not_start(tiny_model: Path, tmp_path: Path) -> None:
+    """vLLM's own says that its core failed, and to look for the cause above."""
+    empty = tmp_path / "no weights"
+    shutil.copytree(tiny_model, empty, ignore=shutil.ignore_patterns("*.safetensors*"))
+    done = subprocess.run(
+        engine_command(empty, "127.0.0.1:9", tmp_path, port=1),
+        capture_output=True,
+        text=True,
+        env=engine_environment(),
+        cwd=REPOSITORY,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("engine stopped: engine core: RuntimeError: Cannot find any model weights"), said

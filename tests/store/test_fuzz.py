@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from typing import Any
 
 import pytest
@@ -45,10 +46,13 @@ async def test_no_input_breaks_a_method_or_writes_when_it_is_refused(count: int)
     assert len(done) > len(METHODS) / 2, sorted(done)
 
 
-async def test_one_refused_input_that_writes_is_found_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refused_input_that_writes_is_found_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    def writes(request: store_service_pb2.CreateRunRequest) -> bool:
+        return zlib.crc32(request.SerializeToString(deterministic=True)) % 8 == 0
+
     def write_and_refuse(self: RunHandlers, request: Any, call: Any) -> Any:
         async def serve() -> bytes:
-            if request.run.run_id == "a":
+            if writes(request):
                 await self._store.write(
                     lambda tx: tx.execute("INSERT INTO meta VALUES (?, '')", (mint("x"),))
                 )
@@ -59,11 +63,11 @@ async def test_one_refused_input_that_writes_is_found_among_many(monkeypatch: py
     monkeypatch.setattr(RunHandlers, "create_run", write_and_refuse)
     async with fuzzer(chosen_seed()) as one:
         result = await one.run(300)
-    assert result.defects
+    assert 0 < len(result.defects) < 100
     for defect in result.defects:
         assert defect.startswith("CreateRun was refused and wrote a row: ")
         sent = bytes.fromhex(defect.rpartition(" ")[2])
-        assert store_service_pb2.CreateRunRequest.FromString(sent).run.run_id == "a"
+        assert writes(store_service_pb2.CreateRunRequest.FromString(sent))
 
 
 async def test_nonsense_on_the_port_harms_nobody() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,8 @@ from agl_grpc.interceptor.settings import FAILURE_FILE, Settings
 
 PLUGIN = "agl_grpc"
 """Our name in both of vLLM's plugin groups."""
+
+_CORE_LOGGER = "vllm.v1.engine.core"
 
 
 def register() -> None:
@@ -25,6 +28,7 @@ def register() -> None:
         # An engine core or a worker: it serves nobody, and is of no use without the one that started it.
         if FAILURE_FILE in os.environ:
             end_with(parent.pid)
+            logging.getLogger(_CORE_LOGGER).addHandler(_CauseFile(logging.ERROR))
         from agl_grpc.interceptor.inside import core_logprobs, cpu_seeds
 
         cpu_seeds.install()
@@ -34,6 +38,18 @@ def register() -> None:
         from agl_grpc.interceptor.inside import class_loader
 
         class_loader.install(settings)
+
+
+class _CauseFile(logging.Handler):
+    """Writes down what ended an engine core; the server that waits for it learns only that it has ended."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return
+        line = next(iter(str(error).strip().splitlines()), "")
+        with open(os.environ[FAILURE_FILE], "w") as failure:
+            failure.write(f"engine core: {type(error).__name__}: {line}\n")
 
 
 def end_with(parent: int | None) -> None:

@@ -57,6 +57,28 @@ def engine_arguments(model: str, given: Sequence[str], *, train: bool = True) ->
     return [*ours, *given]
 
 
+def cpu_arguments(environ: Mapping[str, str], given: Sequence[str], *, train: bool = True) -> list[str]:
+    """What vLLM does not find out by itself on a CPU, where the user says nothing of it.
+
+    Where torch compiles nothing, vLLM must not try to; in train mode it computes in the precision in which a
+    learner on a CPU computes the logprobs again.
+
+    Raises:
+        ServeError: the user's own arguments ask for compiling.
+    """
+    options = []
+    if environ.get("TORCHDYNAMO_DISABLE") == "1" and "--enforce-eager" not in given:
+        if "--no-enforce-eager" in given:
+            raise ServeError(
+                "--no-enforce-eager needs torch.compile, which is off on a CPU: "
+                "set TORCHDYNAMO_DISABLE=0 in the environment"
+            )
+        options.append("--enforce-eager")
+    if train and not _value(given, "--dtype"):
+        options += ["--dtype", "float32"]
+    return options
+
+
 def set_environment(environ: MutableMapping[str, str], settings: Settings, *, cpu: bool, cores: int) -> None:
     """Name the plugin, hand the settings down and set what a CPU machine needs; what is set already stays."""
     environ.update(settings.environment())
@@ -175,11 +197,15 @@ def serve(
     # The user's own come last, and count where they say the same thing.
     arguments = engine_arguments(model, [*own, *given], train=train)
     _check_plugin()
-    set_environment(os.environ, settings, cpu=is_cpu(), cores=len(os.sched_getaffinity(0)))
+    cpu = is_cpu()
+    set_environment(os.environ, settings, cpu=cpu, cores=len(os.sched_getaffinity(0)))
+    if cpu:
+        arguments += cpu_arguments(os.environ, given, train=train)
     if train:
         # Frameworks mark tools as strict. vLLM then masks tokens by a grammar, which no trainer knows of.
         os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
     failure = settings.spool_path() / "failure"
+    failure.parent.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     os.environ[FAILURE_FILE] = str(failure)
     code = run_vllm(arguments)

@@ -103,7 +103,8 @@ def check_logprobs(rows: Iterable[LogprobRow], *, version: int, limits: LogprobL
         raise FidelityError(
             f"sampled and recomputed logprobs differ under policy version {version}: max {worst:.3g} (limit "
             f"{limits.maximum:g}) in row {batch.row_of(same[worst_at])}, mean {mean:.3g} "
-            f"(limit {limits.mean:g}) over {compared} tokens"
+            f"(limit {limits.mean:g}) over {compared} tokens; the engine computes in another "
+            "precision (vLLM's --dtype) or with other weights, or `checks` is too narrow for this hardware"
         )
     return {
         "check/logprob_max_difference": worst,

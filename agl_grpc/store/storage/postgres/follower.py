@@ -106,7 +106,7 @@ class Follower:
             raw.execute(locks.ABSENT)
 
     def _hear(self, raw: Raw) -> bool:
-        """Waits a moment for notifications, also those that came during a statement: whether there are any."""
+        """Waits a moment for notifications; whether any came, also during the statements before."""
         told = [one.payload for one in raw.notifies(timeout=_TICK_SECONDS, stop_after=1)]
         joined = {int(text.split()[1]) for text in told if text.startswith(locks.JOINED)}
         self._others |= joined - {self.pid}

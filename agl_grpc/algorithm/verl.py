@@ -29,6 +29,9 @@ from agl_grpc.learner.run_config import (
 )
 from agl_grpc.model.rollout import RolloutConfig
 
+# verl's key by which a learner's rows are in its TransferQueue, not in the learner's memory.
+_QUEUE = "transfer_queue.enable"
+
 
 class VERL(Algorithm):
     """Settings of a training run with verl. `Trainer.fit` writes them down and starts the learner with them.
@@ -116,10 +119,11 @@ class VERL(Algorithm):
     def _check_several(self) -> None:
         if len(self.models) > 1:
             refuse_for_several(self.curriculum, self.config)
-        if self.ray_address and len(self.models) > 1:
+        queues = [name for name, one in self.of_each_model().items() if setting(one.config, _QUEUE)]
+        if self.ray_address and len(queues) > 1:
             raise ConfigError(
-                "ray_address names a Ray cluster, which is for one learner at a time, and each of the "
-                f"{len(self.models)} models has one: leave ray_address out"
+                f"{_QUEUE}: the Ray cluster in ray_address has room for one TransferQueue, and the learners "
+                f"of {', '.join(queues)} would each have one: leave one of the two out"
             )
         self.served()
 

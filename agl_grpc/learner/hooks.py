@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,7 +39,7 @@ class CheckpointStore(Protocol):
 class Validation(Protocol):
     """Scores the weights that the engines serve; see ``validation.py``."""
 
-    def run(self, step: int, tasks: Sequence[Any]) -> tuple[dict[str, float], bool]:
+    def run(self, step: int, tasks: Iterable[Any]) -> tuple[dict[str, float], bool]:
         """Metrics of the tasks, and whether the step's checkpoint is to be kept."""
 
 

@@ -29,7 +29,7 @@ from agl_grpc.learner.checkpoints.checkpoint import (
 from agl_grpc.learner.errors import ConfigError, StoppedError
 from agl_grpc.learner.progress import SAID
 from agl_grpc.learner.run_config import RunConfig
-from agl_grpc.learner.stopping import heed_stop, stoppable
+from agl_grpc.learner.stopping import Waits, heed_stop, stoppable
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingRun, batch_groups, frozen_rewards
 from agl_grpc.learner.verl.ray_runtime import common_environment, local_ray, worker_environment
@@ -41,6 +41,7 @@ from agl_grpc.sample import SampleRules
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from agl_grpc.learner.hooks import Validation
     from agl_grpc.learner.reporting import Reporting, TrajectorySamples
     from agl_grpc.learner.trainer import AglTrainer
     from agl_grpc.learner.verl.local_queue import LocalQueue
@@ -207,7 +208,8 @@ def _train(config: RunConfig, device: str, output: Path, link: StoreLink, traini
     rewards = None if config.follows else rewards
     tell(training, "starting Ray")
     others = rewards.reward.num_workers if rewards is not None else 0
-    with local_ray(device=device, gpus=gpus, address=config.ray_address, others=others):
+    queue_in_ray = bool(verl.transfer_queue.enable)
+    with local_ray(device=device, gpus=gpus, address=config.ray_address, others=others, queue=queue_in_ray):
         from agl_grpc.learner.reporting import Reporting, TrajectorySamples
         from agl_grpc.learner.verl.local_queue import row_queue
 
@@ -348,7 +350,6 @@ def _assemble(
     from agl_grpc.learner.rollouts.followed_source import FollowedSource, leaders_origin
     from agl_grpc.learner.rollouts.store_source import StoreSource
     from agl_grpc.learner.trainer import AglTrainer
-    from agl_grpc.learner.validation import StoreValidation, sampling_of
     from agl_grpc.learner.verl.manager import RolloutManager
 
     identity = training.identity
@@ -386,6 +387,7 @@ def _assemble(
     )
     source.start(manager.deliver)
     engines, receivers = _engines(config, verl)
+    waits = Waits(link)
     publisher = Publisher(
         link,
         identity,
@@ -397,26 +399,12 @@ def _assemble(
         lineage=lineage,
         partners=config.followers,
         partner_deadline=config.deadlines.sample,
+        waits=waits,
     )
     if config.follows or config.followers:
-        link.start(heed_stop(training, manager, publisher))
+        link.start(heed_stop(training, manager, waits))
     checkpoints = Checkpoints(output / "checkpoints", training.commit, keep=config.keep_checkpoints)
-
-    val = config.validation
-    validation = StoreValidation(
-        link,
-        f"{name.replace('_', '-')}.t{identity.trainer_epoch}",
-        Pass(
-            name=config.training_run_id or config.run_id,
-            samples=int(rollout.val_kwargs.n),
-            sampling=sampling_of(rollout.val_kwargs, val.max_tokens or None, val.seed),
-            queue=val.queue or None,
-            config=config.rollouts,
-            timeout=val.timeout,
-        ),
-        checkpoints.note_score if val.keep_best else lambda _step, _score: False,
-        models=(config.model.name, *config.followers),
-    )
+    note = checkpoints.note_score if config.validation.keep_best else lambda _step, _score: False
 
     def on_metrics(at: int, metrics: dict[str, float]) -> bool:
         return reporting.step(at, trainer.total_training_steps, metrics)
@@ -444,13 +432,40 @@ def _assemble(
         order=order if config.curriculum.enabled else None,
         on_metrics=on_metrics,
         on_rollouts=samples.step,
-        # A run that follows another is told by its source that it cannot validate.
-        validation=None if config.follows else validation,
+        validation=_validation(config, rollout, link, training, note, waits),
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),
         say=lambda text: tell(training, text),
     )
     trainer = AglTrainer(verl, hooks)
     return trainer, manager
+
+
+def _validation(
+    config: RunConfig,
+    rollout: DictConfig,
+    link: StoreLink,
+    training: TrainingRun,
+    note: Callable[[int, float], bool],
+    waits: Waits,
+) -> Validation:
+    """How the weights are scored during training: by the leader, where there are several models."""
+    from agl_grpc.learner.validation import FollowedValidation, StoreValidation, sampling_of
+
+    val = config.validation
+    if config.follows:
+        deadline = val.timeout + config.deadlines.sample
+        return FollowedValidation(link, config.follows, note, waits=waits, deadline=deadline)
+    plan = Pass(
+        name=config.training_run_id or config.run_id,
+        samples=int(rollout.val_kwargs.n),
+        sampling=sampling_of(rollout.val_kwargs, val.max_tokens or None, val.seed),
+        queue=val.queue or None,
+        config=config.rollouts,
+        timeout=val.timeout,
+    )
+    identity = training.identity
+    prefix = f"{identity.training_run_id.replace('_', '-')}.t{identity.trainer_epoch}"
+    return StoreValidation(link, prefix, plan, note, models=(config.model.name, *config.followers))
 
 
 def _engines(config: RunConfig, verl: DictConfig) -> tuple[int, int]:

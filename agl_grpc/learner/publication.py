@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Coroutine, Sequence
-from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from agl_grpc.client import StoreError
 from agl_grpc.learner.errors import DeadlineError, LearnerError
 from agl_grpc.learner.lineage import PolicyLineage, step_of, transfer_name
+from agl_grpc.learner.stopping import Waits
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingIdentity
 from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
@@ -37,6 +37,7 @@ class Publisher:
         lineage: told which step each published version is.
         partners: models of other training runs; a publication ends when theirs of the same step is committed.
         partner_deadline: seconds to wait for each step of theirs.
+        waits: ends the wait for partners when this training run is asked to stop.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class Publisher:
         lineage: PolicyLineage | None = None,
         partners: Sequence[str] = (),
         partner_deadline: float = 600.0,
+        waits: Waits | None = None,
     ) -> None:
+        self._waits = waits or Waits(link)
         self._partners = partners
         self._partner_deadline = partner_deadline
         # Engines of partners that were connected at any time: of these, and of no session before.
         self._seen: set[str] = set()
-        self._waiting: Future[None] | None = None
-        self._released = False
         self._link = link
         self._client = link.client
         self._identity = identity
@@ -81,26 +82,8 @@ class Publisher:
         """
         metrics = self._publish(step) if self._engines else {}
         for model in self._partners if step else ():
-            self._await_partner(model, step)
+            self._waits.until(self._partner(model, step))
         return metrics
-
-    def release(self) -> None:
-        """Ends the wait for partners, now and from now on: this training run ends. From any thread."""
-        self._released = True
-        if self._waiting is not None:
-            self._waiting.cancel()
-
-    def _await_partner(self, model: str, step: int) -> None:
-        self._waiting = self._link.start(self._partner(model, step))
-        if self._released:
-            self._waiting.cancel()
-        try:
-            self._waiting.result()
-        except CancelledError:
-            return
-        except BaseException:
-            self._waiting.cancel()
-            raise
 
     async def _partner(self, model: str, step: int) -> None:
         """Waits until engines serve another training run's weights after ``step``."""

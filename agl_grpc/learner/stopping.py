@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agl_grpc.learner.errors import StoppedError
+from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingRun
 
 if TYPE_CHECKING:
-    from agl_grpc.learner.publication import Publisher
     from agl_grpc.learner.verl.manager import RolloutManager
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -43,7 +46,38 @@ def stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-async def heed_stop(training: TrainingRun, manager: RolloutManager, publisher: Publisher) -> None:
+class Waits:
+    """Waits for the run's other learners; they end when this one is asked to stop, as the others may never
+    come.
+    """
+
+    def __init__(self, link: StoreLink) -> None:
+        self._link = link
+        self._pending: Future[Any] | None = None
+        self._released = False
+
+    def until(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What ``work`` answers; None once `release` was called."""
+        pending = self._link.start(work)
+        self._pending = pending
+        if self._released:
+            pending.cancel()
+        try:
+            return pending.result()
+        except CancelledError:
+            return None
+        except BaseException:
+            pending.cancel()
+            raise
+
+    def release(self) -> None:
+        """Ends the wait, now and from now on: this training run ends. From any thread."""
+        self._released = True
+        if self._pending is not None:
+            self._pending.cancel()
+
+
+async def heed_stop(training: TrainingRun, manager: RolloutManager, waits: Waits) -> None:
     """Ends the waits for the run's other learners when this one is asked to stop: they may never come."""
     try:
         await training.asked_to_stop()
@@ -52,5 +86,5 @@ async def heed_stop(training: TrainingRun, manager: RolloutManager, publisher: P
     except BaseException as error:
         manager.deliver(error)
     if training.stop_requested:
-        publisher.release()
+        waits.release()
         manager.deliver(StoppedError("the training run was asked to stop"))

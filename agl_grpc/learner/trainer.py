@@ -447,7 +447,7 @@ class AglTrainer(
             metrics = super()._validate()
         else:
             items = (self.val_dataset[number] for number in range(len(self.val_dataset)))
-            tasks = [orjson.loads(item["task"]) for item in items]
+            tasks = (orjson.loads(item["task"]) for item in items)
             metrics, keep = self.hooks.validation.run(self.global_steps, tasks)
             if keep and self.config.trainer.save_freq > 0 and self._saved_step != self.global_steps:
                 self._save_checkpoint()

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from agl_grpc.client import StoreClient
 from agl_grpc.evaluation import Evaluation, EvaluationError, Pass, Sampling, evaluate, publish_sampling
-from agl_grpc.learner.errors import LearnerError
+from agl_grpc.learner.errors import ConfigError, DeadlineError, LearnerError
+from agl_grpc.learner.stopping import Waits
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.model import LLM
+
+# The mean reward of a whole pass: by it the best checkpoint is chosen.
+SCORE = "val-aux/reward/mean"
+_TAKE_UP_SECONDS = 0.5
 
 
 class StoreValidation:
@@ -40,7 +47,7 @@ class StoreValidation:
         self._plan = plan
         self._note = note
 
-    def run(self, step: int, tasks: Sequence[Any]) -> tuple[dict[str, float], bool]:
+    def run(self, step: int, tasks: Iterable[Any]) -> tuple[dict[str, float], bool]:
         """Scores the weights that the engines serve after ``step``.
 
         Returns:
@@ -50,7 +57,7 @@ class StoreValidation:
             LearnerError: the pass did not come to an end, or no rollout got as far as an answer.
         """
         try:
-            found = self._link.run(self._evaluate(step, tasks))
+            found = self._link.run(self._evaluate(step, list(tasks)))
         except EvaluationError as error:
             raise LearnerError(f"validation after step {step}: {error}") from error
         keep = step > 0 and not math.isnan(found.mean) and self._note(step, found.mean)
@@ -84,6 +91,72 @@ class StoreValidation:
         return resources_id
 
 
+class FollowedValidation:
+    """The scores of another training run's validation: that run leads, and has all models' weights judged.
+
+    Args:
+        link: the line to the store.
+        leader: the training run that validates, after the same steps as this one asks.
+        note: told step and mean reward; answers whether that step's checkpoint is to be kept.
+        waits: ends the wait for a score when this training run is asked to stop.
+        deadline: seconds to wait for a score.
+    """
+
+    def __init__(
+        self,
+        link: StoreLink,
+        leader: str,
+        note: Callable[[int, float], bool],
+        *,
+        waits: Waits,
+        deadline: float,
+    ) -> None:
+        self._client = link.client
+        self._leader = leader
+        self._note = note
+        self._waits = waits
+        self._deadline = deadline
+
+    def run(self, step: int, _tasks: Iterable[Any]) -> tuple[dict[str, float], bool]:
+        """The score of the weights after ``step``, once the leader has reported the step.
+
+        Returns:
+            the score as a metric, and whether the step's checkpoint is to be kept.
+
+        Raises:
+            ConfigError: before the first step, for which no leader reports.
+            DeadlineError: the leader did not report the step in time.
+        """
+        if step == 0:
+            raise ConfigError(
+                "a training run that follows another cannot validate before training: set "
+                "trainer.val_before_train in the run that leads"
+            )
+        score = self._waits.until(self._reported(step))
+        if score is None:
+            return {}, False
+        return {SCORE: score}, self._note(step, score)
+
+    async def _reported(self, step: int) -> float | None:
+        """What the leader says of a step; None = nothing was judged."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                while True:
+                    changes = self._client.watch_training_run(self._leader, from_step=step)
+                    async with contextlib.aclosing(changes):  # type: ignore[type-var]  # it is a generator
+                        async for _, steps in changes:
+                            for item in steps:
+                                if item.step == step:
+                                    return item.metrics.get(SCORE)
+                    # The end that the watch has shown is the one that is being resumed.
+                    await asyncio.sleep(_TAKE_UP_SECONDS)
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"training run {self._leader}, which this one follows, did not report step {step} with its "
+                f"validation within {self._deadline:g} s"
+            ) from error
+
+
 def metrics_of(found: Evaluation) -> dict[str, float]:
     """The figures of each data source: the mean under verl's name, the rest beside it."""
     metrics: dict[str, float] = {}
@@ -96,6 +169,8 @@ def metrics_of(found: Evaluation) -> dict[str, float]:
         for k, value in figures.pass_at.items():
             if value is not None:
                 metrics[f"val-aux/{source}/pass@{k}"] = value
+    if not math.isnan(found.mean):
+        metrics[SCORE] = found.mean
     failed = {f"val-aux/failures/{kind}": float(count) for kind, count in found.failures.items()}
     return {**metrics, "val-aux/rollouts": float(found.figures.rollouts), **failed}
 

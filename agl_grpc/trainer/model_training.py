@@ -10,6 +10,7 @@ from typing import Any
 
 from agl_grpc.algorithm import VERL
 from agl_grpc.client import StoreClient
+from agl_grpc.learner.checkpoints.best import read_best
 from agl_grpc.learner.checkpoints.checkpoint import adapter_folder, hugging_face_folder
 from agl_grpc.learner.dotted import setting
 from agl_grpc.learner.run_config import ValidationConfig
@@ -170,14 +171,13 @@ class ModelTraining:
             training_run_id=self.record.training_run_id,
             train_dataset=plan.train_dataset,
             val_dataset=None if follows else plan.val_dataset,
-            more=_NO_VALIDATION if follows else _validation_keys(self.algorithm.config, plan),
+            more={**_validation_keys(self.algorithm.config, plan), **(_NOT_BEFORE if follows else {})},
             validation=ValidationConfig(
                 queue=plan.validation_queue,
                 max_tokens=validation.max_tokens or 0,
                 seed=validation.seed,
                 timeout=validation.timeout_seconds,
-                # A checkpoint of one model alone is not what was validated.
-                keep_best=validation.keep_best and not self.name,
+                keep_best=validation.keep_best,
             ),
             follows=follows,
             followers=followers,
@@ -257,6 +257,7 @@ class ModelTraining:
             history=[self.history[step] for step in sorted(self.history)],
             checkpoint=checkpoint,
             model=hugging_face_folder(checkpoint) if checkpoint else None,
+            best=read_best(self.folder.checkpoints),
             adapter=adapter if adapter and adapter.is_dir() else None,
         )
 
@@ -269,7 +270,8 @@ class ModelTraining:
         return len(self._plan.train_dataset) // int(batch) * int(epochs) if batch else None
 
 
-_NO_VALIDATION = {"trainer.test_freq": -1, "trainer.val_before_train": False}
+# A learner that follows takes the leader's scores, of which there is none before the first step.
+_NOT_BEFORE = {"trainer.val_before_train": False}
 
 
 def _validation_keys(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class ModelResult:
         history: metrics of all steps.
         checkpoint: folder of the last committed checkpoint; None when there is none.
         model: folder of that checkpoint's model, for ``transformers``.
+        best: the checkpoint with the best validation score during training, all models' together; None when
+            there was none.
         adapter: folder of that checkpoint's adapter, in peft's form; None where whole weights are trained.
     """
 
@@ -32,6 +34,7 @@ class ModelResult:
     history: list[StepMetrics] = field(default_factory=list)
     checkpoint: Path | None = None
     model: Path | None = None
+    best: BestCheckpoint | None = None
     adapter: Path | None = None
 
 

@@ -15,7 +15,6 @@ from agl_grpc.algorithm import VERL
 from agl_grpc.algorithm.several import LORA_RANK
 from agl_grpc.client import StoreError
 from agl_grpc.evaluation import Evaluation
-from agl_grpc.learner.checkpoints.best import read_best
 from agl_grpc.learner.dotted import setting
 from agl_grpc.learner.progress import scores
 from agl_grpc.model import LLM, RolloutStatus
@@ -331,7 +330,7 @@ class VerlSession(Session[FitResult]):
             history=leader.history,
             before=before,
             after=after,
-            best=read_best(self._leader.folder.checkpoints),
+            best=leader.best,
             checkpoint=leader.checkpoint,
             model=leader.model,
             models=results,

@@ -114,7 +114,12 @@ def test_the_first_leads_and_the_others_follow_it(base: str, tmp_path: Path) -> 
             {},
             "models.planner.config sets trainer.total_training_steps, which is one for all",
         ),
-        (TWO, {"ray_address": "auto"}, {}, "ray_address names a Ray cluster, which is for one learner"),
+        (
+            TWO,
+            {"ray_address": "auto"},
+            {"transfer_queue.enable": True},
+            "transfer_queue.enable: .* has room for one TransferQueue, and the learners of planner, solver",
+        ),
         (TWO, {"curriculum": {"enabled": True}}, {}, "a curriculum is not possible"),
         (
             TWO,

@@ -17,7 +17,9 @@ import pytest
 
 from agl_grpc import StoreClient
 from agl_grpc.algorithm import VERL
+from agl_grpc.learner.checkpoints.best import BestCheckpoint
 from agl_grpc.learner.lineage import step_of
+from agl_grpc.learner.validation import SCORE
 from agl_grpc.model import TrainingRun
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutMode, TrainingRunStatus
 from agl_grpc.model.policy import PolicyVersion
@@ -31,7 +33,7 @@ from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
-STEPS, KILLED_AT = 4, 2
+STEPS, KILLED_AT, VALIDATED = 4, 2, 3
 TASKS, GROUP = 4, 4
 RUN = "several"
 TRAINING = {"planner": f"{RUN}-training", "solver": f"{RUN}-training-solver"}
@@ -67,7 +69,7 @@ def trainer(folder: Path, port: int, *, resume: bool = False) -> Trainer:
                 *("--max-num-batched-tokens", "512", "--enforce-eager"),
             ]
         },
-        validation={"samples": 1, "greedy": False, "every": STEPS},
+        validation={"samples": 1, "greedy": False, "every": VALIDATED},
         port=port,
         run_name=RUN,
         run_dir=folder,
@@ -228,7 +230,20 @@ def test_the_result_and_the_folder_tell_of_each_model(trained: Trained) -> None:
     assert result.checkpoint == result.models["planner"].checkpoint
     assert set(result.before) == set(result.after) == {"sampled"}
     during = [step for step in result.history if any(name.startswith("val-core/") for name in step.metrics)]
-    assert [step.step for step in during] == [STEPS]
+    assert [step.step for step in during] == [VALIDATED, STEPS]
+    assert (trained.folder / "reward.png").read_bytes().startswith(b"\x89PNG")
     manifest: dict[str, Any] = orjson.loads((trained.folder / "manifest.json").read_bytes())
     assert manifest["models"] == list(MODELS)
-    assert (trained.folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_keeps_its_checkpoint_of_the_step_whose_weights_were_the_best_together(trained: Trained) -> None:
+    scores = {step.step: step.metrics[SCORE] for step in trained.result.history if SCORE in step.metrics}
+    assert list(scores) == [VALIDATED, STEPS]
+    best = max(scores, key=lambda step: (scores[step], -step))
+    for model, one in trained.result.models.items():
+        assert one.best == BestCheckpoint(f"global_step_{best}", best, scores[best])
+        saved = trained.folder / "models" / model / "checkpoints"
+        assert {path.name for path in saved.glob("global_step_*")} >= {
+            *(f"global_step_{step}" for step in (best, STEPS))
+        }
+    assert trained.result.best == trained.result.models["planner"].best

@@ -1,7 +1,8 @@
 """Engine and worker in one process, over the contract alone; sampled with torch instead of vLLM.
 
 It takes policy versions as an engine does, leases rollouts as a worker does, answers each with two model
-calls (the second continues the first after an observation), and rewards it. Runs until it is told to stop.
+calls (the second continues the first after an observation), and rewards it, unless its task is ``unjudged``.
+Runs until it is told to stop.
 
 Arguments: store address, run ids (with commas between them), model folder, model name; a second name makes a
 second engine, whose model answers the second call of each rollout. Each run has engines and a worker of its
@@ -148,7 +149,8 @@ class ContractEngine:
             share = float((torch.cat([one[place], two[place]]) < TARGET).float().mean())
             owner = {"rollout_id": each.rollout.rollout_id, "attempt_id": each.attempt_id}
             rewards = [Reward(**owner, value=share), Reward(**owner, name="format", value=float(odd))]
-            completions.append(Completion(lease=each.lease, rewards=rewards))
+            given = [] if each.rollout.input.get("unjudged") else rewards
+            completions.append(Completion(lease=each.lease, rewards=given))
         stored = await self._client.append_spans(groups)
         assert not stored.rejected, stored.rejected[0]
         for result in await self._client.complete_attempts(self._worker_id, completions):

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.learner.test_store_e2e import environment
-from tests.support.environments import learner_python
+from tests.support.environments import learner_environment, learner_python
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -19,7 +18,7 @@ def answers() -> dict[str, Any]:
     """What the script found out, made once: it starts Ray."""
     command = [learner_python(), "-m", "tests.learner.queue_script"]
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=280, check=False
+        command, env=learner_environment(), capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

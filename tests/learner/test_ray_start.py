@@ -88,12 +88,12 @@ def test_a_cluster_that_runs_already_is_joined_not_started(
 QUEUE = {"namespace": "transfer_queue", "name": "TransferQueueController"}
 
 
-def _join(monkeypatch: pytest.MonkeyPatch, ray: Ray, seconds: float) -> None:
+def _join(monkeypatch: pytest.MonkeyPatch, ray: Ray, seconds: float, *, queue: bool = True) -> None:
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(ray_runtime, "worker_environment", lambda _device: {})
     monkeypatch.setattr(ray_runtime, "_CLEARING_SECONDS", seconds)
     monkeypatch.setattr(ray_runtime, "_LOOK_SECONDS", 0.0)
-    with local_ray(device="cuda", gpus=2, address="head:6379"):
+    with local_ray(device="cuda", gpus=2, address="head:6379", queue=queue):
         pass
 
 
@@ -102,6 +102,15 @@ def test_a_trainer_waits_until_a_killed_one_is_cleared_away(monkeypatch: pytest.
     ray.named, ray.free = [[QUEUE], [QUEUE], []], [0, 1, 2]
     _join(monkeypatch, ray, 60.0)
     assert (ray.named, ray.free) == ([[]], [2])
+
+
+def test_a_trainer_whose_rows_are_its_own_joins_beside_one_with_a_transfer_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = Ray()
+    ray.named = [[QUEUE]]
+    _join(monkeypatch, ray, 0.0, queue=False)
+    assert ray.shutdowns == 1
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ from agl_grpc.client import StoreClient
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import TrainingRun
 from tests.learner.ledger import Ledger
-from tests.support.environments import learner_python
+from tests.learner.warm_ray import cluster_process
+from tests.support.environments import learner_environment, learner_python
 from tests.support.scripted_scores import ScriptedScores
 from tests.support.store_process import StoreProcess
 from tests.support.tensorboard import scalars
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-REPOSITORY = Path(__file__).parents[2]
 STEPS, MORE_STEPS, SAVE = 8, 10, 4
 KILL_AFTER = 2
 # What every step of any run with verl reports.
@@ -39,11 +38,6 @@ REPORTED = {
     *("repetition/distinct_1", "repetition/distinct_2", "repetition/distinct_4", "staleness/mean"),
     *("tokens/captured", "tokens/trained", "tokens/observed", "tokens/dropped", "tokens/unaccounted"),
 }
-
-
-def environment() -> dict[str, str]:
-    """Of processes in the learner environment."""
-    return {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'cli'}"}
 
 
 class Learner:
@@ -57,7 +51,7 @@ class Learner:
         self._on_line = on_line
         self.process = subprocess.Popen(
             [*command, "--store", store, *options],
-            env=environment(),
+            env=learner_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -90,7 +84,7 @@ def folder(tmp_path: Path) -> Path:
     model = tmp_path / "model"
     subprocess.run(
         [learner_python(), "-c", code + "make_model(Path(sys.argv[1]))", str(model)],
-        env=environment(),
+        env=learner_environment(),
         check=True,
         capture_output=True,
         timeout=120,
@@ -141,7 +135,10 @@ def served(
     command = [learner_python(), "-m", "tests.learner.contract_engine", store.address]
     log = (folder / "engine.log").open("w")
     process = subprocess.Popen(
-        [*command, ",".join(runs), str(folder / "model"), *models], env=environment(), stdout=log, stderr=log
+        [*command, ",".join(runs), str(folder / "model"), *models],
+        env=learner_environment(),
+        stdout=log,
+        stderr=log,
     )
     try:
         yield
@@ -334,7 +331,7 @@ def _lives(config: Path, store: StoreProcess, ledger: Path) -> list[int]:
     """Exit codes of the learners of `store_lives.py`."""
     command = [learner_python(), "-m", "tests.learner.store_lives", str(config), store.address, str(ledger)]
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=500, check=False
+        command, env=learner_environment(), capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     print(done.stderr[-4000:])
@@ -381,42 +378,56 @@ async def test_learners_killed_at_any_point_train_every_batch_once_and_a_claimed
 async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
     store: StoreProcess, folder: Path
 ) -> None:
-    """Planner and solver answer one call each of every rollout; both learn from its reward."""
+    """Planner and solver answer one call each of every rollout; both learn from its reward.
+
+    Their learners share a Ray cluster. Rollouts of one task have no reward: the leader replaces the group,
+    and the other goes on in step with it.
+    """
     steps, batch = 10, 4 * 8
+    tasks = (folder / "tasks.jsonl").read_text().replace('{"n": 25}', '{"n": 25, "unjudged": true}')
+    (folder / "tasks.jsonl").write_text(tasks)
     config = orjson.loads(_configure(folder, steps).read_bytes())
     config["verl"]["trainer.save_freq"] = steps
     learners = []
-    with served(store, folder, "planner", "solver"):
+    with served(store, folder, "planner", "solver"), cluster_process(nodes=2) as address:
+        config["ray_address"] = address
         for name, more in (("planner", {"followers": ["solver"]}), ("solver", {"follows": "tr_planner"})):
             own = {"model": {**config["model"], "name": name}, "training_run_id": f"tr_{name}", **more}
             path = folder / f"{name}.json"
             path.write_bytes(orjson.dumps({**config, **own, "output_dir": str(folder / name)}))
             learners.append(Learner(path, store.address))
         codes = [learner.finish() for learner in learners]
+    said = [line for learner in learners for line in learner.lines]
     assert codes == [0, 0], "\n".join(line for learner in learners for line in learner.lines[-20:])
+    assert not [line for line in said if "not writable" in line]
     async with StoreClient(store.address) as client:
         batches = {name: await client.query_batches(f"tr_{name}") for name in ("planner", "solver")}
         versions = {name: await client.query_policy_versions(name) for name in batches}
-        rewards: dict[int, float] = {}
+        metrics: dict[int, Mapping[str, float]] = {}
         async for _, found in client.watch_training_run("tr_solver"):
-            for each in found:
-                rewards[each.step] = each.metrics["reward/mean"]
-                # Its own call of each rollout, sampled by its own weights of the step before.
-                assert each.metrics["tokens/trained"] == batch * 4
-                assert each.metrics["check/logprob_tokens_compared"] == batch * 4
-                assert each.metrics["check/logprob_max_difference"] < 1e-5
+            metrics |= {each.step: each.metrics for each in found}
         rollouts = await client.query_rollouts()
     trained = {name: [e.rollout_id for b in found for e in b.entries] for name, found in batches.items()}
+    assert len(trained["planner"]) == steps * batch
     # The same rollouts, in the same batches, with the same rewards; each was made once.
-    assert trained["planner"] == trained["solver"]
-    assert len(set(trained["solver"])) == len(rollouts) == steps * batch
+    (replaced,) = [step for step, each in metrics.items() if "groups/dropped" in each]
+    assert replaced < steps / 2
     for mine, theirs in zip(*batches.values(), strict=True):
         assert mine.status is theirs.status is BatchStatus.COMMITTED
-        assert [e.reward for e in mine.entries] == [e.reward for e in theirs.entries]
+        common = batch - 8 if mine.step == replaced else batch
+        assert [(e.rollout_id, e.reward) for e in mine.entries[:common]] == [
+            (e.rollout_id, e.reward) for e in theirs.entries
+        ]
+        # Its own call of each rollout, sampled by its own weights of the step before.
+        each = metrics[mine.step]
+        assert each["tokens/trained"] == each["check/logprob_tokens_compared"] == common * 4
+        assert each["check/logprob_max_difference"] < 1e-5
+        assert each.get("training/off_policy/evicted_samples", 0) == (mine.step == replaced + 1)
+    assert len(rollouts) == steps * batch + 8
     digests = {name: {item.weights_digest for item in found} for name, found in versions.items()}
     assert len(digests["planner"]) == len(digests["solver"]) == steps
     assert not digests["planner"] & digests["solver"]
-    assert rewards[steps] > rewards[1]
+    assert metrics[steps]["reward/mean"] > metrics[1]["reward/mean"]
 
 
 SEEDS = {"one": 7, "two": 7, "other": 8}
@@ -452,7 +463,7 @@ async def test_two_runs_of_one_seed_train_the_same_and_their_difference_is_their
     with served(store, folder, "tiny", runs=tuple(SEEDS)):
         command = [learner_python(), "-m", "tests.learner.seeds_script", store.address, *paths]
         done = subprocess.run(  # noqa: ASYNC221  # nothing else happens in this loop
-            command, env=environment(), capture_output=True, text=True, timeout=400, check=False
+            command, env=learner_environment(), capture_output=True, text=True, timeout=400, check=False
         )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     batches: dict[str, list[list[tuple[str, float | None]]]] = {}

@@ -1,4 +1,7 @@
-"""A Ray cluster whose workers begin with everything imported, for scripts that start many trainers."""
+"""A Ray cluster whose workers begin with everything imported, for scripts that start many trainers.
+
+`python -m tests.learner.warm_ray NODES` says its address, and keeps it until its input ends.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 from agl_grpc.learner.verl.ray_runtime import CPUS_PER_GPU, OTHER_CPUS, worker_environment
 from tests.learner import warm_worker
 from tests.learner.forked import CONTEXT
+from tests.support.environments import learner_environment, learner_python
 
 STORE_BYTES = 100 << 20
 
@@ -26,6 +30,19 @@ def warm_cluster(nodes: int) -> Iterator[str]:
         path = os.environ[warm_worker.SOCKET] = str(Path(folder) / "socket")
         stack.enter_context(_imported(path))
         yield stack.enter_context(_running(nodes))
+
+
+@contextmanager
+def cluster_process(nodes: int) -> Iterator[str]:
+    """The same for those who are not in the learner environment: a process there keeps the cluster."""
+    command = [learner_python(), "-m", "tests.learner.warm_ray", str(nodes)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=learner_environment(), text=True, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert address, "the cluster did not start; see the lines above"
+        # Its input ends with this, and so does it.
+        yield address
 
 
 @contextmanager
@@ -75,3 +92,9 @@ def _imported(path: str) -> Iterator[None]:
             yield
         finally:
             process.stdin.close()
+
+
+if __name__ == "__main__":
+    with warm_cluster(int(sys.argv[1])) as cluster:
+        print(cluster, flush=True)
+        sys.stdin.read()

@@ -53,6 +53,11 @@ def engine_environment(**extra: str) -> dict[str, str]:
     }
 
 
+def learner_environment() -> dict[str, str]:
+    """Environment variables for the learner's Python: this checkout first."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "cli")])}
+
+
 def run_in_engine(module: str, *arguments: str, stdin: str = "", limit: float = 240.0) -> str:
     """Standard output of a module of the tests, run by the engine's Python."""
     done = subprocess.run(

@@ -6,7 +6,7 @@ takes what is finished or under way instead of paying for it again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from agl_grpc.client import StoreClient
@@ -47,19 +47,25 @@ class OpenGroup:
 
     def fill(self, older: dict[int, LeftBehind]) -> list[str]:
         """Chooses the members from what is there; answers the ids of those that have to be made."""
-        new, steps = [], [self.request.step]
+        new, taken = [], []
         for number in range(self.request.size):
             found = older.get(number)
             if found is not None and found.is_worth_taking:
                 self.members.append(found.rollout.rollout_id)
                 self.adopted.add(found.rollout.rollout_id)
-                steps.append(int(found.rollout.labels[STEP_LABEL]))
+                taken.append(found.rollout)
             else:
                 new.append(self.request.rollout_id(number, found.tries if found else 0))
                 self.members.append(new[-1])
-        # As old as when it was first asked for: staleness is about the weights that sampled it.
-        self.request = replace(self.request, step=min(steps))
+        self.date_back(taken)
         return new
+
+    def date_back(self, members: Iterable[Rollout]) -> None:
+        """Makes the group as old as the first of these that was asked for: staleness is about the weights
+        that sampled it.
+        """
+        steps = (int(member.labels[STEP_LABEL]) for member in members)
+        self.request = replace(self.request, step=min([self.request.step, *steps]))
 
     def take_newer(self, rollout_id: str) -> None:
         """Makes a later try at one place the member, if it is one."""

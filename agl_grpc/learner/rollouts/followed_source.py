@@ -12,10 +12,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from agl_grpc.client.filters import rollout_filter
-from agl_grpc.learner.errors import ConfigError, DeadlineError
+from agl_grpc.learner.errors import DeadlineError
 from agl_grpc.learner.lineage import PolicyLineage
 from agl_grpc.learner.rollouts.adoption import OpenGroup
-from agl_grpc.learner.rollouts.groups import GroupRequest
+from agl_grpc.learner.rollouts.groups import FinishedGroup, GroupRequest
 from agl_grpc.learner.rollouts.store_source import StoreSource
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TRAINING_LABEL, TrainingIdentity
@@ -59,11 +59,6 @@ class FollowedSource(StoreSource):
 
     async def _submit(self, groups: list[GroupRequest]) -> None:
         for request in groups:
-            if request.validate:
-                raise ConfigError(
-                    "a training run that follows another cannot validate: set trainer.test_freq and "
-                    "trainer.val_before_train in the run that leads"
-                )
             members = [request.rollout_id(number) for number in range(request.size)]
             self._open[request.uid] = OpenGroup(request, members)
         there = rollout_filter(
@@ -77,6 +72,12 @@ class FollowedSource(StoreSource):
         if group is not None:
             group.take_newer(rollout.rollout_id)
         super()._note(rollout)
+
+    async def _fetch(self, group: OpenGroup) -> FinishedGroup:
+        # In place of a group that it could not train the leader asks for one that this run comes to a step
+        # later. Too old by then, it is evicted, and the next one is taken: one of the leader's same step.
+        group.date_back(group.sealed.values())
+        return await super()._fetch(group)
 
 
 def leaders_origin(link: StoreLink, run_id: str, leader: str, deadline: float) -> int:

@@ -193,7 +193,8 @@ class StoreSource:
             prompt_ids=sample.prompt_ids.astype(np.int64),
             response_ids=sample.response_ids.astype(np.int64),
             response_mask=sample.response_mask.astype(np.int64),
-            logprobs=sample.logprobs,
+            # Copied, as the others are: torch warns of memory to which nobody may write, as a message's.
+            logprobs=sample.logprobs.astype(np.float32),
             policy_versions=self._lineage.steps(sample.policy_versions.astype(np.int64)),
             temperature=sample.temperature,
             turns=tuple((turn.start, turn.end, turn.ret) for turn in sample.turns),

@@ -25,7 +25,7 @@ _TRIES = 3
 # Ray has cleared away a killed trainer within a second, and one whose node is lost within half a minute.
 _CLEARING_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
-# Of every trainer: the TransferQueue finds itself by this name.
+# Of every trainer that has one: the TransferQueue finds itself by this name.
 _QUEUE = {"namespace": "transfer_queue", "name": "TransferQueueController"}
 
 
@@ -84,9 +84,9 @@ def _start(**arguments: Any) -> None:
     )
 
 
-def _await_room(gpus: int) -> None:
+def _await_room(gpus: int, queue: bool) -> None:
     """Waits until the cluster that was joined has room: a trainer that was killed may still be being cleared
-    away when the next one comes, which would take up its TransferQueue and lose it.
+    away when the next one comes, which would take up its TransferQueue, if it needs one, and lose it.
 
     Raises:
         LearnerError: the cluster has too few GPUs, or what holds them stays.
@@ -101,7 +101,7 @@ def _await_room(gpus: int) -> None:
         )
     deadline = time.monotonic() + _CLEARING_SECONDS
     # Ray tells nobody when a name or a GPU is free again.
-    while taken := _taken(gpus):
+    while taken := _taken(gpus, queue):
         if time.monotonic() >= deadline:
             raise LearnerError(
                 f"the Ray cluster has no room for this trainer: {taken} after {_CLEARING_SECONDS:g} s; end "
@@ -110,18 +110,20 @@ def _await_room(gpus: int) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _taken(gpus: int) -> str:
+def _taken(gpus: int, queue: bool) -> str:
     """Why a trainer of this many GPUs cannot begin on the cluster; empty = it can."""
     import ray
 
-    if _QUEUE in ray.util.list_named_actors(all_namespaces=True):
+    if queue and _QUEUE in ray.util.list_named_actors(all_namespaces=True):
         return "another trainer's TransferQueue is there"
     free = int(ray.available_resources().get("GPU", 0))
     return f"{free} of the {gpus} GPUs that it needs are free" if free < gpus else ""
 
 
 @contextmanager
-def local_ray(*, device: str, gpus: int, address: str = "", others: int = 0) -> Iterator[None]:
+def local_ray(
+    *, device: str, gpus: int, address: str = "", others: int = 0, queue: bool = False
+) -> Iterator[None]:
     """Starts Ray in this process's session, or joins a cluster, and leaves it at the end.
 
     Args:
@@ -129,6 +131,7 @@ def local_ray(*, device: str, gpus: int, address: str = "", others: int = 0) -> 
         gpus: accelerators that the trainer uses.
         address: of a Ray cluster that runs already (``HOST:6379``, ``auto``); empty = start Ray here.
         others: actors besides verl's own that each take a nominal CPU.
+        queue: rows are to be in verl's TransferQueue, of which a cluster has one.
 
     Raises:
         LearnerError: the machine is too busy to start Ray, or the cluster has no room for a trainer.
@@ -156,7 +159,7 @@ def local_ray(*, device: str, gpus: int, address: str = "", others: int = 0) -> 
         signal.signal(signal.SIGTERM, handler)
     try:
         if address:
-            _await_room(gpus)
+            _await_room(gpus, queue)
         yield
     finally:
         ray.shutdown()

@@ -191,8 +191,16 @@ train: engines ## Train the calculator agent: real vLLM, real verl, a reward tha
 	.venv/bin/python -m examples.calculator.train $(if $(RUN),--run $(RUN)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
+# One after the other: those that install this package write into the same folder of its sources.
+.PHONY: environments
+environments: ## Make the environments of every end-to-end test
+	$(MAKE) hybrid
+	$(MAKE) peers frameworks
+
+# Downloads, mostly: the environments come while the fast suite runs.
 .PHONY: test
-test: check-proto check-breaking check-protoc lint test-fast hybrid peers frameworks cpp-tools ## Everything: lint, the fast suite, real vLLM and real verl
+test: check-proto check-breaking check-protoc lint sandbox cpp-tools ## Everything: lint, the fast suite, real vLLM and real verl
+	$(MAKE) --jobs=2 test-fast environments
 	.venv/bin/python -m pytest -m 'e2e and not alone' -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 	.venv/bin/python -m pytest -m 'e2e and alone'
 

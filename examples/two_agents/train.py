@@ -96,7 +96,7 @@ def main() -> int:
     """Command line; the exit code."""
     parser = argparse.ArgumentParser(description="Train two agents as two adapters of one tiny model.")
     parser.add_argument("--seed", type=int, default=0, help="of model, task order and sampling")
-    parser.add_argument("--steps", type=int, default=20, help="training steps of 128 rollouts")
+    parser.add_argument("--steps", type=int, default=30, help="training steps of 128 rollouts")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--run", default=time.strftime("two-agents-%Y%m%d-%H%M%S"), help="name of the run")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs lie")

@@ -8,8 +8,9 @@ the store keeps), and moves less when the machine is busy with something else. W
 interceptor passes calls through.
 
 The time to the first event is taken from requests that come at random moments, at half the rate that the
-engine has just kept up with. In a block it would be a queue's: answers that end in the same step leave
-together once they are durable, the next requests come all at once, and each waits for those before it.
+engine has just kept up with, captured and others in turn at random, so that both meet the same queues. In a
+block it would be a queue's: answers that end in the same step leave together once they are durable, the next
+requests come all at once, and each waits for those before it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ import httpx
 import psutil
 
 from agl_grpc.v1 import run_pb2, store_service_pb2, store_service_pb2_grpc
+from benchmarks import processor
 from tests.interceptor.engine import Engine, engine
 from tests.support.environments import run_in_engine
 from tests.support.store_process import StoreProcess
@@ -64,7 +66,7 @@ class Block(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A captured and a plain block, and median seconds to the first event of the arrivals after each."""
+    """A captured and a plain block, and median seconds to the first event of the arrivals of each kind."""
 
     on: Block
     off: Block
@@ -80,8 +82,7 @@ class Rig(NamedTuple):
     processes: tuple[psutil.Process, ...]
 
     def processor_seconds(self) -> list[float]:
-        times = [process.cpu_times() for process in self.processes]
-        return [each.user + each.system for each in times]
+        return [processor.seconds(process.pid) for process in self.processes]
 
 
 async def ask(client: httpx.AsyncClient, base: str, tokens: int) -> float:
@@ -120,15 +121,19 @@ async def run_block(rig: Rig, base: str, load: Load) -> Block:
     return Block(seconds, tuple(used))
 
 
-async def run_arrivals(base: str, load: Load, rate: float, seed: int) -> float:
-    """Median seconds to the first event of requests that come at random moments, `rate` a second."""
-    moments = random.Random(seed)
+async def run_arrivals(bases: Mapping[bool, str], load: Load, rate: float, seed: int) -> dict[bool, float]:
+    """Median seconds to the first event, by kind, of requests at random moments, `rate` a second."""
+    chance = random.Random(seed)
+    kinds = [True, False] * load.requests
+    chance.shuffle(kinds)
     running = []
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
-        for _ in range(load.requests):
-            await asyncio.sleep(moments.expovariate(rate))
-            running.append(asyncio.create_task(ask(client, base, load.tokens)))
-        return statistics.median(await asyncio.gather(*running))
+        for kind in kinds:
+            await asyncio.sleep(chance.expovariate(rate))
+            running.append(asyncio.create_task(ask(client, bases[kind], load.tokens)))
+        waited = await asyncio.gather(*running)
+    pairs = list(zip(kinds, waited, strict=True))
+    return {kind: statistics.median(each for one, each in pairs if one is kind) for kind in bases}
 
 
 async def measure(rig: Rig, load: Load, pairs: int) -> list[Pair]:
@@ -139,8 +144,7 @@ async def measure(rig: Rig, load: Load, pairs: int) -> list[Pair]:
         bases = {True: rig.captured, False: rig.running.url}
         blocks = {kind: await run_block(rig, bases[kind], load) for kind in order}
         rate = 0.5 * load.requests / blocks[False].seconds
-        # Both kinds of a pair come at the same moments.
-        firsts = {kind: await run_arrivals(bases[kind], load, rate, number) for kind in order}
+        firsts = await run_arrivals(bases, load, rate, number)
         if number:
             found.append(Pair(blocks[True], blocks[False], firsts[True], firsts[False]))
     return found

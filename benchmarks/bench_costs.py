@@ -20,7 +20,7 @@ import psutil
 
 from agl_grpc.v1 import runner_service_pb2 as runner
 from agl_grpc.v1 import store_service_pb2 as store
-from benchmarks import ingest, lives
+from benchmarks import ingest, lives, processor
 from benchmarks.clients import Start, run_clients
 from benchmarks.database import make_attempts
 from benchmarks.figures import Row, figure, median, run
@@ -215,9 +215,7 @@ def on_postgres(seconds: float) -> list[Row]:
 
 def postgres_cpu(postgres: PostgresServer) -> float:
     """Seconds of CPU of all its processes that live."""
-    main = psutil.Process(postgres.pid)
-    times = [process.cpu_times() for process in (main, *main.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
+    return processor.seconds_of_all(psutil.Process(postgres.pid))
 
 
 def measure(options: argparse.Namespace) -> list[Row]:

@@ -31,6 +31,7 @@ import psutil
 import uvloop
 
 from agl_grpc.v1 import store_service_pb2, store_service_pb2_grpc
+from benchmarks import processor
 from benchmarks.figures import Row, figure, percentile, run
 from benchmarks.http_load import Connection, Timing
 from tests.support.store_process import StoreProcess
@@ -59,9 +60,7 @@ class Rig(NamedTuple):
 
     def cpu(self) -> float:
         """Of all its processes."""
-        processes = [self.process, *self.process.children(recursive=True)]
-        times = [each.cpu_times() for each in processes]
-        return sum(each.user + each.system for each in times)
+        return processor.seconds_of_all(self.process)
 
     def parts(self) -> dict[str, float]:
         """Seconds of a profiled proxy's processor that each of its parts has used."""

@@ -19,6 +19,7 @@ import psutil
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model import EnqueueRolloutRequest, RolloutStatus
+from benchmarks import processor
 from benchmarks.clients import on_loop
 from benchmarks.figures import Row, figure, percentile, run
 from benchmarks.servers import ROOT, folder, store_server
@@ -63,8 +64,7 @@ async def waiting(client: StoreClient, name: str, workers: int) -> None:
 
 def processor_seconds(supervisor: psutil.Process) -> float:
     """Processor time of the workers and all that they have started."""
-    times = [child.cpu_times() for child in supervisor.children(recursive=True)]
-    return sum(one.user + one.system for one in times)
+    return processor.seconds(*(child.pid for child in supervisor.children(recursive=True)))
 
 
 async def execute(client: StoreClient, count: int) -> list[str]:

@@ -17,6 +17,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks import processor
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -37,8 +39,7 @@ class Server:
     @property
     def cpu(self) -> float:
         """Seconds of CPU that it has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return processor.seconds(self.process.pid)
 
     @property
     def rss(self) -> float:

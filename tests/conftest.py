@@ -22,6 +22,7 @@ LONGEST = (
     "learner/test_trainer_e2e.py",
     "learner/test_hybrid_e2e.py",
     "e2e/test_several_models.py",
+    "learner/test_two_models_e2e.py",
     "e2e/test_typescript_agent.py",
     "clients/test_clients.py",
     "frameworks/test_frameworks.py",

@@ -8,7 +8,6 @@ It runs `agl-grpc learner` on a real store with the engine of tests/learner/cont
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,17 @@ from typing import Any
 import orjson
 
 from agl_grpc.client import StoreClient
-from tests.learner import test_store_e2e as run
-from tests.support.environments import learner_python
+from tests.learner.runs import Learner, configure, make_folder, served
 from tests.support.store_process import StoreProcess
-
-_MODEL = "import sys; from pathlib import Path; from tests.learner.trainer_script import make_model; "
 
 
 def main(folder: Path, steps: int, target: Path) -> None:
     """Trains, and writes a line for each step."""
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [learner_python(), "-c", f"{_MODEL}make_model(Path(sys.argv[1]))", str(folder / "model")],
-        env=run.environment(),
-        check=True,
-    )
-    (folder / "tasks.jsonl").write_text("".join(f'{{"n": {number}}}\n' for number in range(48)))
+    make_folder(folder)
     with StoreProcess(folder / "store.db") as store:
-        with run.served(store, folder, "tiny"):
-            learner = run.Learner(run._configure(folder, steps), store.address)
+        with served(store, folder, "tiny"):
+            learner = Learner(configure(folder, steps), store.address)
             assert learner.finish() == 0, "\n".join(learner.lines[-40:])
         items = asyncio.run(_read(store.address))
     target.write_bytes(b"".join(orjson.dumps(item, option=orjson.OPT_APPEND_NEWLINE) for item in items))

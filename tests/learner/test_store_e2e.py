@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from agl_grpc.client import StoreClient
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import TrainingRun
 from tests.learner.ledger import Ledger
-from tests.learner.warm_ray import cluster_process
+from tests.learner.runs import SAVE, Learner, configure, make_folder, served
 from tests.support.environments import learner_environment, learner_python
 from tests.support.scripted_scores import ScriptedScores
 from tests.support.store_process import StoreProcess
@@ -28,7 +26,7 @@ from tests.support.tensorboard import scalars
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-STEPS, MORE_STEPS, SAVE = 8, 10, 4
+STEPS, MORE_STEPS = 8, 10
 KILL_AFTER = 2
 # What every step of any run with verl reports.
 REPORTED = {
@@ -40,78 +38,10 @@ REPORTED = {
 }
 
 
-class Learner:
-    """`agl-grpc learner` in a process of its own; ``on_line`` sees every line of its progress."""
-
-    def __init__(
-        self, config: Path, store: str, *options: str, on_line: Callable[[str], None] = print
-    ) -> None:
-        command = [learner_python(), "-m", "agl_grpc_cli", "learner", "--config", str(config)]
-        self.lines: list[str] = []
-        self._on_line = on_line
-        self.process = subprocess.Popen(
-            [*command, "--store", store, *options],
-            env=learner_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-            if line.startswith("learner: "):
-                self._on_line(line)
-
-    def finish(self) -> int:
-        """Waits for the end; the exit code."""
-        try:
-            return self.process.wait(300)
-        finally:
-            self.process.kill()
-            self._reader.join()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Model, tasks and configuration of a run."""
-    code = "import sys; from pathlib import Path; from tests.learner.trainer_script import make_model; "
-    model = tmp_path / "model"
-    subprocess.run(
-        [learner_python(), "-c", code + "make_model(Path(sys.argv[1]))", str(model)],
-        env=learner_environment(),
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    (tmp_path / "tasks.jsonl").write_text("".join(f'{{"n": {number}}}\n' for number in range(48)))
-    return tmp_path
-
-
-def _configure(folder: Path, steps: int) -> Path:
-    config: dict[str, Any] = {
-        "model": {"path": str(folder / "model"), "name": "tiny"},
-        "train_tasks": str(folder / "tasks.jsonl"),
-        "output_dir": str(folder / "out"),
-        "training_run_id": "tr_e2e",
-        "deadlines": {"sample": 60, "publish": 60, "engines": 60},
-        "verl": {
-            "data.train_batch_size": 4,
-            "actor_rollout_ref.rollout.n": 8,
-            "actor_rollout_ref.actor.optim.lr": 5e-3,
-            "trainer.total_epochs": 1000,
-            "trainer.total_training_steps": steps,
-            "trainer.save_freq": SAVE,
-        },
-    }
-    path = folder / "run.json"
-    path.write_bytes(orjson.dumps(config))
-    return path
+    return make_folder(tmp_path)
 
 
 @pytest.fixture
@@ -125,28 +55,6 @@ def engine(store: StoreProcess, folder: Path) -> Iterator[None]:
     """Engine and worker over the contract."""
     with served(store, folder, "tiny"):
         yield
-
-
-@contextmanager
-def served(
-    store: StoreProcess, folder: Path, *models: str, runs: tuple[str, ...] = ("default",)
-) -> Iterator[None]:
-    """Engines of these models and a worker for each run; of two models the second makes second calls."""
-    command = [learner_python(), "-m", "tests.learner.contract_engine", store.address]
-    log = (folder / "engine.log").open("w")
-    process = subprocess.Popen(
-        [*command, ",".join(runs), str(folder / "model"), *models],
-        env=learner_environment(),
-        stdout=log,
-        stderr=log,
-    )
-    try:
-        yield
-        assert process.poll() is None, (folder / "engine.log").read_text()
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
 
 
 async def _state(store: StoreProcess) -> tuple[TrainingRun, list[Any], list[Any], dict[int, float]]:
@@ -176,7 +84,7 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
 
     with ScriptedScores(_targets) as model:
         # More steps than an alarm, which this run is bound to raise, lets it make; it ends between two saves.
-        path = _configure(folder, STEPS + 4)
+        path = configure(folder, STEPS + 4)
         config = orjson.loads(path.read_bytes()) | {"reward_endpoint": model.endpoint}
         alarms = {"window": 2, "raise_after": STEPS - 3, "entropy_floor": 100.0}
         config["alarms"] = {**alarms, "stop_on": ["entropy_collapse"]}
@@ -282,7 +190,7 @@ async def _learns_the_best_of_its_rollouts(store: StoreProcess, folder: Path) ->
 async def test_a_stopped_learner_trains_the_same_batches_again_and_makes_no_rollout_twice(
     store: StoreProcess, engine: None, folder: Path
 ) -> None:
-    config = _configure(folder, MORE_STEPS)
+    config = configure(folder, MORE_STEPS)
 
     def stop(line: str) -> None:
         if line.startswith(f"learner: step {SAVE + 2}/"):
@@ -344,7 +252,7 @@ async def test_learners_killed_at_any_point_train_every_batch_once_and_a_claimed
 ) -> None:
     """Eight learners killed with SIGKILL between claim, step and save, on one Ray cluster; see `KILLS`."""
     steps = 8
-    config = orjson.loads(_configure(folder, steps).read_bytes())
+    config = orjson.loads(configure(folder, steps).read_bytes())
     config["verl"]["trainer.save_freq"] = 2
     path = folder / "lives.json"
     path.write_bytes(orjson.dumps(config))
@@ -375,67 +283,12 @@ async def test_learners_killed_at_any_point_train_every_batch_once_and_a_claimed
     assert len(digests) >= steps
 
 
-async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
-    store: StoreProcess, folder: Path
-) -> None:
-    """Planner and solver answer one call each of every rollout; both learn from its reward.
-
-    Their learners share a Ray cluster. Rollouts of one task have no reward: the leader replaces the group,
-    and the other goes on in step with it.
-    """
-    steps, batch = 10, 4 * 8
-    tasks = (folder / "tasks.jsonl").read_text().replace('{"n": 25}', '{"n": 25, "unjudged": true}')
-    (folder / "tasks.jsonl").write_text(tasks)
-    config = orjson.loads(_configure(folder, steps).read_bytes())
-    config["verl"]["trainer.save_freq"] = steps
-    learners = []
-    with served(store, folder, "planner", "solver"), cluster_process(nodes=2) as address:
-        config["ray_address"] = address
-        for name, more in (("planner", {"followers": ["solver"]}), ("solver", {"follows": "tr_planner"})):
-            own = {"model": {**config["model"], "name": name}, "training_run_id": f"tr_{name}", **more}
-            path = folder / f"{name}.json"
-            path.write_bytes(orjson.dumps({**config, **own, "output_dir": str(folder / name)}))
-            learners.append(Learner(path, store.address))
-        codes = [learner.finish() for learner in learners]
-    said = [line for learner in learners for line in learner.lines]
-    assert codes == [0, 0], "\n".join(line for learner in learners for line in learner.lines[-20:])
-    assert not [line for line in said if "not writable" in line]
-    async with StoreClient(store.address) as client:
-        batches = {name: await client.query_batches(f"tr_{name}") for name in ("planner", "solver")}
-        versions = {name: await client.query_policy_versions(name) for name in batches}
-        metrics: dict[int, Mapping[str, float]] = {}
-        async for _, found in client.watch_training_run("tr_solver"):
-            metrics |= {each.step: each.metrics for each in found}
-        rollouts = await client.query_rollouts()
-    trained = {name: [e.rollout_id for b in found for e in b.entries] for name, found in batches.items()}
-    assert len(trained["planner"]) == steps * batch
-    # The same rollouts, in the same batches, with the same rewards; each was made once.
-    (replaced,) = [step for step, each in metrics.items() if "groups/dropped" in each]
-    assert replaced < steps / 2
-    for mine, theirs in zip(*batches.values(), strict=True):
-        assert mine.status is theirs.status is BatchStatus.COMMITTED
-        common = batch - 8 if mine.step == replaced else batch
-        assert [(e.rollout_id, e.reward) for e in mine.entries[:common]] == [
-            (e.rollout_id, e.reward) for e in theirs.entries
-        ]
-        # Its own call of each rollout, sampled by its own weights of the step before.
-        each = metrics[mine.step]
-        assert each["tokens/trained"] == each["check/logprob_tokens_compared"] == common * 4
-        assert each["check/logprob_max_difference"] < 1e-5
-        assert each.get("training/off_policy/evicted_samples", 0) == (mine.step == replaced + 1)
-    assert len(rollouts) == steps * batch + 8
-    digests = {name: {item.weights_digest for item in found} for name, found in versions.items()}
-    assert len(digests["planner"]) == len(digests["solver"]) == steps
-    assert not digests["planner"] & digests["solver"]
-    assert metrics[steps]["reward/mean"] > metrics[1]["reward/mean"]
-
-
 SEEDS = {"one": 7, "two": 7, "other": 8}
 
 
 def _seeded(folder: Path, name: str, seed: int) -> Path:
     """The configuration of a short run of its own, with a seed."""
-    config = orjson.loads(_configure(folder, 2).read_bytes())
+    config = orjson.loads(configure(folder, 2).read_bytes())
     config |= {"run_id": name, "training_run_id": f"tr-{name}", "output_dir": str(folder / name)}
     config |= {"seed": seed, "request_seeds": True}
     config["verl"]["trainer.save_freq"] = -1

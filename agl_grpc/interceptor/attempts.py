@@ -137,6 +137,8 @@ class Attempts:
         except grpc.aio.AioRpcError as error:
             self._failed = time.monotonic()
             logger.debug("attempt %s not looked up: %s", key, error.details())
+        finally:
+            del task  # it has the error, and the error's traceback has this frame
         return known
 
     def _answered(self, key: str, done: asyncio.Task[KnownAttempt]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from agl_grpc.interceptor import attempts
 from agl_grpc.interceptor.front.settings import UpstreamSpec
 from agl_grpc.model.value import from_payload
 from agl_grpc.v1 import model_call_pb2
@@ -290,9 +291,16 @@ async def test_the_openai_sdk_streams_and_calls_through_the_proxy(
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"unattributed": "record"}])
 async def test_what_a_request_has_held_is_free_once_it_is_served(
-    scripted: ScriptedStore, engine: FakeEngine, tmp_path: Path, stream: bool, settings: dict[str, Any]
+    scripted: ScriptedStore,
+    engine: FakeEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+    settings: dict[str, Any],
 ) -> None:
     """Bodies and answers in cycles would lie in memory until a collector comes that seldom does."""
+    # Each request asks the store for its attempt, which that refuses.
+    monkeypatch.setattr(attempts, "_AFTER_FAILURE_SECONDS", -1.0)
     async with proxy_before(scripted.address, tmp_path, engine, ack_timeout=30.0, **settings) as rig:
         base = rig.proxy.url if settings else ""
         await rig.chat(base, stream=stream)

@@ -80,7 +80,7 @@ def foreign_command(model: Path, *options: str, port: int) -> list[str]:
     """A server that somebody else puts together; the interceptor's settings come by the environment."""
     return [
         engine_python(), "-m", "tests.interceptor.foreign_server", "--model", str(model), *SMALL,
-        "--host", "127.0.0.1", "--port", str(port), *options,
+        "--enforce-eager", "--host", "127.0.0.1", "--port", str(port), *options,
     ]  # fmt: skip
 
 

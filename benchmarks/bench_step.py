@@ -27,8 +27,8 @@ import orjson
 from benchmarks import work_times
 from benchmarks.engine_times import VARIABLE
 from benchmarks.figures import Row, figure, median, run
-from tests.learner.test_store_e2e import Learner, environment
-from tests.support.environments import learner_python
+from tests.learner.runs import Learner
+from tests.support.environments import learner_environment, learner_python
 from tests.support.store_process import StoreProcess
 
 STEP_SECONDS = 2.0
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
         command = [learner_python(), "-m", "benchmarks.timed_agents", str(sampled), store.address, "default"]
         engine = subprocess.Popen(
             [*command, str(folder / "model"), "tiny"],
-            env=environment(),
+            env=learner_environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
 def _make_model(folder: Path) -> None:
     code = "import sys; from pathlib import Path; from tests.learner.trainer_script import make_tasks; "
     command = [learner_python(), "-c", code + "make_tasks(Path(sys.argv[1]))", str(folder)]
-    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    subprocess.run(command, env=learner_environment(), check=True, capture_output=True)
 
 
 def _configure(folder: Path, options: argparse.Namespace) -> Path:

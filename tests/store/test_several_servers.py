@@ -12,6 +12,7 @@ import grpc
 import psycopg
 import pytest
 
+from agl_grpc.store.storage.events import EventRow
 from agl_grpc.store.storage.postgres.clock import DatabaseClock
 from agl_grpc.v1 import (
     common_pb2,
@@ -134,6 +135,38 @@ async def test_what_one_changes_the_other_knows_at_once(pair: tuple[Rig, Rig]) -
     assert await b.lease(queues=["l"], labels=[common_pb2.Label(key="cpu", value="x")]) == []
     (leased,) = await b.lease(queues=["l"], labels=[gpu])
     assert leased.rollout.rollout_id == "labelled"
+
+
+async def test_news_of_an_older_publication_replace_no_newer_one(pair: tuple[Rig, Rig]) -> None:
+    a, b = pair
+    stream = WorkerStream(a)
+    await stream.open(granted=40)
+    for version in range(2, 41, 2):
+        await b.store.PublishResources(resources("rs"))
+        # News of that one are still on their way.
+        await a.store.PublishResources(resources("rs"))
+        await b.enqueue(rollout_id=f"after-{version}")
+        await stream.deliveries(1)  # by now they have come
+        (pending,) = (await a.renew()).commands
+        assert pending.resources_version == version
+    stream.cancel()
+
+
+async def test_a_server_takes_no_entry_of_its_own_for_news(pair: tuple[Rig, Rig]) -> None:
+    """Its follower is told by the commit itself, before the writer can note what it wrote."""
+    a, b = pair
+    mine: list[EventRow] = []
+    others: list[EventRow] = []
+    a.server.store.on_news.append(mine.extend)
+    b.server.store.on_news.append(others.extend)
+    for number in range(200):
+        await a.enqueue(rollout_id=str(number))
+
+    async def all_told() -> bool:
+        return len({event.ref for event in others}) >= 200
+
+    await eventually(all_told, what="the other server knows each rollout")
+    assert mine == []
 
 
 async def test_a_request_that_both_get_is_carried_out_once(pair: tuple[Rig, Rig]) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from agl_grpc.store.errors import StoreError
 from agl_grpc.store.rollouts import commands
 from agl_grpc.store.rollouts.attempts import CREATED, ROLLOUT
+from agl_grpc.store.rollouts.bindings import latest_key
 from agl_grpc.store.rollouts.commands import Commands
 from agl_grpc.store.rollouts.dispatch import Dispatcher
 from agl_grpc.store.rollouts.moves import Moves
@@ -53,10 +54,14 @@ class Neighbours:
 
     async def _announce(self, run_key: int, resource_key: int) -> None:
         workers = self._orders.connected(run_key)
+
+        def run(tx: Tx) -> None:
+            # A newer one may have been published since, here or there, and been announced first.
+            if latest_key(tx.connection, run_key) == resource_key:
+                self._orders.announce_resources(tx, resource_key, workers)
+
         if workers:
-            await self._store.write(
-                lambda tx: self._orders.announce_resources(tx, resource_key, workers), rows=len(workers)
-            )
+            await self._store.write(run, rows=len(workers))
 
     async def _look(self) -> None:
         self._looking = True

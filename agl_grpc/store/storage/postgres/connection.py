@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -19,6 +18,7 @@ from agl_grpc.store.errors import invalid_field
 from agl_grpc.store.storage.counters import NAMES, Counters
 from agl_grpc.store.storage.postgres import locks
 from agl_grpc.store.storage.postgres.clock import DatabaseClock
+from agl_grpc.store.storage.postgres.own import OwnEntries
 
 Raw = psycopg.Connection[tuple[Any, ...]]
 
@@ -207,7 +207,7 @@ class PostgresWriter(PostgresConnection):
 
     syncs = False
 
-    def __init__(self, raw: Raw, clock: Clock, own: deque[tuple[int, int]]) -> None:
+    def __init__(self, raw: Raw, clock: Clock, own: OwnEntries) -> None:
         super().__init__(raw)
         self.counters = Counters((0,) * len(NAMES))
         self.gap = False
@@ -271,9 +271,10 @@ class PostgresWriter(PostgresConnection):
             statements.append(f"UPDATE counters SET {', '.join(columns)}, beat = {self._time}")
         if newest > self._events:
             statements.append(f"NOTIFY {locks.CHANNEL}")
-        self.raw.execute("; ".join([*statements, "COMMIT"]).encode())
-        if newest > self._events:
-            self._own.append((self._events + 1, newest))
+        with self._own.committing:
+            self.raw.execute("; ".join([*statements, "COMMIT"]).encode())
+            if newest > self._events:
+                self._own.add(self._events + 1, newest)
 
     def sync(self) -> None:
         """Nothing is left to be done after a commit."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import psycopg
@@ -17,6 +16,7 @@ from agl_grpc.store.storage.postgres import locks
 from agl_grpc.store.storage.postgres.clock import DatabaseClock
 from agl_grpc.store.storage.postgres.connection import PostgresConnection, PostgresWriter, connect
 from agl_grpc.store.storage.postgres.follower import Follower
+from agl_grpc.store.storage.postgres.own import OwnEntries
 from agl_grpc.store.storage.schema import SchemaTooNew, check_versions, families, migrate
 
 _OLDEST_SERVER = 130000
@@ -56,7 +56,7 @@ class PostgresDatabase:
     def __init__(self, url: str) -> None:
         self.store_id = ""
         self._url = url
-        self._own: deque[tuple[int, int]] = deque()
+        self._own = OwnEntries()
         self._follower: Follower | None = None
         self._readers: list[PostgresConnection] = []
 

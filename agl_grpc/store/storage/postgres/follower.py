@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 import psycopg
@@ -14,6 +13,7 @@ from agl_grpc.store.storage.engine import Connection, News
 from agl_grpc.store.storage.events import EventRow
 from agl_grpc.store.storage.postgres import locks
 from agl_grpc.store.storage.postgres.connection import BEAT, PostgresConnection, Raw, connect
+from agl_grpc.store.storage.postgres.own import END, OwnEntries
 
 _TICK_SECONDS = 0.2
 _LOOK_SECONDS = 1.0
@@ -23,7 +23,6 @@ _NEW = (
     "SELECT position, run_key, entity, kind, ref, low, high, time, entity_id FROM events "
     "WHERE position > ? AND position < ? ORDER BY position LIMIT ?"
 )
-_END = (1 << 63) - 1
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +32,7 @@ class Follower:
     Args:
         url: The database.
         position: Where the log ended when this server began.
-        own: Positions of this server's own entries, first and last of each group; they are no news.
+        own: This server's own entries; they are no news.
         on_news: Called in the thread.
         next_due: Reads when a timer may have to act.
 
@@ -45,7 +44,7 @@ class Follower:
         self,
         url: str,
         position: int,
-        own: deque[tuple[int, int]],
+        own: OwnEntries,
         on_news: Callable[[News], None],
         next_due: Callable[[Connection], int | None],
     ) -> None:
@@ -132,18 +131,16 @@ class Follower:
         """Entries after the last ones seen, without this server's own."""
         found: list[EventRow] = []
         while True:
-            own = self._own[0] if self._own else None
-            if own is not None and own[0] <= self._position + 1:
-                self._position = max(self._position, own[1])
-                self._own.popleft()
-                continue
-            before = _END if own is None else own[0]
+            self._position = self._own.skip(self._position)
+            before = self._own.next()
             rows = connection.execute(_NEW, (self._position, before, _PAGE)).fetchall()
+            bound = self._own.next_settled()
+            rows = [row for row in rows if row[0] < bound]
             found += [EventRow._make(row[1:]) for row in rows]
             if rows:
                 self._position = rows[-1][0]
-            elif own is not None:
+            elif before < END:
                 # What stood between was pruned.
-                self._position = own[0] - 1
-            if len(rows) < _PAGE and own is None:
+                self._position = before - 1
+            if len(rows) < _PAGE and bound == END:
                 return found

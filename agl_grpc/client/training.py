@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from agl_grpc.client.connection import Connection
@@ -120,7 +120,7 @@ class TrainingCalls(Connection):
 
     async def watch_training_run(
         self, training_run_id: str, *, from_step: int = 0
-    ) -> AsyncIterator[tuple[TrainingRun | None, list[StepMetrics]]]:
+    ) -> AsyncGenerator[tuple[TrainingRun | None, list[StepMetrics]], None]:
         """State (``None`` = unchanged) and metrics as they come, from a step on, to the run's end.
 
         A trainer that goes on from a checkpoint reports steps again, under its own epoch.

@@ -143,7 +143,7 @@ class FollowedValidation:
             async with asyncio.timeout(self._deadline):
                 while True:
                     changes = self._client.watch_training_run(self._leader, from_step=step)
-                    async with contextlib.aclosing(changes):  # type: ignore[type-var]  # it is a generator
+                    async with contextlib.aclosing(changes):
                         async for _, steps in changes:
                             for item in steps:
                                 if item.step == step:

@@ -139,7 +139,7 @@ class ModelTraining:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_METRICS_SECONDS):
                 changes = self.client.watch_training_run(training.training_run_id, from_step=step)
-                async with contextlib.aclosing(changes):  # type: ignore[type-var]  # it is a generator
+                async with contextlib.aclosing(changes):
                     async for _, steps in changes:
                         for item in steps:
                             if item.step == step and PUBLISHED in item.metrics:

@@ -83,7 +83,7 @@ def _record(name: str, store: str) -> RunRecord:
         # One that has ended is read to its end; one that goes on, to the step that it has come to.
         ended = run.status.is_terminal
         changes = client.watch_training_run(name, from_step=0 if ended else run.step)
-        async with contextlib.aclosing(changes):  # type: ignore[type-var]  # it is a generator
+        async with contextlib.aclosing(changes):
             async for _, items in changes:
                 steps.extend(items)
                 if not ended:

@@ -18,7 +18,7 @@ from agl_grpc.client import StoreClient
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import TrainingRun
 from tests.learner.ledger import Ledger
-from tests.learner.runs import SAVE, Learner, configure, make_folder, served
+from tests.learner.runs import SAVE, Learner, configure, served
 from tests.support.environments import learner_environment, learner_python
 from tests.support.scripted_scores import ScriptedScores
 from tests.support.store_process import StoreProcess
@@ -36,18 +36,6 @@ REPORTED = {
     *("repetition/distinct_1", "repetition/distinct_2", "repetition/distinct_4", "staleness/mean"),
     *("tokens/captured", "tokens/trained", "tokens/observed", "tokens/dropped", "tokens/unaccounted"),
 }
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Model, tasks and configuration of a run."""
-    return make_folder(tmp_path)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[StoreProcess]:
-    with StoreProcess(tmp_path / "store.db") as process:
-        yield process
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import orjson
@@ -12,23 +12,11 @@ import pytest
 from agl_grpc.client import StoreClient
 from agl_grpc.learner.training_run import STEP_LABEL
 from agl_grpc.model.enums import BatchStatus, TrainingRunStatus
-from tests.learner.runs import Learner, configure, make_folder, served
+from tests.learner.runs import Learner, configure, served
 from tests.learner.warm_ray import cluster_process
 from tests.support.store_process import StoreProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Model and tasks of a run."""
-    return make_folder(tmp_path)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[StoreProcess]:
-    with StoreProcess(tmp_path / "store.db") as process:
-        yield process
 
 
 async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(

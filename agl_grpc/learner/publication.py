@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from agl_grpc.client import StoreError
+from agl_grpc.learner.engine_progress import EngineProgress, VersionProgress
 from agl_grpc.learner.errors import DeadlineError, LearnerError
 from agl_grpc.learner.lineage import PolicyLineage, step_of, transfer_name
 from agl_grpc.learner.stopping import Waits
@@ -19,8 +20,6 @@ from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingIdentity
 from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
 from agl_grpc.model.policy import Engine, EngineState, PolicyVersion, WeightSource
-
-T = TypeVar("T")
 
 
 class Publisher:
@@ -71,6 +70,8 @@ class Publisher:
         self._lineage = lineage or PolicyLineage()
         self._actors: Any = None
         self._endpoint = ""
+        self._progress = EngineProgress(self._client, model)
+        self._watched = False
 
     def bind(self, actors: Any) -> None:
         """Names verl's actor worker group, whose ranks send."""
@@ -116,16 +117,20 @@ class Publisher:
             return {"weights/policy_version": 0.0}
         engines = [engine.engine_id for engine in connected]
         deadline = time.monotonic() + self._deadline
+        progress = self._progress.begin(version, engines)
+        if not self._watched:
+            self._watched = True
+            self._link.start(self._progress.watch())
         named = self._prepare(step, version, engines)
         try:
-            report = self._send(step, version, engines, named)
-            self._reach(version, engines, EnginePhase.RECEIVED, deadline)
+            report = self._send(step, version, engines, progress, named)
+            self._reach(progress, version, EnginePhase.RECEIVED, deadline)
             self._link.run(self._client.commit_policy_version(self._model, version, report["digest"]))
         except BaseException as error:
             self._abort(version, error)
             raise
         self._lineage.published(step, report["digest"])
-        states = self._reach(version, engines, EnginePhase.ACTIVE, deadline)
+        states = self._reach(progress, version, EnginePhase.ACTIVE, deadline)
         return {
             "weights/bytes": float(report["sent_bytes"]),
             "weights/transfer_seconds": float(report["seconds"]),
@@ -188,12 +193,15 @@ class Publisher:
         self._link.run(work)
         return named
 
-    def _send(self, step: int, version: int, engines: list[str], named: Any) -> dict[str, Any]:
+    def _send(
+        self, step: int, version: int, engines: list[str], progress: VersionProgress, named: Any
+    ) -> dict[str, Any]:
         import ray
 
         from agl_grpc.learner.verl.sender import SEND_MODE
 
-        watch = self._link.start(self._until_failed(version, engines))
+        # Given up as soon as an engine cannot take it.
+        progress.tell(lambda reason: self._each_rank("cancel", reason=reason))
         try:
             ray.get(named, timeout=self._deadline + 10)
             pending = self._actors.update_weights(global_steps=step, mode=SEND_MODE)
@@ -205,19 +213,10 @@ class Publisher:
                 f"{self._deadline:g} s"
             ) from error
         except ray.exceptions.RayTaskError as error:
-            reason = watch.result() if watch.done() and not watch.cancelled() else "no engine said why"
+            reason = progress.reason or "no engine said why"
             raise LearnerError(f"sending policy version {version}: {error.cause}; {reason}") from error
         finally:
-            watch.cancel()
-
-    async def _until_failed(self, version: int, engines: list[str]) -> str:
-        """Gives the transfer up as soon as an engine cannot take it; what the engine said."""
-        try:
-            await self._follow(version, engines, EnginePhase.ACTIVE, {})
-        except LearnerError as error:
-            self._each_rank("cancel", reason=str(error))
-            return str(error)
-        return ""
+            progress.tell(None)
 
     def _abort(self, version: int, error: BaseException) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:1000]
@@ -228,49 +227,15 @@ class Publisher:
             print(f"learner: could not abort policy version {version}: {second}", flush=True)
 
     def _reach(
-        self, version: int, engines: list[str], phase: EnginePhase, deadline: float
+        self, progress: VersionProgress, version: int, phase: EnginePhase, deadline: float
     ) -> list[EngineState]:
         """Waits until every engine is in ``phase`` or beyond; their states."""
-        reached: dict[str, EngineState] = {}
-        remaining = max(1.0, deadline - time.monotonic())
         try:
-            return self._link.run(_within(remaining, self._follow(version, engines, phase, reached)))
-        except TimeoutError as error:
-            missing = [engine for engine in engines if engine not in reached]
+            return progress.wait(phase, max(deadline, time.monotonic() + 1.0))
+        except TimeoutError as missing:
             raise DeadlineError(
-                f"policy version {version} was not {phase.value} within {self._deadline:g} s on: "
-                f"{', '.join(missing)}"
-            ) from error
-
-    async def _follow(
-        self, version: int, engines: list[str], phase: EnginePhase, reached: dict[str, EngineState]
-    ) -> list[EngineState]:
-        first = await self._client.get_policy_version(self._model, version)
-        if first is not None and self._note(first, engines, phase, reached):
-            return list(reached.values())
-        async for change in self._client.watch_policy_versions(self._model, include_existing=True):
-            for item in change.items:
-                if item.policy_version == version and self._note(item, engines, phase, reached):
-                    return list(reached.values())
-        raise LearnerError(f"the watch of policy version {version} ended")
-
-    def _note(
-        self, item: PolicyVersion, engines: list[str], phase: EnginePhase, reached: dict[str, EngineState]
-    ) -> bool:
-        """Takes in what the engines said; whether all are there. A failed engine is an error."""
-        if item.status is PolicyVersionStatus.ABORTED:
-            raise LearnerError(f"policy version {item.policy_version} was aborted: {item.abort_reason}")
-        for state in item.engine_states:
-            if state.engine_id not in engines:
-                continue
-            if state.phase is EnginePhase.FAILED:
-                raise LearnerError(
-                    f"engine {state.engine_id} could not take policy version {item.policy_version}: "
-                    f"{state.error}"
-                )
-            if state.phase.number >= phase.number:
-                reached[state.engine_id] = state
-        return len(reached) == len(engines)
+                f"policy version {version} was not {phase.value} within {self._deadline:g} s on: {missing}"
+            ) from missing
 
 
 def _serves(version: PolicyVersion, engines: Collection[str]) -> bool:
@@ -279,11 +244,6 @@ def _serves(version: PolicyVersion, engines: Collection[str]) -> bool:
     phases = [state.phase for state in able if state.engine_id in engines]
     committed = version.status is PolicyVersionStatus.COMMITTED
     return committed and bool(phases) and all(phase is EnginePhase.ACTIVE for phase in phases)
-
-
-async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
-    async with asyncio.timeout(seconds):
-        return await work
 
 
 def lineage_of(link: StoreLink, model: str, training_run_id: str, step: int) -> PolicyLineage:

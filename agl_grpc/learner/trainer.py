@@ -16,15 +16,11 @@ from unittest.mock import patch
 
 import numpy as np
 import orjson
-import transfer_queue as tq
 from omegaconf import DictConfig
-from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrainerSeparateAsync
-from verl.utils import tensordict_utils
-from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
@@ -53,6 +49,7 @@ from agl_grpc.learner.verl.config import HYBRID_KEY
 from agl_grpc.learner.verl.keys import OUTCOME_ESTIMATORS, SEQUENCE_LOSSES
 from agl_grpc.learner.verl.local_queue import texts
 from agl_grpc.learner.verl.manager import RolloutManager
+from agl_grpc.learner.verl.prompts import AsksForPrompts
 from agl_grpc.learner.verl.sampler import StoreSampler
 from agl_grpc.learner.verl.seeding import seeded_workers
 
@@ -91,6 +88,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 @register_trainer("agl")
 class AglTrainer(
+    AsksForPrompts,
     OrderedTasks,
     LearnsBest,
     ProvesBatches,
@@ -217,56 +215,6 @@ class AglTrainer(
         self._counts.clear()
         self._claimed_in_step.clear()
         self.replay_buffer.begin_step()
-
-    def _fetch_one_gen_batch(self) -> TensorDict:
-        """One prompt under a deterministic group id; first those that the resumed checkpoint left
-        untrained, under the ids that they had.
-        """
-        if self._left_over:
-            place, index = self._left_over.popleft()
-            batch, places = self._prompt(index), [place]
-        elif self.order is not None:
-            batch, places = self._prompt(self.order.take()), [self.prompts_fetched]
-            self.prompts_fetched += 1
-        else:
-            batch = super()._fetch_one_gen_batch()
-            places = list(range(self.prompts_fetched, self.prompts_fetched + len(batch["index"])))
-            self.prompts_fetched += len(places)
-        uids = []
-        for place, item in zip(places, batch["index"], strict=True):
-            index = int(getattr(item, "data", item))
-            uids.append(f"{self.hooks.run_name}.s{place}.i{index}")
-            self.replay_buffer.expect(uids[-1], place, index)
-        batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
-        return batch
-
-    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
-        # verl's puts the prompts' own fields as well, to recover what was in flight; the store keeps that.
-        tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps}] * len(batch)
-        tq.kv_batch_put(keys=list(batch["uid"]), partition_id="train", tags=tags)
-        self.agent_loop_manager.generate_sequences(batch)
-        return len(batch)
-
-    def _prompt(self, index: int) -> TensorDict:
-        items = collate_fn([self.train_dataset[index]])
-        items["uid"] = np.array([""], dtype=object)
-        return tensordict_utils.get_tensordict(items)
-
-    def outstanding_prompts(self) -> list[tuple[int, int]]:
-        """Place and dataset index of prompts that were fetched and neither trained nor dropped, in order."""
-        return [*self.replay_buffer.outstanding_prompts(), *self._left_over]
-
-    def on_train_begin(self) -> None:
-        warmup = self.config.trainer.v1.separate_async.num_warmup_batches
-        if warmup > 0 and self._left_over:
-            # The prefetched prompts of the run that is resumed: asked for again, not besides new ones.
-            self._restored_tq_prompt_count = len(self._left_over)
-            self._add_prompts_to_generate(len(self._left_over))
-        super().on_train_begin()
-
-    def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
-        # The store keeps what was in flight, not the TransferQueue.
-        return 0
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
         # Mini-batches are whole rollouts, so rows are padded to the data-parallel size only.

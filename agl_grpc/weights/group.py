@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, TCPStore
 
 _WAIT_SLICE = 0.2
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.005
 
 
 class Deadline:
@@ -88,9 +89,12 @@ def wait_key(store: TCPStore, key: str, deadline: Deadline, what: str) -> bytes:
 
 
 def wait_until(condition: Callable[[], bool], deadline: Deadline, what: str) -> None:
-    """Return when `condition` holds; look every few milliseconds (a torch store has no wait for counters)."""
+    """Return when `condition` holds; look again and again (a torch store has no wait for counters)."""
+    pause = _SHORTEST_PAUSE
     while not condition():
-        time.sleep(min(deadline.remaining(what), 0.005))
+        time.sleep(min(deadline.remaining(what), pause))
+        # What is nearly there is seen at once; what takes long is not asked for often.
+        pause = min(1.5 * pause, _LONGEST_PAUSE)
 
 
 def create_group(

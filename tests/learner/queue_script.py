@@ -12,15 +12,21 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
-from tensordict import TensorDict
+from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
 from verl.protocol import BatchData, DataProtoFuture
-from verl.utils.tensordict_utils import get_tensordict
+from verl.utils import tensordict_utils
+from verl.utils.tensordict_utils import (
+    assign_non_tensor_data,
+    get_tensordict,
+    nested_tensor_from_tensor_list,
+)
 
 from agl_grpc.learner.batch.rows import queue_rows
 from agl_grpc.learner.rollouts.groups import FinishedRollout, GroupRequest, Row
 from agl_grpc.learner.verl.local_queue import LocalQueue, put_rows, row_queue, texts
 from agl_grpc.learner.verl.ray_runtime import local_ray
+from agl_grpc.learner.verl.shipping import Parcel
 
 LENGTHS = (3, 1, 2, 2)
 
@@ -103,9 +109,10 @@ def _to_workers() -> dict[str, Any]:
     seen: list[Any] = []
 
     def ranks(data: Any, count: int) -> list[TensorDict]:
-        parts = BatchData(data).chunk(count)
+        # As Ray carries them.
+        parts = [ray.get(ray.put(part)) for part in BatchData(data).chunk(count)]
         seen.append([_plain(part.exclude("temperature")) | {"at": part["temperature"]} for part in parts])
-        return list(parts)
+        return parts
 
     def compute(data: Any) -> TensorDict:
         lengths = [len(row) for part in ranks(data, 2) for row in part["input_ids"].unbind()]
@@ -133,6 +140,41 @@ def _to_workers() -> dict[str, Any]:
     }
 
 
+def _shipped() -> dict[str, Any]:
+    """Columns of every kind before and after their way, and whether those that arrive may be written to."""
+    positions = [torch.arange(3 * length).reshape(3, length) for length in LENGTHS]
+    sent = TensorDict(
+        {
+            "dense": torch.arange(8, dtype=torch.float32).reshape(4, 2).to(torch.bfloat16),
+            "jagged": _column([0.5], [], [1.0, 2.0], [3.0]),
+            "gaps": torch.nested.narrow(
+                torch.arange(8.0).reshape(4, 2),
+                1,
+                torch.zeros(4).long(),
+                torch.ones(4).long(),
+                layout=torch.jagged,
+            ),
+            "positions": nested_tensor_from_tensor_list(positions, ragged_idx=2),
+            "images": NonTensorStack({"a": 1}, {}, {"b": [2]}, {}),
+        },
+        batch_size=[4],
+    )
+    assign_non_tensor_data(sent, "kwargs", {"shuffle": False})
+    came = ray.get(ray.put(Parcel(sent)))
+    came["dense"] += 0
+    index_select_tensor_dict = tensordict_utils.index_select_tensor_dict
+    turned = index_select_tensor_dict(came, torch.tensor([3, 2, 1, 0]))
+    return {
+        "sent": _plain(sent.exclude("kwargs")),
+        "came": _plain(came.exclude("kwargs")),
+        "kwargs": came["kwargs"],
+        "padded": list(came.select("jagged").to_padded_tensor()["jagged"].shape),
+        "types": [str(came["dense"].dtype), came["positions"].dim()],
+        "all_rows": _plain(index_select_tensor_dict(came, torch.arange(4)).exclude("kwargs")),
+        "turned": [row.tolist() for row in turned["jagged"].unbind()],
+    }
+
+
 def _errors() -> list[str]:
     queue = LocalQueue()
     keys = _fill(queue)
@@ -151,6 +193,7 @@ if __name__ == "__main__":
             "local": _through(False),
             "verls": _through(True),
             "workers": _to_workers(),
+            "shipped": _shipped(),
             "errors": _errors(),
         }
     print("\n" + json.dumps(found))

@@ -51,6 +51,16 @@ def test_what_workers_compute_is_put_beside_the_rows(answers: dict[str, Any]) ->
     assert found["metrics"] == {"loss": 1.0}
 
 
+def test_columns_of_every_kind_arrive_as_they_were_sent(answers: dict[str, Any]) -> None:
+    found = answers["shipped"]
+    assert found["came"] == found["sent"] == found["all_rows"]
+    assert found["sent"]["gaps"][1] == [[0.0], [2.0], [4.0], [6.0]]
+    assert found["padded"] == [4, 2]
+    assert found["kwargs"] == {"shuffle": False}
+    assert found["types"] == ["torch.bfloat16", 3]
+    assert found["turned"] == [[3.0], [1.0, 2.0], [], [0.5]]
+
+
 def test_rows_that_are_not_there_are_named(answers: dict[str, Any]) -> None:
     assert answers["errors"] == [
         "keys are not in partition 'train': ['g.s9_0_0']",

@@ -16,7 +16,7 @@ from agl_grpc.weights.kept import kept_path
 
 logger = logging.getLogger("agl_grpc.interceptor")
 
-_POLL_SECONDS = 0.02
+_SHORTEST_POLL, _LONGEST_POLL = 0.002, 0.02
 _RPC_TIMEOUT = 60.0
 _LOAD_TIMEOUT = 600.0
 _LATE_COMMIT_GRACE = 10.0
@@ -204,6 +204,7 @@ class WeightSwapper:
             raise SwapError("the deadline had passed before the engine heard of the version")
         keep = str(self._keep or "")
         await self._rpc("agl_prepare_weights", self._engine_id, transfer, endpoint, limit, keep, self._name)
+        pause = _SHORTEST_POLL
         while True:
             states = await self._rpc("agl_weights_status", transfer, self._name)
             for state in states:
@@ -215,7 +216,8 @@ class WeightSwapper:
                     raise SwapError(f"workers received different weights: {sorted(digests)}")
                 return str(digests.pop())
             # A worker cannot call us back through vLLM's executor: it is asked, while a transfer runs.
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_POLL)
 
     async def _on_committed(self, version: policy_pb2.PolicyVersion) -> None:
         number = version.policy_version

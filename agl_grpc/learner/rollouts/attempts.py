@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from agl_grpc.client import StoreClient
 from agl_grpc.model.reward import Reward
@@ -11,6 +12,8 @@ from agl_grpc.model.rollout import AttemptedRollout, Rollout
 from agl_grpc.sample import AttemptRecord, AttemptSamples, Decode, SampleRules, build_attempt, observe
 from agl_grpc.v1 import reward_pb2, span_pb2
 from agl_grpc.v1 import store_service_pb2 as store_pb2
+
+T = TypeVar("T", span_pb2.StoredSpan, reward_pb2.Reward)
 
 
 async def read_attempts(
@@ -32,22 +35,33 @@ async def read_attempts(
     ids = [rollout.rollout_id for rollout in rollouts]
     spans, rewards = await asyncio.gather(_spans(client, ids), _rewards(client, ids))
     held = {name: [reward.to_proto() for reward in kept] for name, kept in (frozen or {}).items()}
+    spans_at, rewards_at = _by_place(spans), _by_place(rewards)
     made = []
     for rollout in rollouts:
         place = (rollout.rollout_id, rollout.latest_attempt_id or "")
-        counting = held.get(rollout.rollout_id, rewards)
+        counting = rewards_at
+        if rollout.rollout_id in held:
+            counting = _by_place(held[rollout.rollout_id])
         record = AttemptRecord(
             rollout_id=place[0],
             attempt_id=place[1],
             group_id=rollout.group_id or "",
-            spans=[span for span in spans if (span.rollout_id, span.attempt_id) == place],
-            rewards=[item for item in counting if (item.rollout_id, item.attempt_id) == place],
+            spans=spans_at.get(place, []),
+            rewards=counting.get(place, []),
             capture_incomplete=isinstance(rollout, AttemptedRollout) and rollout.attempt.capture_incomplete,
         )
         samples = build_attempt(record, rules, decode)
         samples.facts = observe(record, rules)
         made.append(samples)
     return made
+
+
+def _by_place(items: Sequence[T]) -> dict[tuple[str, str], list[T]]:
+    """Spans or rewards by rollout and attempt, in their order."""
+    found: dict[tuple[str, str], list[T]] = {}
+    for item in items:
+        found.setdefault((item.rollout_id, item.attempt_id), []).append(item)
+    return found
 
 
 async def _spans(client: StoreClient, ids: list[str]) -> list[span_pb2.StoredSpan]:

@@ -73,11 +73,12 @@ class FollowedSource(StoreSource):
             group.take_newer(rollout.rollout_id)
         super()._note(rollout)
 
-    async def _fetch(self, group: OpenGroup) -> FinishedGroup:
+    async def _fetch(self, groups: list[OpenGroup]) -> list[FinishedGroup]:
         # In place of a group that it could not train the leader asks for one that this run comes to a step
         # later. Too old by then, it is evicted, and the next one is taken: one of the leader's same step.
-        group.date_back(group.sealed.values())
-        return await super()._fetch(group)
+        for group in groups:
+            group.date_back(group.sealed.values())
+        return await super()._fetch(groups)
 
 
 def leaders_origin(link: StoreLink, run_id: str, leader: str, deadline: float) -> int:

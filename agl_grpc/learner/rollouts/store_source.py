@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,6 +29,9 @@ from agl_grpc.model.reward import Reward
 from agl_grpc.model.rollout import SEED_LABEL, AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from agl_grpc.sample import AttemptFacts, AttemptSamples, Decode, DropReason, Sample, SampleRules
 from agl_grpc.sample.wire import rules_to_proto
+
+_READ_AT_ONCE = 64
+"""Rollouts that are read by one call: as many as it takes for calls to cost little beside what they read."""
 
 
 class StoreSource:
@@ -72,6 +76,7 @@ class StoreSource:
         self._seed = seed
         self._binding = binding
         self._open: dict[str, OpenGroup] = {}
+        self._complete: list[OpenGroup] = []
         self._fetches: set[asyncio.Task[None]] = set()
 
     def start(self, deliver: Deliver) -> None:
@@ -127,9 +132,22 @@ class StoreSource:
             return
         if group.note(rollout):
             del self._open[group.request.uid]
-            task = asyncio.get_running_loop().create_task(self._fetch_and_deliver(group))
+            self._complete.append(group)
+            if len(self._complete) == 1:
+                # Once the whole message is noted: groups that end together are read together.
+                asyncio.get_running_loop().call_soon(self._fetch_complete)
+
+    def _fetch_complete(self) -> None:
+        groups, self._complete = self._complete, []
+        while groups:
+            count, rollouts = 1, len(groups[0].members)
+            while count < len(groups) and rollouts + len(groups[count].members) <= _READ_AT_ONCE:
+                rollouts += len(groups[count].members)
+                count += 1
+            task = asyncio.get_running_loop().create_task(self._fetch_and_deliver(groups[:count]))
             self._fetches.add(task)
             task.add_done_callback(self._fetches.discard)
+            groups = groups[count:]
 
     def describe(self, uids: list[str]) -> str:
         return self._link.run(self._describe(uids))
@@ -151,25 +169,31 @@ class StoreSource:
             f"{len(ids)} rollouts, of which {missing[0]} is {state} (worker: {worker or 'none'})"
         )
 
-    async def _fetch_and_deliver(self, group: OpenGroup) -> None:
+    async def _fetch_and_deliver(self, groups: list[OpenGroup]) -> None:
         try:
-            finished = await self._fetch(group)
-            again = group.replace_useless(finished.rollouts)
-            if not again:
-                self._deliver(finished)
-                return
-            self._open[group.request.uid] = group
-            await self._client.enqueue_many_rollouts([self._wanted(group.request, each) for each in again])
+            again: list[EnqueueRolloutRequest] = []
+            for group, finished in zip(groups, await self._fetch(groups), strict=True):
+                useless = group.replace_useless(finished.rollouts)
+                if not useless:
+                    self._deliver(finished)
+                    continue
+                self._open[group.request.uid] = group
+                again += [self._wanted(group.request, each) for each in useless]
+            if again:
+                await self._client.enqueue_many_rollouts(again)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
             self._deliver(error)
 
-    async def _fetch(self, group: OpenGroup) -> FinishedGroup:
-        rollouts = [group.sealed[rollout_id] for rollout_id in group.members]
+    async def _fetch(self, groups: list[OpenGroup]) -> list[FinishedGroup]:
+        rollouts = [group.sealed[rollout_id] for group in groups for rollout_id in group.members]
         samples = await read_attempts(self._client, rollouts, self._samples, self._decode, self._frozen)
-        finished = [self._finished(*each) for each in zip(rollouts, samples, strict=True)]
-        return FinishedGroup(group.request, tuple(finished))
+        finished = iter([self._finished(*each) for each in zip(rollouts, samples, strict=True)])
+        return [
+            FinishedGroup(group.request, tuple(itertools.islice(finished, len(group.members))))
+            for group in groups
+        ]
 
     def _finished(self, rollout: Rollout, samples: AttemptSamples) -> FinishedRollout:
         account = samples.account

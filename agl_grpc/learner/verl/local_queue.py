@@ -23,9 +23,10 @@ from tensordict import NonTensorStack, TensorDict
 from transfer_queue import BatchMeta, KVBatchMeta
 from verl.protocol import DataProtoFuture
 from verl.utils import tensordict_utils
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.utils.tensordict_utils import concat_tensordict, list_of_dict_to_tensordict
 
 from agl_grpc.learner.batch.rows import QueueRow
+from agl_grpc.learner.verl.shipping import Parcel
 
 # verl's worker methods that take a batch, and put what they compute beside it.
 _METHODS = (
@@ -194,7 +195,8 @@ class LocalQueue:
 
     def _bridged(self, method: Callable[[BatchMeta], Any]) -> Callable[[KVBatchMeta], Any]:
         def called(batch: KVBatchMeta) -> Any:
-            answer = method(_Parts(lambda chunks: self._parts(batch, chunks)))
+            with patch.object(tensordict_utils, "concat_tensordict", _joined):
+                answer = method(_Parts(lambda chunks: self._parts(batch, chunks)))
             output = answer.get() if isinstance(answer, DataProtoFuture) else answer
             computed = [name for name, value in output.items() if isinstance(value, torch.Tensor)]
             if not computed:
@@ -205,7 +207,7 @@ class LocalQueue:
 
         return called
 
-    def _parts(self, batch: KVBatchMeta, chunks: int) -> list[TensorDict]:
+    def _parts(self, batch: KVBatchMeta, chunks: int) -> list[Parcel]:
         """What each of the ranks gets of a batch: its share of the tensors, and what was said of the whole.
 
         Raises:
@@ -220,8 +222,7 @@ class LocalQueue:
             data = self.kv_batch_get(batch.keys[start : start + share], batch.partition_id, names)
             for name, value in batch.extra_info.items():
                 tensordict_utils.assign_non_tensor_data(data, name, value)
-            # In one piece of memory, which Ray carries as it is.
-            parts.append(data.consolidate())
+            parts.append(Parcel(data))
         return parts
 
     def _sent(self, batch: KVBatchMeta) -> list[str]:
@@ -242,14 +243,19 @@ class LocalQueue:
 
 
 class _Parts(BatchMeta):  # type: ignore[misc]  # TransferQueue is untyped
-    """A batch as verl's dispatch takes it: asked for as many parts as there are ranks, it answers tensors."""
+    """A batch as verl's dispatch takes it: asked for as many parts as there are ranks, it answers parcels."""
 
-    def __init__(self, parts: Callable[[int], list[TensorDict]]) -> None:
+    def __init__(self, parts: Callable[[int], list[Parcel]]) -> None:
         super().__init__(global_indexes=[], partition_ids=[])
         self._parts = parts
 
-    def chunk(self, chunks: int) -> list[TensorDict]:
+    def chunk(self, chunks: int) -> list[Parcel]:
         return self._parts(chunks)
+
+
+def _joined(parts: list[TensorDict]) -> TensorDict:
+    """Stands where verl puts the answers of ranks together: one rank's is the whole."""
+    return parts[0] if len(parts) == 1 else concat_tensordict(parts)
 
 
 def _as_read(column: Any) -> Any:

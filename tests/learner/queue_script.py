@@ -125,7 +125,7 @@ def _to_workers() -> dict[str, Any]:
         ranks(data, 4)
         return get_tensordict({}, {"metrics": {"loss": 1.0}})
 
-    group = SimpleNamespace(compute_log_prob=compute, infer_batch=infer, update_actor=update)
+    group = SimpleNamespace(world_size=2, compute_log_prob=compute, infer_batch=infer, update_actor=update)
     queue.bridge([group, group])
     computed = group.compute_log_prob(batch)
     logprobs = queue.kv_batch_get(keys, "train", "log_probs")

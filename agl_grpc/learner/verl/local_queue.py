@@ -10,7 +10,7 @@ over Ray. ``transfer_queue.enable=True`` brings verl's own back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -191,11 +191,17 @@ class LocalQueue:
         for group in {id(group): group for group in groups}.values():
             for name in _METHODS:
                 if hasattr(group, name):
-                    setattr(group, name, self._bridged(getattr(group, name)))
+                    setattr(group, name, self._bridged(getattr(group, name), group.world_size))
 
-    def _bridged(self, method: Callable[[BatchMeta], Any]) -> Callable[[KVBatchMeta], Any]:
+    def _bridged(self, method: Callable[[BatchMeta], Any], size: int) -> Callable[[KVBatchMeta], Any]:
+        ours: dict[str, Any] = {"verl.utils.tensordict_utils.concat_tensordict": _joined}
+        if size == 1:
+            ours["verl.utils.ray_utils.parallel_put"] = _as_arguments
+
         def called(batch: KVBatchMeta) -> Any:
-            with patch.object(tensordict_utils, "concat_tensordict", _joined):
+            with ExitStack() as stack:
+                for name, instead in ours.items():
+                    stack.enter_context(patch(name, instead))
                 answer = method(_Parts(lambda chunks: self._parts(batch, chunks)))
             output = answer.get() if isinstance(answer, DataProtoFuture) else answer
             computed = [name for name, value in output.items() if isinstance(value, torch.Tensor)]
@@ -256,6 +262,13 @@ class _Parts(BatchMeta):  # type: ignore[misc]  # TransferQueue is untyped
 def _joined(parts: list[TensorDict]) -> TensorDict:
     """Stands where verl puts the answers of ranks together: one rank's is the whole."""
     return parts[0] if len(parts) == 1 else concat_tensordict(parts)
+
+
+def _as_arguments(parts: list[Any], **_options: Any) -> list[Any]:
+    """Stands where verl puts parts into Ray's store first, for its ranks to share: a small one comes with
+    the call to the only one.
+    """
+    return parts
 
 
 def _as_read(column: Any) -> Any:

@@ -357,6 +357,32 @@ async def test_bodies_that_cannot_be_read(http: httpx.AsyncClient) -> None:
         assert status == 201 or answer.json()["reason"] == reason
 
 
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"this is no HTTP\r\n\r\n", "this is no HTTP request that can be read"),
+        (
+            b"GET /agl/v1/spans?trace_id=" + b"x" * 70_000 + b" HTTP/1.1\r\nhost: a\r\n\r\n",
+            "the URL has 70023 bytes; at most 65535 are allowed",
+        ),
+    ],
+    ids=["no-http", "long-url"],
+)
+async def test_what_is_no_http_request_is_refused_like_every_other(
+    http: httpx.AsyncClient, sent: bytes, said: str
+) -> None:
+    url = http.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(sent)
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n")
+    problem = json.loads(body)
+    assert (problem["reason"], problem["detail"]) == ("INVALID_REQUEST", said)
+    assert (await http.get("/agl/v1/rollouts")).status_code == 200
+
+
 async def test_waits_end_with_their_client_and_with_the_server(memory: StoreServer) -> None:
     async with httpx.AsyncClient(base_url=memory.url, timeout=10) as http:
         rollout = await start(http)

@@ -7,9 +7,34 @@ import ssl
 from collections.abc import Iterator
 from typing import Any
 
+import orjson
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from agl_grpc.store.http.problems import HttpProblem, problem_of
 
 _KEEP_ALIVE_SECONDS = 75
+_LONGEST_URL = 65_535
+"""Bytes; the parser knows no longer ones."""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """Refuses what is no HTTP request as every other request is refused."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers and closes the connection, of which nobody knows where the next request begins."""
+        detail = "this is no HTTP request that can be read"
+        # Not set before the first request begins.
+        if (length := len(getattr(self, "url", b""))) > _LONGEST_URL:
+            detail = f"the URL has {length} bytes; at most {_LONGEST_URL} are allowed"
+        problem = problem_of(HttpProblem(400, "INVALID_REQUEST", detail))
+        body = orjson.dumps(problem.body)
+        head = (
+            f"HTTP/1.1 {problem.status} Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
 
 class HttpServer(uvicorn.Server):
@@ -20,7 +45,7 @@ class HttpServer(uvicorn.Server):
         """A server of an ASGI application; requests under way get so many seconds at the end."""
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             interface="asgi3",

@@ -15,6 +15,7 @@ from agl_grpc_cli.main import app
 from typer.testing import CliRunner
 
 from agl_grpc.client import StoreClient
+from agl_grpc.learner.training_run import STEP_LABEL
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutStatus, TrainingRunStatus
 from agl_grpc.model.training import TrainingRun
 from tests.learner.ledger import Ledger
@@ -84,9 +85,10 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
         path.write_bytes(orjson.dumps(config))
         learner = Learner(path, store.address, on_line=restart_once)
         assert learner.finish() == 0, "\n".join(learner.lines[-40:])
-    # verl's own worker asked for every rollout once, and its score was the reward.
+    # verl's own worker asked for every rollout once, and its score was the reward; when the alarm stopped the
+    # run, rollouts of the next step had been asked for.
     assert {name for name, _ in model.asked} == {str(folder / "model")}
-    assert len(model.asked) == STEPS * 4 * 8
+    assert STEPS * 32 <= len(model.asked) <= (STEPS + 1) * 32
     stopping = f"stopping after step {STEPS}: alarm entropy_collapse is in alarms.stop_on"
     assert f"learner: {stopping}" in learner.lines
     record, batches, versions, rewards = await _state(store)
@@ -130,11 +132,31 @@ async def test_a_run_survives_the_store_and_continues_from_its_checkpoint(
     assert (
         lines[0]["grader/verl/verl/mean"] == lines[0]["reward/mean"] != lines[0]["grader/agent/primary/mean"]
     )
-    scores = sum(_targets(text) for _, text in model.asked)
+    scores = sum(_targets(text) for _, text in model.asked[: STEPS * 32])
     assert scores == pytest.approx(sum(entry.reward or 0.0 for batch in batches for entry in batch.entries))
     pages = sorted(each.name for each in (folder / "out" / "trajectories").glob("*.html"))
     assert pages[-1] == f"step-{STEPS:06d}.html"
+    await _asked_as_soon_as_their_weights_served(store)
     await _learns_the_best_of_its_rollouts(store, folder)
+
+
+async def _asked_as_soon_as_their_weights_served(store: StoreProcess) -> None:
+    """A step's rollouts were asked for after the weights of the step before were published and before that
+    step was reported."""
+    async with StoreClient(store.address) as client:
+        rollouts = await client.query_rollouts()
+        versions = await client.query_policy_versions("tiny")
+        reported = {
+            item.step: item.time async for _, steps in client.watch_training_run("tr_e2e") for item in steps
+        }
+    for step in range(2, STEPS + 2):
+        asked = [item.start_time for item in rollouts if item.labels[STEP_LABEL] == str(step)]
+        (before,) = (item.end_time for item in versions if item.policy_version == step - 1)
+        after = reported[step - 1]
+        assert len(asked) == 32
+        assert before is not None
+        assert after is not None
+        assert before <= min(asked) <= max(asked) <= after
 
 
 async def _learns_the_best_of_its_rollouts(store: StoreProcess, folder: Path) -> None:
@@ -154,14 +176,17 @@ async def _learns_the_best_of_its_rollouts(store: StoreProcess, folder: Path) ->
             async for _, steps in client.watch_training_run("tr_sft")
             for step in steps
         ]
-        batches = await client.query_batches("tr_e2e")
+        rollouts = await client.query_rollouts(status_in=[RolloutStatus.SUCCEEDED])
+        verdicts = await client.query_rewards([item.rollout_id for item in rollouts])
     assert record is not None
     assert (record.status, record.algorithm) == (TrainingRunStatus.SUCCEEDED, "sft")
-    rewards: dict[str, list[float]] = {}
-    for entry in (entry for batch in batches for entry in batch.entries):
-        rewards.setdefault(entry.group_id or "", []).append(entry.reward or 0.0)
+    groups = {item.rollout_id: item.group_id for item in rollouts}
+    rewards: dict[str | None, list[float]] = {}
+    for verdict in verdicts:
+        if verdict.name == "verl":
+            rewards.setdefault(groups[verdict.rollout_id], []).append(verdict.value or 0.0)
     kept = sum(min(2, sum(reward >= 0.5 for reward in group)) for group in rewards.values())
-    said = f"learner: {kept} of {STEPS * 32} rollouts are good enough: {kept} rows"
+    said = f"learner: {kept} of {len(rollouts)} rollouts are good enough: {kept} rows"
     assert said in learner.lines
     assert len(losses) == 3 * -(-kept // 16)
     assert losses[-1] < losses[0] - 0.2

@@ -38,10 +38,14 @@ NAMED = "judged"
 """A reward beside the one that counts: the same, but for tasks that are told to have it flat."""
 
 
+Change = Callable[[list[FinishedGroup]], list[FinishedGroup]]
+
+
 class LocalEngine:
     """``RolloutSource`` and ``WeightPublication`` in one: samples, judges, receives weights.
 
-    ``change`` may spoil finished groups before they are delivered; ``repeat`` makes every batch alike.
+    ``change`` may spoil finished groups before they are delivered, ``changes`` those of the first steps;
+    ``repeat`` makes every batch alike.
     ``recorded`` are groups by their uid: they are delivered instead of sampled ones. ``flat_every`` gives
     each rollout of every such task the same ``NAMED`` reward.
     """
@@ -52,7 +56,7 @@ class LocalEngine:
         *,
         seed: int,
         repeat: bool = False,
-        change: Callable[[list[FinishedGroup]], list[FinishedGroup]] | None = None,
+        change: Change | None = None,
         recorded: Mapping[str, FinishedGroup] | None = None,
         flat_every: int = 0,
     ):
@@ -61,6 +65,7 @@ class LocalEngine:
         self._generator = torch.Generator().manual_seed(seed)
         self._receiver = WeightReceiver("local")
         self.change = change
+        self.changes: list[Change | None] = []
         self._seed = seed if repeat else None
         self._recorded = recorded
         self._flat_every = flat_every
@@ -95,7 +100,9 @@ class LocalEngine:
             # A recorded group is as old as when it was first asked for.
             finished.append(known or FinishedGroup(request, tuple(rollouts)))
             self.record[request.uid] = finished[-1]
-        for group in self.change(finished) if self.change else finished:
+        step = groups[0].step
+        change = self.changes[step - 1] if 0 < step <= len(self.changes) else self.change
+        for group in change(finished) if change else finished:
             self.deliver(group)
 
     def claim(self, step: int, rollout_ids: list[str]) -> ClaimedBatch:

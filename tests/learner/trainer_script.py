@@ -177,10 +177,9 @@ CHANGES: dict[str, Callable[[list[FinishedGroup]], list[FinishedGroup]] | None] 
 def run(folder: Path, options: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
     """One training run; ``options`` hold verl's keys and what to spoil."""
     engine = LocalEngine(str(folder / "model"), seed=0, repeat=options.get("repeat", False))
-    changes: list[str] = options.get("changes", [])
+    engine.changes = [CHANGES[name] for name in options.get("changes", [])]
 
     def on_step(step: int) -> None:
-        engine.change = CHANGES[changes[step]] if step < len(changes) else None
         at, rules = options.get("later", (0, {}))
         if step == at and rules:
             life.trainer.hooks.best_of = BestOf(**rules)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from agl_grpc.client import StoreClient
+from agl_grpc.client import LeaseLost, StoreClient
 from agl_grpc.client.leases import Completion, LeasedRollout
 from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
 from agl_grpc.model.policy import Engine, EngineState, PolicyVersion
@@ -154,7 +154,8 @@ class ContractEngine:
         stored = await self._client.append_spans(groups)
         assert not stored.rejected, stored.rejected[0]
         for result in await self._client.complete_attempts(self._worker_id, completions):
-            if isinstance(result, Exception):
+            # A learner that takes over from one that was killed cancels what it cannot use.
+            if isinstance(result, Exception) and not isinstance(result, LeaseLost):
                 raise result
 
     def _sample(self, sequences: torch.Tensor, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

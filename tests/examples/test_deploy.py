@@ -63,12 +63,13 @@ def test_options_exist() -> None:
             assert set(re.findall(r"--[a-z-]+", command[1])) <= known, path.name
 
 
-# Slurm's commands and the two programs, as far as the script uses them: each notes how it was called.
+# Slurm's commands and the two programs, as far as the script uses them: each notes how it was called, in a
+# file beside it (one that is written to cannot be started).
 STUBS = {
     "scontrol": "printf 'n1\\nn2\\nn3\\n'",
-    "srun": 'while [[ "$1" == --* ]]; do echo -n "$1 " >> srun; shift; done; echo >> srun; exec "$@"',
+    "srun": 'while [[ "$1" == --* ]]; do echo -n "$1 " >> srun.log; shift; done; echo >> srun.log; exec "$@"',
     "hostname": "echo 10.0.0.1 10.0.0.2",
-    "ray": 'echo "$@" >> ray; [[ "$*" == *--block* ]] && exec sleep 60; exit 0',
+    "ray": 'echo "$@" >> ray.log; [[ "$*" == *--block* ]] && exec sleep 60; exit 0',
     "agl-grpc": """echo "$@" > fleet; trap 'kill %1; echo drained > drained; exit 7' TERM
         sleep 60 & : > running; wait""",
 }
@@ -100,10 +101,10 @@ def test_the_script_starts_a_node_for_each_host_and_drains(tmp_path: Path) -> No
     finally:
         process.kill()
     assert (tmp_path / "drained").exists()
-    steps = (tmp_path / "srun").read_text().splitlines()
+    steps = (tmp_path / "srun.log").read_text().splitlines()
     assert [step for step in steps if "--nodelist=n1" in step and "--overlap" in step]
     assert [step for step in steps if "--nodes=2 --ntasks=2 --nodelist=n2,n3" in step]
-    assert "start --address=10.0.0.1:6379" in (tmp_path / "ray").read_text()
+    assert "start --address=10.0.0.1:6379" in (tmp_path / "ray.log").read_text()
     assert (
         (tmp_path / "fleet")
         .read_text()

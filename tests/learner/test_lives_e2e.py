@@ -181,9 +181,12 @@ def test_groups_are_not_filtered_by_a_reward_that_nobody_gives(outcomes: dict[st
 
 
 def test_waiting_is_measured(outcomes: dict[str, Any]) -> None:
-    for step in outcomes["undisturbed"]["steps"]:
+    steps = outcomes["undisturbed"]["steps"]
+    for step in steps:
         assert 0 <= step["idle/optimiser_seconds"] <= step["timing_s/step"]
-        assert step["idle/engine_seconds"] > 0
+        assert step["idle/engine_seconds"] >= 0
+    # Before anything was asked for; later a batch ahead is, before the one before it is trained.
+    assert steps[0]["idle/engine_seconds"] > 0
 
 
 def test_out_of_memory_is_one_line_and_ends_with_a_checkpoint(outcomes: dict[str, Any]) -> None:

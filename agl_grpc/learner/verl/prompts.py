@@ -43,6 +43,8 @@ class AsksForPrompts:
 
     def on_train_begin(self) -> None:
         """As the trainer's."""
+        # A trainer that is run again after an error asks for what its failed step had.
+        self._asked_ahead = 0
         warmup = self.config.trainer.v1.separate_async.num_warmup_batches
         if warmup > 0 and self._left_over:
             # The prefetched prompts of the run that is resumed: asked for again, not besides new ones.

@@ -185,7 +185,7 @@ def test_waiting_is_measured(outcomes: dict[str, Any]) -> None:
     for step in steps:
         assert 0 <= step["idle/optimiser_seconds"] <= step["timing_s/step"]
         assert step["idle/engine_seconds"] >= 0
-    # Before anything was asked for; later a batch ahead is, before the one before it is trained.
+    # They are before anything is asked for; later the batch ahead always is.
     assert steps[0]["idle/engine_seconds"] > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ class AsksForPrompts:
     global_steps: int
     total_training_steps: int
     steps_per_epoch: int
+    # verl's, which ask for so many prompts, and for a step's.
+    _add_prompts_to_generate: Callable[[int], int]
+    _add_batch_to_generate: Callable[[], None]
     # Asked for by the trainer of the resumed checkpoint and not trained: place and dataset index.
     _left_over: deque[tuple[int, int]]
     # The step whose rollouts have been asked for before it began.
@@ -49,24 +53,24 @@ class AsksForPrompts:
         if warmup > 0 and self._left_over:
             # The prefetched prompts of the run that is resumed: asked for again, not besides new ones.
             self._restored_tq_prompt_count = len(self._left_over)
-            self._add_prompts_to_generate(len(self._left_over))  # type: ignore[attr-defined]  # as below
+            self._add_prompts_to_generate(len(self._left_over))
         super().on_train_begin()  # type: ignore[misc]  # verl's trainer comes after this class
 
     def prepare_step(self) -> dict[str, Any]:
         """As the trainer's; asks for nothing that `on_step_end` has asked for."""
         if self._asked_ahead == self.global_steps:
             return {}
-        return dict(super().prepare_step())  # type: ignore[misc]  # as above
+        return dict(super().prepare_step())  # type: ignore[misc]  # verl's trainer comes after this class
 
     def on_step_end(self) -> None:
         """As the trainer's, which publishes the step's weights."""
-        super().on_step_end()  # type: ignore[misc]  # as above
+        super().on_step_end()  # type: ignore[misc]  # verl's trainer comes after this class
         if not self._goes_on_at_once():
             return
         self._asked_ahead = self.global_steps + 1
         self.global_steps += 1
         try:
-            self._add_batch_to_generate()  # type: ignore[attr-defined]  # as above
+            self._add_batch_to_generate()
         finally:
             self.global_steps -= 1
 
@@ -91,7 +95,7 @@ class AsksForPrompts:
             batch, places = self._prompt(self.order.take()), [self.prompts_fetched]
             self.prompts_fetched += 1
         else:
-            batch = super()._fetch_one_gen_batch()  # type: ignore[misc]  # as above
+            batch = super()._fetch_one_gen_batch()  # type: ignore[misc]  # verl's trainer comes after this class
             places = list(range(self.prompts_fetched, self.prompts_fetched + len(batch["index"])))
             self.prompts_fetched += len(places)
         uids = []

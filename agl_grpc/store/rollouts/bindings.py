@@ -53,8 +53,7 @@ class ResourceCache:
         return self._latest[run_key]
 
     def published(self, tx: Tx, run_key: int) -> None:
-        """Something was published: looks for the run's latest anew, "
-        "also if the publication comes to nothing."""
+        """Something was published: looks for the run's latest anew, also if that comes to nothing."""
         self._latest.pop(run_key, None)
         tx.catalog_changed()
         tx.after_rollback(lambda: self._latest.pop(run_key, None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -71,38 +72,38 @@ def translated(doing: str, error: Exception) -> LearnerError | None:
 @contextmanager
 def _bounded(doing: str, seconds: float, key: str, groups: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
     """Raises DeadlineError in the main thread once ``seconds`` have passed."""
-    words = ""
-    over = threading.Event()
-    main = threading.main_thread()
-
-    def expire() -> None:
-        nonlocal words
-        started = groups()
-        silent = silent_workers(started) if started else ["verl's workers, which are being started"]
-        state = f"no answer from {', '.join(silent)}" if silent else "every worker of verl answers"
-        words = f"{doing} took longer than {seconds:g} s (deadlines.{key}); {state}"
-        if not over.is_set() and main.ident is not None:
-            signal.pthread_kill(main.ident, signal.SIGALRM)
+    expired = over = False
 
     def interrupt(_number: int, _frame: Any) -> None:
+        nonlocal expired
         # Ray's waits end for this exception only, and swallow any other that a signal handler raises.
-        if not over.is_set():
+        if not over:
+            expired = True
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
+    # The system's timer, of which there is one: a phase within a phase has it for the time that it takes.
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    started = time.monotonic()
     try:
         yield
     except KeyboardInterrupt:
-        if words:
-            raise DeadlineError(words) from None
+        if expired:
+            raise DeadlineError(_overdue(doing, seconds, key, groups())) from None
         raise
     finally:
-        over.set()
-        timer.cancel()
+        over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3))
+
+
+def _overdue(doing: str, seconds: float, key: str, groups: Mapping[str, Any]) -> str:
+    """What is said of a phase that took too long, with the workers that do not answer."""
+    silent = silent_workers(groups) if groups else ["verl's workers, which are being started"]
+    state = f"no answer from {', '.join(silent)}" if silent else "every worker of verl answers"
+    return f"{doing} took longer than {seconds:g} s (deadlines.{key}); {state}"
 
 
 def phase(doing: str, key: str) -> Callable[[Callable[..., R]], Callable[..., R]]:

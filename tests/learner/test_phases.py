@@ -99,6 +99,17 @@ def test_a_phase_that_waits_for_ever_ends_and_names_who_is_silent() -> None:
     )
 
 
+def test_a_phase_within_a_phase_leaves_the_outer_one_its_deadline() -> None:
+    within = Trainer(lambda: 7)
+
+    def work() -> None:
+        assert within.update() == 7
+        threading.Event().wait()
+
+    with pytest.raises(DeadlineError, match=r"longer than 0\.2 s"):
+        Trainer(work, seconds=0.2).update()
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [

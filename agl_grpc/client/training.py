@@ -210,11 +210,12 @@ class TrainingCalls(Connection):
         return Batch.from_proto(response.batch)
 
     async def query_batches(
-        self, training_run_id: str, *, status_in: Sequence[BatchStatus | str] = ()
+        self, training_run_id: str, *, status_in: Sequence[BatchStatus | str] = (), from_step: int = 0
     ) -> list[Batch]:
-        """Batches of a training run, in order of their claim."""
+        """Batches of a training run, in order of their claim; only of ``from_step`` and of later steps."""
         request = pb.ListBatchesRequest(
             training_run_id=training_run_id,
+            from_step=from_step,
             status_in=[BatchStatus.parse(status).number for status in status_in],
         )
         return await self.read_all(

@@ -52,6 +52,9 @@ class Hooks:
     checkpoints: CheckpointStore
     run_name: str
     origin: int = 1
+    # Asks for what the followed training run trains in a step: which of the step's batches, from 0; None =
+    # this training run follows none.
+    leaders_batch: Callable[[int, int], None] | None = None
     # Groups of the batches that an earlier trainer claimed and did not commit, by step, in their order.
     replay: dict[int, list[list[str]]] = field(default_factory=dict)
     limits: LogprobLimits = field(default_factory=LogprobLimits)

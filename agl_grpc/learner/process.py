@@ -365,7 +365,7 @@ def _assemble(
     if config.follows:
         name = config.follows
         origin = leaders_origin(link, identity.run_id, name, config.deadlines.sample)
-        make_source = partial(FollowedSource, labels={TRAINING_LABEL: f"{name}/{origin}"})
+        make_source = partial(FollowedSource, leader=name, labels={TRAINING_LABEL: f"{name}/{origin}"})
     rules = _rules(link, identity.run_id, config)
     source = make_source(
         link,
@@ -425,6 +425,7 @@ def _assemble(
         origin=identity.origin,
         best_of=config.best_of,
         queue=queue,
+        leaders_batch=source.ask_for_batch if isinstance(source, FollowedSource) else None,
         replay={at: [batch_groups(batch) for batch in batches] for at, batches in replay.items()},
         limits=LogprobLimits(config.checks.logprob_max, config.checks.logprob_mean),
         deadlines=config.deadlines,

@@ -46,6 +46,7 @@ from agl_grpc.learner.rollouts.curriculum import OrderedTasks
 from agl_grpc.learner.rollouts.groups import ClaimedBatch
 from agl_grpc.learner.supervised.best_of import TEMPERATURE, LearnsBest
 from agl_grpc.learner.verl.config import HYBRID_KEY
+from agl_grpc.learner.verl.following import FollowingSampler
 from agl_grpc.learner.verl.keys import OUTCOME_ESTIMATORS, SEQUENCE_LOSSES
 from agl_grpc.learner.verl.local_queue import texts
 from agl_grpc.learner.verl.manager import RolloutManager
@@ -128,16 +129,18 @@ class AglTrainer(
             raise ConfigError(
                 "trainer.v1.sampler.custom_sampler cannot be set: the learner brings its own sampler"
             )
-        return StoreSampler(
+        ask, leaders = self._add_prompts_to_generate, self.hooks.leaders_batch
+        make = partial(StoreSampler, replay=self.hooks.replay, refill_fn=ask)
+        if leaders is not None:
+            make = partial(FollowingSampler, leaders_batch=leaders, ask_for_prompts=ask)
+        return make(
             sample_deadline=self.hooks.deadlines.sample,
             failure_limit=self.hooks.failure_limit,
-            replay=self.hooks.replay,
             trainer_mode=self.trainer_mode,
             trainer_config=self.config.trainer.v1.get(self.trainer_mode, {}),
             max_off_policy_threshold=sampler.max_off_policy_threshold,
             max_off_policy_strategy=sampler.max_off_policy_strategy,
             sampler_kwargs=sampler.sampler_kwargs,
-            refill_fn=self._add_prompts_to_generate,
             filter_groups_metric=self._resolve_filter_groups_metric(),
         )
 

@@ -658,12 +658,15 @@ class ListBatchesRequest(_message.Message):
     STATUS_IN_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FROM_STEP_FIELD_NUMBER: _builtins.int
     training_run_id: _builtins.str
     """The training run."""
     page_size: _builtins.int
     """Most items of one answer."""
     page_token: _builtins.str
     """From the answer before."""
+    from_step: _builtins.int
+    """Only those of this step and of later ones."""
     @_builtins.property
     def status_in(self) -> _containers.RepeatedScalarFieldContainer[_batch_pb2.BatchStatus.ValueType]:
         """Any of these."""
@@ -675,10 +678,11 @@ class ListBatchesRequest(_message.Message):
         status_in: _abc.Iterable[_batch_pb2.BatchStatus.ValueType] | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        from_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "status_in", b"status_in", "training_run_id", b"training_run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_step", b"from_step", "page_size", b"page_size", "page_token", b"page_token", "status_in", b"status_in", "training_run_id", b"training_run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

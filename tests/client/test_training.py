@@ -62,6 +62,7 @@ async def test_a_training_run_from_claim_to_commit(client: StoreClient) -> None:
     batches = await client.query_batches(name)
     assert [b.status for b in batches] == [BatchStatus.COMMITTED, BatchStatus.RELEASED]
     assert [b.batch_id for b in await client.query_batches(name, status_in=["committed"])] == [batch.batch_id]
+    assert [b.batch_id for b in await client.query_batches(name, from_step=2)] == [spare.batch_id]
 
     await client.stop_training_run(name, "seen enough")
     told = await client.report_metrics(name, epoch, [StepMetrics(step=1, metrics={"reward/mean": 0.5})])

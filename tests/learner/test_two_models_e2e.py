@@ -19,20 +19,24 @@ from tests.support.store_process import StoreProcess
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
-    store: StoreProcess, folder: Path
+    store: StoreProcess, folder: Path, ahead: int
 ) -> None:
-    """Planner and solver answer one call each of every rollout; both learn from its reward.
+    """Planner and solver answer one call each of every rollout; both learn from its reward, in the same
+    batches, sampled in their step or ``ahead`` of it.
 
     Their learners share a Ray cluster. Rollouts of one task have no reward: the leader replaces the group,
-    and the other goes on in step with it. At last the one that follows is asked to stop, and then the leader,
-    which waits for it.
+    and so does the other. At last the one that follows is asked to stop, and then the leader, which waits for
+    it.
     """
     steps, batch = 10, 4 * 8
     tasks = (folder / "tasks.jsonl").read_text().replace('{"n": 25}', '{"n": 25, "unjudged": true}')
     (folder / "tasks.jsonl").write_text(tasks)
     config = orjson.loads(configure(folder, 3 * steps).read_bytes())
     config["verl"]["trainer.save_freq"] = steps
+    config["verl"]["trainer.v1.separate_async.num_warmup_batches"] = ahead
+    config["verl"]["trainer.v1.sampler.max_off_policy_threshold"] = 1 + ahead
 
     def stop_the_other(line: str) -> None:
         if line.startswith(f"learner: step {steps}/"):
@@ -78,18 +82,22 @@ async def test_one_run_trains_two_models_each_on_the_calls_that_it_answered(
     (replaced,) = [step for step, each in metrics.items() if "groups/dropped" in each]
     assert replaced < steps / 2
     for mine, theirs in zip(*(found[:steps] for found in batches.values()), strict=True):
-        common = batch - 8 if mine.step == replaced else batch
         assert len(mine.entries) == batch
-        assert [(e.rollout_id, e.reward) for e in mine.entries[:common]] == [
+        assert [(e.rollout_id, e.reward) for e in mine.entries] == [
             (e.rollout_id, e.reward) for e in theirs.entries
         ]
-        # Its own call of each rollout, sampled by its own weights of the step before.
-        each = metrics[mine.step]
-        assert each["tokens/trained"] == each["check/logprob_tokens_compared"] == common * 4
-        assert each["check/logprob_max_difference"] < 1e-5
+        # Its own call of each rollout, sampled by its own weights of the step before, or of one before that:
+        # not the group in place of the useless one, which was asked for in the step that trains it.
+        each, age = metrics[mine.step], min(ahead, mine.step - 1)
+        fresh = batch if not age else 8 if mine.step == replaced else 0
+        assert each["tokens/trained"] == batch * 4
+        assert each.get("staleness/tokens/0", 0) == each["check/logprob_tokens_compared"] == fresh * 4
+        assert each.get("staleness/tokens/1", 0) == (batch - fresh) * 4
+        assert each.get("check/logprob_max_difference", 0) < 1e-5
+        # The useless group itself is too old a step later.
         assert each.get("training/off_policy/evicted_samples", 0) == (mine.step == replaced + 1)
     asked = [int(each.labels[STEP_LABEL]) for each in rollouts]
-    assert sum(step <= steps for step in asked) == steps * batch + 8
+    assert sum(step <= steps for step in asked) == (steps + ahead) * batch + 8
     assert metrics[steps]["reward/mean"] > metrics[1]["reward/mean"]
 
 

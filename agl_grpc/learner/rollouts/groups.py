@@ -15,6 +15,21 @@ from agl_grpc.model.rollout import seed_of
 from agl_grpc.sample.facts import AttemptFacts
 
 UNKNOWN_STEP = -2
+
+
+def group_uid(run_name: str, place: int, index: int) -> str:
+    """Id of the group that is asked for as the ``place``-th, from the dataset's ``index``-th task.
+
+    Deterministic, and without an underscore: verl splits keys there.
+    """
+    return f"{run_name}.s{place}.i{index}"
+
+
+def place_of(uid: str) -> int:
+    """The place in the order of prompts that a group's id names."""
+    return int(uid.rpartition(".s")[2].partition(".i")[0])
+
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
@@ -23,8 +38,7 @@ FloatArray = NDArray[np.float32]
 class GroupRequest:
     """One task, to be tried ``size`` times; the tries are compared with each other.
 
-    ``uid`` is deterministic (training run, place in the order of prompts, dataset index) and holds no
-    underscore: verl splits keys there. ``step`` is the one in which it was asked for.
+    ``uid`` is what `group_uid` makes; ``step`` is the one in which it was asked for.
     """
 
     uid: str
@@ -107,6 +121,14 @@ class FinishedGroup:
 
 
 @dataclass(frozen=True)
+class LeadersBatch:
+    """The groups that the training run which is followed trains in a step, in their order."""
+
+    step: int
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class BatchEntry:
     """What a claimed batch says of one rollout: the values that the optimiser must use."""
 
@@ -139,7 +161,8 @@ class RolloutSource(Protocol):
         """One line on what the groups still wait for; for messages about deadlines."""
 
 
-Deliver = Callable[[FinishedGroup | BaseException], None]
+Arrival = FinishedGroup | LeadersBatch | BaseException
+Deliver = Callable[[Arrival], None]
 
 
 def seal(rollout_id: str, group_id: str, reward: float) -> str:

@@ -14,6 +14,7 @@ from agl_grpc.learner.lineage import PolicyLineage
 from agl_grpc.learner.rollouts.adoption import OpenGroup, left_behind
 from agl_grpc.learner.rollouts.attempts import read_attempts
 from agl_grpc.learner.rollouts.groups import (
+    Arrival,
     BatchEntry,
     ClaimedBatch,
     Deliver,
@@ -242,7 +243,7 @@ class StoreSource:
         return ClaimedBatch(batch.batch_id, batch.content_hash, tuple(entries))
 
 
-def _undeliverable(item: FinishedGroup | BaseException) -> None:
+def _undeliverable(item: Arrival) -> None:
     raise LearnerError(f"the source was used before it was started: {item!r}")
 
 

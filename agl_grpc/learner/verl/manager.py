@@ -22,7 +22,15 @@ from verl.utils import tensordict_utils
 from agl_grpc.learner.batch.rows import QueueRow, queue_rows
 from agl_grpc.learner.errors import FidelityError, LearnerError
 from agl_grpc.learner.rollouts.dataset import ROLLOUTS_KEY
-from agl_grpc.learner.rollouts.groups import FinishedGroup, FinishedRollout, GroupRequest, RolloutSource, Row
+from agl_grpc.learner.rollouts.groups import (
+    Arrival,
+    FinishedGroup,
+    FinishedRollout,
+    GroupRequest,
+    LeadersBatch,
+    RolloutSource,
+    Row,
+)
 from agl_grpc.learner.verl.local_queue import LocalQueue, put_rows
 
 logger = logging.getLogger(__name__)
@@ -73,7 +81,8 @@ class RolloutManager:
         self._source = source
         self._sizes = {False: group_size, True: validation_size}
         self._temperature = temperature
-        self._arrived: SimpleQueue[FinishedGroup | BaseException] = SimpleQueue()
+        self._arrived: SimpleQueue[Arrival] = SimpleQueue()
+        self._leaders: LeadersBatch | None = None
         self._open: dict[str, GroupRequest] = {}
         self._rollouts: dict[str, FinishedRollout] = {}
         self._sources: dict[str, str] = {}
@@ -86,9 +95,9 @@ class RolloutManager:
         self._idle_seconds = 0.0
         self.last_failure = ""
 
-    def deliver(self, group: FinishedGroup | BaseException) -> None:
+    def deliver(self, arrival: Arrival) -> None:
         """Called by the source, from any thread; an exception is raised in the trainer's thread."""
-        self._arrived.put(group)
+        self._arrived.put(arrival)
 
     def generate_sequences(self, batch: TensorDict) -> None:
         """verl's entry: starts a group for every prompt of the batch and returns at once."""
@@ -112,26 +121,36 @@ class RolloutManager:
         self._source.submit(requests)
 
     def wait(self, timeout: float) -> bool:
-        """Publishes the groups that have arrived, waiting for the first at most ``timeout`` seconds; False =
-        none.
+        """Publishes the groups that have arrived, waiting at most ``timeout`` seconds for a first arrival;
+        False = there was none.
         """
         deadline = time.monotonic() + timeout
         groups: list[FinishedGroup] = []
+        arrived = False
         while True:
             try:
-                remaining = 0.0 if groups else max(0.0, deadline - time.monotonic())
+                remaining = 0.0 if arrived else max(0.0, deadline - time.monotonic())
                 item = self._arrived.get(timeout=remaining) if remaining else self._arrived.get_nowait()
             except Empty:
                 break
+            arrived = True
             if isinstance(item, BaseException):
                 raise item
-            groups.append(item)
+            if isinstance(item, LeadersBatch):
+                self._leaders = item
+            else:
+                groups.append(item)
         finished = [group for group in groups if self._open.pop(group.request.uid, None) is not None]
         if groups and not self._open and self._idle_since is None:
             self._idle_since = time.monotonic()
         for validate in (False, True):
             self._publish([group for group in finished if group.request.validate is validate], validate)
-        return bool(groups)
+        return arrived
+
+    def leaders_groups(self, step: int) -> tuple[str, ...] | None:
+        """What the training run that is followed trains in a step, once; None = that has not arrived."""
+        found, self._leaders = self._leaders, None
+        return found.groups if found is not None and found.step == step else None
 
     def describe_open(self) -> str:
         """One line on the groups that have not come back."""

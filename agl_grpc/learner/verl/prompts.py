@@ -14,6 +14,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 
 from agl_grpc.learner.hooks import Hooks
 from agl_grpc.learner.rollouts.curriculum import TaskOrder
+from agl_grpc.learner.rollouts.groups import group_uid
 
 
 class AsksForPrompts:
@@ -101,7 +102,7 @@ class AsksForPrompts:
         uids = []
         for place, item in zip(places, batch["index"], strict=True):
             index = int(getattr(item, "data", item))
-            uids.append(f"{self.hooks.run_name}.s{place}.i{index}")
+            uids.append(group_uid(self.hooks.run_name, place, index))
             self.replay_buffer.expect(uids[-1], place, index)
         batch["uid"] = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object)})["uid"]
         return batch

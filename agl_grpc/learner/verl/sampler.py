@@ -47,6 +47,8 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
         self._outstanding: dict[str, tuple[int, int]] = {}
         self._replay = {step: deque(batches) for step, batches in replay.items()}
         self._planned: list[str] = []
+        # After that of every group that was ever asked for.
+        self._next_place = 0
         # What the last training batch took from the outstanding groups.
         self._sampled: dict[str, tuple[int, int]] = {}
         self._last_arrival = time.monotonic()
@@ -119,6 +121,7 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
     def expect(self, uid: str, place: int, index: int) -> None:
         """Notes that a group was asked for as the ``place``-th, from the dataset's ``index``-th task."""
         self._outstanding[uid] = (place, index)
+        self._next_place = max(self._next_place, place + 1)
 
     def outstanding_prompts(self) -> list[tuple[int, int]]:
         """Place and dataset index of every group asked for and neither trained nor dropped."""

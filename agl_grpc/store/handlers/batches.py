@@ -59,6 +59,9 @@ class BatchHandlers:
             values = [training_by_id(db, request.training_run_id).key]
             if request.status_in:
                 where += f" AND b.status IN ({','.join(str(int(status)) for status in request.status_in)})"
+            if request.from_step:
+                where += " AND b.step >= ?"
+                values.append(request.from_step)
             order = Order("b.batch_key", "b.batch_key", descending=False)
             wanted = PageRequest(size, request.page_token, 0, count=False)
             page = fetch_page(db, "batches b", where, values, order, wanted)

@@ -67,6 +67,8 @@ class Hooks:
     order: Callable[[Any], TaskOrder] | None = None
     # Called after each step (0 = before training); answers whether to stop.
     on_metrics: Callable[[int, dict[str, float]], bool] = lambda _step, _metrics: False
+    # Whether the training run was asked to stop, as far as that is known before its report.
+    is_stopping: Callable[[], bool] = lambda: False
     # Called with each step's rollouts, before its metrics.
     on_rollouts: Callable[[int, list[FinishedRollout]], None] = lambda _step, _rollouts: None
     # How validation tasks are done; None = as verl does it, through the source.

@@ -432,6 +432,7 @@ def _assemble(
         failure_limit=config.failure_limit,
         order=order if config.curriculum.enabled else None,
         on_metrics=on_metrics,
+        is_stopping=lambda: waits.released,
         on_rollouts=samples.step,
         validation=_validation(config, rollout, link, training, note, waits),
         on_error=lambda at, name: training.report(at, {f"errors/{name}": 1.0}),

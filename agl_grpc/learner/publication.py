@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from agl_grpc.client import StoreError
 from agl_grpc.learner.engine_progress import EngineProgress, VersionProgress
 from agl_grpc.learner.errors import DeadlineError, LearnerError
-from agl_grpc.learner.lineage import PolicyLineage, step_of, transfer_name
+from agl_grpc.learner.lineage import PolicyLineage, transfer_name
+from agl_grpc.learner.partners import Partner
 from agl_grpc.learner.stopping import Waits
 from agl_grpc.learner.store_link import StoreLink
 from agl_grpc.learner.training_run import TrainingIdentity
 from agl_grpc.model.enums import EnginePhase, PolicyVersionStatus
-from agl_grpc.model.policy import Engine, EngineState, PolicyVersion, WeightSource
+from agl_grpc.model.policy import Engine, EngineState, WeightSource
 
 
 class Publisher:
@@ -55,10 +56,7 @@ class Publisher:
         waits: Waits | None = None,
     ) -> None:
         self._waits = waits or Waits(link)
-        self._partners = partners
-        self._partner_deadline = partner_deadline
-        # Engines of partners that were connected at any time: of these, and of no session before.
-        self._seen: set[str] = set()
+        self._partners = [Partner(link, model, partner_deadline) for model in partners]
         self._link = link
         self._client = link.client
         self._identity = identity
@@ -82,32 +80,9 @@ class Publisher:
         weights of that step are published, with seconds and bytes as metrics.
         """
         metrics = self._publish(step) if self._engines else {}
-        for model in self._partners if step else ():
-            self._waits.until(self._partner(model, step))
+        for partner in self._partners if step else ():
+            self._waits.until(partner.reach(step))
         return metrics
-
-    async def _partner(self, model: str, step: int) -> None:
-        """Waits until engines serve another training run's weights after ``step``."""
-        newest, at = -1, 0
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._partner_deadline) as limit:
-                async for change in self._client.watch_policy_versions(model, include_existing=True):
-                    engines = await self._client.query_engines(model)
-                    self._seen.update(engine.engine_id for engine in engines if engine.connected)
-                    for item in change.items:
-                        # The newest version counts, not the highest step: a resumed run goes back.
-                        if item.policy_version >= newest and _serves(item, self._seen):
-                            newest, at = item.policy_version, step_of(item)
-                            # One that is behind after a restart comes nearer step by step.
-                            limit.reschedule(loop.time() + self._partner_deadline)
-                    if at >= step:
-                        return
-        except TimeoutError as error:
-            raise DeadlineError(
-                f"model {model!r}, which is trained on the same rollouts, was not published for step {step} "
-                f"within {self._partner_deadline:g} s; its newest is that of step {at}"
-            ) from error
 
     def _publish(self, step: int) -> dict[str, float]:
         version = step + self._lineage.offset
@@ -236,14 +211,6 @@ class Publisher:
             raise DeadlineError(
                 f"policy version {version} was not {phase.value} within {self._deadline:g} s on: {missing}"
             ) from missing
-
-
-def _serves(version: PolicyVersion, engines: Collection[str]) -> bool:
-    """Whether a version was committed, and every one of these engines that can take it has."""
-    able = [state for state in version.engine_states if state.phase is not EnginePhase.FAILED]
-    phases = [state.phase for state in able if state.engine_id in engines]
-    committed = version.status is PolicyVersionStatus.COMMITTED
-    return committed and bool(phases) and all(phase is EnginePhase.ACTIVE for phase in phases)
 
 
 def lineage_of(link: StoreLink, model: str, training_run_id: str, step: int) -> PolicyLineage:

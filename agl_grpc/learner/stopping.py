@@ -70,6 +70,11 @@ class Waits:
             pending.cancel()
             raise
 
+    @property
+    def released(self) -> bool:
+        """Whether this training run was asked to end: what would have been waited for may not be there."""
+        return self._released
+
     def release(self) -> None:
         """Ends the wait, now and from now on: this training run ends. From any thread."""
         self._released = True

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from tests.chaos import fuzz, kills, leases, soak, watches
+from tests.chaos import fuzz, kills, leases, soak, trainings, watches
 from tests.runner import reliability
 from tests.support.postgres import PostgresServer
 
@@ -204,6 +204,13 @@ def _workers(prove: Callable[[int, int], Row], _options: object, count: int, see
     return {"seed": seed, **prove(count, seed)}
 
 
+def _trainings(prove: Callable[[int, int, trainings.Tell], Row], name: str) -> Proof:
+    def run(_options: argparse.Namespace, count: int, seed: int) -> Row:
+        return {"seed": seed, **prove(count, seed, _teller(name, count))}
+
+    return run
+
+
 PROOFS: dict[str, tuple[Proof, int]] = {
     "kills": (_kills, 1_000),
     "fleet": (_fleet, 200),
@@ -217,6 +224,8 @@ PROOFS: dict[str, tuple[Proof, int]] = {
     "simulated-workers": (functools.partial(_workers, reliability.prove_simulated), 1_000),
     "killed-workers": (functools.partial(_workers, reliability.prove_kills), 2_000),
     "rolling-restart": (functools.partial(_workers, reliability.prove_restart), 2_000),
+    "killed-hybrid": (_trainings(trainings.prove_hybrid, "killed-hybrid"), 2),
+    "stopped-models": (_trainings(trainings.prove_models, "stopped-models"), 2),
     "store-away": (functools.partial(_workers, reliability.prove_store_away), 400),
 }
 """By name: what runs, and how much of it for a release."""

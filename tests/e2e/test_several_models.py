@@ -3,133 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
-from agl_grpc import StoreClient
-from agl_grpc.algorithm import VERL
 from agl_grpc.learner.checkpoints.best import BestCheckpoint
 from agl_grpc.learner.lineage import step_of
 from agl_grpc.learner.validation import SCORE
-from agl_grpc.model import TrainingRun
-from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutMode, TrainingRunStatus
-from agl_grpc.model.policy import PolicyVersion
-from agl_grpc.model.training import Batch, StepMetrics
-from agl_grpc.trainer import FitResult, PartDied, Trainer
+from agl_grpc.model.enums import PolicyVersionStatus, TrainingRunStatus
+from agl_grpc.trainer import FitResult, PartDied
 from agl_grpc.trainer.commands import free_port
-from tests.e2e.two_models import MODELS, agent
+from tests.e2e.interruptions import kill_learner, meanwhile
+from tests.e2e.two_models import GROUP, MODELS, RUN, TASKS, TRAINING, Stored, agent, read, tasks, trainer
 from tests.support.environments import engine_environment, engine_python
-from tests.support.store_process import StoreProcess
-from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 STEPS, KILLED_AT, VALIDATED = 4, 2, 3
-TASKS, GROUP = 4, 4
-RUN = "several"
-TRAINING = {"planner": f"{RUN}-training", "solver": f"{RUN}-training-solver"}
 SUPPORT = Path(__file__).parents[1] / "support"
-
-
-def trainer(folder: Path, port: int, *, resume: bool = False) -> Trainer:
-    """Two adapters, saved after the last step alone."""
-    config = {
-        "actor_rollout_ref.model.path": str(folder / "base"),
-        "actor_rollout_ref.model.lora_rank": 4,
-        "actor_rollout_ref.model.lora_alpha": 8,
-        "actor_rollout_ref.model.target_modules": "all-linear",
-        "actor_rollout_ref.actor.optim.lr": 1e-2,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": TASKS,
-        "actor_rollout_ref.rollout.n": GROUP,
-        "data.train_batch_size": TASKS,
-        "trainer.total_training_steps": STEPS,
-        "trainer.save_freq": 10 * STEPS,
-    }
-    return Trainer(
-        algorithm=VERL(
-            config,
-            models={name: {} for name in MODELS},
-            seed=5,
-            device="cpu",
-            # The random model seldom ends an answer by itself.
-            samples={"truncated": "train"},
-        ),
-        llm_proxy={
-            "arguments": [
-                *("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "32"),
-                *("--max-num-batched-tokens", "512", "--enforce-eager"),
-            ]
-        },
-        validation={"samples": 1, "greedy": False, "every": VALIDATED},
-        port=port,
-        run_name=RUN,
-        run_dir=folder,
-        resume=resume,
-    )
-
-
-async def kill_solvers_learner(address: str) -> None:
-    """SIGKILL to the learner that follows, once it has reported a step."""
-
-    async def there() -> bool:
-        return await client.get_training_run_by_id(TRAINING["solver"]) is not None
-
-    async with StoreClient(address, run_id=RUN) as client:
-        await eventually(there, within=600, what="the solver's training run")
-        async for _, steps in client.watch_training_run(TRAINING["solver"]):
-            if any(step.step >= KILLED_AT for step in steps):
-                break
-        training = await client.get_training_run_by_id(TRAINING["solver"])
-    # Had it ended by itself, it would not have been killed.
-    assert training is not None
-    assert training.status is TrainingRunStatus.RUNNING
-    os.kill(int((training.trainer_id or "").rpartition(":")[2]), signal.SIGKILL)
-
-
-@dataclass
-class Stored:
-    """What the store holds of each model."""
-
-    training: dict[str, TrainingRun] = field(default_factory=dict)
-    batches: dict[str, list[Batch]] = field(default_factory=dict)
-    versions: dict[str, list[PolicyVersion]] = field(default_factory=dict)
-    steps: dict[str, dict[int, StepMetrics]] = field(default_factory=dict)
-    trained: int = 0
-
-    def committed(self, model: str) -> list[Batch]:
-        """Trained batches, in the order of their steps."""
-        found = [batch for batch in self.batches[model] if batch.status is BatchStatus.COMMITTED]
-        return sorted(found, key=lambda batch: batch.step)
-
-
-async def read(database: Path) -> Stored:
-    stored = Stored()
-    with StoreProcess(database) as store:
-        async with StoreClient(store.address, run_id=RUN) as client:
-            for model, name in TRAINING.items():
-                training = await client.get_training_run_by_id(name)
-                assert training is not None
-                stored.training[model] = training
-                stored.batches[model] = await client.query_batches(name)
-                stored.versions[model] = list(await client.query_policy_versions(model))
-                found = stored.steps[model] = {}
-                if training.status.is_terminal:
-                    async for _, steps in client.watch_training_run(name):
-                        found.update({step.step: step for step in steps})
-            rollouts = await client.query_rollouts()
-    stored.trained = sum(
-        each.mode is RolloutMode.TRAIN and each.status.value == "succeeded" for each in rollouts
-    )
-    return stored
 
 
 @dataclass
@@ -148,16 +44,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("runs")
     command = [engine_python(), str(SUPPORT / "tiny_model.py"), str(folder / "base")]
     subprocess.run(command, env=engine_environment(), check=True, capture_output=True, timeout=240)
-    tasks = [{"question": f"What is {number}?"} for number in range(STEPS * TASKS)]
-    port = free_port()
-    killer = threading.Thread(target=asyncio.run, args=(kill_solvers_learner(f"127.0.0.1:{port}"),))
-    killer.start()
-    with pytest.raises(PartDied) as died:
-        trainer(folder, port).fit(agent, tasks, val_dataset=tasks[:4])
-    killer.join()
+    asked, port = tasks(STEPS), free_port()
+    killer = kill_learner(f"127.0.0.1:{port}", RUN, TRAINING["solver"], KILLED_AT)
+    first = trainer(folder, port, STEPS, adapters=True, validated=VALIDATED)
+    with meanwhile(killer), pytest.raises(PartDied) as died:
+        first.fit(agent, asked, val_dataset=asked[:4])
     database = folder / RUN / "agl.db"
     halfway = asyncio.run(read(database))
-    result = trainer(folder, free_port(), resume=True).fit(agent, tasks, val_dataset=tasks[:4])
+    second = trainer(folder, free_port(), STEPS, adapters=True, validated=VALIDATED, resume=True)
+    result = second.fit(agent, asked, val_dataset=asked[:4])
     return Trained(folder / RUN, str(died.value), halfway, result, asyncio.run(read(database)))
 
 

@@ -136,6 +136,7 @@ class Script:
         try:
             error = life.run()
             done = int(life.steps[-1]["step"])
+            waiting = len(life.trainer.outstanding_prompts()), life.manager.remembered
             life.trainer.replay_buffer.filter_groups_metric = "nobody"
             life.trainer.global_steps, life.trainer.total_training_steps = done, done + 1
             unknown = life.fit()
@@ -145,6 +146,7 @@ class Script:
         return {
             "error": error,
             "unknown": unknown,
+            "waiting": waiting,
             "steps": life.steps,
             "tasks": sorted({int(group.rpartition(".i")[2]) for group in groups}),
         }

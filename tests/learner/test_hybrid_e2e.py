@@ -10,39 +10,20 @@ from dataclasses import dataclass
 import orjson
 import pytest
 
-from agl_grpc.algorithm import VERL
 from agl_grpc.client import StoreClient
 from agl_grpc.model.enums import BatchStatus, PolicyVersionStatus, RolloutMode, TrainingRunStatus
 from agl_grpc.model.policy import Engine, PolicyVersion
 from agl_grpc.model.reading import get_message_value
 from agl_grpc.model.training import Batch
-from agl_grpc.trainer import FitResult, Trainer
+from agl_grpc.trainer import FitResult
 from agl_grpc.v1 import span_pb2
-from tests.learner.hybrid_agent import agent
+from tests.learner.hybrid_run import GROUP_SIZE, GROUPS, MODEL, RUN, agent, tasks, trainer
 from tests.support.environments import REPOSITORY, engine_environment, hybrid_python
 from tests.support.store_process import StoreProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-MODEL, RUN, SEED = "tiny", "hybrid", 7
-STEPS, GROUPS, GROUP_SIZE, VALIDATED = 3, 4, 4, 4
-TASKS = [{"number": number} for number in range(STEPS * GROUPS)]
-CONFIG = {
-    "data.train_batch_size": GROUPS,
-    "data.max_response_length": 16,
-    "actor_rollout_ref.rollout.n": GROUP_SIZE,
-    "actor_rollout_ref.rollout.max_model_len": 256,
-    "actor_rollout_ref.rollout.max_num_seqs": 16,
-    "actor_rollout_ref.rollout.max_num_batched_tokens": 512,
-    "actor_rollout_ref.actor.optim.lr": 1e-3,
-    "trainer.total_training_steps": STEPS,
-    "trainer.save_freq": STEPS,
-}
-# Of the engine that validates once verl's has ended.
-SMALL = (
-    *("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16"),
-    *("--max-num-batched-tokens", "512", "--enforce-eager"),
-)
+SEED, STEPS, VALIDATED = 7, 3, 4
 
 
 @dataclass(frozen=True)
@@ -70,23 +51,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     folder = tmp_path_factory.mktemp("runs")
     make = [hybrid_python(), "-m", "tests.support.tiny_model", str(folder / "model")]
     subprocess.run(make, env=engine_environment(), cwd=REPOSITORY, check=True, timeout=300)
-    trainer = Trainer(
-        algorithm=VERL(
-            {**CONFIG, "actor_rollout_ref.model.path": str(folder / "model")},
-            model_name=MODEL,
-            engines={"hybrid": True},
-            samples={"truncated": "train"},
-            seed=SEED,
-        ),
-        learner_python=hybrid_python(),
-        n_runners=1,
-        runner={"concurrency": GROUPS * GROUP_SIZE},
-        llm_proxy={"arguments": SMALL},
-        validation={"samples": 1, "greedy": False, "every": 0},
-        run_name=RUN,
-        run_dir=folder,
+    asked = tasks(STEPS)
+    result = trainer(folder, folder / "model", STEPS, SEED, save_every=STEPS).fit(
+        agent, asked, val_dataset=asked[:VALIDATED]
     )
-    result = trainer.fit(agent, TASKS, val_dataset=TASKS[:VALIDATED])
     return asyncio.run(_read(result))
 
 

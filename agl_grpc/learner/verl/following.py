@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -33,13 +32,16 @@ class FollowingSampler(StoreSampler):
         super().__init__(replay={}, refill_fn=None, **kwargs)
         self._leaders_batch = leaders_batch
         self._ask_for_prompts = ask_for_prompts
-        self._made: Counter[int] = Counter()
+        # The step, and how many of its batches have been asked for.
+        self._step, self._asked = 0, 0
         self._is_planned = False
 
     def _plan(self, step: int, batch_size: int) -> None:
         self._planned, self._is_planned = [], False
-        self._leaders_batch(step, self._made[step])
-        self._made[step] += 1
+        if step != self._step:
+            self._step, self._asked = step, 0
+        self._leaders_batch(step, self._asked)
+        self._asked += 1
 
     def _has_enough_samples(
         self, global_steps: int, partition_id: str, batch_size: int, sampleable_keys: set[str]

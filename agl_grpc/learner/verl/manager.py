@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Collection
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -157,9 +158,9 @@ class RolloutManager:
         return self._source.describe(list(self._open))
 
     @property
-    def open_groups(self) -> int:
-        """Groups asked for and not yet back."""
-        return len(self._open)
+    def remembered(self) -> int:
+        """Rollouts that were published and not yet forgotten."""
+        return len(self._rollouts)
 
     def rollout(self, rollout_id: str) -> FinishedRollout:
         """A rollout that was published and not yet forgotten."""
@@ -170,9 +171,13 @@ class RolloutManager:
         return self._rewards.pop(uid, [])
 
     def forget(self, rollout_ids: list[str]) -> None:
-        """Drops what is remembered of rollouts that were trained or discarded."""
+        """Drops what is remembered of rollouts that were trained."""
         for rollout_id in rollout_ids:
             self._rollouts.pop(rollout_id, None)
+
+    def forget_groups(self, uids: Collection[str]) -> None:
+        """Drops what is remembered of groups that will not be trained."""
+        self.forget([name for name, rollout in self._rollouts.items() if rollout.group_id in uids])
 
     def drain_counts(self) -> dict[str, float]:
         """Counts since the last call, by metric name, and the seconds in which no rollout was asked for."""

@@ -76,7 +76,12 @@ class AsksForPrompts:
             self.global_steps -= 1
 
     def _goes_on_at_once(self) -> bool:
-        """Whether a step follows this one, and no validation that has the engines first."""
+        """Whether a step follows this one, and no validation that has the engines first.
+
+        Nor may the wait for the run's other models have been given up: their weights may be older.
+        """
+        if self.hooks.is_stopping():
+            return False
         trainer, step = self.config.trainer, self.global_steps
         is_last = step >= self.total_training_steps or step // self.steps_per_epoch >= trainer.total_epochs
         return not is_last and (trainer.test_freq <= 0 or step % trainer.test_freq != 0)

@@ -144,6 +144,8 @@ class StoreSampler(ReplayBufferAsync):  # type: ignore[misc]  # verl is untyped
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
         super()._clear_groups(partition_id, uids)
         self._settle(uids)
+        if self._manager is not None:
+            self._manager.forget_groups(uids)
 
     def _select_prompt_uids(self, partition_id: str, sampleable_keys: set[str], batch_size: int) -> Any:
         steps = dict(self.prompt_global_steps[partition_id])

@@ -41,7 +41,7 @@ class Partner:
 
         Raises:
             DeadlineError: it was not published in time.
-            StoreError: it cannot be followed any longer.
+            StoreError, LearnerError: it cannot be followed any longer.
         """
         if not self._is_watched:
             self._is_watched = True

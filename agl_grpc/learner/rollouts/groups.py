@@ -15,6 +15,8 @@ from agl_grpc.model.rollout import seed_of
 from agl_grpc.sample.facts import AttemptFacts
 
 UNKNOWN_STEP = -2
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
 
 
 def group_uid(run_name: str, place: int, index: int) -> str:
@@ -28,10 +30,6 @@ def group_uid(run_name: str, place: int, index: int) -> str:
 def place_of(uid: str) -> int:
     """The place in the order of prompts that a group's id names."""
     return int(uid.rpartition(".s")[2].partition(".i")[0])
-
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 import torch
 
-from agl_grpc.learner.rollouts.groups import FinishedGroup
+from agl_grpc.learner.rollouts.groups import FinishedGroup, place_of
 from agl_grpc.learner.verl.keys import POLICY_LOSSES
 from agl_grpc.learner.verl.ray_runtime import local_ray
 from tests.learner.forked import EndedError, in_fork
@@ -136,7 +136,8 @@ class Script:
         try:
             error = life.run()
             done = int(life.steps[-1]["step"])
-            waiting = len(life.trainer.outstanding_prompts()), life.manager.remembered
+            waiting = {place for place, _ in life.trainer.outstanding_prompts()}
+            not_forgotten = {place_of(uid) for uid in life.manager.remembered_groups} - waiting
             life.trainer.replay_buffer.filter_groups_metric = "nobody"
             life.trainer.global_steps, life.trainer.total_training_steps = done, done + 1
             unknown = life.fit()
@@ -146,7 +147,7 @@ class Script:
         return {
             "error": error,
             "unknown": unknown,
-            "waiting": waiting,
+            "not_forgotten": sorted(not_forgotten),
             "steps": life.steps,
             "tasks": sorted({int(group.rpartition(".i")[2]) for group in groups}),
         }

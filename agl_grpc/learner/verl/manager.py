@@ -158,9 +158,9 @@ class RolloutManager:
         return self._source.describe(list(self._open))
 
     @property
-    def remembered(self) -> int:
-        """Rollouts that were published and not yet forgotten."""
-        return len(self._rollouts)
+    def remembered_groups(self) -> set[str]:
+        """Groups of rollouts that were published and not yet forgotten."""
+        return {rollout.group_id for rollout in self._rollouts.values()}
 
     def rollout(self, rollout_id: str) -> FinishedRollout:
         """A rollout that was published and not yet forgotten."""
